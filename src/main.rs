@@ -1,0 +1,2 @@
+//! Bireme.
+fn main() {}
