@@ -1,0 +1,191 @@
+//! One TOML file a run: as written, with `--set key=value` on top → as resolved.
+//!
+//! Each component owns its section and the defaults of its fields; here they are gathered, and every key that no
+//! component knows is refused with the nearest that one does.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::device::DeviceChoice;
+use crate::{checkpoint, data, metrics, model, train};
+
+/// Section `[run]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// `auto`, `cpu` or `cuda`.
+    pub device: DeviceChoice,
+    /// Everything random follows from it.
+    pub seed: u64,
+    /// CPU threads of each rank; 0: the host's cores divided by its ranks.
+    pub threads_per_rank: usize,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { device: DeviceChoice::Auto, seed: 42, threads_per_rank: 0 }
+    }
+}
+
+/// A run as resolved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where and with which seed.
+    pub run: RunConfig,
+    /// Which days and columns.
+    pub data: data::Config,
+    /// Which model.
+    pub model: model::Config,
+    /// How it learns.
+    pub train: train::Config,
+    /// How it is evaluated.
+    pub evaluate: metrics::Config,
+    /// When its state is saved.
+    pub checkpoint: checkpoint::Config,
+}
+
+/// A configuration that cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration `{path}`")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("`{path}` is not valid TOML")]
+    Toml {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A section or key that does not exist.
+    #[error("unknown key `{key}` in the configuration{}", nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default())]
+    UnknownKey {
+        /// As written.
+        key: String,
+        /// The nearest key that exists, if any is near.
+        nearest: Option<String>,
+    },
+    /// A key that exists, with a value it cannot have, or a required one that is missing.
+    #[error("section `[{section}]` of the configuration: {problem}")]
+    Value {
+        /// The section.
+        section: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// `--set` without `section.key=value`.
+    #[error("`--set {0}` is not of the form `section.key=value`")]
+    Set(String),
+}
+
+impl Config {
+    /// Reads a file and applies `--set` assignments, later ones over earlier ones.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn load(path: &Path, assignments: &[String]) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let mut table: Table = text
+            .parse()
+            .map_err(|source| ConfigError::Toml { path: path.to_owned(), source: Box::new(source) })?;
+        for assignment in assignments {
+            assign(&mut table, assignment)?;
+        }
+        Self::resolve(table)
+    }
+
+    fn resolve(mut table: Table) -> Result<Self, ConfigError> {
+        let config = Self {
+            run: section(&mut table, "run")?,
+            data: section(&mut table, "data")?,
+            model: section(&mut table, "model")?,
+            train: section(&mut table, "train")?,
+            evaluate: section(&mut table, "evaluate")?,
+            checkpoint: section(&mut table, "checkpoint")?,
+        };
+        if let Some(key) = table.keys().next() {
+            let sections = ["run", "data", "model", "train", "evaluate", "checkpoint"];
+            return Err(ConfigError::UnknownKey { key: key.clone(), nearest: nearest(key, sections) });
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let refuse = |section: &str, problem: String| {
+            Err(ConfigError::Value { section: section.to_owned(), problem })
+        };
+        let data::Config { first_day, last_day, max_length, .. } = self.data;
+        if last_day <= first_day {
+            return refuse("data", format!("`last_day` {last_day} is not after `first_day` {first_day}"));
+        }
+        if max_length < 2 {
+            return refuse("data", format!("`max_length` {max_length} leaves nothing to predict from"));
+        }
+        if let Err(problem) = self.train.check() {
+            return refuse("train", problem);
+        }
+        if let Err(problem) = self.model.check() {
+            return refuse("model", problem);
+        }
+        if self.evaluate.block == 0 || self.evaluate.scores_mib == 0 {
+            return refuse("evaluate", "`block` and `scores_mib` must be at least 1".to_owned());
+        }
+        Ok(())
+    }
+
+    /// As TOML, defaults filled in.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("a configuration is TOML")
+    }
+}
+
+fn section<T: DeserializeOwned>(table: &mut Table, name: &str) -> Result<T, ConfigError> {
+    let value = table.remove(name).unwrap_or_else(|| Value::Table(Table::new()));
+    value.try_into().map_err(|error: toml::de::Error| {
+        let message = error.message();
+        let mut quoted = message.split('`').skip(1).step_by(2);
+        match (message.starts_with("unknown field"), quoted.next()) {
+            (true, Some(key)) => ConfigError::UnknownKey {
+                key: format!("{name}.{key}"),
+                nearest: nearest(key, quoted).map(|near| format!("{name}.{near}")),
+            },
+            _ => ConfigError::Value { section: name.to_owned(), problem: message.to_owned() },
+        }
+    })
+}
+
+fn nearest<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    known
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(key, candidate), candidate))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(similarity, _)| *similarity > 0.7)
+        .map(|(_, candidate)| candidate.to_owned())
+}
+
+/// Applies `section.key=value`; a value that is not TOML is taken as a string.
+fn assign(table: &mut Table, assignment: &str) -> Result<(), ConfigError> {
+    let parts = assignment.split_once('=').and_then(|(key, value)| Some((key.split_once('.')?, value)));
+    let ((section, key), value) = parts.ok_or_else(|| ConfigError::Set(assignment.to_owned()))?;
+    let value = format!("value = {value}")
+        .parse::<Table>()
+        .ok()
+        .and_then(|mut parsed| parsed.remove("value"))
+        .unwrap_or_else(|| Value::String(value.to_owned()));
+    let entry = table.entry(section.trim().to_owned()).or_insert_with(|| Value::Table(Table::new()));
+    let section = entry.as_table_mut().ok_or_else(|| ConfigError::Set(assignment.to_owned()))?;
+    section.insert(key.trim().to_owned(), value);
+    Ok(())
+}

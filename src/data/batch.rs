@@ -1,0 +1,143 @@
+//! Sessions as padded tensors.
+
+use tch::{Device, Kind, Tensor};
+
+use super::file::Column;
+use super::plan::derive_seed;
+use super::{Features, Sessions};
+
+/// One micro-batch within a pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Seed of everything random about it: a function of (seed, day, epoch, step, lane).
+    pub seed: u64,
+    /// Its sessions, consecutive rows of the batch.
+    pub rows: usize,
+}
+
+/// Sessions right-padded with zeros to the longest of them. `B` sessions, `L` positions.
+#[derive(Debug)]
+pub struct Batch {
+    /// One tensor a feature, in the order of [`Features::columns`]: `[B, L]`, i64 codes or f32 values.
+    pub columns: Vec<Tensor>,
+    /// Events in each session: `[B]`, i64.
+    pub lengths: Tensor,
+    /// The micro-batches in it.
+    pub segments: Vec<Segment>,
+    /// Number of targets when every event but the first is one: the sum of lengths − 1.
+    pub n_next_items: usize,
+}
+
+impl Batch {
+    /// Takes rows `rows` of `sessions`, in this order.
+    pub fn new(sessions: &[(&Sessions, usize)], features: &Features, segments: Vec<Segment>) -> Self {
+        let lengths: Vec<i64> = sessions.iter().map(|(of, row)| of.span(*row).len() as i64).collect();
+        let (n_rows, length) = (sessions.len(), lengths.iter().copied().max().unwrap_or(0) as usize);
+        let columns = (0..features.columns().len()).map(|column| {
+            // One pass over the sessions fills a flat [B, L] buffer; what is not filled is padding.
+            match sessions.first().map(|(of, _)| &of.columns()[column]) {
+                Some(Column::Values(_)) => {
+                    let mut padded = vec![0f32; n_rows * length];
+                    for (target, (of, row)) in padded.chunks_exact_mut(length.max(1)).zip(sessions) {
+                        let Column::Values(values) = &of.columns()[column] else { unreachable!() };
+                        let values = &values[of.span(*row)];
+                        target[..values.len()].copy_from_slice(values);
+                    }
+                    Tensor::from_slice(&padded).view([n_rows as i64, length as i64])
+                }
+                _ => {
+                    let mut padded = vec![0i64; n_rows * length];
+                    for (target, (of, row)) in padded.chunks_exact_mut(length.max(1)).zip(sessions) {
+                        let Column::Ids(ids) = &of.columns()[column] else { unreachable!() };
+                        let ids = &ids[of.span(*row)];
+                        target[..ids.len()].copy_from_slice(ids);
+                    }
+                    Tensor::from_slice(&padded).view([n_rows as i64, length as i64])
+                }
+            }
+        });
+        let n_next_items = lengths.iter().map(|&length| length as usize - 1).sum();
+        Self { columns: columns.collect(), lengths: Tensor::from_slice(&lengths), segments, n_next_items }
+    }
+
+    /// Number of sessions, `B`.
+    pub fn n_sessions(&self) -> usize {
+        self.lengths.size()[0] as usize
+    }
+
+    /// Item indices `[B, L]`, 0 where there is no event.
+    pub fn items(&self) -> &Tensor {
+        &self.columns[0]
+    }
+
+    /// The batch on a device.
+    pub fn to_device(&self, device: Device) -> Self {
+        Self {
+            columns: self.columns.iter().map(|column| column.to_device(device)).collect(),
+            lengths: self.lengths.to_device(device),
+            segments: self.segments.clone(),
+            n_next_items: self.n_next_items,
+        }
+    }
+
+    /// Splits each session into its known part and the event to be predicted: the batch without every
+    /// session's last event, and the item indices `[B]` of those.
+    pub fn split_last(&self) -> (Self, Tensor) {
+        let last = (&self.lengths - 1).unsqueeze(1);
+        let targets = self.items().gather(1, &last, false).squeeze_dim(1);
+        let longest = (self.items().size()[1] - 1).max(0);
+        let columns = self.columns.iter().map(|column| column.scatter_value(1, &last, 0).narrow(1, 0, longest));
+        let known = Self {
+            columns: columns.collect(),
+            lengths: &self.lengths - 1,
+            segments: self.segments.clone(),
+            n_next_items: self.n_next_items - self.n_sessions(),
+        };
+        (known, targets)
+    }
+}
+
+/// Randomness of one pass over a batch, for dropout and its like.
+///
+/// Each draw is made micro-batch by micro-batch from the micro-batch's own seed and for the longest session a
+/// run can have, so that it depends neither on which micro-batches share a pass nor on their padding.
+pub struct Noise<'a> {
+    segments: &'a [Segment],
+    max_length: usize,
+    n_draws: u64,
+}
+
+impl<'a> Noise<'a> {
+    /// For a pass over `batch` in a run whose sessions are at most `max_length` long.
+    pub fn new(batch: &'a Batch, max_length: usize) -> Self {
+        Self { segments: &batch.segments, max_length, n_draws: 0 }
+    }
+
+    /// Dropout (Srivastava et al. 2014) of `x: [B, L, D]` with probability `p`, scaled to keep its mean.
+    pub fn dropout(&mut self, x: Tensor, p: f64) -> Tensor {
+        if p == 0.0 {
+            return x;
+        }
+        let (_, length, width) = x.size3().expect("dropout takes [B, L, D]");
+        self.n_draws += 1;
+        let masks: Vec<Tensor> = self
+            .segments
+            .iter()
+            .map(|segment| {
+                seed_torch(derive_seed(segment.seed, "dropout", &[self.n_draws]), x.device());
+                let size = [segment.rows as i64, self.max_length as i64, width];
+                Tensor::rand(size, (Kind::Float, x.device())).narrow(1, 0, length)
+            })
+            .collect();
+        let keep = Tensor::cat(&masks, 0).ge(p).to_kind(x.kind());
+        x * keep * (1.0 / (1.0 - p))
+    }
+}
+
+/// Seeds libtorch's generator for `device`.
+pub fn seed_torch(seed: u64, device: Device) {
+    match device {
+        Device::Cuda(_) => tch::Cuda::manual_seed_all(seed),
+        _ => tch::manual_seed(seed as i64),
+    }
+}

@@ -1,0 +1,129 @@
+//! Where the day partitions lie and which of their columns a run reads.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use bireme_etl::schema::{Feature, Schema};
+use serde::{Deserialize, Serialize};
+
+use super::{Config, DataError, SessionFile};
+
+/// Which part of a day.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// Sessions to learn from.
+    Train,
+    /// Sessions to evaluate on while a recipe is being found.
+    Valid,
+    /// Sessions to evaluate on once, at the end.
+    Test,
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Split::Train => "train",
+            Split::Valid => "valid",
+            Split::Test => "test",
+        })
+    }
+}
+
+/// The columns a run reads, in the order of [`super::Batch::columns`].
+#[derive(Clone, Debug)]
+pub struct Features {
+    columns: Vec<Feature>,
+    item: usize,
+}
+
+impl Features {
+    /// The item id first, then the other configured features by name.
+    fn select(schema: &Schema, config: &Config) -> Result<Self, DataError> {
+        let item = schema.item_id()?;
+        if item.cardinality().is_none() || !item.is_list() {
+            return Err(DataError::ItemId { feature: item.name.clone() });
+        }
+        let mut columns = vec![item.clone()];
+        let mut names: Vec<&String> = config.features.iter().filter(|name| **name != item.name).collect();
+        names.sort();
+        names.dedup();
+        for name in names {
+            let feature = schema.feature(name).filter(|feature| feature.is_list()).ok_or_else(|| {
+                let have: Vec<_> = schema.features.iter().filter(|f| f.is_list()).map(|f| f.name.as_str()).collect();
+                DataError::UnknownFeature { feature: name.clone(), have: have.join(", ") }
+            })?;
+            columns.push(feature.clone());
+        }
+        Ok(Self { columns, item: 0 })
+    }
+
+    /// All columns, in the order of a batch.
+    pub fn columns(&self) -> &[Feature] {
+        &self.columns
+    }
+
+    /// Position of the item id among [`Features::columns`].
+    pub fn item(&self) -> usize {
+        self.item
+    }
+
+    /// Rows of the item table: the largest item index + 1, so padding (0) and unknown (1) are counted.
+    pub fn n_items(&self) -> i64 {
+        self.columns[self.item].cardinality().unwrap_or_default()
+    }
+}
+
+/// The day partitions of a folder, opened for the days and columns of a run.
+pub struct Days {
+    dir: PathBuf,
+    partitions: BTreeMap<i64, PathBuf>,
+    features: Features,
+    max_length: usize,
+}
+
+impl Days {
+    /// Opens what `bireme preprocess` wrote, or a folder of `<day>/{train,valid,test}.parquet` with a
+    /// `schema.pbtxt`.
+    ///
+    /// # Errors
+    /// A folder without partitions or without a readable schema, or a configured feature that it lacks.
+    pub fn open(dir: &Path, config: &Config) -> Result<Self, DataError> {
+        let schema = Schema::read(&dir.join("schema.pbtxt"))?;
+        let features = Features::select(&schema, config)?;
+        let nested = dir.join("sessions_by_day");
+        let root = if nested.is_dir() { nested } else { dir.to_owned() };
+        let entries = std::fs::read_dir(&root).map_err(|source| DataError::Open { path: root.clone(), source })?;
+        let partitions: BTreeMap<i64, PathBuf> = entries
+            .filter_map(Result::ok)
+            .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+            .collect();
+        if partitions.is_empty() {
+            return Err(DataError::NoDays(dir.to_owned()));
+        }
+        Ok(Self { dir: dir.to_owned(), partitions, features, max_length: config.max_length })
+    }
+
+    /// The columns a run reads.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// The days there are, ascending.
+    pub fn days(&self) -> impl Iterator<Item = i64> {
+        self.partitions.keys().copied()
+    }
+
+    /// Opens one part of a day and checks its footer and columns.
+    ///
+    /// # Errors
+    /// A missing day, a file that is missing or not parquet, a column that is missing or of a wrong type.
+    pub fn file(&self, day: i64, split: Split) -> Result<SessionFile, DataError> {
+        let partition = self.partitions.get(&day).ok_or_else(|| {
+            let have: Vec<_> = self.days().map(|day| day.to_string()).collect();
+            DataError::MissingDay { day, dir: self.dir.clone(), have: have.join(", ") }
+        })?;
+        SessionFile::open(&partition.join(format!("{split}.parquet")), &self.features, self.max_length)
+    }
+}

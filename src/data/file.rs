@@ -1,0 +1,324 @@
+//! Rows of one session file, read column by column without going through another in-memory format.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use bireme_etl::schema::Feature;
+use parquet::basic::Type as Physical;
+use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::data_type::DataType;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+
+use super::plan::spans_in_order;
+use super::{DataError, Features};
+
+/// Values of one list column of many sessions, one after the other.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Column {
+    /// Categorical codes: 0 padding (never in a file), 1 unknown, 2.. known values.
+    Ids(Vec<i64>),
+    /// Continuous values.
+    Values(Vec<f32>),
+}
+
+/// Sessions in ragged form: those of row `i` lie at `offsets[i]..offsets[i + 1]` of every column.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sessions {
+    offsets: Vec<usize>,
+    columns: Vec<Column>,
+}
+
+impl Sessions {
+    /// Number of sessions.
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where the events of session `row` lie in every column.
+    pub fn span(&self, row: usize) -> Range<usize> {
+        self.offsets[row]..self.offsets[row + 1]
+    }
+
+    /// The columns, in the order of [`Features::columns`].
+    pub fn columns(&self) -> &[Column] {
+        &self.columns
+    }
+
+    /// Item indices of session `row` (the item id is column 0).
+    pub fn items(&self, row: usize) -> &[i64] {
+        match &self.columns[0] {
+            Column::Ids(ids) => &ids[self.span(row)],
+            Column::Values(_) => unreachable!("the item id is categorical"),
+        }
+    }
+
+    fn append(&mut self, other: Sessions) {
+        let base = *self.offsets.last().unwrap_or(&0);
+        self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
+        for (mine, theirs) in self.columns.iter_mut().zip(other.columns) {
+            match (mine, theirs) {
+                (Column::Ids(mine), Column::Ids(theirs)) => mine.extend(theirs),
+                (Column::Values(mine), Column::Values(theirs)) => mine.extend(theirs),
+                _ => unreachable!("both follow the same features"),
+            }
+        }
+    }
+}
+
+/// One opened `train`, `valid` or `test` file.
+pub struct SessionFile {
+    path: PathBuf,
+    features: Features,
+    /// Each feature's leaf column in the file: its index, and the definition level of a value that is there.
+    leaves: Vec<(usize, i16)>,
+    group_rows: Vec<usize>,
+    max_length: usize,
+}
+
+impl SessionFile {
+    pub(super) fn open(path: &Path, features: &Features, max_length: usize) -> Result<Self, DataError> {
+        let reader = open_parquet(path)?;
+        let metadata = reader.metadata();
+        let descriptor = metadata.file_metadata().schema_descr();
+        let mut leaves = Vec::new();
+        for feature in features.columns() {
+            let column_error = |problem: &str| DataError::Column {
+                path: path.to_owned(),
+                column: feature.name.clone(),
+                problem: problem.to_owned(),
+            };
+            let leaf = (0..descriptor.num_columns())
+                .find(|&i| descriptor.column(i).path().parts()[0] == feature.name)
+                .ok_or_else(|| column_error("is missing"))?;
+            let column = descriptor.column(leaf);
+            if column.max_rep_level() != 1 {
+                return Err(column_error("is not a list"));
+            }
+            let fits = match column.physical_type() {
+                Physical::INT32 | Physical::INT64 => true,
+                Physical::FLOAT | Physical::DOUBLE => !feature.is_categorical(),
+                _ => false,
+            };
+            if !fits {
+                return Err(column_error(&format!("has the unexpected type {}", column.physical_type())));
+            }
+            leaves.push((leaf, column.max_def_level()));
+        }
+        let group_rows = metadata.row_groups().iter().map(|group| group.num_rows() as usize).collect();
+        Ok(Self { path: path.to_owned(), features: features.clone(), leaves, group_rows, max_length })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Number of sessions.
+    pub fn n_sessions(&self) -> usize {
+        self.group_rows.iter().sum()
+    }
+
+    /// Sessions in each row group.
+    pub fn group_rows(&self) -> &[usize] {
+        &self.group_rows
+    }
+
+    /// Reads the given rows of the given row groups, in this order.
+    ///
+    /// # Errors
+    /// A file that changed or is cut off, a session of fewer than 2 events, a null or out-of-range value.
+    pub fn read(&self, spans: &[(usize, Range<usize>)]) -> Result<Sessions, DataError> {
+        let reader = open_parquet(&self.path)?;
+        let columns = self.features.columns().iter().map(|feature| {
+            if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) }
+        });
+        let mut sessions = Sessions { offsets: vec![0], columns: columns.collect() };
+        for (group, rows) in spans {
+            sessions.append(self.read_group(&reader, *group, rows.clone())?);
+        }
+        Ok(sessions)
+    }
+
+    /// The row spans of rows `rows` of the whole file, in file order.
+    pub fn spans(&self, rows: Range<usize>) -> Vec<(usize, Range<usize>)> {
+        let in_file_order: Vec<usize> = (0..self.group_rows.len()).collect();
+        spans_in_order(&self.group_rows, &in_file_order, rows)
+    }
+
+    fn read_group(
+        &self,
+        reader: &SerializedFileReader<File>,
+        group: usize,
+        rows: Range<usize>,
+    ) -> Result<Sessions, DataError> {
+        let in_file = |source| DataError::Parquet { path: self.path.clone(), source };
+        let first_row = self.group_rows[..group].iter().sum::<usize>() + rows.start;
+        let group_reader = reader.get_row_group(group).map_err(in_file)?;
+        let mut lengths = Vec::new();
+        let mut columns = Vec::with_capacity(self.leaves.len());
+        for (feature, &(leaf, defined)) in self.features.columns().iter().zip(&self.leaves) {
+            let at = |row: usize, problem: String| DataError::Row {
+                path: self.path.clone(),
+                row: first_row + row,
+                column: feature.name.clone(),
+                problem,
+            };
+            let column = group_reader.get_column_reader(leaf).map_err(in_file)?;
+            let lists = read_lists(column, rows.clone(), defined).map_err(in_file)?;
+            if let Some(row) = lists.first_gap {
+                return Err(at(row, "holds a null or an empty list".to_owned()));
+            }
+            if lists.lengths.len() != rows.len() {
+                let problem = ParquetError::EOF(format!("{} of {} rows", lists.lengths.len(), rows.len()));
+                return Err(in_file(problem));
+            }
+            if columns.is_empty() {
+                if let Some(row) = lists.lengths.iter().position(|&length| length < 2) {
+                    return Err(at(row, "has a session of one event: at least two are needed".to_owned()));
+                }
+                lengths.clone_from(&lists.lengths);
+            } else if let Some(row) = (0..rows.len()).find(|&row| lengths[row] != lists.lengths[row]) {
+                let problem = format!("has {} values, the item id {}", lists.lengths[row], lengths[row]);
+                return Err(at(row, problem));
+            }
+            let recent = lists.cut_to_last(self.max_length);
+            columns.push(recent.into_column(feature).map_err(|(row, problem)| at(row, problem))?);
+        }
+        let mut offsets = vec![0];
+        offsets.extend(lengths.iter().scan(0, |end, &length| {
+            *end += length.min(self.max_length);
+            Some(*end)
+        }));
+        Ok(Sessions { offsets, columns })
+    }
+}
+
+fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>, DataError> {
+    let file = File::open(path).map_err(|source| DataError::Open { path: path.to_owned(), source })?;
+    SerializedFileReader::new(file).map_err(|source| DataError::Parquet { path: path.to_owned(), source })
+}
+
+/// Values as stored, before they are checked against the schema.
+enum Raw {
+    Int(Vec<i64>),
+    Float(Vec<f64>),
+}
+
+/// A list column of some rows.
+struct Lists {
+    lengths: Vec<usize>,
+    values: Raw,
+    /// First row with a null list, an empty list or a null element.
+    first_gap: Option<usize>,
+}
+
+impl Lists {
+    fn cut_to_last(self, max_length: usize) -> Self {
+        if self.lengths.iter().all(|&length| length <= max_length) {
+            return self;
+        }
+        fn cut<T: Copy>(values: &[T], lengths: &[usize], max_length: usize) -> Vec<T> {
+            let mut kept = Vec::with_capacity(values.len());
+            let mut end = 0;
+            for &length in lengths {
+                end += length;
+                kept.extend_from_slice(&values[end - length.min(max_length)..end]);
+            }
+            kept
+        }
+        let values = match &self.values {
+            Raw::Int(values) => Raw::Int(cut(values, &self.lengths, max_length)),
+            Raw::Float(values) => Raw::Float(cut(values, &self.lengths, max_length)),
+        };
+        let lengths = self.lengths.iter().map(|&length| length.min(max_length)).collect();
+        Self { lengths, values, first_gap: self.first_gap }
+    }
+
+    /// Checks the values: codes within `1..cardinality`, continuous values finite.
+    fn into_column(self, feature: &Feature) -> Result<Column, (usize, String)> {
+        let row_of = |index: usize| {
+            let mut end = 0;
+            self.lengths.iter().position(|&length| {
+                end += length;
+                index < end
+            })
+        };
+        let n = feature.cardinality().unwrap_or_default();
+        match self.values {
+            Raw::Int(values) if feature.is_categorical() => {
+                match values.iter().position(|value| !(1..n).contains(value)) {
+                    None => Ok(Column::Ids(values)),
+                    Some(i) => {
+                        let problem = format!("has the id {}, outside 1..={} of the schema", values[i], n - 1);
+                        Err((row_of(i).unwrap_or(0), problem))
+                    }
+                }
+            }
+            Raw::Int(values) => Ok(Column::Values(values.iter().map(|&value| value as f32).collect())),
+            Raw::Float(values) => {
+                let values: Vec<f32> = values.iter().map(|&value| value as f32).collect();
+                match values.iter().position(|value| !value.is_finite()) {
+                    None => Ok(Column::Values(values)),
+                    Some(i) => Err((row_of(i).unwrap_or(0), format!("has the value {}", values[i]))),
+                }
+            }
+        }
+    }
+}
+
+fn read_lists(column: ColumnReader, rows: Range<usize>, defined: i16) -> Result<Lists, ParquetError> {
+    fn read<T: DataType, V>(
+        mut column: ColumnReaderImpl<T>,
+        rows: Range<usize>,
+        defined: i16,
+        wrap: impl FnOnce(Vec<T::T>) -> V,
+    ) -> Result<(Vec<usize>, V, Option<usize>), ParquetError> {
+        column.skip_records(rows.start)?;
+        let (mut definitions, mut repetitions, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        let mut n_read = 0;
+        while n_read < rows.len() {
+            let (n, ..) = column.read_records(
+                rows.len() - n_read,
+                Some(&mut definitions),
+                Some(&mut repetitions),
+                &mut values,
+            )?;
+            if n == 0 {
+                break;
+            }
+            n_read += n;
+        }
+        let mut lengths: Vec<usize> = Vec::with_capacity(n_read);
+        let mut first_gap = None;
+        for (definition, repetition) in definitions.iter().zip(&repetitions) {
+            if *repetition == 0 {
+                lengths.push(0);
+            }
+            if *definition < defined {
+                first_gap = first_gap.or(Some(lengths.len() - 1));
+            } else if let Some(length) = lengths.last_mut() {
+                *length += 1;
+            }
+        }
+        Ok((lengths, wrap(values), first_gap))
+    }
+    let (lengths, values, first_gap) = match column {
+        ColumnReader::Int32ColumnReader(column) => {
+            read(column, rows, defined, |values| Raw::Int(values.into_iter().map(i64::from).collect()))?
+        }
+        ColumnReader::Int64ColumnReader(column) => read(column, rows, defined, Raw::Int)?,
+        ColumnReader::FloatColumnReader(column) => {
+            read(column, rows, defined, |values| Raw::Float(values.into_iter().map(f64::from).collect()))?
+        }
+        ColumnReader::DoubleColumnReader(column) => read(column, rows, defined, Raw::Float)?,
+        _ => return Err(ParquetError::General("unexpected column type".to_owned())),
+    };
+    Ok(Lists { lengths, values, first_gap })
+}

@@ -1,0 +1,122 @@
+//! Batches of a rank, read and put together in the background while a step computes.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+
+use super::plan::{Shape, derive_seed, lanes_of_rank};
+use super::{Batch, DataError, Features, Segment, SessionFile, Sessions};
+
+/// Batches that may wait ready: enough to even out a slow read, few enough to be nothing in memory.
+const READY_BATCHES: usize = 4;
+
+/// Where a training day begins and what it consists of.
+#[derive(Clone)]
+pub struct DayPlan {
+    /// The day's sessions.
+    pub file: Arc<SessionFile>,
+    /// The day.
+    pub day: i64,
+    /// Passes over it.
+    pub n_epochs: usize,
+    /// How steps are cut.
+    pub shape: Shape,
+    /// Seed of the run.
+    pub seed: u64,
+    /// At most so many steps, if given.
+    pub max_steps: Option<usize>,
+}
+
+impl DayPlan {
+    /// Steps of one epoch.
+    pub fn steps_per_epoch(&self) -> usize {
+        self.shape.steps(self.file.n_sessions())
+    }
+
+    /// Steps of the day, the same on every rank.
+    pub fn n_steps(&self) -> usize {
+        let all = self.n_epochs * self.steps_per_epoch();
+        self.max_steps.map_or(all, |max| all.min(max))
+    }
+
+    /// Sessions in the global batch of step `step` of the day.
+    pub fn sessions_in_step(&self, step: usize) -> usize {
+        self.shape.sessions_in_step(self.file.n_sessions(), step % self.steps_per_epoch())
+    }
+}
+
+/// A rank's passes of one day, in order of steps.
+pub struct Loader {
+    batches: Receiver<Result<Batch, DataError>>,
+}
+
+impl Loader {
+    /// Starts reading the lanes that `rank` owns.
+    pub fn start(plan: &DayPlan, features: &Features, rank: usize, world_size: usize) -> Self {
+        let (ready, batches) = sync_channel(READY_BATCHES);
+        let (plan, features) = (plan.clone(), features.clone());
+        thread::spawn(move || {
+            let n_steps = plan.n_steps();
+            let steps_per_epoch = plan.steps_per_epoch();
+            for epoch in 0..plan.n_epochs {
+                let place = (plan.seed, plan.day, epoch);
+                let lanes = lanes_of_rank(plan.file.group_rows(), plan.shape, place, (rank, world_size));
+                let sessions: Result<Vec<Sessions>, _> =
+                    lanes.iter().map(|lane| plan.file.read(&lane.spans)).collect();
+                let sessions = match sessions {
+                    Ok(sessions) => sessions,
+                    // The receiver may be gone after an error of its own: then nobody is left to tell.
+                    Err(error) => return drop(ready.send(Err(error))),
+                };
+                for step in 0..steps_per_epoch.min(n_steps.saturating_sub(epoch * steps_per_epoch)) {
+                    let mut rows = Vec::new();
+                    let mut segments = Vec::new();
+                    for (lane, sessions) in lanes.iter().zip(&sessions) {
+                        let taken = plan.shape.micro_batch_rows(sessions.len(), step);
+                        let place = [plan.day as u64, epoch as u64, step as u64, lane.index as u64];
+                        let seed = derive_seed(plan.seed, "micro-batch", &place);
+                        segments.push(Segment { seed, rows: taken.len() });
+                        rows.extend(lane.order[taken].iter().map(|&row| (sessions, row)));
+                    }
+                    if ready.send(Ok(Batch::new(&rows, &features, segments))).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Self { batches }
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<Batch, DataError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.batches.recv().ok()
+    }
+}
+
+/// The blocks of `block` consecutive sessions of a file that `rank` evaluates.
+///
+/// Blocks are cut without regard to the number of ranks, so that a session is scored in the same company, and
+/// by the same arithmetic, whoever scores it. Each rank takes consecutive blocks and reads its share only.
+///
+/// # Errors
+/// See [`SessionFile::read`].
+pub fn evaluation_batches(
+    file: &SessionFile,
+    features: &Features,
+    block: usize,
+    (rank, world_size): (usize, usize),
+) -> Result<impl Iterator<Item = Batch>, DataError> {
+    let n_blocks = file.n_sessions().div_ceil(block);
+    let first = rank * n_blocks / world_size * block;
+    let end = ((rank + 1) * n_blocks / world_size * block).min(file.n_sessions());
+    let sessions = file.read(&file.spans(first..end))?;
+    let features = features.clone();
+    Ok((0..sessions.len()).step_by(block).map(move |first| {
+        let rows: Vec<_> =
+            (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
+        Batch::new(&rows, &features, vec![Segment { seed: 0, rows: rows.len() }])
+    }))
+}

@@ -1,0 +1,182 @@
+//! Which sessions make up which step: a function of (seed, day, epoch), never of the number of ranks.
+//!
+//! A global batch is a fixed number of micro-batches. Micro-batch `l` of every step is drawn from *lane* `l`:
+//! the day's row groups, in an order shuffled per epoch, are laid end to end and cut into as many lanes of
+//! equal length (to one session) as a global batch has micro-batches, and each lane is shuffled in itself.
+//! A rank owns whole lanes, so it reads its share of the day's bytes (plus at most the two row groups that its
+//! lane begins and ends in), while who owns a lane changes nothing about what is in it. All lanes end within one
+//! session of each other, so every rank runs the same number of steps, and nothing is dropped or seen twice.
+//! The virtual shards of mosaicml/streaming serve the same end.
+
+use std::ops::Range;
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Derives an independent seed for a purpose (`stream`) and a place in the run.
+pub fn derive_seed(seed: u64, stream: &str, place: &[u64]) -> u64 {
+    let mut key = Vec::with_capacity(16 + stream.len() + 8 * place.len());
+    key.extend_from_slice(&seed.to_le_bytes());
+    key.extend_from_slice(stream.as_bytes());
+    for part in place {
+        key.extend_from_slice(&part.to_le_bytes());
+    }
+    xxh3_64(&key)
+}
+
+fn generator(seed: u64, stream: &str, place: &[u64]) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(derive_seed(seed, stream, place))
+}
+
+/// One lane of an epoch: the rows it covers, and the order in which its sessions are seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lane {
+    /// Position of its micro-batch in every step.
+    pub index: usize,
+    /// Row spans by row group.
+    pub spans: Vec<(usize, Range<usize>)>,
+    /// Order of the sessions of `spans`, laid end to end.
+    pub order: Vec<usize>,
+}
+
+/// What a day's steps are cut from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Micro-batches in a global batch, which is the number of lanes.
+    pub n_lanes: usize,
+    /// Sessions in a micro-batch.
+    pub micro_batch: usize,
+}
+
+impl Shape {
+    /// Steps of one epoch over `n_sessions`.
+    pub fn steps(&self, n_sessions: usize) -> usize {
+        n_sessions.div_ceil(self.n_lanes).div_ceil(self.micro_batch)
+    }
+
+    /// Sessions that lane `index` holds.
+    fn lane_rows(&self, n_sessions: usize, index: usize) -> Range<usize> {
+        index * n_sessions / self.n_lanes..(index + 1) * n_sessions / self.n_lanes
+    }
+
+    /// Sessions in the global batch of step `step` of an epoch.
+    pub fn sessions_in_step(&self, n_sessions: usize, step: usize) -> usize {
+        (0..self.n_lanes)
+            .map(|lane| self.micro_batch_rows(self.lane_rows(n_sessions, lane).len(), step).len())
+            .sum()
+    }
+
+    /// Which of a lane's `n_rows` sessions are in its micro-batch of step `step`; none once the lane is used up.
+    pub fn micro_batch_rows(&self, n_rows: usize, step: usize) -> Range<usize> {
+        (step * self.micro_batch).min(n_rows)..((step + 1) * self.micro_batch).min(n_rows)
+    }
+}
+
+/// The lanes of an epoch that `rank` owns.
+pub fn lanes_of_rank(
+    group_rows: &[usize],
+    shape: Shape,
+    (seed, day, epoch): (u64, i64, usize),
+    (rank, world_size): (usize, usize),
+) -> Vec<Lane> {
+    let place = [day as u64, epoch as u64];
+    let mut groups: Vec<usize> = (0..group_rows.len()).collect();
+    groups.shuffle(&mut generator(seed, "row groups", &place));
+    let n_sessions: usize = group_rows.iter().sum();
+    (rank..shape.n_lanes)
+        .step_by(world_size)
+        .map(|index| {
+            let rows = shape.lane_rows(n_sessions, index);
+            let mut order: Vec<usize> = (0..rows.len()).collect();
+            order.shuffle(&mut generator(seed, "lane", &[place[0], place[1], index as u64]));
+            Lane { index, spans: spans_in_order(group_rows, &groups, rows), order }
+        })
+        .collect()
+}
+
+/// The spans of rows `rows` of the row groups laid end to end in the order `groups`.
+pub fn spans_in_order(group_rows: &[usize], groups: &[usize], rows: Range<usize>) -> Vec<(usize, Range<usize>)> {
+    let mut spans = Vec::new();
+    let mut first = 0;
+    for &group in groups {
+        let (start, end) = (rows.start.max(first), rows.end.min(first + group_rows[group]));
+        if start < end {
+            spans.push((group, start - first..end - first));
+        }
+        first += group_rows[group];
+    }
+    spans
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// (group, row) of every session of every step, in lane order, put together from all ranks.
+    fn epoch(group_rows: &[usize], shape: Shape, world_size: usize) -> Vec<Vec<(usize, usize)>> {
+        let n: usize = group_rows.iter().sum();
+        let mut lanes: Vec<Lane> = (0..world_size)
+            .flat_map(|rank| lanes_of_rank(group_rows, shape, (7, 3, 1), (rank, world_size)))
+            .collect();
+        lanes.sort_by_key(|lane| lane.index);
+        let rows: Vec<Vec<(usize, usize)>> = lanes
+            .iter()
+            .map(|lane| lane.spans.iter().flat_map(|(g, rows)| rows.clone().map(|r| (*g, r))).collect())
+            .collect();
+        (0..shape.steps(n))
+            .map(|step| {
+                let of_lane = |lane: &Lane| {
+                    let taken = shape.micro_batch_rows(lane.order.len(), step);
+                    lane.order[taken].iter().map(|&i| rows[lane.index][i]).collect::<Vec<_>>()
+                };
+                lanes.iter().flat_map(of_lane).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn global_batches_do_not_depend_on_the_number_of_ranks() {
+        let shape = Shape { n_lanes: 8, micro_batch: 4 };
+        let groups = [50, 1, 33, 17, 64, 9];
+        let alone = epoch(&groups, shape, 1);
+        for world_size in 2..=8 {
+            assert_eq!(epoch(&groups, shape, world_size), alone);
+        }
+    }
+
+    #[test]
+    fn every_session_is_seen_once_in_steps_that_are_full_but_for_the_last() {
+        for (n, n_lanes) in [(0, 4), (3, 8), (8, 8), (100, 8), (1000, 7)] {
+            let shape = Shape { n_lanes, micro_batch: 4 };
+            let groups = [n / 3, n - n / 3];
+            let steps = epoch(&groups, shape, 1);
+            let mut seen: Vec<_> = steps.iter().flatten().copied().collect();
+            seen.sort_unstable();
+            let all: Vec<_> = (0..2).flat_map(|g| (0..groups[g]).map(move |r| (g, r))).collect();
+            assert_eq!(seen, all);
+            for (i, step) in steps.iter().enumerate() {
+                assert_eq!(step.len(), shape.sessions_in_step(n, i));
+                assert!(i + 1 == steps.len() || i + 2 == steps.len() || step.len() == 4 * n_lanes);
+            }
+        }
+    }
+
+    #[test]
+    fn epochs_and_days_differ() {
+        let shape = Shape { n_lanes: 2, micro_batch: 4 };
+        let order = |day, epoch| lanes_of_rank(&[40], shape, (7, day, epoch), (0, 1))[0].order.clone();
+        assert_ne!(order(1, 0), order(1, 1));
+        assert_ne!(order(1, 0), order(2, 0));
+    }
+
+    #[test]
+    fn a_rank_reads_about_its_share() {
+        let shape = Shape { n_lanes: 8, micro_batch: 4 };
+        let groups = vec![100; 64];
+        let lanes = lanes_of_rank(&groups, shape, (7, 1, 0), (1, 4));
+        let touched: usize = lanes.iter().map(|lane| lane.spans.len()).sum();
+        assert!(touched <= 64 / 4 + 2 * lanes.len(), "{touched} of 64 row groups");
+    }
+}

@@ -1,0 +1,170 @@
+//! What a run says of itself: `metrics.jsonl`, `results.txt`, and lines or a bar on the terminal.
+//!
+//! Only rank 0 speaks; on the others every call does nothing.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use crate::collective::Root;
+use crate::data::Split;
+use crate::metrics::Metrics;
+
+/// A line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Record {
+    /// Now and then while training.
+    Step {
+        /// The day trained on.
+        day: i64,
+        /// Pass over the day, from 0.
+        epoch: usize,
+        /// Steps of the day that are done.
+        step: usize,
+        /// Mean cross entropy over the targets of this step's global batch.
+        loss: f64,
+        /// Learning rate of this step.
+        lr: f64,
+        /// Sessions of all ranks a second, since the last such line.
+        sessions_per_s: f64,
+    },
+    /// After every day.
+    Eval {
+        /// The day trained on last.
+        train_day: i64,
+        /// The day evaluated on.
+        eval_day: i64,
+        /// Which of its parts.
+        split: Split,
+        /// The figures.
+        #[serde(flatten)]
+        metrics: Metrics,
+    },
+}
+
+/// The log could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write `{path}`")]
+pub struct ReportError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Where a run's records go.
+pub struct Report {
+    root: Option<RootReport>,
+}
+
+struct RootReport {
+    path: PathBuf,
+    records: File,
+    bar: Option<ProgressBar>,
+}
+
+impl Report {
+    /// Opens `run_dir/metrics.jsonl` on the root; silent elsewhere.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(root: Option<Root>, run_dir: &Path) -> Result<Self, ReportError> {
+        let Some(_) = root else { return Ok(Self { root: None }) };
+        let path = run_dir.join("metrics.jsonl");
+        let records = OpenOptions::new().create(true).append(true).open(&path);
+        let records = records.map_err(|source| ReportError { path: path.clone(), source })?;
+        Ok(Self { root: Some(RootReport { path, records, bar: None }) })
+    }
+
+    /// A day of `n_steps` steps begins.
+    pub fn begin_day(&mut self, day: i64, n_steps: usize, n_sessions: usize) {
+        self.say(&format!("day {day}: {n_sessions} sessions, {n_steps} steps"));
+        let Some(root) = &mut self.root else { return };
+        if io::stderr().is_terminal() {
+            let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template("day {prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left")
+                .expect("a valid template");
+            bar.set_style(style);
+            bar.set_prefix(day.to_string());
+            bar.enable_steady_tick(Duration::from_secs(1));
+            root.bar = Some(bar);
+        }
+    }
+
+    /// A step is done.
+    pub fn tick(&self) {
+        if let Some(bar) = self.root.as_ref().and_then(|root| root.bar.as_ref()) {
+            bar.inc(1);
+        }
+    }
+
+    /// The day is done.
+    pub fn end_day(&mut self) {
+        if let Some(bar) = self.root.as_mut().and_then(|root| root.bar.take()) {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Writes a record, and says it.
+    ///
+    /// # Errors
+    /// The disk is full, say.
+    pub fn record(&mut self, record: &Record) -> Result<(), ReportError> {
+        let Some(root) = &mut self.root else { return Ok(()) };
+        let mut line = serde_json::to_string(record).expect("a record is JSON");
+        line.push('\n');
+        let written = root.records.write_all(line.as_bytes());
+        written.map_err(|source| ReportError { path: root.path.clone(), source })?;
+        match record {
+            Record::Step { day, epoch, step, loss, lr, sessions_per_s } => {
+                let figures = format!("loss {loss:7.4}  lr {lr:.2e}  {sessions_per_s:7.0} sessions/s");
+                if let Some(bar) = &root.bar {
+                    bar.set_message(figures);
+                } else {
+                    self.say(&format!("day {day}  epoch {epoch}  step {step:5}  {figures}"));
+                }
+            }
+            Record::Eval { train_day, eval_day, split, metrics } => {
+                self.say(&format!("after day {train_day}, on day {eval_day} ({split}): {}", figures(metrics)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says a line on stderr.
+    #[allow(clippy::print_stderr, reason = "the one place that speaks")]
+    pub fn say(&self, line: &str) {
+        match &self.root {
+            Some(RootReport { bar: Some(bar), .. }) => bar.suspend(|| eprintln!("{line}")),
+            Some(_) => eprintln!("{line}"),
+            None => {}
+        }
+    }
+}
+
+/// The figures of an evaluation on one line.
+pub fn figures(metrics: &Metrics) -> String {
+    let Metrics { n_sessions, loss, ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20, mrr_at_20 } = metrics;
+    let loss = if loss.is_nan() { "  none".to_owned() } else { format!("{loss:.4}") };
+    format!(
+        "loss {loss}  NDCG@10 {ndcg_at_10:.4}  NDCG@20 {ndcg_at_20:.4}  Recall@10 {recall_at_10:.4}  \
+         Recall@20 {recall_at_20:.4}  MRR@20 {mrr_at_20:.4}  ({n_sessions} sessions)"
+    )
+}
+
+/// Writes `run_dir/results.txt`: a title, then the metrics of the last evaluation as `key:value`.
+///
+/// # Errors
+/// The disk is full, say.
+pub fn write_results(_: Root, run_dir: &Path, title: &str, metrics: &Metrics) -> Result<(), ReportError> {
+    let path = run_dir.join("results.txt");
+    let text = format!(
+        "{title} accuracy results:\nnext-item/ndcg_at_10:{}\nnext-item/ndcg_at_20:{}\n\
+         next-item/recall_at_10:{}\nnext-item/recall_at_20:{}\n",
+        metrics.ndcg_at_10, metrics.ndcg_at_20, metrics.recall_at_10, metrics.recall_at_20
+    );
+    std::fs::write(&path, text).map_err(|source| ReportError { path, source })
+}
