@@ -1,1 +1,4 @@
 //! Bireme.
+
+pub mod collective;
+pub mod device;

@@ -1,0 +1,286 @@
+//! Ranks as processes: MPI moves tensors between host memories.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::io::Write;
+use std::panic::PanicHookInfo;
+
+use mpi::datatype::Equivalence;
+use mpi::environment::{Universe, processor_name};
+use mpi::ffi;
+use mpi::topology::{Communicator, SimpleCommunicator};
+use mpi::traits::AsRaw;
+use tch::{Device, Kind, Tensor};
+
+use super::{Call, Collective, CollectiveError, Reduce};
+
+/// Elements in one MPI call: MPI counts with a 32-bit integer.
+const MOST_ELEMENTS: usize = 1 << 30;
+
+/// The processes that one launcher started. Dropping it leaves MPI and waits for the other ranks to do the same.
+pub struct Mpi {
+    rank: usize,
+    world_size: usize,
+    local_rank: usize,
+    local_size: usize,
+    host: String,
+    most_elements: usize,
+    // Freed before the universe ends, as fields drop in order.
+    world: SimpleCommunicator,
+    _universe: Universe,
+}
+
+impl Mpi {
+    /// *All ranks.* Joins the job, and makes a panic on any thread of this rank the end of it, with exit code 1.
+    /// The calls are made from the thread that joined.
+    pub fn join() -> Result<Self, CollectiveError> {
+        let (universe, _) =
+            mpi::initialize_with_threading(mpi::Threading::Funneled).ok_or(CollectiveError::Launch {
+                problem: "this process has joined MPI before".to_owned(),
+                hint: "join once and hand the collective on",
+            })?;
+        // Our own communicator: its errors come back to us instead of ending the job without our rank and counts.
+        let world = universe.world().duplicate();
+        // SAFETY: the communicator lives in `world`; both handles are what MPI_Init has set up.
+        unsafe { ffi::MPI_Comm_set_errhandler(world.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
+        let shared = world.split_shared(world.rank());
+        let mpi = Self {
+            rank: world.rank() as usize,
+            world_size: world.size() as usize,
+            local_rank: shared.rank() as usize,
+            local_size: shared.size() as usize,
+            host: processor_name().unwrap_or_else(|_| "unknown host".to_owned()),
+            most_elements: MOST_ELEMENTS,
+            world,
+            _universe: universe,
+        };
+        let name = format!("rank {} of {} on {}", mpi.rank, mpi.world_size, mpi.host);
+        std::panic::set_hook(Box::new(move |panic| end_job(&name, panic)));
+        Ok(mpi)
+    }
+
+    /// Cuts tensors into calls of at most `most_elements`, so that tests reach the cuts with small tensors.
+    #[must_use]
+    pub fn with_most_elements(self, most_elements: usize) -> Self {
+        Self { most_elements, ..self }
+    }
+
+    fn check_host(&self, call: Call, tensor: &Tensor) -> Result<(), CollectiveError> {
+        if tensor.device() != Device::Cpu {
+            return Err(call.refuse(format!(
+                "the tensor lies on {:?}, and MPI carries host memory; `on_device` adds NCCL for the others",
+                tensor.device()
+            )));
+        }
+        Ok(())
+    }
+
+    /// First element and number of elements of each call for `n_elements`.
+    fn cuts(&self, n_elements: usize) -> impl Iterator<Item = (usize, c_int)> {
+        let most = self.most_elements;
+        (0..n_elements).step_by(most).map(move |start| (start, most.min(n_elements - start) as c_int))
+    }
+
+    /// Turns MPI's return code into an error that names this rank.
+    fn done(&self, call: &'static str, n_elements: c_int, code: c_int) -> Result<(), CollectiveError> {
+        if code == 0 {
+            return Ok(());
+        }
+        let mut text = [0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
+        let mut length = 0;
+        // SAFETY: `text` holds the longest text that MPI writes, and stays terminated by the zero behind it.
+        let text = unsafe {
+            ffi::MPI_Error_string(code, text.as_mut_ptr(), &mut length);
+            CStr::from_ptr(text.as_ptr())
+        };
+        Err(CollectiveError::Library {
+            call,
+            n_elements: n_elements as usize,
+            rank: self.rank,
+            world_size: self.world_size,
+            host: self.host.clone(),
+            text: text.to_string_lossy().into_owned(),
+        })
+    }
+
+    fn broadcast_elements(
+        &self,
+        buffer: Buffer,
+        start: usize,
+        n_elements: usize,
+        root: usize,
+    ) -> Result<(), CollectiveError> {
+        for (cut, n) in self.cuts(n_elements) {
+            // SAFETY: `buffer` is a checked host tensor with `start + cut + n` elements or more, alive in the caller.
+            let code = unsafe {
+                let to = buffer.at(start + cut);
+                ffi::MPI_Bcast(to, n, buffer.datatype, root as c_int, self.world.as_raw())
+            };
+            self.done("MPI_Bcast", n, code)?;
+        }
+        Ok(())
+    }
+}
+
+/// The end of the job after a panic: dropping [`Mpi`] would wait for ranks that wait for this one.
+fn end_job(rank: &str, panic: &PanicHookInfo) {
+    let thread = std::thread::current();
+    let thread = thread.name().unwrap_or("unnamed");
+    let backtrace = Backtrace::capture();
+    let backtrace = match backtrace.status() {
+        BacktraceStatus::Captured => format!("\n{backtrace}"),
+        _ => String::new(),
+    };
+    // One write, so that the lines of several ranks do not mix; nobody is left to tell if it fails.
+    let text = format!("{rank}, thread `{thread}`, {panic}{backtrace}\n");
+    let _ = std::io::stderr().write_all(text.as_bytes());
+    abort(1)
+}
+
+/// Needs no [`Mpi`], so that any thread can end the job.
+fn abort(code: i32) -> ! {
+    let _ = std::io::stdout().flush();
+    SimpleCommunicator::world().abort(code)
+}
+
+/// A checked tensor as MPI takes it.
+#[derive(Clone, Copy)]
+struct Buffer {
+    start: *mut c_void,
+    element_bytes: usize,
+    datatype: ffi::MPI_Datatype,
+}
+
+impl Buffer {
+    fn of(tensor: &Tensor) -> Self {
+        let datatype = match tensor.kind() {
+            Kind::Float => f32::equivalent_datatype().as_raw(),
+            Kind::Double => f64::equivalent_datatype().as_raw(),
+            Kind::Int64 => i64::equivalent_datatype().as_raw(),
+            _ => u8::equivalent_datatype().as_raw(),
+        };
+        Self { start: tensor.data_ptr(), element_bytes: tensor.kind().elt_size_in_bytes(), datatype }
+    }
+
+    fn at(self, element: usize) -> *mut c_void {
+        self.start.wrapping_byte_add(element * self.element_bytes)
+    }
+}
+
+impl Reduce {
+    fn mpi(self) -> ffi::MPI_Op {
+        // SAFETY: constants of the C header, which rsmpi exports as statics that nobody writes.
+        unsafe {
+            match self {
+                Self::Sum => ffi::RSMPI_SUM,
+                Self::Min => ffi::RSMPI_MIN,
+                Self::Max => ffi::RSMPI_MAX,
+            }
+        }
+    }
+}
+
+impl Collective for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    fn local_rank(&self) -> usize {
+        self.local_rank
+    }
+
+    fn local_size(&self) -> usize {
+        self.local_size
+    }
+
+    fn backend(&self) -> &'static str {
+        "mpi"
+    }
+
+    fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) -> Result<(), CollectiveError> {
+        let call = Call::new("all_reduce", self);
+        call.check(tensor)?;
+        self.check_host(call, tensor)?;
+        // MPI_IN_PLACE is a macro of the C header that rsmpi does not carry.
+        let mine = call.snapshot(tensor)?;
+        let (from, to) = (Buffer::of(&mine), Buffer::of(tensor));
+        for (cut, n) in self.cuts(tensor.numel()) {
+            // SAFETY: both are host tensors of one kind and size, apart in memory, with `cut + n` elements or more.
+            let code = unsafe {
+                let world = self.world.as_raw();
+                ffi::MPI_Allreduce(from.at(cut), to.at(cut), n, to.datatype, op.mpi(), world)
+            };
+            self.done("MPI_Allreduce", n, code)?;
+        }
+        Ok(())
+    }
+
+    fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError> {
+        let call = Call::new("broadcast", self);
+        call.check_root(tensor, root)?;
+        self.check_host(call, tensor)?;
+        self.broadcast_elements(Buffer::of(tensor), 0, tensor.numel(), root)
+    }
+
+    fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError> {
+        let call = Call::new("all_gather", self);
+        call.check_parts(part, whole)?;
+        self.check_host(call, part)?;
+        let n_elements = part.numel();
+        if whole.numel() > self.most_elements {
+            // Cuts of a part do not lie together in the whole, so every rank sends its part by itself.
+            let mut slot = whole.view([-1]).narrow(0, (self.rank * n_elements) as i64, n_elements as i64);
+            call.copy(&mut slot, part)?;
+            return (0..self.world_size).try_for_each(|root| {
+                self.broadcast_elements(Buffer::of(whole), root * n_elements, n_elements, root)
+            });
+        }
+        let (from, to, n) = (Buffer::of(part), Buffer::of(whole), n_elements as c_int);
+        // SAFETY: host tensors of one kind, apart in memory, of `n` and `world_size * n` elements.
+        let code = unsafe {
+            let world = self.world.as_raw();
+            ffi::MPI_Allgather(from.start, n, from.datatype, to.start, n, to.datatype, world)
+        };
+        self.done("MPI_Allgather", n, code)
+    }
+
+    fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError> {
+        let call = Call::new("reduce_scatter", self);
+        call.check_parts(part, whole)?;
+        self.check_host(call, whole)?;
+        let n_elements = part.numel();
+        let (from, to, world) = (Buffer::of(whole), Buffer::of(part), self.world.as_raw());
+        if whole.numel() > self.most_elements {
+            for root in 0..self.world_size {
+                for (cut, n) in self.cuts(n_elements) {
+                    let from_here = from.at(root * n_elements + cut);
+                    // SAFETY: as below, for the cut of the part that rank `root` keeps.
+                    let code = unsafe {
+                        ffi::MPI_Reduce(from_here, to.at(cut), n, to.datatype, op.mpi(), root as c_int, world)
+                    };
+                    self.done("MPI_Reduce", n, code)?;
+                }
+            }
+            return Ok(());
+        }
+        let n = n_elements as c_int;
+        // SAFETY: host tensors of one kind, apart in memory, of `world_size * n` and `n` elements.
+        let code =
+            unsafe { ffi::MPI_Reduce_scatter_block(from.start, to.start, n, to.datatype, op.mpi(), world) };
+        self.done("MPI_Reduce_scatter_block", n, code)
+    }
+
+    fn barrier(&self) -> Result<(), CollectiveError> {
+        // SAFETY: the communicator lives in `self`.
+        let code = unsafe { ffi::MPI_Barrier(self.world.as_raw()) };
+        self.done("MPI_Barrier", 0, code)
+    }
+
+    fn abort(&self, code: i32) -> ! {
+        abort(code)
+    }
+}

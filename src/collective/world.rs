@@ -1,0 +1,108 @@
+//! The one place that chooses a backend.
+
+use std::env;
+
+use tch::Device;
+
+use super::mpi::Mpi;
+use super::nccl::Nccl;
+use super::solo::Solo;
+use super::{Collective, CollectiveError};
+
+/// *All ranks.* Joins the job this process was started into: MPI when a launcher started it, a world of one
+/// otherwise, which leaves MPI alone.
+///
+/// Joined to MPI, a panic on any thread names the rank and ends the whole job with exit code 1.
+///
+/// # Errors
+/// [`CollectiveError::Launch`] when the launcher started several processes that MPI does not see as one job.
+pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
+    match launched(|name| env::var(name).ok())? {
+        Launched::Alone => Ok(Box::new(Solo)),
+        Launched::Ranks(expected) => {
+            let mpi = Mpi::join()?;
+            match expected {
+                Some(expected) if expected != mpi.world_size() => Err(CollectiveError::Launch {
+                    problem: format!(
+                        "{expected} processes were started, but MPI sees a job of {}",
+                        mpi.world_size()
+                    ),
+                    hint: "start with the `mpirun` of the MPI this program was built with",
+                }),
+                _ => Ok(Box::new(mpi)),
+            }
+        }
+    }
+}
+
+/// *All ranks.* The same ranks for tensors on `device`: with NCCL when they are several and `device` is a GPU.
+///
+/// # Errors
+/// Some ranks are on GPUs and some are not; NCCL is missing or does not start, which fails all ranks.
+pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Collective>, CollectiveError> {
+    let on_gpu = host.gather(&[u8::from(device.is_cuda())])?;
+    if let Some(other) = on_gpu.iter().position(|other| *other != on_gpu[0]) {
+        let name = |on_gpu| if on_gpu == 1 { "a GPU" } else { "the CPU" };
+        return Err(CollectiveError::Launch {
+            problem: format!("rank 0 is on {}, rank {other} on {}", name(on_gpu[0]), name(on_gpu[other])),
+            hint: "choose one with `--set run.device=cpu` or `--set run.device=cuda`",
+        });
+    }
+    match device {
+        Device::Cuda(gpu) if host.world_size() > 1 => Ok(Box::new(Nccl::join(host, gpu)?)),
+        _ => Ok(host),
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Launched {
+    Alone,
+    /// As one of several, and how many where the launcher says so.
+    Ranks(Option<usize>),
+}
+
+/// Reads what `mpirun` (Open MPI, MPICH) and `srun` (PMIx, PMI) leave in the environment.
+fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<Launched, CollectiveError> {
+    let number = |name| variable(name)?.parse::<usize>().ok();
+    let by_mpi =
+        ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"].into_iter().any(|name| variable(name).is_some());
+    if by_mpi {
+        let sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
+        return Ok(Launched::Ranks(sizes.into_iter().find_map(number)));
+    }
+    // Without this, every task of the step would train by itself and overwrite the others' files.
+    match number("SLURM_STEP_NUM_TASKS") {
+        Some(n_tasks) if n_tasks > 1 => Err(CollectiveError::Launch {
+            problem: format!("`srun` started {n_tasks} tasks without MPI"),
+            hint: "use `srun --mpi=pmix`, or `mpirun` inside the allocation",
+        }),
+        _ => Ok(Launched::Alone),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(variables: &[(&str, &str)]) -> Result<Launched, String> {
+        let find =
+            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string());
+        launched(find).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn launchers_are_told_from_their_variables() {
+        assert_eq!(from(&[]), Ok(Launched::Alone));
+        assert_eq!(from(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]), Ok(Launched::Alone));
+        let mpirun =
+            [("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "4"), ("SLURM_STEP_NUM_TASKS", "2")];
+        assert_eq!(from(&mpirun), Ok(Launched::Ranks(Some(4))));
+        assert_eq!(from(&[("PMIX_RANK", "1"), ("SLURM_STEP_NUM_TASKS", "2")]), Ok(Launched::Ranks(Some(2))));
+        assert_eq!(from(&[("PMI_RANK", "1"), ("PMI_SIZE", "3")]), Ok(Launched::Ranks(Some(3))));
+        assert_eq!(from(&[("PMIX_RANK", "1")]), Ok(Launched::Ranks(None)));
+        assert_eq!(
+            from(&[("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_PROCID", "2")]),
+            Err("`srun` started 4 tasks without MPI".to_owned())
+        );
+    }
+}
