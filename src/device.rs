@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use tch::Device;
 use thiserror::Error;
 
+/// The libtorch that this program is built against.
+pub const LIBTORCH: &str = "2.11.0";
+
 /// What a run asks for, as `run.device` writes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

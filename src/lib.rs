@@ -1,4 +1,51 @@
-//! Bireme.
+//! Bireme trains session-based recommenders on many GPUs: raw shop events in, a next-item model and honest figures
+//! out. MPI carries the ranks, NCCL carries their tensors.
+//!
+//! The modules, in the order in which data meets them:
+//!
+//! | module | from | to |
+//! | --- | --- | --- |
+//! | [`synth`] | a seed | events of a made-up shop |
+//! | [`etl`] | events | `sessions_by_day/<day_index>/{train,valid,test}.parquet`, a workflow, a schema |
+//! | [`config`] | a TOML file and `--set` | a run as resolved |
+//! | [`data`] | day partitions | batches of sessions, the same for any number of ranks |
+//! | [`model`] | batches | scores over the catalogue, a summed loss, gradients |
+//! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
+//! | [`optim`] | summed gradients | new parameters |
+//! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue |
+//! | [`checkpoint`] | a run's state | a folder to go on from |
+//! | [`report`] | records | `metrics.jsonl`, `results.txt`, lines on the terminal |
+//! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
+//! | [`cli`] | arguments | an exit code |
+//!
+//! Dependencies point up this table; nothing above `collective` knows which backend runs.
+//!
+//! # Shapes
+//!
+//! | letter | counts |
+//! | --- | --- |
+//! | B | sessions of a batch |
+//! | L | positions of the longest session in it |
+//! | D | width of a vector |
+//! | N | targets |
+//! | V | rows of the item table: the catalogue, with 0 for padding and 1 for unknown |
+//! | C | items of a chunk of the catalogue |
+//! | K | cutoff of a ranking metric |
+//!
+//! # Exit codes
+//!
+//! 0 done; 1 the run failed; 2 refused before starting.
 
+pub use bireme_etl as etl;
+
+pub mod checkpoint;
+pub mod cli;
 pub mod collective;
+pub mod config;
+pub mod data;
 pub mod device;
+pub mod metrics;
+pub mod model;
+pub mod optim;
+pub mod report;
+pub mod train;

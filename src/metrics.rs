@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
-use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
+use crate::data::{DataError, Features, SessionFile, evaluation_batches};
 use crate::model::Recommender;
 
 /// Largest K of any metric.

@@ -5,7 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -64,6 +64,8 @@ struct RootReport {
     path: PathBuf,
     records: File,
     bar: Option<ProgressBar>,
+    /// When the day began, and its steps.
+    day: (Instant, usize),
 }
 
 impl Report {
@@ -76,13 +78,14 @@ impl Report {
         let path = run_dir.join("metrics.jsonl");
         let records = OpenOptions::new().create(true).append(true).open(&path);
         let records = records.map_err(|source| ReportError { path: path.clone(), source })?;
-        Ok(Self { root: Some(RootReport { path, records, bar: None }) })
+        Ok(Self { root: Some(RootReport { path, records, bar: None, day: (Instant::now(), 0) }) })
     }
 
     /// A day of `n_steps` steps begins.
     pub fn begin_day(&mut self, day: i64, n_steps: usize, n_sessions: usize) {
         self.say(&format!("day {day}: {n_sessions} sessions, {n_steps} steps"));
         let Some(root) = &mut self.root else { return };
+        root.day = (Instant::now(), n_steps);
         if io::stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
             let style = ProgressStyle::with_template("day {prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left")
@@ -124,7 +127,9 @@ impl Report {
                 if let Some(bar) = &root.bar {
                     bar.set_message(figures);
                 } else {
-                    self.say(&format!("day {day}  epoch {epoch}  step {step:5}  {figures}"));
+                    let (begun, n_steps) = root.day;
+                    let left = begun.elapsed().as_secs_f64() / *step as f64 * (n_steps - step) as f64;
+                    self.say(&format!("day {day}  epoch {epoch}  step {step:5}  {figures}  {left:5.0} s left"));
                 }
             }
             Record::Eval { train_day, eval_day, split, metrics } => {
@@ -167,4 +172,16 @@ pub fn write_results(_: Root, run_dir: &Path, title: &str, metrics: &Metrics) ->
         metrics.ndcg_at_10, metrics.ndcg_at_20, metrics.recall_at_10, metrics.recall_at_20
     );
     std::fs::write(&path, text).map_err(|source| ReportError { path, source })
+}
+
+/// Prints a result to stdout.
+#[allow(clippy::print_stdout, reason = "the one place that speaks")]
+pub fn result(line: &str) {
+    println!("{line}");
+}
+
+/// Says on stderr why the command ends.
+#[allow(clippy::print_stderr, reason = "the one place that speaks")]
+pub fn error(message: &str) {
+    eprintln!("error: {message}");
 }

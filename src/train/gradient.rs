@@ -38,7 +38,7 @@ impl GradientLearner {
         day.place.collective.all_reduce(&mut parameters.reduced(), Reduce::Sum)?;
 
         let mut gradients = parameters.gradients();
-        average_and_clip(&mut gradients, &tail.get(1), config.clip_norm);
+        let _ = average_and_clip(&mut gradients, &tail.get(1), config.clip_norm);
         self.adamw.step(&mut parameters.values(), &gradients, learning_rate);
         Ok(tail)
     }

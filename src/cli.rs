@@ -1,0 +1,239 @@
+//! The command line: one subcommand a stage.
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::collective::{self, Collective, CollectiveError, Root};
+use crate::config::Config;
+use crate::data::Split;
+use crate::device;
+use crate::report::{self, Report};
+use crate::train::{self, Place, RunData, TrainError};
+
+/// Trains session-based recommenders on many GPUs.
+///
+/// Exit codes: 0 done; 1 the run failed; 2 refused before starting.
+#[derive(Parser)]
+#[command(version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train day by day, evaluate each day on the next; alone, or under `mpirun` or `srun`
+    Train(TrainArgs),
+    /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
+    Evaluate(EvaluateArgs),
+}
+
+#[derive(Args)]
+struct TrainArgs {
+    /// The run's TOML file
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// What `bireme preprocess` wrote, or a folder of `<day>/{train,valid,test}.parquet` with `schema.pbtxt`
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Where metrics, results and checkpoints go [default: `runs/` and the name of the configuration]
+    #[arg(long, value_name = "RUN")]
+    run_dir: Option<PathBuf>,
+    /// Override a key of the configuration, as `section.key=value`; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Replace the run that RUN holds
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Args)]
+struct EvaluateArgs {
+    /// What `bireme train` wrote
+    #[arg(long, value_name = "RUN")]
+    run_dir: PathBuf,
+    /// The data to evaluate on
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Which part of the day
+    #[arg(long, value_enum, default_value_t = Split::Valid)]
+    split: Split,
+    /// Which day [default: the one after the last trained on]
+    #[arg(long)]
+    day: Option<i64>,
+    /// Override a key of the run's configuration, as `section.key=value`; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+/// Why a command ends early. Whoever made it knows whether this rank is to speak of it.
+struct Failure {
+    exit_code: i32,
+    /// One message and perhaps a hint; none on a rank whose error another rank tells.
+    message: Option<String>,
+}
+
+impl Failure {
+    fn refused(error: &dyn Error, hint: Option<&str>) -> Self {
+        Self { exit_code: 2, message: Some(explain(error, hint)) }
+    }
+}
+
+fn explain(error: &dyn Error, hint: Option<&str>) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    hint.map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
+}
+
+/// Runs a command and returns its exit code.
+pub fn run(cli: Cli) -> i32 {
+    let done = match cli.command {
+        Command::Train(args) => train(&args),
+        Command::Evaluate(args) => evaluate(&args),
+    };
+    match done {
+        Ok(()) => 0,
+        Err(Failure { exit_code, message }) => {
+            if let Some(message) = message {
+                report::error(&message);
+            }
+            exit_code
+        }
+    }
+}
+
+/// The ranks of a command and its configuration.
+struct Job {
+    collective: Box<dyn Collective>,
+    config: Config,
+    place: device::Place,
+}
+
+impl Job {
+    /// *All ranks.* Joins the job this process was started into.
+    fn join(load: impl FnOnce() -> Result<Config, crate::config::ConfigError>) -> Result<Self, Failure> {
+        let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
+        let config = agree(&*host, load(), |_| None)?;
+        let (local_rank, local_size) = (host.local_rank(), host.local_size());
+        let placed = device::place(config.run.device, config.run.threads_per_rank, local_rank, local_size);
+        let place = agree(&*host, placed, |error| Some(error.hint()))?;
+        let collective = collective::on_device(host, place.device)
+            .map_err(|error| Failure::refused(&error, error.hint()))?;
+        Ok(Self { collective, config, place })
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place { collective: &*self.collective, device: self.place.device }
+    }
+
+    /// Ends the command as work of all ranks ended on this one. An error that only this rank knows of ends the
+    /// whole job at once, as the others may wait for this rank forever.
+    fn end<T>(&self, worked: Result<T, TrainError>) -> Result<T, Failure> {
+        worked.map_err(|error| {
+            let known_to_all =
+                matches!(&error, TrainError::NotFinite { .. } | TrainError::Collective(CollectiveError::Rank { .. }));
+            let message = explain(&error, None);
+            if known_to_all || self.collective.world_size() == 1 {
+                let message = self.collective.root().map(|_| message);
+                return Failure { exit_code: 1, message };
+            }
+            report::error(&format!("rank {}: {message}", self.collective.rank()));
+            self.collective.abort(1)
+        })
+    }
+}
+
+/// *All ranks.* What each rank prepared by itself; where one failed, all are refused and rank 0 says why.
+fn agree<T, E: Error>(
+    collective: &dyn Collective,
+    prepared: Result<T, E>,
+    hint: impl Fn(&E) -> Option<&'static str>,
+) -> Result<T, Failure> {
+    let hint = prepared.as_ref().err().and_then(hint);
+    collective.agree(prepared).map_err(|error| {
+        let message = collective.root().map(|_| explain(&error, hint));
+        Failure { exit_code: 2, message }
+    })
+}
+
+fn train(args: &TrainArgs) -> Result<(), Failure> {
+    let job = Job::join(|| Config::load(&args.config, &args.set))?;
+    let collective = &*job.collective;
+    let world_size = collective.world_size();
+    let data = agree(collective, RunData::open(&args.data, &job.config, world_size), |_| None)?;
+    let run_dir = args.run_dir.clone().unwrap_or_else(|| {
+        Path::new("runs").join(args.config.file_stem().unwrap_or_else(|| args.config.as_os_str()))
+    });
+    let prepared = collective.root().map_or(Ok(()), |root| prepare_run_dir(root, &run_dir, args, &job));
+    agree(collective, prepared, |_| None)?;
+    let mut report = agree(collective, Report::open(collective.root(), &run_dir), |_| None)?;
+    for warning in &job.place.warnings {
+        report.say(&format!("warning: {warning}"));
+    }
+    report.say(&format!(
+        "{} on {world_size} {} ({}), {:?}, {} threads each",
+        job.config.model.title(),
+        if world_size == 1 { "rank" } else { "ranks" },
+        collective.backend(),
+        job.place.device,
+        job.place.n_threads,
+    ));
+    job.end(train::fit(&job.config, &data, &run_dir, job.place(), &mut report))?;
+    report.say(&format!("metrics, results and checkpoints are in `{}`", run_dir.display()));
+    Ok(())
+}
+
+fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
+    let job = Job::join(|| Config::load(&args.run_dir.join(CONFIG), &args.set))?;
+    let which = (args.day, args.split);
+    let record = job.end(train::evaluate_run(&args.run_dir, &args.data, &job.config, which, job.place()))?;
+    if job.collective.root().is_some() {
+        report::result(&serde_json::to_string(&record).expect("a record is JSON"));
+    }
+    Ok(())
+}
+
+const CONFIG: &str = "config.toml";
+const RUN: &str = "run.json";
+
+/// A run directory that cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum RunDirError {
+    #[error("`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`")]
+    Taken(PathBuf),
+    #[error("cannot write to the run directory `{path}`")]
+    Io { path: PathBuf, source: std::io::Error },
+}
+
+/// Makes the run directory and writes into it what runs: the resolved configuration, and with what and on what.
+fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
+    let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
+    fs::create_dir_all(run_dir).map_err(at)?;
+    for left in [CONFIG, RUN, "metrics.jsonl", "results.txt", "checkpoints"] {
+        let path = run_dir.join(left);
+        if path.exists() && !args.overwrite {
+            return Err(RunDirError::Taken(run_dir.to_owned()));
+        }
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
+    }
+    let run = serde_json::json!({
+        "bireme": env!("CARGO_PKG_VERSION"),
+        "libtorch": device::LIBTORCH,
+        "world_size": job.collective.world_size(),
+        "backend": job.collective.backend(),
+        "device": format!("{:?}", job.place.device),
+        "threads_per_rank": job.place.n_threads,
+        "config": args.config,
+        "data": args.data,
+    });
+    fs::write(run_dir.join(CONFIG), job.config.to_toml()).map_err(at)?;
+    fs::write(run_dir.join(RUN), format!("{run:#}\n")).map_err(at)
+}
