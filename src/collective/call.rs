@@ -1,5 +1,7 @@
 //! What every backend checks before it moves a byte.
 
+use std::fmt::Debug;
+
 use tch::{Kind, Tensor};
 
 use super::{Collective, CollectiveError};
@@ -17,8 +19,21 @@ impl Call {
         Self { name, rank: of.rank(), world_size: of.world_size() }
     }
 
-    pub fn name(self) -> &'static str {
-        self.name
+    /// The call in words: ranks whose words differ have lost each other.
+    pub fn words(self, tensor: &Tensor, detail: impl Debug) -> String {
+        format!("`{}` ({detail:?}) of {} {:?} elements", self.name, tensor.numel(), tensor.kind())
+    }
+
+    /// Every rank came with the same words, here in rank order.
+    pub fn check_words<'a>(
+        self,
+        mine: &str,
+        all: impl IntoIterator<Item = &'a str>,
+    ) -> Result<(), CollectiveError> {
+        match all.into_iter().enumerate().find(|(_, other)| *other != mine) {
+            Some((rank, other)) => Err(self.refuse(format!("came to {mine}, but rank {rank} to {other}"))),
+            None => Ok(()),
+        }
     }
 
     pub fn refuse(self, problem: impl Into<String>) -> CollectiveError {

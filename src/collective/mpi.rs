@@ -2,6 +2,7 @@
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fmt::Debug;
 use std::io::Write;
 use std::panic::PanicHookInfo;
 
@@ -13,6 +14,9 @@ use mpi::traits::AsRaw;
 use tch::{Device, Kind, Tensor};
 
 use super::{Call, Collective, CollectiveError, Reduce};
+
+/// Bytes in which a rank says what it came for; the longest call needs fewer.
+const WORDS_BYTES: usize = 96;
 
 /// Elements in one MPI call: MPI counts with a 32-bit integer.
 const MOST_ELEMENTS: usize = 1 << 30;
@@ -73,6 +77,25 @@ impl Mpi {
             )));
         }
         Ok(())
+    }
+
+    /// *All ranks.* Makes sure that all came to the same call. MPI itself does not: given unequal sizes, Open MPI
+    /// wrote past the end of the shorter buffer.
+    fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<(), CollectiveError> {
+        let words = call.words(tensor, detail);
+        let mut mine = words.clone().into_bytes();
+        mine.resize(WORDS_BYTES, b' ');
+        let mut all = vec![0_u8; WORDS_BYTES * self.world_size];
+        let (n, datatype) = (WORDS_BYTES as c_int, u8::equivalent_datatype().as_raw());
+        // SAFETY: `mine` and `all` hold `n` and `world_size * n` bytes, the same n on every rank.
+        let code = unsafe {
+            let (from, to) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
+            ffi::MPI_Allgather(from, n, datatype, to, n, datatype, self.world.as_raw())
+        };
+        self.done("MPI_Allgather", n, code)?;
+        let all =
+            all.chunks_exact(WORDS_BYTES).map(|words| str::from_utf8(words).unwrap_or_default().trim_end());
+        call.check_words(&words, all)
     }
 
     /// First element and number of elements of each call for `n_elements`.
@@ -205,6 +228,7 @@ impl Collective for Mpi {
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
         self.check_host(call, tensor)?;
+        self.meet(call, tensor, op)?;
         // MPI_IN_PLACE is a macro of the C header that rsmpi does not carry.
         let mine = call.snapshot(tensor)?;
         let (from, to) = (Buffer::of(&mine), Buffer::of(tensor));
@@ -223,6 +247,7 @@ impl Collective for Mpi {
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
         self.check_host(call, tensor)?;
+        self.meet(call, tensor, root)?;
         self.broadcast_elements(Buffer::of(tensor), 0, tensor.numel(), root)
     }
 
@@ -230,6 +255,7 @@ impl Collective for Mpi {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
         self.check_host(call, part)?;
+        self.meet(call, part, ())?;
         let n_elements = part.numel();
         if whole.numel() > self.most_elements {
             // Cuts of a part do not lie together in the whole, so every rank sends its part by itself.
@@ -252,6 +278,7 @@ impl Collective for Mpi {
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
         self.check_host(call, whole)?;
+        self.meet(call, whole, op)?;
         let n_elements = part.numel();
         let (from, to, world) = (Buffer::of(whole), Buffer::of(part), self.world.as_raw());
         if whole.numel() > self.most_elements {
@@ -275,9 +302,7 @@ impl Collective for Mpi {
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        // SAFETY: the communicator lives in `self`.
-        let code = unsafe { ffi::MPI_Barrier(self.world.as_raw()) };
-        self.done("MPI_Barrier", 0, code)
+        self.meet(Call::new("barrier", self), &Tensor::from_slice::<u8>(&[]), ())
     }
 
     fn abort(&self, code: i32) -> ! {

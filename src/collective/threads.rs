@@ -4,6 +4,7 @@
 //! rank and in every run. A rank that leaves too early, by panic or by return, fails the others' calls.
 
 use std::any::Any;
+use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -65,8 +66,8 @@ struct Meeting {
 
 #[derive(Default)]
 struct Round {
-    /// What the ranks that have come brought: call and tensor by rank.
-    brought: Vec<Option<(&'static str, Tensor)>>,
+    /// What the ranks that have come brought: the call in words and the tensor, by rank.
+    brought: Vec<Option<(String, Tensor)>>,
     /// Ranks that still have to take the others' tensors, once all have come.
     n_taking: usize,
     /// The first rank that left for good while others could still come, and how.
@@ -102,13 +103,18 @@ struct Threads<'a> {
 
 impl Threads<'_> {
     /// *All ranks.* The tensors of all ranks in rank order.
-    fn exchange(&self, call: Call, tensor: &Tensor) -> Result<Vec<Tensor>, CollectiveError> {
-        let mine = call.snapshot(tensor)?;
+    fn exchange(
+        &self,
+        call: Call,
+        tensor: &Tensor,
+        detail: impl Debug,
+    ) -> Result<Vec<Tensor>, CollectiveError> {
+        let (words, mine) = (call.words(tensor, detail), call.snapshot(tensor)?);
         let meeting = self.meeting;
         // A fast rank waits until the slow ones have taken what the last round brought.
         let mut round = meeting.wait(meeting.lock(), |round| round.n_taking > 0);
         round.brought.resize_with(self.world_size, || None);
-        round.brought[self.rank] = Some((call.name(), mine));
+        round.brought[self.rank] = Some((words.clone(), mine));
         if round.brought.iter().all(Option::is_some) {
             round.n_taking = self.world_size;
             meeting.changed.notify_all();
@@ -118,31 +124,22 @@ impl Threads<'_> {
             let (rank, message) = round.left.clone().unwrap_or_default();
             return Err(CollectiveError::Rank { rank, message: format!("rank {rank} {message}") });
         }
-        let all: Vec<_> =
-            round.brought.iter().flatten().map(|(name, tensor)| (*name, tensor.shallow_clone())).collect();
+        let taken =
+            round.brought.iter().flatten().map(|(words, tensor)| (words.clone(), tensor.shallow_clone()));
+        let (all_words, tensors): (Vec<String>, Vec<Tensor>) = taken.unzip();
         round.n_taking -= 1;
         if round.n_taking == 0 {
             round.brought.clear();
             meeting.changed.notify_all();
         }
         drop(round);
-        for (rank, (name, other)) in all.iter().enumerate() {
-            if (*name, other.numel(), other.kind()) != (call.name(), tensor.numel(), tensor.kind()) {
-                return Err(call.refuse(format!(
-                    "{} elements of {:?} here, but rank {rank} came to `{name}` with {} of {:?}",
-                    tensor.numel(),
-                    tensor.kind(),
-                    other.numel(),
-                    other.kind()
-                )));
-            }
-        }
-        Ok(all.into_iter().map(|(_, tensor)| tensor).collect())
+        call.check_words(&words, all_words.iter().map(String::as_str))?;
+        Ok(tensors)
     }
 
     /// *All ranks.* The flat tensors of all ranks, combined in rank order.
     fn combine(&self, call: Call, tensor: &Tensor, op: Reduce) -> Result<Tensor, CollectiveError> {
-        let all = self.exchange(call, tensor)?;
+        let all = self.exchange(call, tensor, op)?;
         call.torch(|| {
             let mut combined = all[0].f_view([-1])?;
             for other in &all[1..] {
@@ -189,14 +186,14 @@ impl Collective for Threads<'_> {
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError> {
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
-        let all = self.exchange(call, tensor)?;
+        let all = self.exchange(call, tensor, root)?;
         call.copy(tensor, &all[root])
     }
 
     fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError> {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
-        let flat: Vec<Tensor> = self.exchange(call, part)?.iter().map(|part| part.view([-1])).collect();
+        let flat: Vec<Tensor> = self.exchange(call, part, ())?.iter().map(|part| part.view([-1])).collect();
         let gathered = call.torch(|| Tensor::f_cat(&flat, 0))?;
         call.copy(whole, &gathered)
     }
@@ -212,7 +209,7 @@ impl Collective for Threads<'_> {
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         let token = Tensor::from_slice(&[0_u8]);
-        self.exchange(Call::new("barrier", self), &token).map(drop)
+        self.exchange(Call::new("barrier", self), &token, ()).map(drop)
     }
 
     /// Threads cannot end the process of the test: a panic ends this rank, and the others' calls fail.

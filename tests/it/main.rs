@@ -1,1 +1,6 @@
 //! Integration tests.
+
+#![allow(clippy::print_stdout, reason = "a skipped test says so")]
+
+mod collective;
+mod mpirun;

@@ -128,3 +128,24 @@ fn beside_libtorch() -> Option<PathBuf> {
     let libtorch = PathBuf::from(&line[line.find('/')?..]);
     Some(libtorch.ancestors().nth(3)?.join("nvidia/nccl/lib/libnccl.so.2"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::print_stdout, reason = "a skipped test says so")]
+    fn nccl_names_communicators_without_a_gpu_or_says_where_it_was_sought() {
+        match Nccl::load() {
+            Ok(nccl) => {
+                let ids = [nccl.unique_id().unwrap(), nccl.unique_id().unwrap()];
+                assert_ne!(ids[0], ids[1]);
+                assert!(nccl.text(4, std::ptr::null_mut()).starts_with("invalid argument"));
+            }
+            Err(tried) => {
+                println!("skipped: no NCCL on this host, so none was asked for a name");
+                assert!(tried.contains("libnccl.so.2"), "{tried}");
+            }
+        }
+    }
+}

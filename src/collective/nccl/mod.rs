@@ -7,6 +7,7 @@
 mod library;
 
 use std::ffi::{c_int, c_void};
+use std::fmt::Debug;
 use std::fs;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -101,6 +102,17 @@ impl Nccl {
             0 => Ok(stream.cast()),
             _ => Err(call.refuse(format!("libtorch has no current stream for GPU {}", self.gpu))),
         }
+    }
+
+    /// *All ranks.* Makes sure, in builds with debug assertions, that all came to the same call: NCCL would wait for
+    /// ever. In the others the hosts may run ahead of their GPUs.
+    fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<(), CollectiveError> {
+        if !cfg!(debug_assertions) {
+            return Ok(());
+        }
+        let words = call.words(tensor, detail);
+        let all = self.host.gather_bytes(words.as_bytes())?;
+        call.check_words(&words, all.iter().map(|words| str::from_utf8(words).unwrap_or_default()))
     }
 
     /// Turns NCCL's return code into an error that names this rank.
@@ -217,6 +229,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
+        self.meet(call, tensor, op)?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: `data` is device memory of `n` elements, which NCCL may reduce in place; work that touches it again
@@ -231,6 +244,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
+        self.meet(call, tensor, root)?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: as in `all_reduce`; `root` is a rank of the communicator.
@@ -244,6 +258,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
+        self.meet(call, part, ())?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, part)?);
         // SAFETY: device memory of `n` and `world_size * n` elements, apart; later work is behind this on the stream.
@@ -258,6 +273,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
+        self.meet(call, whole, op)?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, whole)?);
         let (from, to) = (whole.data_ptr(), part.data_ptr());
