@@ -69,7 +69,9 @@ def main():
     if names := sys.argv[1:]:
         files = [Path(name) for name in names]
     else:
-        listed = subprocess.run(["git", "ls-files", "-z", "*.md"], cwd=top, check=True, capture_output=True, text=True)
+        # A clone may belong to another user than the one who runs the checks.
+        list_files = ["git", "-c", f"safe.directory={top}", "ls-files", "-z", "*.md"]
+        listed = subprocess.run(list_files, cwd=top, check=True, capture_output=True, text=True)
         files = [top / name for name in listed.stdout.split("\0") if name]
     n_broken = 0
     for file in files:
