@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs every test of the workspace.
+#
+# usage: launch/test.sh [arguments of `cargo test`]
+#
+#   launch/test.sh                      all
+#   launch/test.sh collective           those with `collective` in their name
+#   REQUIRE_MPI=1 launch/test.sh        tests that need several processes fail instead of being skipped
+#
+# The last line is `N passed, N failed, N skipped`, after a line with the reason of each skipped test.
+# Exit codes: those of launch/setup.sh and of `cargo test` (0 all passed).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+launch/setup.sh
+. launch/env.sh oversubscribe
+
+cargo_args=() harness_args=(--show-output)
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    cargo_args+=("$1")
+    shift
+done
+[ $# -eq 0 ] || harness_args+=("${@:2}")
+
+# `pipefail` makes cargo's exit code that of this script; the counts are printed in any case.
+cargo test --workspace --no-fail-fast "${cargo_args[@]}" -- "${harness_args[@]}" </dev/null | python3 launch/tally.py
