@@ -1,5 +1,7 @@
 //! Sessions as padded tensors.
 
+use std::sync::{Mutex, PoisonError};
+
 use tch::{Device, Kind, Tensor};
 
 use super::file::Column;
@@ -124,9 +126,10 @@ impl<'a> Noise<'a> {
             .segments
             .iter()
             .map(|segment| {
-                seed_torch(derive_seed(segment.seed, "dropout", &[self.n_draws]), x.device());
+                let seed = derive_seed(segment.seed, "dropout", &[self.n_draws]);
                 let size = [segment.rows as i64, self.max_length as i64, width];
-                Tensor::rand(size, (Kind::Float, x.device())).narrow(1, 0, length)
+                let draw = || Tensor::rand(size, (Kind::Float, x.device()));
+                with_seed(seed, x.device(), draw).narrow(1, 0, length)
             })
             .collect();
         let keep = Tensor::cat(&masks, 0).ge(p).to_kind(x.kind());
@@ -134,10 +137,15 @@ impl<'a> Noise<'a> {
     }
 }
 
-/// Seeds libtorch's generator for `device`.
-pub fn seed_torch(seed: u64, device: Device) {
+/// Draws with libtorch's generator for `device`, seeded with `seed`.
+///
+/// The generator is one for the whole process: the lock keeps ranks that are threads out of each other's draws.
+pub fn with_seed<T>(seed: u64, device: Device, draw: impl FnOnce() -> T) -> T {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    let _only = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     match device {
         Device::Cuda(_) => tch::Cuda::manual_seed_all(seed),
         _ => tch::manual_seed(seed as i64),
     }
+    draw()
 }

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use batch::{Batch, Noise, Segment};
+pub use batch::{Batch, Noise, Segment, with_seed};
 pub use days::{Days, Features, Split};
 pub use file::{SessionFile, Sessions};
 pub use loader::{DayPlan, Loader, evaluation_batches};

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::head::{CrossEntropy, cross_entropy};
 use super::{Gru, GruConfig, Parameters, Recommender};
-use crate::data::{Batch, Noise};
+use crate::data::{Batch, Noise, with_seed};
 
 /// The item table is parameter 0, the bias of its scores parameter 1; the body follows.
 const ITEM_TABLE: usize = 0;
@@ -30,14 +30,16 @@ pub struct Network {
 impl Network {
     /// Draws initial parameters; the same on every rank for the same `seed`.
     pub fn new(config: &GruConfig, n_items: i64, seed: u64, device: Device) -> Self {
-        tch::manual_seed(seed as i64);
-        let cpu = (Kind::Float, Device::Cpu);
-        let table = Tensor::randn([n_items, config.item_width], cpu) * config.item_init_std;
-        let mut initial = vec![
-            ("item_table.weight".to_owned(), table),
-            ("item_table.bias".to_owned(), Tensor::zeros([n_items], cpu)),
-        ];
-        let body = Gru::declare(config, &mut initial);
+        let (initial, body) = with_seed(seed, Device::Cpu, || {
+            let cpu = (Kind::Float, Device::Cpu);
+            let table = Tensor::randn([n_items, config.item_width], cpu) * config.item_init_std;
+            let mut initial = vec![
+                ("item_table.weight".to_owned(), table),
+                ("item_table.bias".to_owned(), Tensor::zeros([n_items], cpu)),
+            ];
+            let body = Gru::declare(config, &mut initial);
+            (initial, body)
+        });
         Self { parameters: Parameters::new(initial, device), body, n_items }
     }
 
