@@ -137,8 +137,10 @@ impl Job {
     /// whole job at once, as the others may wait for this rank forever.
     fn end<T>(&self, worked: Result<T, TrainError>) -> Result<T, Failure> {
         worked.map_err(|error| {
-            let known_to_all =
-                matches!(&error, TrainError::NotFinite { .. } | TrainError::Collective(CollectiveError::Rank { .. }));
+            let known_to_all = matches!(
+                &error,
+                TrainError::NotFinite { .. } | TrainError::Collective(CollectiveError::Rank { .. })
+            );
             let message = explain(&error, None);
             if known_to_all || self.collective.world_size() == 1 {
                 let message = self.collective.root().map(|_| message);

@@ -123,9 +123,8 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let refuse = |section: &str, problem: String| {
-            Err(ConfigError::Value { section: section.to_owned(), problem })
-        };
+        let refuse =
+            |section: &str, problem: String| Err(ConfigError::Value { section: section.to_owned(), problem });
         let data::Config { first_day, last_day, max_length, .. } = self.data;
         if last_day <= first_day {
             return refuse("data", format!("`last_day` {last_day} is not after `first_day` {first_day}"));

@@ -110,7 +110,8 @@ impl Tally {
     pub fn metrics(&self, has_loss: bool) -> Metrics {
         let n_sessions: i64 = self.at_rank.iter().sum();
         let mean = |k: usize, value: fn(f64) -> f64| {
-            (1..=k).map(|rank| self.at_rank[rank] as f64 * value(rank as f64)).sum::<f64>() / n_sessions as f64
+            (1..=k).map(|rank| self.at_rank[rank] as f64 * value(rank as f64)).sum::<f64>()
+                / n_sessions as f64
         };
         let ndcg = |rank: f64| 1.0 / (rank + 1.0).log2();
         Metrics {
@@ -181,10 +182,13 @@ pub fn rank_targets(
         let chunk = scores(items.clone());
         let inside = target.ge(items.start).logical_and(&target.lt(items.end));
         let place = (&target - items.start).clamp(0, items.end - items.start - 1);
-        let found = chunk.gather(1, &place, false).where_self(&inside, &chunk.new_zeros([1], (chunk.kind(), chunk.device())));
+        let found = chunk
+            .gather(1, &place, false)
+            .where_self(&inside, &chunk.new_zeros([1], (chunk.kind(), chunk.device())));
         target_scores = Some(target_scores.map_or_else(|| found.shallow_clone(), |sum: Tensor| sum + &found));
         let chunk_log_sum = chunk.logsumexp([1i64].as_slice(), true);
-        log_sum = Some(log_sum.map_or_else(|| chunk_log_sum.shallow_clone(), |sum| sum.logaddexp(&chunk_log_sum)));
+        log_sum =
+            Some(log_sum.map_or_else(|| chunk_log_sum.shallow_clone(), |sum| sum.logaddexp(&chunk_log_sum)));
         last = Some(chunk);
     }
     let (target_scores, log_sum) = (target_scores.expect("a catalogue"), log_sum.expect("a catalogue"));

@@ -88,8 +88,9 @@ impl Report {
         root.day = (Instant::now(), n_steps);
         if io::stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("day {prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left")
-                .expect("a valid template");
+            let style =
+                ProgressStyle::with_template("day {prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left")
+                    .expect("a valid template");
             bar.set_style(style);
             bar.set_prefix(day.to_string());
             bar.enable_steady_tick(Duration::from_secs(1));
@@ -129,11 +130,16 @@ impl Report {
                 } else {
                     let (begun, n_steps) = root.day;
                     let left = begun.elapsed().as_secs_f64() / *step as f64 * (n_steps - step) as f64;
-                    self.say(&format!("day {day}  epoch {epoch}  step {step:5}  {figures}  {left:5.0} s left"));
+                    self.say(&format!(
+                        "day {day}  epoch {epoch}  step {step:5}  {figures}  {left:5.0} s left"
+                    ));
                 }
             }
             Record::Eval { train_day, eval_day, split, metrics } => {
-                self.say(&format!("after day {train_day}, on day {eval_day} ({split}): {}", figures(metrics)));
+                self.say(&format!(
+                    "after day {train_day}, on day {eval_day} ({split}): {}",
+                    figures(metrics)
+                ));
             }
         }
         Ok(())

@@ -88,7 +88,8 @@ impl Batch {
         let last = (&self.lengths - 1).unsqueeze(1);
         let targets = self.items().gather(1, &last, false).squeeze_dim(1);
         let longest = (self.items().size()[1] - 1).max(0);
-        let columns = self.columns.iter().map(|column| column.scatter_value(1, &last, 0).narrow(1, 0, longest));
+        let columns =
+            self.columns.iter().map(|column| column.scatter_value(1, &last, 0).narrow(1, 0, longest));
         let known = Self {
             columns: columns.collect(),
             lengths: &self.lengths - 1,

@@ -51,7 +51,8 @@ impl Features {
         names.dedup();
         for name in names {
             let feature = schema.feature(name).filter(|feature| feature.is_list()).ok_or_else(|| {
-                let have: Vec<_> = schema.features.iter().filter(|f| f.is_list()).map(|f| f.name.as_str()).collect();
+                let have: Vec<_> =
+                    schema.features.iter().filter(|f| f.is_list()).map(|f| f.name.as_str()).collect();
                 DataError::UnknownFeature { feature: name.clone(), have: have.join(", ") }
             })?;
             columns.push(feature.clone());
@@ -94,7 +95,8 @@ impl Days {
         let features = Features::select(&schema, config)?;
         let nested = dir.join("sessions_by_day");
         let root = if nested.is_dir() { nested } else { dir.to_owned() };
-        let entries = std::fs::read_dir(&root).map_err(|source| DataError::Open { path: root.clone(), source })?;
+        let entries =
+            std::fs::read_dir(&root).map_err(|source| DataError::Open { path: root.clone(), source })?;
         let partitions: BTreeMap<i64, PathBuf> = entries
             .filter_map(Result::ok)
             .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))

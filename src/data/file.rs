@@ -256,7 +256,8 @@ impl Lists {
                 match values.iter().position(|value| !(1..n).contains(value)) {
                     None => Ok(Column::Ids(values)),
                     Some(i) => {
-                        let problem = format!("has the id {}, outside 1..={} of the schema", values[i], n - 1);
+                        let problem =
+                            format!("has the id {}, outside 1..={} of the schema", values[i], n - 1);
                         Err((row_of(i).unwrap_or(0), problem))
                     }
                 }

@@ -115,8 +115,7 @@ pub fn evaluation_batches(
     let sessions = file.read(&file.spans(first..end))?;
     let features = features.clone();
     Ok((0..sessions.len()).step_by(block).map(move |first| {
-        let rows: Vec<_> =
-            (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
+        let rows: Vec<_> = (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
         Batch::new(&rows, &features, vec![Segment { seed: 0, rows: rows.len() }])
     }))
 }

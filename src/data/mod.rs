@@ -53,7 +53,9 @@ pub enum DataError {
         have: String,
     },
     /// The folder holds no partitions at all.
-    #[error("`{0}` holds no day partitions: neither `sessions_by_day/<day>` nor `<day>` with `train.parquet`")]
+    #[error(
+        "`{0}` holds no day partitions: neither `sessions_by_day/<day>` nor `<day>` with `train.parquet`"
+    )]
     NoDays(PathBuf),
     /// The schema cannot be read.
     #[error(transparent)]

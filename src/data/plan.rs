@@ -97,7 +97,11 @@ pub fn lanes_of_rank(
 }
 
 /// The spans of rows `rows` of the row groups laid end to end in the order `groups`.
-pub fn spans_in_order(group_rows: &[usize], groups: &[usize], rows: Range<usize>) -> Vec<(usize, Range<usize>)> {
+pub fn spans_in_order(
+    group_rows: &[usize],
+    groups: &[usize],
+    rows: Range<usize>,
+) -> Vec<(usize, Range<usize>)> {
     let mut spans = Vec::new();
     let mut first = 0;
     for &group in groups {

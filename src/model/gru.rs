@@ -26,14 +26,24 @@ pub struct GruConfig {
 
 impl Default for GruConfig {
     fn default() -> Self {
-        Self { item_width: 64, hidden_width: 128, n_layers: 1, dropout: 0.0, item_init_std: 0.05, head_relu: true }
+        Self {
+            item_width: 64,
+            hidden_width: 128,
+            n_layers: 1,
+            dropout: 0.0,
+            item_init_std: 0.05,
+            head_relu: true,
+        }
     }
 }
 
 impl GruConfig {
     pub(super) fn check(&self) -> Result<(), String> {
-        let widths =
-            [("item_width", self.item_width), ("hidden_width", self.hidden_width), ("n_layers", self.n_layers)];
+        let widths = [
+            ("item_width", self.item_width),
+            ("hidden_width", self.hidden_width),
+            ("n_layers", self.n_layers),
+        ];
         if let Some((key, value)) = widths.iter().find(|(_, value)| *value < 1) {
             return Err(format!("`{key}` cannot be {value}"));
         }

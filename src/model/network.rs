@@ -131,7 +131,8 @@ impl Recommender for Network {
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
         tch::no_grad(|| {
-            let rows = |index: usize| self.parameters.leaf(index).narrow(0, items.start, items.end - items.start);
+            let rows =
+                |index: usize| self.parameters.leaf(index).narrow(0, items.start, items.end - items.start);
             rows(ITEM_BIAS).addmm(encoded, &rows(ITEM_TABLE).tr())
         })
     }

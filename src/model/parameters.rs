@@ -107,7 +107,9 @@ impl Parameters {
     /// # Errors
     /// Names the first parameter that is missing, unknown or of another shape.
     pub fn assign(&self, flat: &Tensor, named: &[(String, Tensor)]) -> Result<(), String> {
-        if let Some((name, _)) = named.iter().find(|(name, _)| self.views.iter().all(|view| view.name != *name)) {
+        if let Some((name, _)) =
+            named.iter().find(|(name, _)| self.views.iter().all(|view| view.name != *name))
+        {
             return Err(format!("unknown parameter `{name}`"));
         }
         for view in &self.views {

@@ -72,7 +72,11 @@ impl Learner for GradientLearner {
         let parameters = self.network.parameters();
         let (m, v) = self.adamw.moments();
         let moments = |of: &str, flat: &Tensor| {
-            parameters.named(flat).into_iter().map(|(name, t)| (format!("{of}.{name}"), t)).collect::<Vec<_>>()
+            parameters
+                .named(flat)
+                .into_iter()
+                .map(|(name, t)| (format!("{of}.{name}"), t))
+                .collect::<Vec<_>>()
         };
         let mut optimizer = moments("m", m);
         optimizer.extend(moments("v", v));

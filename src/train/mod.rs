@@ -202,9 +202,8 @@ impl RunData {
             );
             return Err(DataError::TooManyRanks { world_size, limit });
         }
-        let pairs = (config.data.first_day..config.data.last_day).map(|day| {
-            Ok((day, Arc::new(days.file(day, Split::Train)?), days.file(day + 1, Split::Valid)?))
-        });
+        let pairs = (config.data.first_day..config.data.last_day)
+            .map(|day| Ok((day, Arc::new(days.file(day, Split::Train)?), days.file(day + 1, Split::Valid)?)));
         let pairs: Vec<_> = pairs.collect::<Result<_, DataError>>()?;
         let n_sessions: usize = pairs.iter().map(|(_, train, _)| train.n_sessions()).sum();
         if world_size > n_sessions {
@@ -266,8 +265,12 @@ pub fn fit(
             place.device,
             place.collective,
         )?;
-        let record =
-            Record::Eval { train_day: *day, eval_day: day + 1, split: Split::Valid, metrics: metrics.clone() };
+        let record = Record::Eval {
+            train_day: *day,
+            eval_day: day + 1,
+            split: Split::Valid,
+            metrics: metrics.clone(),
+        };
         report.record(&record)?;
         last_metrics = Some(metrics);
     }

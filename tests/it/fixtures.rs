@@ -19,7 +19,10 @@ pub fn shared() -> Option<PathBuf> {
     if dir.is_dir() {
         return Some(dir);
     }
-    println!("skipped: there is no `{}` with reference numbers (`BIREME_SHARED` names another)", dir.display());
+    println!(
+        "skipped: there is no `{}` with reference numbers (`BIREME_SHARED` names another)",
+        dir.display()
+    );
     None
 }
 
@@ -122,8 +125,9 @@ pub fn days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
     fs::create_dir_all(dir).unwrap();
     write_schema(dir, n_items);
     for day in 1..=n_days {
-        for (i, (part, n)) in
-            [("train", n_sessions), ("valid", n_sessions / 8), ("test", n_sessions / 8)].into_iter().enumerate()
+        for (i, (part, n)) in [("train", n_sessions), ("valid", n_sessions / 8), ("test", n_sessions / 8)]
+            .into_iter()
+            .enumerate()
         {
             let sessions = sessions(n, n_items, day as u64 * 3 + i as u64);
             write_sessions(&dir.join(format!("{day}/{part}.parquet")), &sessions, |item| item as f32);

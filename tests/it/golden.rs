@@ -36,7 +36,9 @@ fn network(golden: &HashMap<String, Tensor>, extra_rows: &[&Tensor]) -> Network 
             let weight = golden[&format!("w.{theirs}")].shallow_clone();
             let rows = match *ours {
                 "item_table.weight" => extra_rows.iter().map(|row| row.view([1, -1])).collect(),
-                "item_table.bias" => vec![Tensor::zeros([extra_rows.len() as i64], (Kind::Float, Device::Cpu))],
+                "item_table.bias" => {
+                    vec![Tensor::zeros([extra_rows.len() as i64], (Kind::Float, Device::Cpu))]
+                }
                 _ => Vec::new(),
             };
             let parts: Vec<&Tensor> = std::iter::once(&weight).chain(&rows).collect();
@@ -129,8 +131,12 @@ fn metrics_are_those_of_the_original() {
         // The original recommends every class; ours begin at index 2.
         let never = Tensor::full([scores.size()[0], 2], f64::from(f32::MAX), (Kind::Float, Device::Cpu));
         let scores = Tensor::cat(&[&never, scores], 1);
-        let (ranks, _) =
-            rank_targets(|items| scores.narrow(1, items.start, items.end - items.start), &(labels + 2), 42, 9);
+        let (ranks, _) = rank_targets(
+            |items| scores.narrow(1, items.start, items.end - items.start),
+            &(labels + 2),
+            42,
+            9,
+        );
         tally.add(&ranks, None);
     }
     let metrics = tally.metrics(false);

@@ -7,3 +7,5 @@ mod fixtures;
 mod golden;
 mod mpirun;
 mod ranking;
+mod refused;
+mod train;

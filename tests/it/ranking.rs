@@ -45,7 +45,9 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Metrics {
         let longest = block.iter().map(Vec::len).max().unwrap();
         let padded: Vec<i64> = block
             .iter()
-            .flat_map(|session| session.iter().copied().chain(std::iter::repeat_n(0, longest - session.len())))
+            .flat_map(|session| {
+                session.iter().copied().chain(std::iter::repeat_n(0, longest - session.len()))
+            })
             .collect();
         let lengths: Vec<i64> = block.iter().map(|session| session.len() as i64).collect();
         let batch = Batch {
@@ -121,12 +123,11 @@ fn a_file_without_sessions_has_no_figures() {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = Network::new(&GruConfig::default(), 10, 3, Device::Cpu);
-        evaluate(&network, &file, days.features(), &metrics::Config::default(), Device::Cpu, collective).unwrap()
+        evaluate(&network, &file, days.features(), &metrics::Config::default(), Device::Cpu, collective)
+            .unwrap()
     }) {
         assert_eq!(metrics.n_sessions, 0);
         assert!(metrics.ndcg_at_10.is_nan() && metrics.loss.is_nan());
         assert!(serde_json::to_string(&metrics).unwrap().contains("\"ndcg_at_10\":null"));
     }
-
-
 }

@@ -1,0 +1,241 @@
+//! Whole runs of the program, alone and under `mpirun`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use bireme::config::Config;
+use serde_json::Value;
+
+use crate::fixtures;
+use crate::mpirun::{Finished, mpirun, run_within};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_bireme");
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// A configuration small enough for a debug build on one core.
+pub const CONFIG: &str = r#"
+[run]
+device = "cpu"
+threads_per_rank = 1
+
+[data]
+first_day = 1
+last_day = 3
+
+[model]
+kind = "gru"
+item_width = 16
+hidden_width = 24
+item_init_std = 0.3
+head_relu = false
+
+[train]
+epochs_per_day = 2
+global_batch = 48
+micro_batch = 8
+learning_rate = 0.01
+log_every_steps = 1
+"#;
+
+/// A folder with three days and a configuration.
+pub struct Shop {
+    pub dir: tempfile::TempDir,
+}
+
+impl Shop {
+    pub fn new(n_sessions: usize) -> Self {
+        let shop = Self { dir: tempfile::tempdir().unwrap() };
+        fixtures::days(&shop.data(), 3, n_sessions, 40);
+        fs::write(shop.config(), CONFIG).unwrap();
+        shop
+    }
+
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("config.toml")
+    }
+
+    pub fn run_dir(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn arguments(&self, run: &str, more: &[&str]) -> Vec<String> {
+        let (config, data, run) = (self.config(), self.data(), self.run_dir(run));
+        let paths = [config.to_str().unwrap(), data.to_str().unwrap(), run.to_str().unwrap()];
+        let [config, data, run] = paths;
+        let mut arguments = vec!["train", "--config", config, "--data", data, "--run-dir", run];
+        arguments.extend(more);
+        arguments.into_iter().map(str::to_owned).collect()
+    }
+
+    /// `bireme train` without a launcher.
+    pub fn train(&self, run: &str, more: &[&str]) -> Finished {
+        run_within(Command::new(PROGRAM).args(self.arguments(run, more)), LIMIT)
+    }
+
+    /// `bireme train` under `mpirun`; `None` where there is none.
+    pub fn train_on(&self, n_ranks: usize, run: &str, more: &[&str]) -> Option<Finished> {
+        let arguments = self.arguments(run, more);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        mpirun(n_ranks, Path::new(PROGRAM), &arguments, &[], LIMIT)
+    }
+
+    /// The records of a run, of one kind.
+    pub fn records(&self, run: &str, kind: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.run_dir(run).join("metrics.jsonl")).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .filter(|record| record["kind"] == kind)
+            .collect()
+    }
+}
+
+fn assert_same_runs(shop: &Shop, run: &str, other: &str) {
+    let (steps, others) = (shop.records(run, "step"), shop.records(other, "step"));
+    assert_eq!(steps.len(), others.len());
+    for (a, b) in steps.iter().zip(&others) {
+        assert_eq!(
+            (&a["day"], &a["epoch"], &a["step"], &a["lr"]),
+            (&b["day"], &b["epoch"], &b["step"], &b["lr"])
+        );
+        let (a, b) = (a["loss"].as_f64().unwrap(), b["loss"].as_f64().unwrap());
+        assert!((a - b).abs() < 1e-5, "{run} {a}, {other} {b}");
+    }
+    let (evals, others) = (shop.records(run, "eval"), shop.records(other, "eval"));
+    assert_eq!(evals.len(), 2);
+    for (mut a, mut b) in evals.into_iter().zip(others) {
+        let [loss_a, loss_b] = [&mut a, &mut b].map(|record| record["loss"].take().as_f64());
+        assert_eq!(a, b);
+        assert!((loss_a.unwrap_or(0.0) - loss_b.unwrap_or(0.0)).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
+    let shop = Shop::new(300);
+    // Three ranks share six lanes evenly, the last step of an epoch is short, and dropout is drawn as well.
+    for dropout in ["model.dropout=0", "model.dropout=0.3"] {
+        shop.train(&format!("1 {dropout}"), &["--set", dropout]).success();
+        for n_ranks in [1, 2, 3, 4] {
+            let run = format!("{n_ranks} mpi {dropout}");
+            let Some(finished) = shop.train_on(n_ranks, &run, &["--set", dropout]) else { return };
+            finished.success();
+            assert_same_runs(&shop, &format!("1 {dropout}"), &run);
+        }
+    }
+    let steps = shop.records("1 model.dropout=0", "step");
+    assert_eq!(steps.len(), 2 * 2 * 300usize.div_ceil(48));
+    let (first, last) = (&steps[0]["loss"], &steps[steps.len() - 1]["loss"]);
+    assert!(last.as_f64().unwrap() < first.as_f64().unwrap() - 0.5, "{first} to {last}");
+    assert_ne!(steps[3]["loss"], shop.records("1 model.dropout=0.3", "step")[3]["loss"]);
+}
+
+#[test]
+fn counts_are_the_same_on_one_and_two_ranks_and_pairs_beat_popularity() {
+    let shop = Shop::new(300);
+    let mut recall = Vec::new();
+    for kind in ["popularity", "markov"] {
+        let (before, rest) = CONFIG.split_once("[model]").unwrap();
+        let (_, after) = rest.split_once("[train]").unwrap();
+        fs::write(shop.config(), format!("{before}[model]\nkind = \"{kind}\"\n[train]{after}")).unwrap();
+        shop.train(kind, &[]).success();
+        let Some(finished) = shop.train_on(2, &format!("{kind} 2"), &[]) else { return };
+        finished.success();
+        assert_same_runs(&shop, kind, &format!("{kind} 2"));
+        recall.push(shop.records(kind, "eval")[1]["recall_at_10"].as_f64().unwrap());
+    }
+    assert!(recall[1] > recall[0] + 0.2, "{recall:?}");
+}
+
+#[test]
+fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
+    let shop = Shop::new(100);
+    let more = ["--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep_last=100"];
+    shop.train("run", &more).success();
+    let run = shop.run_dir("run");
+
+    let resolved = Config::load(&run.join("config.toml"), &[]).unwrap();
+    assert_eq!(
+        resolved,
+        Config::load(
+            &shop.config(),
+            &more[1..].iter().step_by(2).map(|s| (*s).to_owned()).collect::<Vec<_>>()
+        )
+        .unwrap()
+    );
+    let facts: Value = serde_json::from_str(&fs::read_to_string(run.join("run.json")).unwrap()).unwrap();
+    assert_eq!((facts["world_size"].as_u64(), facts["device"].as_str()), (Some(1), Some("Cpu")));
+
+    let results = fs::read_to_string(run.join("results.txt")).unwrap();
+    let last = shop.records("run", "eval").pop().unwrap();
+    assert!(results.starts_with("GRU accuracy results:\nnext-item/ndcg_at_10:"), "{results}");
+    for line in results.lines().skip(1) {
+        let (key, value) = line.split_once(':').unwrap();
+        let key = key.strip_prefix("next-item/").unwrap();
+        assert_eq!(value.parse::<f64>().unwrap(), last[key].as_f64().unwrap(), "{key}");
+    }
+
+    // 3 steps an epoch, 6 a day: a checkpoint after steps 2, 4 and 6 of each of the two days.
+    let mut names: Vec<_> = fs::read_dir(run.join("checkpoints"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let steps: Vec<_> = names.iter().map(|name| &name[name.len() - 2..]).collect();
+    assert_eq!(steps, ["02", "04", "06", "08", "10", "12"]);
+    let newest = run.join("checkpoints").join(&names[5]);
+    for file in ["weights.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"] {
+        assert!(newest.join(file).exists(), "{file}");
+    }
+    let state: Value = serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();
+    assert_eq!((state["optimizer_steps"].as_i64(), state["position"]["day"].as_i64()), (Some(12), Some(2)));
+
+    // The newest checkpoint gives the very figures of the run; an incomplete one is passed over.
+    let evaluate = |more: &[&str]| {
+        let (run, data) = (run.to_str().unwrap().to_owned(), shop.data());
+        let mut command = Command::new(PROGRAM);
+        command.args(["evaluate", "--run-dir", &run, "--data", data.to_str().unwrap()]).args(more);
+        let finished = run_within(&mut command, LIMIT).success();
+        serde_json::from_str::<Value>(&finished.stdout).unwrap()
+    };
+    assert_eq!(evaluate(&[]), last);
+    fs::create_dir_all(run.join("checkpoints/day-9999-step-99999999")).unwrap();
+    assert_eq!(evaluate(&["--day", "3"]), last);
+    let on_test = evaluate(&["--day", "2", "--split", "test"]);
+    assert_eq!((on_test["eval_day"].as_i64(), on_test["split"].as_str()), (Some(2), Some("test")));
+
+    // The same run again is the same to the last bit.
+    shop.train("again", &more).success();
+    let weights = |run: &str| {
+        let path = shop.run_dir(run).join("checkpoints").join(&names[5]).join("weights.safetensors");
+        fs::read(path).unwrap()
+    };
+    assert_eq!(weights("run"), weights("again"));
+}
+
+#[test]
+fn days_that_do_not_fill_a_batch_still_train_on_three_ranks() {
+    let shop = Shop::new(3);
+    let Some(finished) = shop.train_on(3, "run", &[]) else { return };
+    finished.success();
+    shop.train("alone", &[]).success();
+    assert_same_runs(&shop, "alone", "run");
+}
+
+#[test]
+fn a_rank_that_meets_a_bad_row_names_itself_and_ends_the_job() {
+    let shop = Shop::new(200);
+    let mut sessions = fixtures::sessions(200, 40, 3);
+    sessions[150][0] = 77;
+    fixtures::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |_| 0.0);
+    let Some(finished) = shop.train_on(2, "run", &[]) else { return };
+    assert_eq!(finished.code, Some(1), "{finished:#?}");
+    let told = finished.stderr.lines().find(|line| line.contains("train.parquet` row 150")).unwrap();
+    assert!(told.contains("rank ") && told.contains("has the id 77, outside 1..=39"), "{told}");
+    assert!(shop.run_dir("run").join("checkpoints").read_dir().unwrap().count() == 1, "day 1 stays");
+}
