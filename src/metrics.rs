@@ -135,14 +135,13 @@ pub fn evaluate(
     file: &SessionFile,
     features: &Features,
     config: &Config,
-    device: Device,
     collective: &dyn Collective,
 ) -> Result<Metrics, EvaluateError> {
     let mut tally = Tally::default();
     let max_scores = (config.scores_mib << 20) as i64 / 4;
     let share = (collective.rank(), collective.world_size());
     for batch in evaluation_batches(file, features, config.block, share)? {
-        let (known, targets) = batch.to_device(device).split_last();
+        let (known, targets) = batch.to_device(recommender.device()).split_last();
         let encoded = recommender.encode(&known);
         let (ranks, losses) = rank_targets(
             |items| recommender.scores(&encoded, items),

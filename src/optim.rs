@@ -78,6 +78,30 @@ mod tests {
     }
 
     #[test]
+    fn steps_follow_the_formula() {
+        let (b1, b2, epsilon, lr, decay) = (0.9f64, 0.999f64, 1e-8, 0.01, 0.1);
+        let mut values = Tensor::from_slice(&[0.3f32, -0.7, 1e-4]);
+        let mut adamw = AdamW::new(&values, decay);
+        let (mut p, mut m, mut v) = ([0.3f64, -0.7, 1e-4], [0.0; 3], [0.0; 3]);
+        for t in 1..=6 {
+            let g: Vec<f64> = (0..3).map(|i| (f64::from(t) * 0.7 + f64::from(i)).sin() * 1e-3).collect();
+            let gradients = Tensor::from_slice(&g).to_kind(Kind::Float);
+            adamw.step(&mut values, &gradients, lr);
+            for i in 0..3 {
+                m[i] = b1 * m[i] + (1.0 - b1) * g[i];
+                v[i] = b2 * v[i] + (1.0 - b2) * g[i] * g[i];
+                let rate = lr * (1.0 - b2.powi(t)).sqrt() / (1.0 - b1.powi(t));
+                p[i] -= rate * m[i] / (v[i].sqrt() + epsilon);
+                p[i] -= lr * decay * p[i];
+            }
+        }
+        let values: Vec<f32> = Vec::try_from(values).unwrap();
+        for (ours, expected) in values.iter().zip(p) {
+            assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");
+        }
+    }
+
+    #[test]
     fn clipping_acts_on_the_mean_and_only_above_the_norm() {
         let n = Tensor::from(2f32);
         let mut long = Tensor::from_slice(&[6f32, 8.0]);
@@ -85,7 +109,7 @@ mod tests {
         assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
         assert!((long.norm().double_value(&[]) - 1.0).abs() < 1e-5);
         let mut short = Tensor::from_slice(&[0.6f32, 0.8]);
-        average_and_clip(&mut short, &n, 1.0);
+        let _ = average_and_clip(&mut short, &n, 1.0);
         assert!((short.norm().double_value(&[]) - 0.5).abs() < 1e-6);
     }
 

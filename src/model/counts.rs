@@ -80,6 +80,10 @@ impl Recommender for Counts {
         self.n_items
     }
 
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
     fn scores_are_logits(&self) -> bool {
         false
     }
@@ -87,7 +91,7 @@ impl Recommender for Counts {
     /// Each session's last item, i64 `[B]`.
     fn encode(&self, known: &Batch) -> Tensor {
         let last = (&known.lengths - 1).unsqueeze(1);
-        known.items().gather(1, &last, false).squeeze_dim(1).to_device(Device::Cpu)
+        known.items().gather(1, &last, false).squeeze_dim(1)
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
@@ -111,5 +115,5 @@ impl Recommender for Counts {
 }
 
 fn to_vec(tensor: &Tensor) -> Vec<i64> {
-    Vec::try_from(tensor.to_device(Device::Cpu).reshape([-1])).expect("item indices are i64")
+    Vec::try_from(tensor.reshape([-1])).expect("item indices are i64")
 }

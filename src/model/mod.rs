@@ -13,7 +13,7 @@ mod parameters;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 pub use counts::{Counts, Order};
 pub use gru::{Gru, GruConfig};
@@ -60,6 +60,9 @@ impl Config {
 pub trait Recommender {
     /// Rows of the catalogue `V`, padding (0) and unknown (1) included.
     fn n_items(&self) -> i64;
+
+    /// Where batches are to lie, and scores will.
+    fn device(&self) -> Device;
 
     /// Whether scores are logits, so that their cross entropy means something.
     fn scores_are_logits(&self) -> bool;

@@ -114,6 +114,10 @@ impl Recommender for Network {
         self.n_items
     }
 
+    fn device(&self) -> Device {
+        self.parameters.values().device()
+    }
+
     fn scores_are_logits(&self) -> bool {
         true
     }

@@ -257,14 +257,8 @@ pub fn fit(
         learner.learn_day(&mut context)?;
         context.save(&*learner, context.plan.n_steps())?;
         report.end_day();
-        let metrics = evaluate(
-            learner.recommender(),
-            valid,
-            &data.features,
-            &config.evaluate,
-            place.device,
-            place.collective,
-        )?;
+        let metrics =
+            evaluate(learner.recommender(), valid, &data.features, &config.evaluate, place.collective)?;
         let record = Record::Eval {
             train_day: *day,
             eval_day: day + 1,
@@ -304,14 +298,8 @@ pub fn evaluate_run(
         Ok((days, state.position.day, eval_day, file, learner))
     };
     let (days, train_day, eval_day, file, learner) = place.collective.agree(opened())?;
-    let metrics = evaluate(
-        learner.recommender(),
-        &file,
-        days.features(),
-        &config.evaluate,
-        place.device,
-        place.collective,
-    )?;
+    let metrics =
+        evaluate(learner.recommender(), &file, days.features(), &config.evaluate, place.collective)?;
     Ok(Record::Eval { train_day, eval_day, split, metrics })
 }
 

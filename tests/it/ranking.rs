@@ -95,7 +95,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
             let config = metrics::Config { block: 32, scores_mib };
-            evaluate(&network(), &file, days.features(), &config, Device::Cpu, collective).unwrap()
+            evaluate(&network(), &file, days.features(), &config, collective).unwrap()
         })
     };
     let alone = on_ranks(1, 256).remove(0);
@@ -123,8 +123,7 @@ fn a_file_without_sessions_has_no_figures() {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = Network::new(&GruConfig::default(), 10, 3, Device::Cpu);
-        evaluate(&network, &file, days.features(), &metrics::Config::default(), Device::Cpu, collective)
-            .unwrap()
+        evaluate(&network, &file, days.features(), &metrics::Config::default(), collective).unwrap()
     }) {
         assert_eq!(metrics.n_sessions, 0);
         assert!(metrics.ndcg_at_10.is_nan() && metrics.loss.is_nan());
