@@ -91,7 +91,7 @@ impl Days {
     /// # Errors
     /// A folder without partitions or without a readable schema, or a configured feature that it lacks.
     pub fn open(dir: &Path, config: &Config) -> Result<Self, DataError> {
-        let schema = Schema::read(&dir.join("schema.pbtxt"))?;
+        let schema = Schema::read(dir.join("schema.pbtxt"))?;
         let features = Features::select(&schema, config)?;
         let nested = dir.join("sessions_by_day");
         let root = if nested.is_dir() { nested } else { dir.to_owned() };
