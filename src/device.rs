@@ -54,7 +54,8 @@ pub struct Place {
 }
 
 /// Chooses the device and the number of threads of rank `local_rank` of `local_size` on this host, and tells
-/// libtorch. `n_threads` 0 stands for this rank's share of the host's cores. To be called before the first tensor.
+/// libtorch. `n_threads` 0 stands for this rank's share of the host's cores. To be called before the first tensor,
+/// so before the first collective call too.
 ///
 /// # Errors
 /// A GPU was asked for, and there is no driver, no CUDA library for libtorch, or no GPU.
