@@ -5,7 +5,6 @@
 //! GPU, so [`place`] comes before both.
 
 use std::fs;
-use std::sync::Once;
 use std::thread::available_parallelism;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -55,7 +54,8 @@ pub struct Place {
 }
 
 /// Chooses the device and the number of threads of rank `local_rank` of `local_size` on this host, and tells
-/// libtorch. `n_threads` 0 stands for this rank's share of the host's cores. To be called before the first tensor.
+/// libtorch. `n_threads` 0 stands for this rank's share of the host's cores. To be called before the first tensor,
+/// so before the first collective call too.
 ///
 /// # Errors
 /// A GPU was asked for, and there is no driver, no CUDA library for libtorch, or no GPU.
@@ -92,7 +92,7 @@ pub fn place(
     } else {
         n_threads
     };
-    set_threads(n_threads);
+    tch::set_num_threads(n_threads as i32);
     Ok(Place { device, n_threads, warnings })
 }
 
@@ -153,13 +153,6 @@ fn share_of_cores(usable: usize, cores: usize, local_size: usize) -> (usize, Opt
 fn cores_of_host() -> Option<usize> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").ok()?;
     Some(cpuinfo.lines().filter(|line| line.starts_with("processor")).count()).filter(|cores| *cores > 0)
-}
-
-fn set_threads(n_threads: usize) {
-    tch::set_num_threads(n_threads as i32);
-    // libtorch takes this once. Nothing here runs two operators at a time.
-    static INTEROP: Once = Once::new();
-    INTEROP.call_once(|| tch::set_num_interop_threads(1));
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@
 //! | [`nccl`] | processes, a GPU each | device memory; host memory through MPI | more than one rank, on GPUs |
 //!
 //! The choice falls once: [`join`] finds the launcher, the local rank then chooses a GPU
-//! (see [`crate::device`]), and [`on_device`] adds NCCL where there is one.
+//! ([`crate::device::place`], before the first call here, as calls make tensors), and [`on_device`] adds NCCL where
+//! there is one.
 //!
 //! Whoever joined keeps the collective until the work is done: dropping it is the orderly goodbye that waits for
 //! the other ranks. After an error on this rank alone call [`Collective::abort`] instead.

@@ -38,7 +38,7 @@ pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
 /// *All ranks.* The same ranks for tensors on `device`: with NCCL when they are several and `device` is a GPU.
 ///
 /// # Errors
-/// Some ranks are on GPUs and some are not; NCCL is missing or does not start, which fails all ranks.
+/// Some ranks are on GPUs and some are not; NCCL is missing or does not start. All ranks get the error.
 pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Collective>, CollectiveError> {
     let on_gpu = host.gather(&[u8::from(device.is_cuda())])?;
     if let Some(other) = on_gpu.iter().position(|other| *other != on_gpu[0]) {

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod collective;
+mod device;
 mod fixtures;
 mod golden;
 mod mpirun;

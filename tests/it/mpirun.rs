@@ -97,3 +97,24 @@ fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 fn signal(name: &str, group: u32) {
     let _ = Command::new("sh").args(["-c", &format!("kill -s {name} -- -{group} 2>/dev/null")]).status();
 }
+
+#[test]
+fn a_job_that_hangs_is_ended_with_all_its_ranks() {
+    let limit = Duration::from_secs(2);
+    let sleeper = "echo pid $$; exec sleep 100";
+    let Some(finished) = mpirun(2, Path::new("/bin/sh"), &["-c", sleeper], &[], limit) else { return };
+    assert_eq!(finished.code, None, "{finished:#?}");
+    assert!(finished.took < Duration::from_secs(10), "{finished:#?}");
+    let pids: Vec<&str> = finished.stdout.lines().filter_map(|line| line.strip_prefix("pid ")).collect();
+    assert_eq!(pids.len(), 2, "{finished:#?}");
+    // `mpirun` kills its ranks and does not wait for them to be gone.
+    let alive = |pid: &&str| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        name.is_ok_and(|name| name.trim() == "sleep")
+    };
+    let start = Instant::now();
+    while pids.iter().any(alive) {
+        assert!(start.elapsed() < Duration::from_secs(10), "still there: {pids:?}");
+        sleep(Duration::from_millis(20));
+    }
+}

@@ -77,7 +77,8 @@ impl Nccl {
         let host_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
         let mut joined =
             Self { nccl, communicator, gpu, host_name, context, get_current_stream, watchdog: None, host };
-        joined.done("ncclCommInitRank", 0, code)?;
+        let started = joined.done("ncclCommInitRank", 0, code);
+        joined.host.agree(started)?;
         joined.watchdog = Some(watch(nccl, communicator));
         Ok(joined)
     }
