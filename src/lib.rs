@@ -1,1 +1,3 @@
 //! Bireme.
+
+pub mod synth;
