@@ -48,4 +48,5 @@ pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod report;
+pub mod synth;
 pub mod train;
