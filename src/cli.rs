@@ -2,15 +2,18 @@
 
 use std::error::Error;
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::collective::{self, Collective, CollectiveError, Root};
-use crate::config::Config;
+use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
 use crate::device;
+use crate::etl;
 use crate::report::{self, Report};
+use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{self, Place, RunData, TrainError};
 
 /// Trains session-based recommenders on many GPUs.
@@ -25,10 +28,78 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Make the events of a shop, shaped like the REES46 data, of any size
+    Synth(SynthArgs),
+    /// Turn shop events into sessions by day, a fitted workflow and a schema
+    Preprocess(PreprocessArgs),
     /// Train day by day, evaluate each day on the next; alone, or under `mpirun` or `srun`
     Train(TrainArgs),
     /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
     Evaluate(EvaluateArgs),
+}
+
+#[derive(Args)]
+struct SynthArgs {
+    /// Rows of the file
+    #[arg(long, default_value_t = 300_000)]
+    events: u64,
+    /// Items of the shop on its last day
+    #[arg(long, default_value_t = 2_000)]
+    items: u32,
+    /// Whole days
+    #[arg(long, default_value_t = 5)]
+    days: u32,
+    /// The same options and seed give the same bytes
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The CSV file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+#[derive(Args)]
+struct PreprocessArgs {
+    /// Events: CSV, plain or gzip, or parquet; several files are read one after the other
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    events: Vec<PathBuf>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Use the events of these days only: calendar days in UTC, 1 being that of the first event
+    #[arg(long, value_name = "A..B", value_parser = parse_days)]
+    days: Option<RangeInclusive<i64>>,
+    /// Leave out rows that cannot be read, and count them
+    #[arg(long)]
+    skip_bad_rows: bool,
+    /// Events of a session that are kept at most
+    #[arg(long, default_value_t = etl::Settings::default().max_length)]
+    max_length: usize,
+    /// Events that a session needs to be kept at all
+    #[arg(long, default_value_t = etl::Settings::default().min_length)]
+    min_length: usize,
+    /// Which events of a longer session are kept
+    #[arg(long, value_enum, default_value_t = KeepArg::First)]
+    keep: KeepArg,
+    /// Seed of the hash that deals sessions to train, valid and test
+    #[arg(long, default_value_t = etl::Settings::default().seed)]
+    seed: u64,
+    /// Replace what an earlier run wrote to DIR
+    #[arg(long)]
+    overwrite: bool,
+}
+
+/// As [`etl::Keep`], on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum KeepArg {
+    /// The session's start
+    First,
+    /// The session's end
+    Last,
+}
+
+fn parse_days(text: &str) -> Result<RangeInclusive<i64>, String> {
+    let parsed = text.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..=b.parse().ok()?));
+    parsed.ok_or_else(|| "days are written as `A..B`, both included".to_owned())
 }
 
 #[derive(Args)]
@@ -95,6 +166,8 @@ fn explain(error: &dyn Error, hint: Option<&str>) -> String {
 /// Runs a command and returns its exit code.
 pub fn run(cli: Cli) -> i32 {
     let done = match cli.command {
+        Command::Synth(args) => synth(&args),
+        Command::Preprocess(args) => preprocess(&args),
         Command::Train(args) => train(&args),
         Command::Evaluate(args) => evaluate(&args),
     };
@@ -109,6 +182,55 @@ pub fn run(cli: Cli) -> i32 {
     }
 }
 
+fn synth(args: &SynthArgs) -> Result<(), Failure> {
+    let &SynthArgs { events, items, days, seed, ref out } = args;
+    let failed = |error: &dyn Error, exit_code| Failure {
+        exit_code,
+        message: Some(format!("`{}`: {}", out.display(), explain(error, None))),
+    };
+    // Written aside: a file of that name is either whole or what it was before.
+    let mut aside = out.clone().into_os_string();
+    aside.push(".partial");
+    let aside = PathBuf::from(aside);
+    let mut file = fs::File::create(&aside).map_err(|error| failed(&error, 2))?;
+    let made = synth::synth(&SynthOptions { events, items, days, seed }, &mut file);
+    if made.is_err() {
+        // What cannot be removed now was not worth more either.
+        let _ = fs::remove_file(&aside);
+    }
+    let report = made.map_err(|error| match error {
+        SynthError::Option { .. } => Failure::refused(&error, None),
+        SynthError::Write(_) => failed(&error, 1),
+    })?;
+    fs::rename(&aside, out).map_err(|error| failed(&error, 1))?;
+    report::result(&report.to_string());
+    Ok(())
+}
+
+fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
+    let options = etl::Options {
+        days: args.days.clone(),
+        bad_rows: if args.skip_bad_rows { etl::BadRows::Skip } else { etl::BadRows::Refuse },
+        settings: etl::Settings {
+            max_length: args.max_length,
+            min_length: args.min_length,
+            keep: match args.keep {
+                KeepArg::First => etl::Keep::First,
+                KeepArg::Last => etl::Keep::Last,
+            },
+            seed: args.seed,
+        },
+        overwrite: args.overwrite,
+        ..etl::Options::new(args.events.clone(), args.out.clone())
+    };
+    let report = etl::preprocess(&options, &mut report::progress).map_err(|error| Failure {
+        exit_code: error.exit_code().into(),
+        message: Some(explain(&error, error.hint())),
+    })?;
+    report::result(&report.to_string());
+    Ok(())
+}
+
 /// The ranks of a command and its configuration.
 struct Job {
     collective: Box<dyn Collective>,
@@ -118,11 +240,16 @@ struct Job {
 
 impl Job {
     /// *All ranks.* Joins the job this process was started into.
-    fn join(load: impl FnOnce() -> Result<Config, crate::config::ConfigError>) -> Result<Self, Failure> {
+    fn join(load: impl FnOnce() -> Result<Config, ConfigError>) -> Result<Self, Failure> {
         let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
-        let config = agree(&*host, load(), |_| None)?;
+        // The device comes before `agree`, which makes tensors: libtorch looks for GPUs at the first of them.
         let (local_rank, local_size) = (host.local_rank(), host.local_size());
-        let placed = device::place(config.run.device, config.run.threads_per_rank, local_rank, local_size);
+        let placed = load().map(|config| {
+            let RunConfig { device, threads_per_rank, .. } = config.run;
+            let placed = device::place(device, threads_per_rank, local_rank, local_size);
+            (config, placed)
+        });
+        let (config, placed) = agree(&*host, placed, |_| None)?;
         let place = agree(&*host, placed, |error| Some(error.hint()))?;
         let collective = collective::on_device(host, place.device)
             .map_err(|error| Failure::refused(&error, error.hint()))?;

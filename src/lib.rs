@@ -18,7 +18,7 @@
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`cli`] | arguments | an exit code |
 //!
-//! Dependencies point up this table; nothing above `collective` knows which backend runs.
+//! Nothing outside `collective` knows which backend runs, and nothing but `report` prints.
 //!
 //! # Shapes
 //!
@@ -36,17 +36,16 @@
 //!
 //! 0 done; 1 the run failed; 2 refused before starting.
 
+pub mod synth;
 pub use bireme_etl as etl;
-
-pub mod checkpoint;
-pub mod cli;
-pub mod collective;
 pub mod config;
 pub mod data;
-pub mod device;
-pub mod metrics;
 pub mod model;
+pub mod device;
+pub mod collective;
 pub mod optim;
+pub mod metrics;
+pub mod checkpoint;
 pub mod report;
-pub mod synth;
 pub mod train;
+pub mod cli;

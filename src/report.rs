@@ -191,3 +191,9 @@ pub fn result(line: &str) {
 pub fn error(message: &str) {
     eprintln!("error: {message}");
 }
+
+/// Says on stderr what a command without ranks is doing.
+#[allow(clippy::print_stderr, reason = "the one place that speaks")]
+pub fn progress(line: &str) {
+    eprintln!("{line}");
+}
