@@ -12,7 +12,7 @@ caller=$PWD
 cd "$(dirname "$0")/.."
 
 # The made-up shop, and how many of its days (or of the given events) are used.
-EVENTS=300000 ITEMS=2000 SHOP_DAYS=5 SEED=7
+EVENTS=400000 ITEMS=1000 SHOP_DAYS=4 SEED=7
 MOST_DAYS=5
 RANKS=2
 
