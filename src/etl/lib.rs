@@ -1,5 +1,38 @@
-//! Events to sessions.
+//! Shop events to sessions that a model can learn from.
+//!
+//! In the order in which data flows:
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`schema`] | names the columns, and describes them to a model |
+//! | `events` | reads and checks CSV and parquet, batch by batch |
+//! | [`vocab`] | numbers the values of a column, and remembers them both ways |
+//! | `sessions` | sorts coded events, drops repeats, cuts sessions |
+//! | `buckets` | keeps more events than memory holds |
+//! | `fit` | counts and sums over the events |
+//! | [`workflow`] | what a fit has learnt, and its application to events old and new |
+//! | `partition` | writes the sessions of each day |
+//! | [`preprocess()`] | all of it |
+//!
+//! The transforms are those of the NVTabular workflow in Transformers4Rec's session-based tutorial, its faults
+//! corrected.
 
+mod buckets;
+mod error;
+mod events;
+mod fit;
+mod partition;
+mod preprocess;
 pub mod schema;
+mod sessions;
+pub mod vocab;
+pub mod workflow;
 
+pub use error::Error;
+pub use events::{BadRows, RowCounts};
+pub use partition::{Day, Split};
+pub use preprocess::{Options, Report, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess};
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};
+pub use sessions::Keep;
+pub use vocab::{Coded, Value, Vocabulary};
+pub use workflow::{Applied, Settings, Statistics, Workflow};

@@ -1,0 +1,68 @@
+"""Times `bireme preprocess` and benches/peers/etl_polars.py on the same events, by turns.
+
+    python benches/etl.py EVENTS.csv --bireme target/release/bireme [--python PYTHON] [--runs 3]
+
+The Python must have polars. Prints every run and the medians: wall seconds, rows per second of the file, and the
+peak of the process's resident memory, mapped file pages included, as the kernel counts it.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def timed(command):
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if os.waitstatus_to_exitcode(status) != 0:
+        sys.exit(f"failed: {' '.join(command)}")
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("events", type=Path)
+    parser.add_argument("--bireme", default="target/release/bireme")
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+
+    with options.events.open("rb") as file:
+        n_rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b"")) - 1
+    scratch = Path(tempfile.mkdtemp(dir=options.events.parent))
+    out = scratch / "out"
+    peer = Path(__file__).parent / "peers" / "etl_polars.py"
+    commands = {
+        "bireme": [options.bireme, "preprocess", "--events", str(options.events), "--out", str(out)],
+        "polars": [options.python, str(peer), str(options.events), str(out)],
+    }
+    runs = {name: [] for name in commands}
+    print(f"{n_rows} rows, {os.cpu_count()} cores")
+    print(f"{'':8} {'wall s':>8} {'cpu s':>8} {'rows/s':>10} {'peak GiB':>9}")
+
+    def line(name, wall, cpu, peak):
+        print(f"{name:8} {wall:8.2f} {cpu:8.2f} {n_rows / wall:10.0f} {peak:9.2f}", flush=True)
+
+    try:
+        for _ in range(options.runs):
+            for name, command in commands.items():
+                runs[name].append(timed(command))
+                line(name, *runs[name][-1])
+                shutil.rmtree(out)
+    finally:
+        shutil.rmtree(scratch)
+    print("medians")
+    for name, measured in runs.items():
+        line(name, *(statistics.median(column) for column in zip(*measured)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,445 @@
+//! From files of events to a folder of sessions, in two sweeps over the events and one over the days.
+//!
+//! 1. *Read*: check, code and deal the events by session to scratch files; note when each product was first seen.
+//! 2. *Fit*: file by file, sort the events, drop repeats, count and sum; keep the sessions, cut to length.
+//! 3. *Apply*: day by day, encode the sessions with the fitted [`Workflow`] and write them.
+//!
+//! Memory holds the vocabularies, a few batches, two files' events for every thread, and a day's sessions for
+//! every thread: it does not grow with the number of events otherwise. The output does not depend on the number
+//! of threads or of scratch files.
+
+use std::fmt;
+use std::fs;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use tempfile::TempDir;
+
+use crate::buckets::{Buckets, read_events};
+use crate::error::Error;
+use crate::events::{self, BadRows, RowCounts};
+use crate::fit::{self, Counts, Sums};
+use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
+use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
+use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
+use crate::vocab::Coded;
+use crate::workflow::{NEVER_SEEN, Settings, Workflow};
+
+/// The folder of the days, in the output.
+pub const SESSIONS_BY_DAY: &str = "sessions_by_day";
+/// The folder of the fitted workflow, in the output.
+pub const WORKFLOW: &str = "workflow";
+/// The schema's file, in the output.
+pub const SCHEMA: &str = "schema.pbtxt";
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// CSV (plain or gzip) or parquet, in the order of time or not.
+    pub events: Vec<PathBuf>,
+    /// The folder to write, which must not be there or be empty.
+    pub out: PathBuf,
+    /// Use the events of these days only: calendar days in UTC, 1 being that of the first event. When a product
+    /// was first seen is known from all events all the same.
+    pub days: Option<RangeInclusive<i64>>,
+    /// What to do with a row that cannot be read.
+    pub bad_rows: BadRows,
+    /// How sessions are made.
+    pub settings: Settings,
+    /// Whether sessions that an earlier run left in `out` may be replaced.
+    pub overwrite: bool,
+    /// Scratch files to deal the events to; the input's size decides if there is none given.
+    pub n_buckets: Option<usize>,
+}
+
+impl Options {
+    /// Defaults for everything but the input and the output.
+    pub fn new(events: Vec<PathBuf>, out: PathBuf) -> Self {
+        Self {
+            events,
+            out,
+            days: None,
+            bad_rows: BadRows::Refuse,
+            settings: Settings::default(),
+            overwrite: false,
+            n_buckets: None,
+        }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let Settings { max_length, min_length, .. } = self.settings;
+        let problem = match &self.days {
+            _ if self.events.is_empty() => "no file of events is given".into(),
+            _ if min_length == 0 => "`min_length` must be at least 1".into(),
+            _ if max_length < min_length => {
+                format!("`max_length` {max_length} is less than `min_length` {min_length}")
+            }
+            _ if self.n_buckets == Some(0) => "`n_buckets` must be at least 1".into(),
+            Some(days) if *days.start() < 1 => format!("day {} is before day 1", days.start()),
+            Some(days) if days.is_empty() => format!("no day is in {}..{}", days.start(), days.end()),
+            _ => return Ok(()),
+        };
+        Err(Error::Settings(problem))
+    }
+}
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// The rows of all files.
+    pub rows: RowCounts,
+    /// Events that repeat their predecessor's product.
+    pub n_repeats: u64,
+    /// Events that are left, in the chosen days.
+    pub n_events: u64,
+    /// Sessions with such events.
+    pub n_sessions: u64,
+    /// Of these, sessions too short to be kept.
+    pub n_short: u64,
+    /// The days that have sessions.
+    pub days: Vec<Day>,
+    /// Distinct values of each encoded column, by [`Coded`].
+    pub n_values: [usize; 7],
+    /// Where the sessions are.
+    pub out: PathBuf,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = |name: &str, value: &dyn fmt::Display| writeln!(f, "{name:<22} {value:>12}");
+        line("rows read", &self.rows.read)?;
+        line("unreadable, left out", &self.rows.bad)?;
+        line("without a session", &self.rows.without_session)?;
+        line("repeats", &self.n_repeats)?;
+        line("events", &self.n_events)?;
+        line("sessions", &self.n_sessions)?;
+        line("too short, left out", &self.n_short)?;
+        for (column, n_values) in Coded::ALL.into_iter().zip(self.n_values) {
+            line(&format!("distinct {}", column.name()), &n_values)?;
+        }
+        writeln!(f, "{:<22} {:>12} {:>12} {:>12}", "day", "train", "valid", "test")?;
+        for Day { day_index, n_sessions: [train, valid, test], .. } in &self.days {
+            writeln!(f, "{day_index:<22} {train:>12} {valid:>12} {test:>12}")?;
+        }
+        write!(f, "{:<22} {}", "written to", self.out.display())
+    }
+}
+
+/// Makes sessions of events, and writes `out` with [`SESSIONS_BY_DAY`], [`WORKFLOW`] and [`SCHEMA`].
+///
+/// Everything is written beside `out` and renamed at the end; an error leaves `out` as it was. `progress` is told
+/// what is being done, one short line at a time. Work runs on rayon's current pool and on polars' own.
+///
+/// # Errors
+/// Settings or input that are refused, and files that cannot be written: see [`Error`].
+pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report, Error> {
+    options.check()?;
+    let output = Output::new(&options.out, options.overwrite)?;
+    let read = Read::all(options, &output, progress)?;
+
+    let n_buckets = read.buckets.len();
+    progress(&format!("sorting and counting {} events in {n_buckets} parts", read.n_events));
+    let (workflow, fitted) = read.fit(options, &output)?;
+
+    let n_days = fitted.days.len();
+    progress(&format!(
+        "encoding and writing {} sessions of {n_days} days",
+        fitted.n_sessions - fitted.n_short
+    ));
+    let sessions_by_day = output.dir().join(SESSIONS_BY_DAY);
+    fs::create_dir(&sessions_by_day).map_err(Error::io("create", &sessions_by_day))?;
+    let writer = DayWriter {
+        dir: &sessions_by_day,
+        kept: &fitted.kept,
+        encoder: &workflow.encoder(),
+        session_ids: workflow.vocabulary(Coded::Session).dictionary(),
+        counts: &fitted.session_counts,
+        seed: options.settings.seed,
+    };
+    let days = fitted.days.par_iter().map(|day| writer.write(*day)).collect::<Result<Vec<_>, _>>()?;
+
+    progress("writing the workflow and the schema");
+    let workflow_dir = output.dir().join(WORKFLOW);
+    fs::create_dir(&workflow_dir).map_err(Error::io("create", &workflow_dir))?;
+    workflow.save(&workflow_dir)?;
+    schema(&workflow, &days).write(output.dir().join(SCHEMA))?;
+    output.publish()?;
+    Ok(Report {
+        rows: fitted.rows,
+        n_repeats: fitted.n_repeats,
+        n_events: workflow.statistics.n_events,
+        n_sessions: fitted.n_sessions,
+        n_short: fitted.n_short,
+        days,
+        n_values: Coded::ALL.map(|column| workflow.vocabulary(column).len()),
+        out: options.out.clone(),
+    })
+}
+
+/// The events after the first sweep.
+struct Read {
+    rows: RowCounts,
+    n_events: u64,
+    dictionaries: Dictionaries,
+    /// By the code of the product.
+    first_seen: Vec<i64>,
+    first_event: i64,
+    buckets: Vec<PathBuf>,
+}
+
+impl Read {
+    fn all(options: &Options, output: &Output, progress: &mut dyn FnMut(&str)) -> Result<Self, Error> {
+        let scratch = output.scratch();
+        let n_buckets = options.n_buckets.map_or_else(|| suitable_buckets(&options.events), Ok)?;
+        let mut buckets = Buckets::create(scratch, n_buckets)?;
+        let mut dictionaries = Dictionaries::new();
+        let mut first_seen = vec![NEVER_SEEN];
+        let (mut first_event, mut n_events) = (i64::MAX, 0);
+        let mut rows = RowCounts::default();
+        for path in &options.events {
+            let name = path.display();
+            progress(&format!("reading {name}"));
+            let mut n_told = 0;
+            let counts = events::read(path, options.bad_rows, scratch, &mut |batch| {
+                let events = dictionaries.code(&batch);
+                first_seen.resize(dictionaries.get(Coded::Product).len() + 1, NEVER_SEEN);
+                for event in &events {
+                    first_event = first_event.min(event.time);
+                    let seen = &mut first_seen[event.code(Coded::Product) as usize];
+                    *seen = (*seen).min(event.time);
+                }
+                n_events += events.len() as u64;
+                if n_events - n_told >= 1_000_000 {
+                    n_told = n_events;
+                    progress(&format!("reading {name}: {n_events} events"));
+                }
+                buckets.push(events)
+            })?;
+            rows.read += counts.read;
+            rows.bad += counts.bad;
+            rows.without_session += counts.without_session;
+        }
+        if n_events == 0 {
+            return Err(Error::Nothing(format!("none of {} rows is an event of a session", rows.read)));
+        }
+        let buckets = buckets.finish()?;
+        Ok(Self { rows, n_events, dictionaries, first_seen, first_event, buckets })
+    }
+
+    fn fit(self, options: &Options, output: &Output) -> Result<(Workflow, Fitted), Error> {
+        let counts = Counts::new(&self.dictionaries);
+        let sweep =
+            Sweep { options, first_seen: &self.first_seen, first_event: self.first_event, counts: &counts };
+        let swept = self
+            .buckets
+            .par_iter()
+            .enumerate()
+            .map(|(i, bucket)| sweep.bucket(bucket, output.scratch().join(format!("sessions-{i}"))))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let mut sums = Sums::default();
+        let mut fitted = Fitted { rows: self.rows, ..Fitted::default() };
+        for Swept { sums: of_bucket, n_repeats, n_sessions, n_short, kept } in swept {
+            sums.merge(&of_bucket);
+            fitted.n_repeats += n_repeats;
+            fitted.n_sessions += n_sessions;
+            fitted.n_short += n_short;
+            fitted.days.extend(kept.days());
+            fitted.kept.push(kept);
+        }
+        fitted.days.sort_unstable();
+        fitted.days.dedup();
+        if fitted.days.is_empty() {
+            let n = options.settings.min_length;
+            let days = match &options.days {
+                Some(days) => format!(" in days {}..{}", days.start(), days.end()),
+                None => String::new(),
+            };
+            return Err(Error::Nothing(format!("no session has {n} events or more{days}")));
+        }
+        let days = options.days.as_ref().map(|days| (*days.start(), *days.end()));
+        let (settings, Self { dictionaries, first_seen, first_event, .. }) = (options.settings.clone(), self);
+        fitted.session_counts = counts.of(Coded::Session);
+        let workflow = fit::workflow(settings, first_event, days, dictionaries, first_seen, counts, &sums);
+        Ok((workflow, fitted))
+    }
+}
+
+fn suitable_buckets(events: &[PathBuf]) -> Result<usize, Error> {
+    let (mut plain, mut compressed) = (0, 0);
+    for path in events {
+        let open = |source| Error::Open { path: path.clone(), source };
+        let bytes = fs::metadata(path).map_err(open)?.len();
+        *(if events::is_plain(path)? { &mut plain } else { &mut compressed }) += bytes;
+    }
+    Ok(Buckets::suitable(plain, compressed))
+}
+
+/// The events after the second sweep.
+#[derive(Default)]
+struct Fitted {
+    rows: RowCounts,
+    n_repeats: u64,
+    n_sessions: u64,
+    n_short: u64,
+    days: Vec<i64>,
+    kept: Vec<KeptSessions>,
+    /// By the code of the session.
+    session_counts: Vec<u32>,
+}
+
+/// What the second sweep does with every bucket.
+struct Sweep<'a> {
+    options: &'a Options,
+    first_seen: &'a [i64],
+    first_event: i64,
+    counts: &'a Counts,
+}
+
+struct Swept {
+    sums: Sums,
+    n_repeats: u64,
+    n_sessions: u64,
+    n_short: u64,
+    kept: KeptSessions,
+}
+
+impl Sweep<'_> {
+    fn bucket(&self, bucket: &Path, sessions_path: PathBuf) -> Result<Swept, Error> {
+        let mut events = read_events(bucket)?;
+        fs::remove_file(bucket).map_err(Error::io("remove", bucket))?;
+        let n_repeats = sort_and_drop_repeats(&mut events) as u64;
+        // After the repeats: an event may repeat one of a day that is not used.
+        events.retain(|event| self.is_used(event));
+
+        let mut sums = Sums::default();
+        for event in &events {
+            sums.add(event, self.first_seen, self.counts);
+        }
+        let Settings { max_length, min_length, keep, .. } = self.options.settings;
+        let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());
+        for events in sessions(&events) {
+            n_sessions += 1;
+            if events.len() < min_length {
+                n_short += 1;
+            } else {
+                let day_index = (events[0].time - self.first_event) / DAY + 1;
+                kept.push((day_index, keep.cut(events, max_length)));
+            }
+        }
+        let kept = KeptSessions::write(sessions_path, kept)?;
+        Ok(Swept { sums, n_repeats, n_sessions, n_short, kept })
+    }
+
+    fn is_used(&self, event: &Event) -> bool {
+        let calendar_day = event.time.div_euclid(DAY) - self.first_event.div_euclid(DAY) + 1;
+        self.options.days.as_ref().is_none_or(|days| days.contains(&calendar_day))
+    }
+}
+
+/// The schema of the sessions, with the features and the tags of the tutorial's.
+fn schema(workflow: &Workflow, days: &[Day]) -> Schema {
+    let Settings { max_length, min_length, .. } = workflow.statistics.settings;
+    let value_count = Some(ValueCount { min: min_length as i64, max: max_length as i64 });
+    let range = |column: Coded, min: u32, is_categorical: bool| {
+        let max = workflow.vocabulary(column).cardinality() as i64 - 1;
+        Domain::Int(Some(IntRange { min: i64::from(min), max, is_categorical }))
+    };
+    let tags = |tags: &[&str]| tags.iter().map(ToString::to_string).collect();
+    let ids = |name: &str, column: Coded, of: &[&str]| Feature {
+        name: name.into(),
+        value_count,
+        domain: range(column, 1, true),
+        tags: tags(of),
+    };
+    let floats = |name: &str, of: &[&str]| {
+        let place = FLOAT_COLUMNS.iter().position(|column| *column == name);
+        let ranges = days.iter().filter_map(|day| day.ranges[place?]);
+        let range = ranges.reduce(|a, b| FloatRange { min: a.min.min(b.min), max: a.max.max(b.max) });
+        Feature { name: name.into(), value_count, domain: Domain::Float(range), tags: tags(of) }
+    };
+    Schema {
+        features: vec![
+            Feature {
+                name: session::SESSION.into(),
+                value_count: None,
+                domain: range(Coded::Session, 2, false),
+                tags: tags(&["groupby_col"]),
+            },
+            ids(session::CATEGORY, Coded::Category, &["list", "categorical", "item"]),
+            ids(session::CATEGORY_CODE, Coded::CategoryCode, &["list", "categorical", "item"]),
+            ids(session::BRAND, Coded::Brand, &["list", "categorical", "item"]),
+            ids(session::PRODUCT, Coded::Product, &[ITEM_ID_TAG, "list", "categorical", "item"]),
+            floats(session::RECENCY, &["continuous", "list"]),
+            floats(session::WEEKDAY_COS, &["continuous", "time", "list"]),
+            floats(session::WEEKDAY_SIN, &["continuous", "time", "list"]),
+            floats(session::RELATIVE_PRICE, &["continuous", "list"]),
+            floats(session::PRICE, &["continuous", "list"]),
+        ],
+    }
+}
+
+/// A folder that comes to be all at once, or not at all.
+struct Output {
+    out: PathBuf,
+    /// Beside `out`, so that a rename suffices; removed with all it holds when this value goes.
+    aside: TempDir,
+    dir: PathBuf,
+    scratch: PathBuf,
+}
+
+impl Output {
+    fn new(out: &Path, overwrite: bool) -> Result<Self, Error> {
+        let mut entries = match fs::read_dir(out) {
+            Ok(entries) => Some(entries),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(_) => return Err(Error::OutputExists { path: out.into() }),
+        };
+        let is_empty = entries.as_mut().is_none_or(|entries| entries.next().is_none());
+        // Only what an earlier run wrote is replaced, never a folder of something else.
+        if !is_empty && !(overwrite && out.join(SESSIONS_BY_DAY).is_dir()) {
+            return Err(Error::OutputExists { path: out.into() });
+        }
+        // The parents of `out` are made at the end, too.
+        let beside = out.ancestors().skip(1).find(|path| path.is_dir()).filter(|path| path != &Path::new(""));
+        let beside = beside.unwrap_or(Path::new("."));
+        let name = out.file_name().unwrap_or_default().to_string_lossy();
+        let aside = tempfile::Builder::new()
+            .prefix(&format!(".{name}."))
+            .suffix(".partial")
+            .tempdir_in(beside)
+            .map_err(Error::io("write into", beside))?;
+        let (dir, scratch) = (aside.path().join("out"), aside.path().join("scratch"));
+        for path in [&dir, &scratch] {
+            fs::create_dir(path).map_err(Error::io("create", path))?;
+        }
+        Ok(Self { out: out.into(), aside, dir, scratch })
+    }
+
+    fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn scratch(&self) -> &Path {
+        &self.scratch
+    }
+
+    fn publish(self) -> Result<(), Error> {
+        if let Some(parent) = self.out.parent() {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
+        let replaced = self.aside.path().join("replaced");
+        let was_there = self.out.exists();
+        if was_there {
+            fs::rename(&self.out, &replaced).map_err(Error::io("move away", &self.out))?;
+        }
+        fs::rename(&self.dir, &self.out).map_err(|source| {
+            if was_there && fs::rename(&replaced, &self.out).is_err() {
+                // The old sessions stay where they have been moved.
+                let _ = self.aside.keep();
+            }
+            Error::Io { action: "create", path: self.out.clone(), source }
+        })
+    }
+}

@@ -1,0 +1,114 @@
+//! Events to sessions: coded, sorted by time, without repeats.
+
+use bytemuck::{Pod, Zeroable};
+use rayon::prelude::*;
+
+use crate::events::{Batch, Cells};
+use crate::vocab::{Coded, Dictionary, Value};
+
+/// One event in the form that is sorted, counted and kept on disk in between: 48 bytes whatever its texts.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Event {
+    /// Seconds since 1970 UTC.
+    pub time: i64,
+    pub price: f64,
+    /// Codes of [`Dictionaries`], by [`Coded`].
+    pub codes: [u32; 7],
+    /// The place among the events that it is sorted with, in file order.
+    pub order: u32,
+}
+
+impl Event {
+    pub fn code(&self, column: Coded) -> u32 {
+        self.codes[column as usize]
+    }
+}
+
+/// Seconds in a day.
+pub(crate) const DAY: i64 = 86_400;
+
+/// What the codes of events mean.
+#[derive(Debug)]
+pub(crate) struct Dictionaries(pub [Dictionary; 7]);
+
+impl Dictionaries {
+    pub fn new() -> Self {
+        // Session ids are kept as they stand in the files; the fit looks whether they are integers.
+        Self(Coded::ALL.map(|column| Dictionary::new(column.is_int())))
+    }
+
+    pub fn get(&self, column: Coded) -> &Dictionary {
+        &self.0[column as usize]
+    }
+
+    /// Codes a batch, column by column and all columns at once: codes depend on the order of the rows alone.
+    pub fn code(&mut self, batch: &Batch) -> Vec<Event> {
+        let n_rows = batch.time.len();
+        let codes: Vec<Vec<u32>> = (self.0.par_iter_mut().zip(&batch.cells))
+            .map(|(dictionary, cells)| match cells {
+                None => vec![Dictionary::NULL; n_rows],
+                Some(Cells::Int(cells)) => cells
+                    .iter()
+                    .map(|cell| cell.map_or(Dictionary::NULL, |value| dictionary.intern(Value::Int(value))))
+                    .collect(),
+                Some(Cells::Text(cells)) => cells
+                    .iter()
+                    .map(|cell| match cell {
+                        None | Some("") => Dictionary::NULL,
+                        Some(text) => dictionary.intern(Value::Text(text)),
+                    })
+                    .collect(),
+            })
+            .collect();
+        (0..n_rows)
+            .map(|row| Event {
+                time: batch.time[row],
+                price: batch.price[row],
+                codes: std::array::from_fn(|column| codes[column][row]),
+                order: row as u32,
+            })
+            .collect()
+    }
+}
+
+/// Sorts events by (session, time), those of the same second in file order, and drops every event whose
+/// predecessor in the session is of the same product. Returns how many were dropped.
+///
+/// The type of the event is not looked at: a view, a cart and a purchase of one product in a row become the view.
+pub(crate) fn sort_and_drop_repeats(events: &mut Vec<Event>) -> usize {
+    events.sort_unstable_by_key(|e| (e.code(Coded::Session), e.time, e.order));
+    let n_before = events.len();
+    events.dedup_by(|next, kept| {
+        next.code(Coded::Session) == kept.code(Coded::Session)
+            && next.code(Coded::Product) == kept.code(Coded::Product)
+    });
+    n_before - events.len()
+}
+
+/// The sessions among sorted events.
+pub(crate) fn sessions(events: &[Event]) -> impl Iterator<Item = &[Event]> {
+    events.chunk_by(|a, b| a.code(Coded::Session) == b.code(Coded::Session))
+}
+
+/// Which events of a session stay that is longer than the longest length.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Keep {
+    /// The session's start, as in the tutorial.
+    #[default]
+    First,
+    /// The session's end, as a model in service sees it.
+    Last,
+}
+
+impl Keep {
+    /// At most `max_length` of them.
+    pub(crate) fn cut<T>(self, events: &[T], max_length: usize) -> &[T] {
+        let n = events.len().min(max_length);
+        match self {
+            Self::First => &events[..n],
+            Self::Last => &events[events.len() - n..],
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! What a fit has learnt from the events, and its application to the same or to new ones.
+//!
+//! [`preprocess`](crate::preprocess) fits; everything here only applies. What training and serving encode goes
+//! through the same [`Encoder`], whether the events were just fitted or came in a request.
+
+use std::borrow::Cow;
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::Path;
+
+use polars::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::events::{BadRows, RowCounts, clean};
+use crate::schema::{event, session};
+use crate::sessions::{DAY, Dictionaries, Event, Keep, sessions, sort_and_drop_repeats};
+use crate::vocab::{Coded, Value, Vocabulary, ints, read_parquet};
+
+/// How sessions are made; a workflow keeps what it was fitted with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Events of a session that are kept at most.
+    pub max_length: usize,
+    /// Events that a session needs, repeats not counted, to be kept at all.
+    pub min_length: usize,
+    /// Which events of a longer session are kept.
+    pub keep: Keep,
+    /// Seed of the hash that deals sessions to train, valid and test.
+    pub seed: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { max_length: 20, min_length: 2, keep: Keep::First, seed: 42 }
+    }
+}
+
+/// Mean and standard deviation of a column's logarithms.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Normal {
+    /// The mean.
+    pub mean: f64,
+    /// The standard deviation with n - 1; 0 when there is nothing to deviate from.
+    pub std: f64,
+}
+
+impl Normal {
+    /// `(x - mean) / std`, or `x - mean` where the deviation is zero.
+    fn apply(self, x: f32) -> f32 {
+        let centred = f64::from(x) - self.mean;
+        (if self.std > 0.0 { centred / self.std } else { centred }) as f32
+    }
+}
+
+/// What a fit has counted and averaged: `statistics.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// The version of the files' layout.
+    pub format: u32,
+    /// The version of this program that wrote them.
+    pub written_by: String,
+    /// What the sessions were made with.
+    pub settings: Settings,
+    /// Seconds since 1970 of the first event that belongs to a session: `day_index` counts from here.
+    pub first_event: i64,
+    /// First and last day of `--days`, if only these were used.
+    pub days: Option<(i64, i64)>,
+    /// Events that the statistics are over, repeats not counted.
+    pub n_events: u64,
+    /// Of ln(price + 1).
+    pub price_log: Normal,
+    /// Of ln(days since the product was first seen + 1).
+    pub recency_log: Normal,
+}
+
+/// What the files of this version look like.
+const FORMAT: u32 = 1;
+const STATISTICS: &str = "statistics.json";
+const PRODUCTS: &str = "products.parquet";
+const CATEGORIES: &str = "categories.parquet";
+const FIRST_SEEN: &str = "first_event_time_ts";
+const MEAN_PRICE: &str = "price_mean";
+
+/// A fitted workflow.
+#[derive(Clone, Debug)]
+pub struct Workflow {
+    /// What was counted and averaged.
+    pub statistics: Statistics,
+    vocabularies: [Vocabulary; 7],
+    /// By the code of the product in its vocabulary, also of products outside the fitted days.
+    first_seen: Vec<i64>,
+    /// By the code of the category in its vocabulary; NaN where there is none.
+    mean_price: Vec<f64>,
+}
+
+/// Sessions in the form that a model reads.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// The original id of each row's session.
+    pub session_ids: Vec<String>,
+    /// One row per session, columns as [`crate::schema::session`].
+    pub sessions: DataFrame,
+}
+
+impl Workflow {
+    pub(crate) fn new(
+        statistics: Statistics,
+        vocabularies: [Vocabulary; 7],
+        first_seen: Vec<i64>,
+        mean_price: Vec<f64>,
+    ) -> Self {
+        Self { statistics, vocabularies, first_seen, mean_price }
+    }
+
+    pub(crate) fn statistics_now(
+        settings: Settings,
+        first_event: i64,
+        days: Option<(i64, i64)>,
+        n_events: u64,
+        price_log: Normal,
+        recency_log: Normal,
+    ) -> Statistics {
+        let written_by = format!("bireme-etl {}", env!("CARGO_PKG_VERSION"));
+        Statistics {
+            format: FORMAT,
+            written_by,
+            settings,
+            first_event,
+            days,
+            n_events,
+            price_log,
+            recency_log,
+        }
+    }
+
+    /// A column's values and ids.
+    pub fn vocabulary(&self, column: Coded) -> &Vocabulary {
+        &self.vocabularies[column as usize]
+    }
+
+    /// Seconds since 1970 of a product's first event, whatever the fitted days.
+    pub fn first_seen(&self, product: i64) -> Option<i64> {
+        let code = self.vocabulary(Coded::Product).code(Value::Int(product))?;
+        Some(self.first_seen[code as usize])
+    }
+
+    /// The mean price of a category's events.
+    pub fn mean_price(&self, category: i64) -> Option<f64> {
+        let code = self.vocabulary(Coded::Category).code(Value::Int(category))?;
+        Some(self.mean_price[code as usize]).filter(|mean| !mean.is_nan())
+    }
+
+    /// Encodes new events: rows without a session are dropped, sessions sorted by time, repeats dropped, longer
+    /// ones cut and shorter ones left out, all with the settings of the fit. Sessions come in the order in which
+    /// they first appear. What the fit has not seen gets id 1, a recency of 0 and a relative price of 0.
+    ///
+    /// `events` has the columns of [`crate::schema::event`], as text or in their own types.
+    ///
+    /// # Errors
+    /// A missing column, one of a wrong type, a row that cannot be read.
+    pub fn apply(&self, events: &DataFrame) -> Result<Applied, Error> {
+        let batch = clean(events, Path::new("events"), BadRows::Refuse, &mut RowCounts::default())?;
+        let mut dictionaries = Dictionaries::new();
+        let mut events = dictionaries.code(&batch);
+        sort_and_drop_repeats(&mut events);
+        let Settings { max_length, min_length, keep, .. } = self.statistics.settings;
+        let kept: Vec<Session<'_>> = sessions(&events)
+            .filter(|events| events.len() >= min_length)
+            .map(|events| Session { count: events.len(), events: keep.cut(events, max_length) })
+            .collect();
+        let session_ids = kept.iter().map(|session| {
+            match dictionaries.get(Coded::Session).value(session.events[0].code(Coded::Session)) {
+                Value::Text(id) => id.to_owned(),
+                Value::Int(id) => id.to_string(),
+            }
+        });
+        Ok(Applied {
+            session_ids: session_ids.collect(),
+            sessions: self.encoder_for(&dictionaries).sessions(&kept)?,
+        })
+    }
+
+    /// An encoder of events that are coded by this workflow's own dictionaries.
+    pub(crate) fn encoder(&self) -> Encoder<'_> {
+        Encoder {
+            statistics: &self.statistics,
+            ids: self.vocabularies.each_ref().map(|vocabulary| Cow::Borrowed(vocabulary.ids())),
+            first_seen: Cow::Borrowed(&self.first_seen),
+            mean_price: Cow::Borrowed(&self.mean_price),
+        }
+    }
+
+    /// An encoder of events that are coded by other dictionaries.
+    fn encoder_for(&self, dictionaries: &Dictionaries) -> Encoder<'_> {
+        // Every distinct value is looked up once, not every event.
+        let own_codes = Coded::ALL.map(|column| -> Vec<Option<u32>> {
+            let (dictionary, vocabulary) = (dictionaries.get(column), self.vocabulary(column));
+            let codes = (1..=dictionary.len() as u32).map(|code| vocabulary.code(dictionary.value(code)));
+            std::iter::once(None).chain(codes).collect()
+        });
+        fn by_code<T: Copy>(own_codes: &[Option<u32>], values: &[T], unknown: T) -> Vec<T> {
+            own_codes.iter().map(|code| code.map_or(unknown, |code| values[code as usize])).collect()
+        }
+        Encoder {
+            statistics: &self.statistics,
+            ids: Coded::ALL.map(|column| {
+                let ids = self.vocabulary(column).ids();
+                Cow::Owned(by_code(&own_codes[column as usize], ids, Vocabulary::UNKNOWN))
+            }),
+            first_seen: Cow::Owned(by_code(
+                &own_codes[Coded::Product as usize],
+                &self.first_seen,
+                NEVER_SEEN,
+            )),
+            mean_price: Cow::Owned(by_code(&own_codes[Coded::Category as usize], &self.mean_price, f64::NAN)),
+        }
+    }
+
+    /// Writes the workflow into a folder, which must be there: `statistics.json`, `vocabulary/<column>.parquet`,
+    /// `products.parquet` (when each was first seen) and `categories.parquet` (mean prices).
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<(), Error> {
+        let vocabularies = dir.join("vocabulary");
+        fs::create_dir_all(&vocabularies).map_err(Error::io("create", &vocabularies))?;
+        for vocabulary in &self.vocabularies {
+            vocabulary.write(&vocabulary_path(dir, vocabulary.column()))?;
+        }
+        let first_seen = |seconds| Column::new(FIRST_SEEN.into(), seconds);
+        let products = self.table::<i64>(Coded::Product, &self.first_seen, first_seen)?;
+        write_parquet(products, &dir.join(PRODUCTS))?;
+        let mean_price = |means| Column::new(MEAN_PRICE.into(), means);
+        let categories = self.table::<f64>(Coded::Category, &self.mean_price, mean_price)?;
+        write_parquet(categories, &dir.join(CATEGORIES))?;
+        let path = dir.join(STATISTICS);
+        let text = serde_json::to_string_pretty(&self.statistics).map_err(std::io::Error::from);
+        text.and_then(|text| fs::write(&path, text + "\n")).map_err(Error::io("write", &path))
+    }
+
+    /// A table of a column's values in ascending order, beside what is known of each.
+    fn table<T: Copy>(
+        &self,
+        column: Coded,
+        known: &[T],
+        beside: impl FnOnce(Vec<T>) -> Column,
+    ) -> PolarsResult<DataFrame> {
+        let dictionary = self.vocabulary(column).dictionary();
+        let mut rows: Vec<(i64, T)> = (1..=dictionary.len() as u32)
+            .map(|code| (int(dictionary.value(code)), known[code as usize]))
+            .collect();
+        rows.sort_unstable_by_key(|(value, _)| *value);
+        let (values, known): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        DataFrame::new(values.len(), vec![Column::new(column.name().into(), values), beside(known)])
+    }
+
+    /// Reads what [`Workflow::save`] wrote.
+    ///
+    /// # Errors
+    /// A file that is missing or broken, or of a version that this program does not know.
+    pub fn load(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join(STATISTICS);
+        let broken = |problem: String| Error::Workflow { path: path.clone(), problem };
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        // The version first: another version's file may have other keys.
+        let versioned: Versioned = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
+        if versioned.format != FORMAT {
+            return Err(broken(format!(
+                "its format is {}, and this version knows {FORMAT}",
+                versioned.format
+            )));
+        }
+        let statistics = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
+        let mut vocabularies = Vec::with_capacity(Coded::ALL.len());
+        for column in Coded::ALL {
+            vocabularies.push(Vocabulary::read(&vocabulary_path(dir, column), column)?);
+        }
+        let mut vocabularies: [_; 7] = vocabularies.try_into().unwrap_or_else(|_| unreachable!());
+
+        let path = dir.join(PRODUCTS);
+        let table = read_parquet(&path)?;
+        let seen = ints(&table, FIRST_SEEN, &path)?;
+        let products = ints(&table, event::PRODUCT, &path)?;
+        let first_seen = by_code(&mut vocabularies[Coded::Product as usize], &products, seen, NEVER_SEEN);
+
+        let path = dir.join(CATEGORIES);
+        let table = read_parquet(&path)?;
+        let means = table.column(MEAN_PRICE).and_then(|column| {
+            Ok(column.f64()?.iter().map(|mean| mean.unwrap_or(f64::NAN)).collect::<Vec<_>>())
+        });
+        let means = means.map_err(|e| Error::Workflow { path: path.clone(), problem: e.to_string() })?;
+        let categories = ints(&table, event::CATEGORY, &path)?;
+        let mean_price = by_code(&mut vocabularies[Coded::Category as usize], &categories, means, f64::NAN);
+        Ok(Self { statistics, vocabularies, first_seen, mean_price })
+    }
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    format: u32,
+}
+
+/// Spreads a table's column over the codes of its values; a value that has no id gets its code now.
+fn by_code<T: Copy>(vocabulary: &mut Vocabulary, values: &[i64], known: Vec<T>, unknown: T) -> Vec<T> {
+    let mut spread = vec![unknown; vocabulary.ids().len()];
+    for (value, known) in values.iter().zip(known) {
+        let code = vocabulary.add_unknown(Value::Int(*value)) as usize;
+        spread.resize(spread.len().max(code + 1), unknown);
+        spread[code] = known;
+    }
+    spread
+}
+
+fn vocabulary_path(dir: &Path, column: Coded) -> std::path::PathBuf {
+    dir.join("vocabulary").join(format!("{}.parquet", column.name()))
+}
+
+fn write_parquet(mut table: DataFrame, path: &Path) -> Result<(), Error> {
+    let file = File::create(path).map_err(Error::io("create", path))?;
+    let written = ParquetWriter::new(BufWriter::new(file)).finish(&mut table);
+    written.map(drop).map_err(Error::parquet("write", path))
+}
+
+fn int(value: Value<'_>) -> i64 {
+    match value {
+        Value::Int(value) => value,
+        Value::Text(_) => unreachable!("products and categories are integers"),
+    }
+}
+
+/// The first time of a product that was never seen: then its events are its first, and its age is 0.
+pub(crate) const NEVER_SEEN: i64 = i64::MAX;
+
+/// ln(x + 1), in float32 throughout, as the original does it.
+pub(crate) fn log(x: f64) -> f32 {
+    (x as f32 + 1.0).ln()
+}
+
+/// Days since a product was first seen; 0 for events before that.
+pub(crate) fn recency_days(time: i64, first_seen: i64) -> f64 {
+    if time > first_seen { (time - first_seen) as f64 / DAY as f64 } else { 0.0 }
+}
+
+/// Sine and cosine of the weekday of a time, Monday first.
+fn weekday(time: i64) -> (f32, f32) {
+    // 1 January 1970 was a Thursday.
+    let monday_based = (time.div_euclid(DAY) + 3).rem_euclid(7);
+    let angle = std::f64::consts::TAU * ((monday_based + 1) as f64 + 1e-6) / 7.0;
+    (angle.sin() as f32, angle.cos() as f32)
+}
+
+/// The price's distance from its category's mean, in means; 0 where no mean is known.
+fn relative_price(price: f64, mean: f64) -> f64 {
+    if mean > 0.0 { (price - mean) / (mean + 1e-5) } else { 0.0 }
+}
+
+/// A session that is to be encoded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Session<'a> {
+    /// What is kept of it, at least one event.
+    pub events: &'a [Event],
+    /// How many events it had before it was cut.
+    pub count: usize,
+}
+
+/// Coded events to what a model reads.
+#[derive(Debug)]
+pub(crate) struct Encoder<'a> {
+    statistics: &'a Statistics,
+    /// By [`Coded`], then by code.
+    ids: [Cow<'a, [u32]>; 7],
+    first_seen: Cow<'a, [i64]>,
+    mean_price: Cow<'a, [f64]>,
+}
+
+impl Encoder<'_> {
+    /// The id of an event's value.
+    pub fn id(&self, event: &Event, column: Coded) -> u32 {
+        self.ids[column as usize][event.code(column) as usize]
+    }
+
+    /// One row per session, in their order, columns as [`crate::schema::session`].
+    pub fn sessions(&self, rows: &[Session<'_>]) -> PolarsResult<DataFrame> {
+        let n_values = rows.iter().map(|row| row.events.len()).sum();
+        let Statistics { price_log, recency_log, .. } = *self.statistics;
+        let weekdays: [(f32, f32); 7] = std::array::from_fn(|day| weekday(day as i64 * DAY));
+        let weekday = |e: &Event| weekdays[e.time.div_euclid(DAY).rem_euclid(7) as usize];
+        let ids = |name: &str, column: Coded| {
+            list::<Int64Type>(name, rows, n_values, |e| i64::from(self.id(e, column)))
+        };
+        let session_ids = rows.iter().map(|row| i64::from(self.id(&row.events[0], Coded::Session)));
+        let columns = vec![
+            Column::new(session::SESSION.into(), session_ids.collect::<Vec<_>>()),
+            Column::new(session::COUNT.into(), rows.iter().map(|row| row.count as i64).collect::<Vec<_>>()),
+            ids(session::PRODUCT, Coded::Product),
+            ids(session::CATEGORY_CODE, Coded::CategoryCode),
+            ids(session::EVENT_TYPE, Coded::EventType),
+            ids(session::BRAND, Coded::Brand),
+            ids(session::CATEGORY, Coded::Category),
+            list::<Float32Type>(session::WEEKDAY_SIN, rows, n_values, |e| weekday(e).0),
+            list::<Float32Type>(session::WEEKDAY_COS, rows, n_values, |e| weekday(e).1),
+            list::<Float32Type>(session::PRICE, rows, n_values, |e| price_log.apply(log(e.price))),
+            list::<Float64Type>(session::RELATIVE_PRICE, rows, n_values, |e| {
+                relative_price(e.price, self.mean_price[e.code(Coded::Category) as usize])
+            }),
+            list::<Float32Type>(session::RECENCY, rows, n_values, |e| {
+                let first_seen = self.first_seen[e.code(Coded::Product) as usize];
+                recency_log.apply(log(recency_days(e.time, first_seen)))
+            }),
+        ];
+        DataFrame::new(rows.len(), columns)
+    }
+}
+
+/// A column with one value for each event of each session.
+fn list<T: PolarsNumericType>(
+    name: &str,
+    rows: &[Session<'_>],
+    n_values: usize,
+    value: impl Fn(&Event) -> T::Native,
+) -> Column {
+    let mut lists =
+        ListPrimitiveChunkedBuilder::<T>::new(name.into(), rows.len(), n_values, T::get_static_dtype());
+    let mut values = Vec::new();
+    for row in rows {
+        values.clear();
+        values.extend(row.events.iter().map(&value));
+        lists.append_slice(&values);
+    }
+    lists.finish().into_column()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weekdays_start_on_monday_at_one_seventh() {
+        // 2019-10-01 was a Tuesday, 2019-10-06 a Sunday.
+        let (sin, cos) = weekday(1_569_888_000);
+        assert!((sin - 0.974_927_7).abs() < 1e-6 && (cos + 0.222_521_8).abs() < 1e-6, "{sin} {cos}");
+        let (sin, cos) = weekday(1_570_320_000);
+        assert!((sin - 8.975_979e-7).abs() < 1e-9 && (cos - 1.0).abs() < 1e-6, "{sin} {cos}");
+    }
+
+    #[test]
+    fn what_is_unknown_is_neutral() {
+        assert_eq!(relative_price(10.0, f64::NAN), 0.0);
+        assert_eq!(relative_price(10.0, 0.0), 0.0);
+        assert_eq!(recency_days(5, NEVER_SEEN), 0.0);
+        assert_eq!(recency_days(5, 6).to_bits(), 0.0_f64.to_bits());
+        assert_eq!(Normal { mean: 1.0, std: 0.0 }.apply(3.0), 2.0);
+    }
+}

@@ -1,0 +1,256 @@
+//! Bad input gets one message that says where, exit code 2, and leaves nothing behind.
+
+use std::fs;
+use std::path::Path;
+
+use bireme_etl::{BadRows, Error, Options, preprocess};
+
+use crate::support::{HEADER, bytes, rows, run, scratch};
+
+const GOOD: &str = "2020-01-01 00:00:00 UTC,view,1,10,a.b,acme,1.5,7,s1\n2020-01-01 00:00:01 UTC,view,2,10,a.b,acme,2.5,7,s1\n";
+
+/// What is in a folder beside the events.
+fn left_behind(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| !name.starts_with("events.")).collect()
+}
+
+fn refused(csv: &str) -> String {
+    let dir = scratch();
+    let error = run(dir.path(), csv, |_| {}).expect_err("this is refused");
+    assert_eq!(error.exit_code(), 2, "{error}");
+    assert_eq!(left_behind(dir.path()), Vec::<String>::new(), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("events.csv"), "{text}");
+    text
+}
+
+#[test]
+fn a_bad_cell_is_named_with_line_and_column() {
+    let cases = [
+        ("2020-01-01 00:00:61 UTC,view,1,10,,,1,7,s1", "event_time", "is no time like"),
+        ("yesterday,view,1,10,,,1,7,s1", "event_time", "`yesterday` is no time like"),
+        (",view,1,10,,,1,7,s1", "event_time", "the cell is empty"),
+        ("2020-01-01 00:00:00 UTC,view,one,10,,,1,7,s1", "product_id", "`one` is no integer"),
+        ("2020-01-01 00:00:00 UTC,view,,10,,,1,7,s1", "product_id", "the cell is empty"),
+        ("2020-01-01 00:00:00 UTC,view,1,1.5,,,1,7,s1", "category_id", "`1.5` is no integer"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,-0.5,7,s1", "price", "`-0.5` is no price: it is below zero"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,inf,7,s1", "price", "not finite"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,NaN,7,s1", "price", "not finite"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,cheap,7,s1", "price", "`cheap` is no number"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,,7,s1", "price", "the cell is empty"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,1,me,s1", "user_id", "`me` is no integer"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,1,7", "user_session", "the row has 8 fields instead of 9"),
+        ("2020-01-01 00:00:00 UTC,view,1,1", "category_code", "the row has 4 fields instead of 9"),
+        (
+            "2020-01-01 00:00:00 UTC,view,1,10,,,1,7,s1,more",
+            "user_session",
+            "the row has 10 fields instead of 9",
+        ),
+    ];
+    for (row, column, problem) in cases {
+        // In the middle, with Windows' line ends, and at the end without a line end.
+        let csv = format!("{HEADER}\n{GOOD}{row}\n{GOOD}");
+        for csv in [csv.clone(), csv.replace('\n', "\r\n"), format!("{HEADER}\n{GOOD}{row}")] {
+            let text = refused(&csv);
+            assert!(text.contains(&format!("line 4, column `{column}`: ")), "{row}: {text}");
+            assert!(text.contains(problem), "{row}: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_row_without_a_session_is_not_a_bad_row() {
+    let dir = scratch();
+    let csv = format!("{HEADER}\n{GOOD}not a time,view,,,,,-1,,\n{GOOD}");
+    let report = run(dir.path(), &csv, |_| {}).unwrap();
+    assert_eq!((report.rows.read, report.rows.bad, report.rows.without_session), (5, 0, 1));
+}
+
+#[test]
+fn bytes_that_are_no_text_are_named() {
+    let dir = scratch();
+    let mut csv = format!("{HEADER}\n{GOOD}").into_bytes();
+    csv.extend_from_slice(b"2020-01-01 00:00:00 UTC,view,1,10,,\xff\xfe,1,7,s1\n");
+    fs::write(dir.path().join("events.csv"), csv).unwrap();
+    let options = Options::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
+    let error = preprocess(&options, &mut |_| {}).unwrap_err();
+    assert!(error.to_string().ends_with("line 4, column `brand`: the cell is not UTF-8"), "{error}");
+    assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0));
+}
+
+#[test]
+fn a_missing_column_is_named() {
+    for column in HEADER.split(',') {
+        let csv = format!("{}\n{GOOD}", HEADER.replace(column, "something"));
+        let optional = ["category_code", "brand", "user_id"].contains(&column);
+        if optional {
+            run(scratch().path(), &csv, |_| {}).unwrap();
+        } else {
+            let text = refused(&csv);
+            assert!(text.contains(&format!("has no column `{column}`; it has `")), "{text}");
+        }
+    }
+    assert!(refused("").contains("has no column"), "an empty file");
+}
+
+#[test]
+fn nothing_to_do_is_said() {
+    for csv in [format!("{HEADER}\n"), format!("{HEADER}\n2020-01-01 00:00:00 UTC,view,1,1,,,1,1,\n")] {
+        let dir = scratch();
+        let error = run(dir.path(), &csv, |_| {}).unwrap_err();
+        assert!(error.to_string().contains("is an event of a session"), "{error}");
+        assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0));
+    }
+    let dir = scratch();
+    let error =
+        run(dir.path(), &format!("{HEADER}\n{GOOD}"), |options| options.days = Some(5..=6)).unwrap_err();
+    assert_eq!(error.to_string(), "no session has 2 events or more in days 5..6");
+}
+
+#[test]
+fn files_that_cannot_be_read_are_named() {
+    let dir = scratch();
+    let out = dir.path().join("out");
+    for (name, content) in [
+        ("events.missing", None),
+        ("events.gz", Some(b"\x1f\x8b\x08\x00broken".to_vec())),
+        ("events.parquet", Some(b"PAR1 and no footer".to_vec())),
+    ] {
+        let path = dir.path().join(name);
+        if let Some(content) = content {
+            fs::write(&path, content).unwrap();
+        }
+        let error = preprocess(&Options::new(vec![path], out.clone()), &mut |_| {}).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+        assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0), "{error}");
+    }
+}
+
+#[test]
+fn a_truncated_gzip_file_is_refused() {
+    use std::io::Write;
+    let dir = scratch();
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gz.write_all(crate::support::shop(300).as_bytes()).unwrap();
+    let bytes = gz.finish().unwrap();
+    let path = dir.path().join("events.csv.gz");
+    fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    let error = preprocess(&Options::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("events.csv.gz"), "{error}");
+    assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0), "{error}");
+}
+
+#[test]
+fn a_parquet_column_of_the_wrong_type_and_a_bad_row_are_named() {
+    use polars::prelude::*;
+    let dir = scratch();
+    let path = dir.path().join("events.parquet");
+    let table = |prices: Column| {
+        let text = |name: &str, cells: &[&str]| Column::new(name.into(), cells);
+        let columns = vec![
+            text(
+                "event_time",
+                &["2020-01-01 00:00:00 UTC", "2020-01-01 00:00:01 UTC", "2020-01-01 00:00:02 UTC"],
+            ),
+            text("event_type", &["view", "view", "view"]),
+            Column::new("product_id".into(), [1_i64, 2, 3]),
+            Column::new("category_id".into(), [1_i64, 1, 1]),
+            prices,
+            text("user_session", &["", "a", "a"]),
+        ];
+        DataFrame::new(3, columns).unwrap()
+    };
+    let run = |prices: Column, bad_rows: BadRows| {
+        ParquetWriter::new(fs::File::create(&path).unwrap()).finish(&mut table(prices)).unwrap();
+        let mut options = Options::new(vec![path.clone()], dir.path().join("out"));
+        options.bad_rows = bad_rows;
+        options.settings.min_length = 1;
+        preprocess(&options, &mut |_| {})
+    };
+    let wrong = run(Column::new("price".into(), [true, true, true]), BadRows::Refuse).unwrap_err();
+    assert!(
+        wrong.to_string().contains("column `price`: a number is needed, and the column holds bool"),
+        "{wrong}"
+    );
+    let negative = || Column::new("price".into(), [-1.0, 2.0, -3.0]);
+    let bad = run(negative(), BadRows::Refuse).unwrap_err();
+    assert!(bad.to_string().ends_with("row 3, column `price`: -3 is no price: it is below zero"), "{bad}");
+    assert_eq!((bad.exit_code(), left_behind(dir.path()).len()), (2, 0));
+    let report = run(negative(), BadRows::Skip).unwrap();
+    assert_eq!(
+        (report.rows.read, report.rows.bad, report.rows.without_session, report.n_events),
+        (3, 1, 1, 1)
+    );
+}
+
+#[test]
+fn bad_rows_are_left_out_and_counted_if_asked() {
+    let good = scratch();
+    run(good.path(), &format!("{HEADER}\n{GOOD}"), |_| {}).unwrap();
+    let dir = scratch();
+    let csv = format!(
+        "{HEADER}\nnever,view,9,10,,,1,7,s1\n{GOOD}2020-01-01 00:00:00 UTC,view,1,10,,,1,7,s1,more\n\
+         2020-01-01 00:00:00 UTC,view,9,10,,,-1,7,s2\n2020-01-01 00:00:00 UTC,view,9,10,,,1,7"
+    );
+    let report = run(dir.path(), &csv, |options| options.bad_rows = BadRows::Skip).unwrap();
+    assert_eq!((report.rows.read, report.rows.bad, report.rows.without_session), (6, 4, 0));
+    assert!(bytes(&dir.path().join("out")) == bytes(&good.path().join("out")));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "the events and the sessions, no copy");
+}
+
+#[test]
+fn sessions_that_are_there_are_kept_unless_told_otherwise() {
+    let dir = scratch();
+    let csv = format!("{HEADER}\n{GOOD}");
+    run(dir.path(), &csv, |_| {}).unwrap();
+    let before = bytes(&dir.path().join("out"));
+    let error = run(dir.path(), &csv, |_| {}).unwrap_err();
+    assert!(matches!(error, Error::OutputExists { .. }) && error.exit_code() == 2, "{error}");
+    // A failure on the way leaves them as they were, too.
+    let broken = format!("{csv}never,view,9,10,,,1,7,s1\n");
+    run(dir.path(), &broken, |options| options.overwrite = true).unwrap_err();
+    assert!(bytes(&dir.path().join("out")) == before);
+    let more = csv.clone() + &GOOD.replace("s1", "s2");
+    run(dir.path(), &more, |options| options.overwrite = true).unwrap();
+    assert_eq!(rows(&dir.path().join("out")).len(), 2);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+
+    // An empty folder is as good as none; one with something else in it is never replaced.
+    let other = scratch();
+    fs::create_dir(other.path().join("out")).unwrap();
+    run(other.path(), &csv, |_| {}).unwrap();
+    let precious = scratch();
+    fs::create_dir(precious.path().join("out")).unwrap();
+    fs::write(precious.path().join("out/thesis.tex"), "").unwrap();
+    let error = run(precious.path(), &csv, |options| options.overwrite = true).unwrap_err();
+    assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+}
+
+#[test]
+fn settings_that_make_no_sense_are_refused() {
+    let cases: [(fn(&mut Options), &str); 5] = [
+        (|options| options.events.clear(), "no file of events is given"),
+        (|options| options.settings.min_length = 0, "`min_length` must be at least 1"),
+        (|options| options.settings.max_length = 1, "`max_length` 1 is less than `min_length` 2"),
+        (|options| options.days = Some(0..=3), "day 0 is before day 1"),
+        #[allow(clippy::reversed_empty_ranges)]
+        (|options| options.days = Some(4..=3), "no day is in 4..3"),
+    ];
+    for (change, message) in cases {
+        let dir = scratch();
+        let error = run(dir.path(), &format!("{HEADER}\n{GOOD}"), change).unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.exit_code()), (message, 2));
+    }
+}
+
+#[test]
+fn missing_parents_of_the_output_come_with_it_and_only_with_it() {
+    let dir = scratch();
+    let deep = dir.path().join("some/where/out");
+    let csv = format!("{HEADER}\n{GOOD}");
+    run(dir.path(), &format!("{csv}x\n"), |options| options.out = deep.clone()).unwrap_err();
+    assert!(left_behind(dir.path()).is_empty());
+    run(dir.path(), &csv, |options| options.out = deep.clone()).unwrap();
+    assert!(deep.join("schema.pbtxt").is_file());
+}
