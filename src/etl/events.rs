@@ -14,7 +14,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use chrono::NaiveDate;
-use csv::{ByteRecord, ReaderBuilder, WriterBuilder};
+use csv::{ByteRecord, ReaderBuilder, Terminator, WriterBuilder};
 use flate2::read::MultiGzDecoder;
 use polars::prelude::*;
 use rayon::prelude::*;
@@ -466,8 +466,8 @@ fn require_columns(path: &Path, found: &[String]) -> Result<(), Error> {
 impl CsvFile {
     fn open(path: &Path) -> Result<Self, Error> {
         let mut rows = Self::rows(path)?;
-        let header = rows.headers().map_err(|e| Error::unreadable(path)(e.into()))?;
-        let header: Vec<String> = header.iter().map(ToString::to_string).collect();
+        let header = rows.byte_headers().map_err(|e| Error::unreadable(path)(e.into()))?;
+        let header: Vec<String> = fields(header).map(|name| String::from_utf8_lossy(name).into()).collect();
         require_columns(path, &header)?;
         Ok(Self { path: path.into(), header })
     }
@@ -481,7 +481,8 @@ impl CsvFile {
         let file =
             BufReader::new(File::open(path).map_err(|source| Error::Open { path: path.into(), source })?);
         let bytes: Box<dyn Read> = if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
-        Ok(ReaderBuilder::new().flexible(true).from_reader(bytes))
+        // Lines end as they do for polars. The reader's own idea of a line end miscounts `\r\n`.
+        Ok(ReaderBuilder::new().flexible(true).terminator(Terminator::Any(b'\n')).from_reader(bytes))
     }
 
     /// Counts the bad rows, and hands each on with its line.
@@ -504,7 +505,7 @@ impl CsvFile {
         copy.write_record(&self.header).map_err(failed)?;
         self.each_row(|row, fault| match fault {
             Some(_) => Ok(()),
-            None => copy.write_byte_record(row).map_err(failed),
+            None => copy.write_record(fields(row)).map_err(failed),
         })?;
         copy.flush().map_err(Error::io("write", &path))?;
         Ok(Self { path, header: self.header.clone() })
@@ -517,7 +518,10 @@ impl CsvFile {
         let mut rows = Self::rows(&self.path)?;
         let mut row = ByteRecord::new();
         while rows.read_byte_record(&mut row).map_err(|e| Error::unreadable(&self.path)(e.into()))? {
-            each(&row, self.fault(&row))?;
+            let is_blank = row.len() == 1 && fields(&row).all(<[u8]>::is_empty);
+            if !is_blank {
+                each(&row, self.fault(&row))?;
+            }
         }
         Ok(())
     }
@@ -530,7 +534,7 @@ impl CsvFile {
             return Some(Fault::new(&column, format!("the row has {found} fields instead of {needed}")));
         }
         let mut cells = Vec::with_capacity(needed);
-        for (column, cell) in self.header.iter().zip(row) {
+        for (column, cell) in self.header.iter().zip(fields(row)) {
             match std::str::from_utf8(cell) {
                 Ok(cell) => cells.push((column.as_str(), cell)),
                 Err(_) => return Some(Fault::new(column, "the cell is not UTF-8".into())),
@@ -550,6 +554,15 @@ impl CsvFile {
             problem.map(|problem| Fault::new(column, problem))
         })
     }
+}
+
+/// The fields of a row, without the first half of Windows' line end.
+fn fields(row: &ByteRecord) -> impl Iterator<Item = &[u8]> {
+    let last = row.len().saturating_sub(1);
+    row.iter().enumerate().map(move |(i, field)| match field {
+        [field @ .., b'\r'] if i == last => field,
+        field => field,
+    })
 }
 
 #[cfg(test)]

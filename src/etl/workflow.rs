@@ -228,22 +228,31 @@ impl Workflow {
         for vocabulary in &self.vocabularies {
             vocabulary.write(&vocabulary_path(dir, vocabulary.column()))?;
         }
-        // Code 0 is null, of which nothing is known.
-        let first_seen = Column::new(FIRST_SEEN.into(), &self.first_seen[1..]);
-        write_parquet(self.table(Coded::Product, first_seen)?, &dir.join(PRODUCTS))?;
-        let mean_price = Column::new(MEAN_PRICE.into(), &self.mean_price[1..]);
-        write_parquet(self.table(Coded::Category, mean_price)?, &dir.join(CATEGORIES))?;
+        let first_seen = |seconds| Column::new(FIRST_SEEN.into(), seconds);
+        let products = self.table::<i64>(Coded::Product, &self.first_seen, first_seen)?;
+        write_parquet(products, &dir.join(PRODUCTS))?;
+        let mean_price = |means| Column::new(MEAN_PRICE.into(), means);
+        let categories = self.table::<f64>(Coded::Category, &self.mean_price, mean_price)?;
+        write_parquet(categories, &dir.join(CATEGORIES))?;
         let path = dir.join(STATISTICS);
         let text = serde_json::to_string_pretty(&self.statistics).map_err(std::io::Error::from);
         text.and_then(|text| fs::write(&path, text + "\n")).map_err(Error::io("write", &path))
     }
 
-    /// A table of a column's values beside what is known of each, by code.
-    fn table(&self, column: Coded, known: Column) -> PolarsResult<DataFrame> {
+    /// A table of a column's values in ascending order, beside what is known of each.
+    fn table<T: Copy>(
+        &self,
+        column: Coded,
+        known: &[T],
+        beside: impl FnOnce(Vec<T>) -> Column,
+    ) -> PolarsResult<DataFrame> {
         let dictionary = self.vocabulary(column).dictionary();
-        let values: Vec<i64> =
-            (1..=dictionary.len() as u32).map(|code| int(dictionary.value(code))).collect();
-        DataFrame::new(values.len(), vec![Column::new(column.name().into(), values), known])
+        let mut rows: Vec<(i64, T)> = (1..=dictionary.len() as u32)
+            .map(|code| (int(dictionary.value(code)), known[code as usize]))
+            .collect();
+        rows.sort_unstable_by_key(|(value, _)| *value);
+        let (values, known): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        DataFrame::new(values.len(), vec![Column::new(column.name().into(), values), beside(known)])
     }
 
     /// Reads what [`Workflow::save`] wrote.

@@ -49,8 +49,9 @@ fn a_bad_cell_is_named_with_line_and_column() {
         ),
     ];
     for (row, column, problem) in cases {
-        // In the middle, and at the end without a line end.
-        for csv in [format!("{HEADER}\n{GOOD}{row}\n{GOOD}"), format!("{HEADER}\n{GOOD}{row}")] {
+        // In the middle, with Windows' line ends, and at the end without a line end.
+        let csv = format!("{HEADER}\n{GOOD}{row}\n{GOOD}");
+        for csv in [csv.clone(), csv.replace('\n', "\r\n"), format!("{HEADER}\n{GOOD}{row}")] {
             let text = refused(&csv);
             assert!(text.contains(&format!("line 4, column `{column}`: ")), "{row}: {text}");
             assert!(text.contains(problem), "{row}: {text}");
