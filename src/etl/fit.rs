@@ -6,8 +6,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sessions::{Dictionaries, Event};
-use crate::vocab::{Coded, Vocabulary};
-use crate::workflow::{Normal, Settings, Workflow, log, recency_days};
+use crate::vocab::{Coded, Dictionary, Vocabulary};
+use crate::workflow::{FORMAT, Normal, Settings, Statistics, Workflow, log, recency_days};
 
 /// A sum that keeps the rounding errors of its additions (Knuth's two-sum), about twice the digits of an f64, so
 /// that its value does not depend on the order of the terms.
@@ -131,31 +131,43 @@ impl Sums {
     }
 }
 
-/// Ends the fit.
-pub(crate) fn workflow(
-    settings: Settings,
-    first_event: i64,
-    days: Option<(i64, i64)>,
-    dictionaries: Dictionaries,
-    first_seen: Vec<i64>,
-    counts: Counts,
-    sums: &Sums,
-) -> Workflow {
-    let counts = counts.into_values();
-    let mean_price = counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
-        let known = code > 0 && *count > 0;
-        if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN }
-    });
-    let mean_price = mean_price.collect();
-    let mut of_columns = dictionaries.0.into_iter().zip(counts);
-    let vocabularies = Coded::ALL.map(|column| {
-        let (dictionary, counts) = of_columns.next().expect("a dictionary for every column");
-        Vocabulary::fit(column, dictionary, &counts)
-    });
-    let (price_log, recency_log) = (sums.price_log.normal(), sums.recency_log.normal());
-    let statistics =
-        Workflow::statistics_now(settings, first_event, days, sums.n_events, price_log, recency_log);
-    Workflow::new(statistics, vocabularies, first_seen, mean_price)
+/// What a fit knows before it has counted.
+#[derive(Debug)]
+pub(crate) struct Fit {
+    pub settings: Settings,
+    pub first_event: i64,
+    pub days: Option<(i64, i64)>,
+    pub dictionaries: Dictionaries,
+    /// By the code of the product.
+    pub first_seen: Vec<i64>,
+}
+
+impl Fit {
+    /// Ends the fit.
+    pub fn workflow(self, counts: Counts, sums: &Sums) -> Workflow {
+        let counts = counts.into_values();
+        let mean_price = counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
+            let known = code as u32 != Dictionary::NULL && *count > 0;
+            if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN }
+        });
+        let mean_price = mean_price.collect();
+        let mut of_columns = self.dictionaries.0.into_iter().zip(counts);
+        let vocabularies = Coded::ALL.map(|column| {
+            let (dictionary, counts) = of_columns.next().expect("a dictionary for every column");
+            Vocabulary::fit(column, dictionary, &counts)
+        });
+        let statistics = Statistics {
+            format: FORMAT,
+            written_by: concat!("bireme-etl ", env!("CARGO_PKG_VERSION")).into(),
+            settings: self.settings,
+            first_event: self.first_event,
+            days: self.days,
+            n_events: sums.n_events,
+            price_log: sums.price_log.normal(),
+            recency_log: sums.recency_log.normal(),
+        };
+        Workflow::new(statistics, vocabularies, self.first_seen, mean_price)
+    }
 }
 
 #[cfg(test)]

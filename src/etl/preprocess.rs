@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use crate::buckets::{Buckets, read_events};
 use crate::error::Error;
 use crate::events::{self, BadRows, RowCounts};
-use crate::fit::{self, Counts, Sums};
+use crate::fit::{Counts, Fit, Sums};
 use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
 use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
@@ -258,10 +258,15 @@ impl Read {
             };
             return Err(Error::Nothing(format!("no session has {n} events or more{days}")));
         }
-        let days = options.days.as_ref().map(|days| (*days.start(), *days.end()));
-        let (settings, Self { dictionaries, first_seen, first_event, .. }) = (options.settings.clone(), self);
         fitted.session_counts = counts.of(Coded::Session);
-        let workflow = fit::workflow(settings, first_event, days, dictionaries, first_seen, counts, &sums);
+        let fit = Fit {
+            settings: options.settings.clone(),
+            first_event: self.first_event,
+            days: options.days.as_ref().map(|days| (*days.start(), *days.end())),
+            dictionaries: self.dictionaries,
+            first_seen: self.first_seen,
+        };
+        let workflow = fit.workflow(counts, &sums);
         Ok((workflow, fitted))
     }
 }

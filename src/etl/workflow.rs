@@ -74,8 +74,8 @@ pub struct Statistics {
     pub recency_log: Normal,
 }
 
-/// What the files of this version look like.
-const FORMAT: u32 = 1;
+/// The layout of the files that this version writes and reads.
+pub(crate) const FORMAT: u32 = 1;
 const STATISTICS: &str = "statistics.json";
 const PRODUCTS: &str = "products.parquet";
 const CATEGORIES: &str = "categories.parquet";
@@ -111,27 +111,6 @@ impl Workflow {
         mean_price: Vec<f64>,
     ) -> Self {
         Self { statistics, vocabularies, first_seen, mean_price }
-    }
-
-    pub(crate) fn statistics_now(
-        settings: Settings,
-        first_event: i64,
-        days: Option<(i64, i64)>,
-        n_events: u64,
-        price_log: Normal,
-        recency_log: Normal,
-    ) -> Statistics {
-        let written_by = format!("bireme-etl {}", env!("CARGO_PKG_VERSION"));
-        Statistics {
-            format: FORMAT,
-            written_by,
-            settings,
-            first_event,
-            days,
-            n_events,
-            price_log,
-            recency_log,
-        }
     }
 
     /// A column's values and ids.

@@ -254,3 +254,16 @@ fn missing_parents_of_the_output_come_with_it_and_only_with_it() {
     run(dir.path(), &csv, |options| options.out = deep.clone()).unwrap();
     assert!(deep.join("schema.pbtxt").is_file());
 }
+
+#[test]
+fn an_output_that_cannot_be_written_is_a_failure_and_not_a_refusal() {
+    // Nobody may make folders there, the superuser included.
+    let out = Path::new("/proc/bireme-test");
+    if !Path::new("/proc").is_dir() {
+        eprintln!("skipped: there is no /proc here");
+        return;
+    }
+    let error =
+        run(scratch().path(), &format!("{HEADER}\n{GOOD}"), |options| options.out = out.into()).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }) && error.exit_code() == 1, "{error}");
+}
