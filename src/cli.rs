@@ -14,7 +14,7 @@ use crate::device;
 use crate::etl;
 use crate::report::{self, Report};
 use crate::synth::{self, SynthError, SynthOptions};
-use crate::train::{self, Place, RunData, TrainError};
+use crate::train::{self, Place, RunData, TrainError, TrainedRun};
 
 /// Trains session-based recommenders on many GPUs.
 ///
@@ -321,8 +321,11 @@ fn train(args: &TrainArgs) -> Result<(), Failure> {
 
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let job = Job::join(|| Config::load(&args.run_dir.join(CONFIG), &args.set))?;
+    let collective = &*job.collective;
     let which = (args.day, args.split);
-    let record = job.end(train::evaluate_run(&args.run_dir, &args.data, &job.config, which, job.place()))?;
+    let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place.device);
+    let run = agree(collective, opened, |_| None)?;
+    let record = job.end(run.evaluate(&job.config, collective))?;
     if job.collective.root().is_some() {
         report::result(&serde_json::to_string(&record).expect("a record is JSON"));
     }

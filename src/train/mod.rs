@@ -274,33 +274,54 @@ pub fn fit(
     Ok(())
 }
 
-/// *All ranks.* Evaluates the newest checkpoint of a run on one part of `day`, or of the day after it was trained.
-/// Returns the record and the checkpoint's folder.
-///
-/// # Errors
-/// See [`TrainError`].
-pub fn evaluate_run(
-    run_dir: &Path,
-    data_dir: &Path,
-    config: &config::Config,
-    (day, split): (Option<i64>, Split),
-    place: Place<'_>,
-) -> Result<Record, TrainError> {
-    let opened = || -> Result<_, TrainError> {
+/// The newest checkpoint of a run, and what it is to be evaluated on.
+pub struct TrainedRun {
+    learner: Box<dyn Learner>,
+    features: Features,
+    file: SessionFile,
+    train_day: i64,
+    eval_day: i64,
+    split: Split,
+}
+
+impl TrainedRun {
+    /// Opens one part of `day`, or of the day after the last trained on.
+    ///
+    /// # Errors
+    /// No complete checkpoint, one of another catalogue, or what [`Days::file`] says.
+    pub fn open(
+        run_dir: &Path,
+        data_dir: &Path,
+        config: &config::Config,
+        (day, split): (Option<i64>, Split),
+        device: Device,
+    ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
         let (state, tensors, path) = Checkpoints::new(run_dir, 1).newest()?;
-        let eval_day = day.unwrap_or(state.position.day + 1);
+        let train_day = state.position.day;
+        let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
-        let mut learner = learner(config, days.features().n_items(), place.device);
+        let mut learner = learner(config, days.features().n_items(), device);
         learner
             .load_weights(&tensors.weights)
             .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
-        Ok((days, state.position.day, eval_day, file, learner))
-    };
-    let (days, train_day, eval_day, file, learner) = place.collective.agree(opened())?;
-    let metrics =
-        evaluate(learner.recommender(), &file, days.features(), &config.evaluate, place.collective)?;
-    Ok(Record::Eval { train_day, eval_day, split, metrics })
+        Ok(Self { learner, features: days.features().clone(), file, train_day, eval_day, split })
+    }
+
+    /// *All ranks.* Evaluates.
+    ///
+    /// # Errors
+    /// See [`evaluate`].
+    pub fn evaluate(
+        &self,
+        config: &config::Config,
+        collective: &dyn Collective,
+    ) -> Result<Record, TrainError> {
+        let Self { train_day, eval_day, split, .. } = *self;
+        let recommender = self.learner.recommender();
+        let metrics = evaluate(recommender, &self.file, &self.features, &config.evaluate, collective)?;
+        Ok(Record::Eval { train_day, eval_day, split, metrics })
+    }
 }
 
 /// What a learner is given to learn one day.

@@ -7,6 +7,7 @@ mod device;
 mod fixtures;
 mod golden;
 mod mpirun;
+mod pipeline;
 mod ranking;
 mod refused;
 mod train;

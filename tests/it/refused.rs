@@ -1,10 +1,12 @@
 //! What cannot be run is refused with one message, exit code 2, and nothing left behind.
 
 use std::fs;
+use std::process::Command;
+use std::time::Duration;
 
 use crate::fixtures;
-use crate::mpirun::Finished;
-use crate::train::Shop;
+use crate::mpirun::{Finished, run_within};
+use crate::train::{PROGRAM, Shop};
 
 fn refused(finished: &Finished, message: &str) {
     assert_eq!(finished.code, Some(2), "{finished:#?}");
@@ -111,4 +113,28 @@ fn a_run_directory_that_is_taken_is_left_alone() {
     assert_eq!(fs::read(shop.run_dir("run").join("metrics.jsonl")).unwrap(), before);
     shop.train("run", &["--overwrite", "--set", "run.seed=1"]).success();
     assert_ne!(fs::read(shop.run_dir("run").join("metrics.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn a_run_that_cannot_be_evaluated() {
+    let shop = Shop::new(20);
+    let evaluate = |run: &str, more: &[&str]| {
+        let (run, data) = (shop.run_dir(run), shop.data());
+        let paths = ["evaluate", "--run-dir", run.to_str().unwrap(), "--data", data.to_str().unwrap()];
+        run_within(Command::new(PROGRAM).args([&paths[..], more].concat()), Duration::from_secs(60))
+    };
+    refused(&evaluate("nowhere", &[]), "cannot read the configuration");
+    shop.train("run", &[]).success();
+    refused(&evaluate("run", &["--day", "7"]), "no day 7 under");
+    fixtures::write_schema(&shop.data(), 50);
+    refused(
+        &evaluate("run", &[]),
+        "parameter `item_table.weight` has the shape [40, 16], the model's is [50, 16]",
+    );
+    fixtures::write_schema(&shop.data(), 40);
+    let checkpoints = shop.run_dir("run").join("checkpoints");
+    for entry in fs::read_dir(&checkpoints).unwrap() {
+        fs::remove_file(entry.unwrap().path().join("COMPLETE")).unwrap();
+    }
+    refused(&evaluate("run", &[]), "holds no complete checkpoint");
 }
