@@ -20,13 +20,15 @@ pub struct RunConfig {
     pub device: DeviceChoice,
     /// Everything random follows from it.
     pub seed: u64,
+    /// Whether sums over ranks are fast, or the same to the last bit on any number of ranks.
+    pub reduction: train::Reduction,
     /// CPU threads of each rank; 0: the host's cores divided by its ranks.
     pub threads_per_rank: usize,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { device: DeviceChoice::Auto, seed: 42, threads_per_rank: 0 }
+        Self { device: DeviceChoice::Auto, seed: 42, reduction: train::Reduction::Fast, threads_per_rank: 0 }
     }
 }
 

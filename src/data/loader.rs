@@ -1,4 +1,4 @@
-//! Batches of a rank, read and put together in the background while a step computes.
+//! Steps of a rank, read and put together in the background while the one before computes.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -7,8 +7,8 @@ use std::thread;
 use super::plan::{Shape, derive_seed, lanes_of_rank};
 use super::{Batch, DataError, Features, Segment, SessionFile, Sessions};
 
-/// Batches that may wait ready: enough to even out a slow read, few enough to be nothing in memory.
-const READY_BATCHES: usize = 4;
+/// Steps that may wait ready: enough to even out a slow read, few enough to be nothing in memory.
+const READY_STEPS: usize = 4;
 
 /// Where a training day begins and what it consists of.
 #[derive(Clone)]
@@ -25,6 +25,8 @@ pub struct DayPlan {
     pub seed: u64,
     /// At most so many steps, if given.
     pub max_steps: Option<usize>,
+    /// Whether every micro-batch is a pass of its own, and not all of a rank's together one.
+    pub pass_by_pass: bool,
 }
 
 impl DayPlan {
@@ -45,15 +47,15 @@ impl DayPlan {
     }
 }
 
-/// A rank's passes of one day, in order of steps.
+/// A rank's share of each step of one day: its micro-batches, in one pass or in one each.
 pub struct Loader {
-    batches: Receiver<Result<Batch, DataError>>,
+    steps: Receiver<Result<Vec<Batch>, DataError>>,
 }
 
 impl Loader {
     /// Starts reading the lanes that `rank` owns.
     pub fn start(plan: &DayPlan, features: &Features, rank: usize, world_size: usize) -> Self {
-        let (ready, batches) = sync_channel(READY_BATCHES);
+        let (ready, steps) = sync_channel(READY_STEPS);
         let (plan, features) = (plan.clone(), features.clone());
         thread::spawn(move || {
             let n_steps = plan.n_steps();
@@ -69,30 +71,36 @@ impl Loader {
                     Err(error) => return drop(ready.send(Err(error))),
                 };
                 for step in 0..steps_per_epoch.min(n_steps.saturating_sub(epoch * steps_per_epoch)) {
-                    let mut rows = Vec::new();
-                    let mut segments = Vec::new();
-                    for (lane, sessions) in lanes.iter().zip(&sessions) {
+                    let micro_batches = lanes.iter().zip(&sessions).map(|(lane, sessions)| {
                         let taken = plan.shape.micro_batch_rows(sessions.len(), step);
                         let place = [plan.day as u64, epoch as u64, step as u64, lane.index as u64];
                         let seed = derive_seed(plan.seed, "micro-batch", &place);
-                        segments.push(Segment { seed, rows: taken.len() });
-                        rows.extend(lane.order[taken].iter().map(|&row| (sessions, row)));
-                    }
-                    if ready.send(Ok(Batch::new(&rows, &features, segments))).is_err() {
+                        let segment = Segment { seed, rows: taken.len() };
+                        (segment, lane.order[taken].iter().map(|&row| (sessions, row)).collect::<Vec<_>>())
+                    });
+                    let passes = if plan.pass_by_pass {
+                        micro_batches
+                            .map(|(segment, rows)| Batch::new(&rows, &features, vec![segment]))
+                            .collect()
+                    } else {
+                        let (segments, rows): (Vec<_>, Vec<_>) = micro_batches.unzip();
+                        vec![Batch::new(&rows.concat(), &features, segments)]
+                    };
+                    if ready.send(Ok(passes)).is_err() {
                         return;
                     }
                 }
             }
         });
-        Self { batches }
+        Self { steps }
     }
 }
 
 impl Iterator for Loader {
-    type Item = Result<Batch, DataError>;
+    type Item = Result<Vec<Batch>, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.batches.recv().ok()
+        self.steps.recv().ok()
     }
 }
 

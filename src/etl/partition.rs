@@ -34,7 +34,7 @@ impl Split {
     /// Where a session belongs: by a seeded hash (xxh3, 64 bits) of its original id, and by nothing else.
     pub fn of(session_id: &str, seed: u64) -> Self {
         // Tenths of 2^64, compared without rounding.
-        match u128::from(xxh3_64_with_seed(session_id.as_bytes(), seed)) * 10 >> 64 {
+        match (u128::from(xxh3_64_with_seed(session_id.as_bytes(), seed)) * 10) >> 64 {
             0..8 => Self::Train,
             8 => Self::Valid,
             _ => Self::Test,

@@ -403,7 +403,8 @@ impl Output {
         };
         let is_empty = entries.as_mut().is_none_or(|entries| entries.next().is_none());
         // Only what an earlier run wrote is replaced, never a folder of something else.
-        if !is_empty && !(overwrite && out.join(SESSIONS_BY_DAY).is_dir()) {
+        let may_be_replaced = overwrite && out.join(SESSIONS_BY_DAY).is_dir();
+        if !(is_empty || may_be_replaced) {
             return Err(Error::OutputExists { path: out.into() });
         }
         // The parents of `out` are made at the end, too.

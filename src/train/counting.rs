@@ -27,10 +27,10 @@ impl Learner for CountLearner {
     /// Each session counts once, whatever the epochs and steps of the configuration.
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<(), TrainError> {
         let collective = day.place.collective;
-        let plan = DayPlan { n_epochs: 1, max_steps: None, ..day.plan.clone() };
+        let plan = DayPlan { n_epochs: 1, max_steps: None, pass_by_pass: false, ..day.plan.clone() };
         let mut mine = Counts::new(self.order, self.counts.n_items());
-        for batch in Loader::start(&plan, day.features, collective.rank(), collective.world_size()) {
-            mine.count(&batch?);
+        for passes in Loader::start(&plan, day.features, collective.rank(), collective.world_size()) {
+            passes?.iter().for_each(|batch| mine.count(batch));
             day.report.tick();
         }
         let mut items = mine.items().to_vec();

@@ -2,6 +2,7 @@
 
 use tch::{Device, Tensor};
 
+use super::reduction::{ExactSum, Reduction};
 use super::{Day, Learner, TrainError};
 use crate::checkpoint::Tensors;
 use crate::collective::Reduce;
@@ -25,18 +26,37 @@ impl GradientLearner {
 
     /// *All ranks.* One step: gradients of this rank's micro-batches, summed over ranks, averaged over all
     /// targets, clipped, applied. Returns the summed loss and number of targets of the global batch, `[2]`.
-    fn train_step(&mut self, batch: &Batch, day: &Day<'_>, learning_rate: f64) -> Result<Tensor, TrainError> {
+    fn train_step(
+        &mut self,
+        passes: &[Batch],
+        day: &Day<'_>,
+        learning_rate: f64,
+    ) -> Result<Tensor, TrainError> {
         let config = &day.config.train;
-        let mut noise = Noise::new(batch, day.config.data.max_length);
+        let mut exact = match day.config.run.reduction {
+            Reduction::Fast => None,
+            Reduction::Reproducible => Some(ExactSum::new(&self.network.parameters().reduced())),
+        };
         self.network.parameters_mut().zero_gradients();
-        let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, config.max_logits());
+        for batch in passes {
+            let mut noise = Noise::new(batch, day.config.data.max_length);
+            let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, config.max_logits());
+            let parameters = self.network.parameters_mut();
+            let mut tail = parameters.tail();
+            tail += Tensor::stack(&[loss, Tensor::from(n_targets as f64).to_device(day.place.device)], 0);
+            if let Some(exact) = &mut exact {
+                exact.add(&parameters.reduced());
+                parameters.zero_gradients();
+            }
+        }
 
         let parameters = self.network.parameters_mut();
+        let mut sums = parameters.reduced();
+        match exact {
+            None => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
+            Some(exact) => sums.copy_(&exact.all_reduce(day.place.collective)?),
+        }
         let tail = parameters.tail();
-        tail.get(0).copy_(&loss);
-        let _ = tail.get(1).fill_(n_targets as f64);
-        day.place.collective.all_reduce(&mut parameters.reduced(), Reduce::Sum)?;
-
         let mut gradients = parameters.gradients();
         let _ = average_and_clip(&mut gradients, &tail.get(1), config.clip_norm);
         self.adamw.step(&mut parameters.values(), &gradients, learning_rate);
@@ -52,18 +72,18 @@ impl Learner for GradientLearner {
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<(), TrainError> {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
-        let batches = Loader::start(&day.plan, day.features, collective.rank(), collective.world_size());
-        let mut n_batches = 0;
-        for batch in batches {
-            let batch = batch?.to_device(day.place.device);
-            let lr = linear_decay(day.config.train.learning_rate, n_batches, n_steps);
-            let sums = self.train_step(&batch, day, lr)?;
+        let steps = Loader::start(&day.plan, day.features, collective.rank(), collective.world_size());
+        let mut n_done = 0;
+        for passes in steps {
+            let passes: Vec<Batch> = passes?.iter().map(|batch| batch.to_device(day.place.device)).collect();
+            let lr = linear_decay(day.config.train.learning_rate, n_done, n_steps);
+            let sums = self.train_step(&passes, day, lr)?;
             let mean = || sums.double_value(&[0]) / sums.double_value(&[1]);
-            day.step_done(self, n_batches, lr, mean)?;
-            n_batches += 1;
+            day.step_done(self, n_done, lr, mean)?;
+            n_done += 1;
         }
-        if n_batches < n_steps {
-            return Err(TrainError::LoaderEnded { day: day.plan.day, n_batches, n_steps });
+        if n_done < n_steps {
+            return Err(TrainError::LoaderEnded { day: day.plan.day, n_done, n_steps });
         }
         Ok(())
     }

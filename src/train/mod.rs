@@ -2,6 +2,7 @@
 
 mod counting;
 mod gradient;
+mod reduction;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
 use gradient::GradientLearner;
+pub use reduction::Reduction;
 
 /// Section `[train]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -134,14 +136,14 @@ pub enum TrainError {
         /// Steps of the day that are done.
         step: usize,
     },
-    /// The loader stopped before its last batch.
-    #[error("the loader of day {day} ended after {n_batches} of {n_steps} steps")]
+    /// The loader stopped before its last step.
+    #[error("the loader of day {day} ended after {n_done} of {n_steps} steps")]
     LoaderEnded {
         /// The day trained on.
         day: i64,
-        /// Batches it gave.
-        n_batches: usize,
-        /// Batches it owed.
+        /// Steps it gave.
+        n_done: usize,
+        /// Steps it owed.
         n_steps: usize,
     },
 }
@@ -242,6 +244,7 @@ pub fn fit(
             shape: config.train.shape(),
             seed: config.run.seed,
             max_steps: config.train.max_steps_per_day,
+            pass_by_pass: config.run.reduction == Reduction::Reproducible,
         };
         report.begin_day(*day, plan.n_steps(), train.n_sessions());
         let mut context = Day {

@@ -136,6 +136,24 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
 }
 
 #[test]
+fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
+    let shop = Shop::new(200);
+    let set = ["--set", "run.reduction=reproducible", "--set", "model.dropout=0.2"];
+    shop.train("alone", &set).success();
+    let files = |run: &str| {
+        let newest = shop.run_dir(run).join("checkpoints/day-0002-step-00000020");
+        ["weights.safetensors", "optimizer.safetensors"].map(|file| fs::read(newest.join(file)).unwrap())
+    };
+    for n_ranks in [2, 3, 4] {
+        let run = format!("{n_ranks}");
+        let Some(finished) = shop.train_on(n_ranks, &run, &set) else { return };
+        finished.success();
+        assert!(files(&run) == files("alone"), "{n_ranks} ranks");
+        assert_eq!(shop.records(&run, "eval"), shop.records("alone", "eval"));
+    }
+}
+
+#[test]
 fn counts_are_the_same_on_one_and_two_ranks_and_pairs_beat_popularity() {
     let shop = Shop::new(300);
     let mut recall = Vec::new();
