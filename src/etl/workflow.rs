@@ -1,7 +1,7 @@
 //! What a fit has learnt from the events, and its application to the same or to new ones.
 //!
-//! [`preprocess`](crate::preprocess) fits; everything here only applies. What training and serving encode goes
-//! through the same [`Encoder`], whether the events were just fitted or came in a request.
+//! [`preprocess()`](crate::preprocess()) fits; everything here only applies. Sessions for training and sessions
+//! in service are encoded by the same code, whether their events were just fitted or came in a request.
 
 use std::borrow::Cow;
 use std::fs::{self, File};
