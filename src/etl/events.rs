@@ -44,7 +44,7 @@ pub(crate) enum Cells {
 /// What became of the rows of one or more files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowCounts {
-    /// Rows in the files, headers and blank lines not counted.
+    /// Rows in the files, headers not counted.
     pub read: u64,
     /// Rows that were left out because they cannot be read.
     pub bad: u64,

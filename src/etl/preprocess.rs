@@ -231,22 +231,23 @@ impl Read {
         let counts = Counts::new(&self.dictionaries);
         let sweep =
             Sweep { options, first_seen: &self.first_seen, first_event: self.first_event, counts: &counts };
-        let swept = self
-            .buckets
-            .par_iter()
-            .enumerate()
-            .map(|(i, bucket)| sweep.bucket(bucket, output.scratch().join(format!("sessions-{i}"))))
-            .collect::<Result<Vec<_>, _>>()?;
-
         let mut sums = Sums::default();
         let mut fitted = Fitted { rows: self.rows, ..Fitted::default() };
-        for Swept { sums: of_bucket, n_repeats, n_sessions, n_short, kept } in swept {
-            sums.merge(&of_bucket);
-            fitted.n_repeats += n_repeats;
-            fitted.n_sessions += n_sessions;
-            fitted.n_short += n_short;
-            fitted.days.extend(kept.days());
-            fitted.kept.push(kept);
+        let parts: Vec<_> = self.buckets.iter().enumerate().collect();
+        // Some at a time: sums are by category, and there may be many categories.
+        for parts in parts.chunks(4 * rayon::current_num_threads()) {
+            let sweep = |(i, bucket): &(usize, &PathBuf)| {
+                sweep.bucket(bucket, output.scratch().join(format!("sessions-{i}")))
+            };
+            let swept = parts.par_iter().map(sweep).collect::<Result<Vec<_>, _>>()?;
+            for Swept { sums: of_bucket, n_repeats, n_sessions, n_short, kept } in swept {
+                sums.merge(&of_bucket);
+                fitted.n_repeats += n_repeats;
+                fitted.n_sessions += n_sessions;
+                fitted.n_short += n_short;
+                fitted.days.extend(kept.days());
+                fitted.kept.push(kept);
+            }
         }
         fitted.days.sort_unstable();
         fitted.days.dedup();
