@@ -227,9 +227,12 @@ fn sessions_that_are_there_are_kept_unless_told_otherwise() {
     assert!(matches!(error, Error::OutputExists { .. }), "{error}");
 }
 
+/// Spoils the options.
+type Change = fn(&mut Options);
+
 #[test]
 fn settings_that_make_no_sense_are_refused() {
-    let cases: [(fn(&mut Options), &str); 5] = [
+    let cases: [(Change, &str); 5] = [
         (|options| options.events.clear(), "no file of events is given"),
         (|options| options.settings.min_length = 0, "`min_length` must be at least 1"),
         (|options| options.settings.max_length = 1, "`max_length` 1 is less than `min_length` 2"),
@@ -260,7 +263,7 @@ fn an_output_that_cannot_be_written_is_a_failure_and_not_a_refusal() {
     // Nobody may make folders there, the superuser included.
     let out = Path::new("/proc/bireme-test");
     if !Path::new("/proc").is_dir() {
-        eprintln!("skipped: there is no /proc here");
+        println!("skipped: there is no /proc here");
         return;
     }
     let error =

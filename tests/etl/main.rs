@@ -3,6 +3,8 @@
 //! Tests that need the shared data say `skipped: ...` and pass where it is absent: it lies in `../shared` beside
 //! the checkout, or where `BIREME_SHARED` says.
 
+#![allow(clippy::print_stdout, reason = "a skipped test says so")]
+
 mod bad_input;
 mod formats;
 mod golden;

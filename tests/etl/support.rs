@@ -19,7 +19,7 @@ pub fn shared(path: &str) -> Option<PathBuf> {
     let beside = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
     let found = std::env::var_os("BIREME_SHARED").map_or_else(beside, PathBuf::from).join(path);
     if !found.exists() {
-        eprintln!("skipped: {} is not here", found.display());
+        println!("skipped: {} is not here", found.display());
     }
     found.exists().then_some(found)
 }
