@@ -2,9 +2,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
 
-use super::file::Column;
 use super::plan::derive_seed;
 use super::{Features, Sessions};
 
@@ -35,27 +35,12 @@ impl Batch {
     pub fn new(sessions: &[(&Sessions, usize)], features: &Features, segments: Vec<Segment>) -> Self {
         let lengths: Vec<i64> = sessions.iter().map(|(of, row)| of.span(*row).len() as i64).collect();
         let (n_rows, length) = (sessions.len(), lengths.iter().copied().max().unwrap_or(0) as usize);
-        let columns = (0..features.columns().len()).map(|column| {
-            // One pass over the sessions fills a flat [B, L] buffer; what is not filled is padding.
-            match sessions.first().map(|(of, _)| &of.columns()[column]) {
-                Some(Column::Values(_)) => {
-                    let mut padded = vec![0f32; n_rows * length];
-                    for (target, (of, row)) in padded.chunks_exact_mut(length.max(1)).zip(sessions) {
-                        let Column::Values(values) = &of.columns()[column] else { unreachable!() };
-                        let values = &values[of.span(*row)];
-                        target[..values.len()].copy_from_slice(values);
-                    }
-                    Tensor::from_slice(&padded).view([n_rows as i64, length as i64])
-                }
-                _ => {
-                    let mut padded = vec![0i64; n_rows * length];
-                    for (target, (of, row)) in padded.chunks_exact_mut(length.max(1)).zip(sessions) {
-                        let Column::Ids(ids) = &of.columns()[column] else { unreachable!() };
-                        let ids = &ids[of.span(*row)];
-                        target[..ids.len()].copy_from_slice(ids);
-                    }
-                    Tensor::from_slice(&padded).view([n_rows as i64, length as i64])
-                }
+        let columns = features.columns().iter().enumerate().map(|(column, feature)| {
+            let rows = sessions.iter();
+            if feature.is_categorical() {
+                pad(rows.map(|(of, row)| of.ids(column, *row)), n_rows, length)
+            } else {
+                pad(rows.map(|(of, row)| of.values(column, *row)), n_rows, length)
             }
         });
         let n_next_items = lengths.iter().map(|&length| length as usize - 1).sum();
@@ -98,6 +83,20 @@ impl Batch {
         };
         (known, targets)
     }
+}
+
+/// Lists of at most `length` values, right-padded with zeros: `[n_rows, length]`.
+fn pad<'a, T: Element + Copy + Default + 'a>(
+    lists: impl Iterator<Item = &'a [T]>,
+    n_rows: usize,
+    length: usize,
+) -> Tensor {
+    let mut padded = vec![T::default(); n_rows * length];
+    // Without sessions there is nothing to pad, but a chunk must have a length.
+    for (row, list) in padded.chunks_exact_mut(length.max(1)).zip(lists) {
+        row[..list.len()].copy_from_slice(list);
+    }
+    Tensor::from_slice(&padded).view([n_rows as i64, length as i64])
 }
 
 /// Randomness of one pass over a batch, for dropout and its like.

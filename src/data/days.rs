@@ -35,7 +35,6 @@ impl fmt::Display for Split {
 #[derive(Clone, Debug)]
 pub struct Features {
     columns: Vec<Feature>,
-    item: usize,
 }
 
 impl Features {
@@ -57,22 +56,17 @@ impl Features {
             })?;
             columns.push(feature.clone());
         }
-        Ok(Self { columns, item: 0 })
+        Ok(Self { columns })
     }
 
-    /// All columns, in the order of a batch.
+    /// All columns, in the order of a batch: the item id first.
     pub fn columns(&self) -> &[Feature] {
         &self.columns
     }
 
-    /// Position of the item id among [`Features::columns`].
-    pub fn item(&self) -> usize {
-        self.item
-    }
-
     /// Rows of the item table: the largest item index + 1, so padding (0) and unknown (1) are counted.
     pub fn n_items(&self) -> i64 {
-        self.columns[self.item].cardinality().unwrap_or_default()
+        self.columns[0].cardinality().unwrap_or_default()
     }
 }
 

@@ -46,16 +46,19 @@ impl Sessions {
         self.offsets[row]..self.offsets[row + 1]
     }
 
-    /// The columns, in the order of [`Features::columns`].
-    pub fn columns(&self) -> &[Column] {
-        &self.columns
+    /// Codes of session `row` in a categorical column, numbered as in [`Features::columns`].
+    pub fn ids(&self, column: usize, row: usize) -> &[i64] {
+        match &self.columns[column] {
+            Column::Ids(ids) => &ids[self.span(row)],
+            Column::Values(_) => unreachable!("column {column} is continuous"),
+        }
     }
 
-    /// Item indices of session `row` (the item id is column 0).
-    pub fn items(&self, row: usize) -> &[i64] {
-        match &self.columns[0] {
-            Column::Ids(ids) => &ids[self.span(row)],
-            Column::Values(_) => unreachable!("the item id is categorical"),
+    /// Values of session `row` in a continuous column, numbered as in [`Features::columns`].
+    pub fn values(&self, column: usize, row: usize) -> &[f32] {
+        match &self.columns[column] {
+            Column::Values(values) => &values[self.span(row)],
+            Column::Ids(_) => unreachable!("column {column} is categorical"),
         }
     }
 
