@@ -56,7 +56,7 @@ cargo build
 build_seconds=$SECONDS
 
 SECONDS=0
-bireme=target/debug/bireme
+bireme=${CARGO_TARGET_DIR:-target}/debug/bireme
 rm -rf "$out"
 mkdir -p "$out"
 touch "$out/.quickstart"
@@ -64,11 +64,11 @@ touch "$out/.quickstart"
 if [ ${#events[@]} -eq 0 ]; then
     say "a made-up shop of $EVENTS events, $ITEMS items, $SHOP_DAYS days"
     events=("$out/events.csv")
-    $bireme synth --events $EVENTS --items $ITEMS --days $SHOP_DAYS --seed $SEED --out "$out/events.csv"
+    "$bireme" synth --events $EVENTS --items $ITEMS --days $SHOP_DAYS --seed $SEED --out "$out/events.csv"
 fi
 
 say "events to sessions"
-$bireme preprocess --events "${events[@]}" --out "$out/data"
+"$bireme" preprocess --events "${events[@]}" --out "$out/data"
 
 first_day=$(find "$out/data/sessions_by_day" -mindepth 1 -maxdepth 1 -printf '%f\n' | sort -n | head -n 1)
 last_day=$first_day
@@ -81,7 +81,7 @@ done
 models=(quickstart popularity markov)
 for model in "${models[@]}"; do
     say "training configs/$model.toml on $RANKS ranks, days $first_day to $((last_day - 1))"
-    mpirun -np $RANKS --bind-to none $bireme train --config "configs/$model.toml" \
+    mpirun -np $RANKS --bind-to none "$bireme" train --config "configs/$model.toml" \
         --data "$out/data" --run-dir "$out/$model" \
         --set "data.first_day=$first_day" --set "data.last_day=$last_day"
 done
