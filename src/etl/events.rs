@@ -3,8 +3,8 @@
 //! Polars' streaming engine reads and splits; what a cell may hold is decided here, by the same functions for
 //! every format. A CSV row is bad when it has too few or too many fields, when a cell of it cannot be read, or
 //! when its price is negative or not finite. Polars fills up short rows with nulls, so whenever the last column
-//! of a file holds a null, or anything else is wrong, the file is walked once more, row by row, to tell a short
-//! row from an empty cell and to name the line.
+//! of a file holds a null and the separators do not add up, or anything else is wrong, the file is walked once
+//! more, row by row, to tell a short row from an empty cell and to name the line.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read};
@@ -122,12 +122,16 @@ fn read_csv(csv: &CsvFile, each: &mut dyn FnMut(Batch) -> Result<(), Error>) -> 
         .with_glob(false)
         .with_low_memory(true)
         .finish();
-    let mut short_rows_possible = false;
+    let mut may_be_short = false;
     let counts = stream(&csv.path, frame, &mut |frame, counts| {
-        short_rows_possible |= frame.column(&last).is_ok_and(|column| column.null_count() > 0);
+        may_be_short |= frame.column(&last).is_ok_and(|column| column.null_count() > 0);
         clean(&frame, &csv.path, BadRows::Refuse, counts).and_then(&mut *each)
     });
-    if short_rows_possible || matches!(counts, Err(Error::Unreadable { .. } | Error::BadRow { .. })) {
+    let is_wrong = match &counts {
+        Ok(counts) => may_be_short && !csv.has_all_separators(counts.read)?,
+        Err(error) => matches!(error, Error::Unreadable { .. } | Error::BadRow { .. }),
+    };
+    if is_wrong {
         csv.check_rows(|line, fault| Err(fault.at(&csv.path, "line", line)))?;
     }
     counts
@@ -464,6 +468,9 @@ fn require_columns(path: &Path, found: &[String]) -> Result<(), Error> {
 }
 
 impl CsvFile {
+    /// Bytes that are read at once.
+    const BLOCK: usize = 1 << 18;
+
     fn open(path: &Path) -> Result<Self, Error> {
         let mut rows = Self::rows(path)?;
         let header = rows.byte_headers().map_err(|e| Error::unreadable(path)(e.into()))?;
@@ -476,13 +483,36 @@ impl CsvFile {
         polars_path(&self.path)
     }
 
-    fn rows(path: &Path) -> Result<csv::Reader<Box<dyn Read>>, Error> {
+    fn bytes(path: &Path) -> Result<Box<dyn Read>, Error> {
         let is_gzip = is_gzip(path)?;
-        let file =
-            BufReader::new(File::open(path).map_err(|source| Error::Open { path: path.into(), source })?);
-        let bytes: Box<dyn Read> = if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+        let file = File::open(path).map_err(|source| Error::Open { path: path.into(), source })?;
+        Ok(if is_gzip { Box::new(MultiGzDecoder::new(BufReader::new(file))) } else { Box::new(file) })
+    }
+
+    /// Whether so many rows have all their separators, and surely so: with a quote in the file, it takes a walk
+    /// over the rows to know. To be asked only when polars has found no row with too many.
+    fn has_all_separators(&self, n_rows: u64) -> Result<bool, Error> {
+        let mut bytes = Self::bytes(&self.path)?;
+        let mut block = vec![0; Self::BLOCK];
+        let mut n_separators = 0;
+        loop {
+            let n = bytes.read(&mut block).map_err(|e| Error::unreadable(&self.path)(e.into()))?;
+            if n == 0 {
+                // The header has as many as a row.
+                return Ok(n_separators == (n_rows + 1) * (self.header.len() as u64 - 1));
+            }
+            if memchr::memchr(b'"', &block[..n]).is_some() {
+                return Ok(false);
+            }
+            n_separators += memchr::memchr_iter(b',', &block[..n]).count() as u64;
+        }
+    }
+
+    fn rows(path: &Path) -> Result<csv::Reader<Box<dyn Read>>, Error> {
+        let mut rows = ReaderBuilder::new();
         // Lines end as they do for polars. The reader's own idea of a line end miscounts `\r\n`.
-        Ok(ReaderBuilder::new().flexible(true).terminator(Terminator::Any(b'\n')).from_reader(bytes))
+        rows.flexible(true).terminator(Terminator::Any(b'\n')).buffer_capacity(Self::BLOCK);
+        Ok(rows.from_reader(Self::bytes(path)?))
     }
 
     /// Counts the bad rows, and hands each on with its line.

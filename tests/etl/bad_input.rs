@@ -68,6 +68,18 @@ fn a_row_without_a_session_is_not_a_bad_row() {
 }
 
 #[test]
+fn quoted_separators_do_not_hide_a_short_row() {
+    let quoted = "2020-01-01 00:00:02 UTC,view,3,10,\"a, \"\"b\"\"\nand c\",acme,3.5,7,s1\n";
+    let without_session = "2020-01-01 00:00:02 UTC,view,3,10,,,3.5,7,\n";
+    let csv = format!("{HEADER}\n{GOOD}{quoted}{without_session}");
+    let report = run(scratch().path(), &csv, |_| {}).unwrap();
+    assert_eq!((report.rows.read, report.rows.without_session, report.n_events), (4, 1, 3));
+    // One separator too many in quotes, one too few in the last row.
+    let text = refused(&format!("{csv}2020-01-01 00:00:02 UTC,view,3,10,,,3.5,7\n"));
+    assert!(text.contains("line 7, column `user_session`: the row has 8 fields instead of 9"), "{text}");
+}
+
+#[test]
 fn bytes_that_are_no_text_are_named() {
     let dir = scratch();
     let mut csv = format!("{HEADER}\n{GOOD}").into_bytes();
