@@ -307,11 +307,10 @@ fn train(args: &TrainArgs) -> Result<(), Failure> {
         report.say(&format!("warning: {warning}"));
     }
     report.say(&format!(
-        "{} on {world_size} {} ({}), {:?}, {} threads each",
+        "{}: ranks {world_size} ({}), device {}, threads a rank {}",
         job.config.model.title(),
-        if world_size == 1 { "rank" } else { "ranks" },
         collective.backend(),
-        job.place.device,
+        job.place.device_name(),
         job.place.n_threads,
     ));
     job.end(train::fit(&job.config, &data, &run_dir, job.place(), &mut report))?;
@@ -361,7 +360,7 @@ fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Resu
         "libtorch": device::LIBTORCH,
         "world_size": job.collective.world_size(),
         "backend": job.collective.backend(),
-        "device": format!("{:?}", job.place.device),
+        "device": job.place.device_name(),
         "threads_per_rank": job.place.n_threads,
         "config": args.config,
         "data": args.data,

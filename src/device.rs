@@ -53,6 +53,16 @@ pub struct Place {
     pub warnings: Vec<String>,
 }
 
+impl Place {
+    /// `cpu`, or `cuda:` and the GPU's number on its host.
+    pub fn device_name(&self) -> String {
+        match self.device {
+            Device::Cuda(gpu) => format!("cuda:{gpu}"),
+            _ => "cpu".to_owned(),
+        }
+    }
+}
+
 /// Chooses the device and the number of threads of rank `local_rank` of `local_size` on this host, and tells
 /// libtorch. `n_threads` 0 stands for this rank's share of the host's cores. To be called before the first tensor,
 /// so before the first collective call too.

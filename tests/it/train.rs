@@ -187,7 +187,7 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
         .unwrap()
     );
     let facts: Value = serde_json::from_str(&fs::read_to_string(run.join("run.json")).unwrap()).unwrap();
-    assert_eq!((facts["world_size"].as_u64(), facts["device"].as_str()), (Some(1), Some("Cpu")));
+    assert_eq!((facts["world_size"].as_u64(), facts["device"].as_str()), (Some(1), Some("cpu")));
 
     let results = fs::read_to_string(run.join("results.txt")).unwrap();
     let last = shop.records("run", "eval").pop().unwrap();
