@@ -5,6 +5,7 @@ use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::collective::{self, Collective, CollectiveError, Root};
@@ -97,6 +98,11 @@ enum KeepArg {
     Last,
 }
 
+fn split_parser() -> impl TypedValueParser<Value = Split> {
+    PossibleValuesParser::new(Split::ALL.map(Split::name))
+        .try_map(|name| Split::ALL.into_iter().find(|split| split.name() == name).ok_or("no part of a day"))
+}
+
 fn parse_days(text: &str) -> Result<RangeInclusive<i64>, String> {
     let parsed = text.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..=b.parse().ok()?));
     parsed.ok_or_else(|| "days are written as `A..B`, both included".to_owned())
@@ -130,7 +136,7 @@ struct EvaluateArgs {
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Which part of the day
-    #[arg(long, value_enum, default_value_t = Split::Valid)]
+    #[arg(long, default_value = Split::Valid.name(), value_parser = split_parser())]
     split: Split,
     /// Which day [default: the one after the last trained on]
     #[arg(long)]
@@ -154,12 +160,7 @@ impl Failure {
 }
 
 fn explain(error: &dyn Error, hint: Option<&str>) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
+    let text = collective::chain(error);
     hint.map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
 }
 

@@ -137,7 +137,8 @@ impl Report {
             }
             Record::Eval { train_day, eval_day, split, metrics } => {
                 self.say(&format!(
-                    "after day {train_day}, on day {eval_day} ({split}): {}",
+                    "after day {train_day}, on day {eval_day} ({}): {}",
+                    split.name(),
                     figures(metrics)
                 ));
             }

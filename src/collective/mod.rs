@@ -169,7 +169,7 @@ impl dyn Collective + '_ {
 }
 
 /// An error and its sources in one line.
-fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let (mut text, mut source) = (error.to_string(), error.source());
     while let Some(error) = source {
         text = format!("{text}: {error}");

@@ -1,35 +1,11 @@
 //! Where the day partitions lie and which of their columns a run reads.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
-use bireme_etl::schema::{Feature, Schema};
-use serde::{Deserialize, Serialize};
+use bireme_etl::{Feature, SCHEMA, SESSIONS_BY_DAY, Schema, Split};
 
 use super::{Config, DataError, SessionFile};
-
-/// Which part of a day.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Split {
-    /// Sessions to learn from.
-    Train,
-    /// Sessions to evaluate on while a recipe is being found.
-    Valid,
-    /// Sessions to evaluate on once, at the end.
-    Test,
-}
-
-impl fmt::Display for Split {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Split::Train => "train",
-            Split::Valid => "valid",
-            Split::Test => "test",
-        })
-    }
-}
 
 /// The columns a run reads, in the order of [`super::Batch::columns`].
 #[derive(Clone, Debug)]
@@ -85,9 +61,9 @@ impl Days {
     /// # Errors
     /// A folder without partitions or without a readable schema, or a configured feature that it lacks.
     pub fn open(dir: &Path, config: &Config) -> Result<Self, DataError> {
-        let schema = Schema::read(dir.join("schema.pbtxt"))?;
+        let schema = Schema::read(dir.join(SCHEMA))?;
         let features = Features::select(&schema, config)?;
-        let nested = dir.join("sessions_by_day");
+        let nested = dir.join(SESSIONS_BY_DAY);
         let root = if nested.is_dir() { nested } else { dir.to_owned() };
         let entries =
             std::fs::read_dir(&root).map_err(|source| DataError::Open { path: root.clone(), source })?;
@@ -120,6 +96,6 @@ impl Days {
             let have: Vec<_> = self.days().map(|day| day.to_string()).collect();
             DataError::MissingDay { day, dir: self.dir.clone(), have: have.join(", ") }
         })?;
-        SessionFile::open(&partition.join(format!("{split}.parquet")), &self.features, self.max_length)
+        SessionFile::open(&partition.join(split.file()), &self.features, self.max_length)
     }
 }

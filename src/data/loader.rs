@@ -60,7 +60,7 @@ impl Loader {
         thread::spawn(move || {
             let n_steps = plan.n_steps();
             let steps_per_epoch = plan.steps_per_epoch();
-            for epoch in 0..plan.n_epochs {
+            for epoch in (0..plan.n_epochs).take_while(|epoch| epoch * steps_per_epoch < n_steps) {
                 let place = (plan.seed, plan.day, epoch);
                 let lanes = lanes_of_rank(plan.file.group_rows(), plan.shape, place, (rank, world_size));
                 let sessions: Result<Vec<Sessions>, _> =
@@ -70,7 +70,7 @@ impl Loader {
                     // The receiver may be gone after an error of its own: then nobody is left to tell.
                     Err(error) => return drop(ready.send(Err(error))),
                 };
-                for step in 0..steps_per_epoch.min(n_steps.saturating_sub(epoch * steps_per_epoch)) {
+                for step in 0..steps_per_epoch.min(n_steps - epoch * steps_per_epoch) {
                     let micro_batches = lanes.iter().zip(&sessions).map(|(lane, sessions)| {
                         let taken = plan.shape.micro_batch_rows(sessions.len(), step);
                         let place = [plan.day as u64, epoch as u64, step as u64, lane.index as u64];

@@ -15,7 +15,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use batch::{Batch, Noise, Segment, with_seed};
-pub use days::{Days, Features, Split};
+pub use bireme_etl::Split;
+pub use days::{Days, Features};
 pub use file::{SessionFile, Sessions};
 pub use loader::{DayPlan, Loader, evaluation_batches};
 

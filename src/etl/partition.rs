@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use polars::prelude::*;
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::buckets::{read_events_at, write_events};
@@ -17,7 +18,8 @@ use crate::vocab::{Coded, Dictionary, Value};
 use crate::workflow::{Encoder, Session};
 
 /// The three parts of a day.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Split {
     /// 80 in 100 sessions.
     Train,
@@ -38,6 +40,15 @@ impl Split {
             0..8 => Self::Train,
             8 => Self::Valid,
             _ => Self::Test,
+        }
+    }
+
+    /// `train`, `valid` or `test`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Valid => "valid",
+            Self::Test => "test",
         }
     }
 
