@@ -309,7 +309,7 @@ fn train(args: &TrainArgs) -> Result<(), Failure> {
     }
     report.say(&format!(
         "{}: ranks {world_size} ({}), device {}, threads a rank {}",
-        job.config.model.title(),
+        job.config.title(),
         collective.backend(),
         job.place.device_name(),
         job.place.n_threads,

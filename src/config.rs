@@ -146,6 +146,12 @@ impl Config {
         Ok(())
     }
 
+    /// The name results are reported under.
+    pub fn title(&self) -> String {
+        let side_information = if self.data.features.len() > 1 { " with side information" } else { "" };
+        format!("{}{side_information}", self.model.title())
+    }
+
     /// As TOML, defaults filled in.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("a configuration is TOML")
@@ -176,17 +182,21 @@ fn nearest<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> Option<St
         .map(|(_, candidate)| candidate.to_owned())
 }
 
-/// Applies `section.key=value`; a value that is not TOML is taken as a string.
+/// Applies `section.key=value`, where a key may have further dots; a value that is not TOML is taken as a string.
 fn assign(table: &mut Table, assignment: &str) -> Result<(), ConfigError> {
-    let parts = assignment.split_once('=').and_then(|(key, value)| Some((key.split_once('.')?, value)));
-    let ((section, key), value) = parts.ok_or_else(|| ConfigError::Set(assignment.to_owned()))?;
+    let malformed = || ConfigError::Set(assignment.to_owned());
+    let (key, value) = assignment.split_once('=').ok_or_else(malformed)?;
+    let (path, key) = key.trim().rsplit_once('.').ok_or_else(malformed)?;
     let value = format!("value = {value}")
         .parse::<Table>()
         .ok()
         .and_then(|mut parsed| parsed.remove("value"))
         .unwrap_or_else(|| Value::String(value.to_owned()));
-    let entry = table.entry(section.trim().to_owned()).or_insert_with(|| Value::Table(Table::new()));
-    let section = entry.as_table_mut().ok_or_else(|| ConfigError::Set(assignment.to_owned()))?;
-    section.insert(key.trim().to_owned(), value);
+    let mut inner = table;
+    for part in path.split('.') {
+        let entry = inner.entry(part.to_owned()).or_insert_with(|| Value::Table(Table::new()));
+        inner = entry.as_table_mut().ok_or_else(malformed)?;
+    }
+    inner.insert(key.to_owned(), value);
     Ok(())
 }

@@ -1,6 +1,117 @@
-//! From summed gradients to new parameters: clipping, AdamW, the learning rate's schedule.
+//! From summed gradients to new parameters: clipping, AdamW, Adagrad for tables, the learning rate's schedule.
 
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
+
+/// `train.tables`: how the tables learn, of which a step touches few rows. Everything else is left to AdamW.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TableOptimizer {
+    /// As everything else does.
+    #[default]
+    Adamw,
+    /// Adagrad (Duchi et al. 2011), whose steps shrink with what a row has already learnt.
+    Adagrad {
+        /// Learning rate that each day starts with; it follows the same schedule.
+        learning_rate: f64,
+    },
+}
+
+/// `train.schedule`: the learning rate over a day.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// It falls to zero in a straight line.
+    #[default]
+    Linear,
+    /// It stays.
+    Constant,
+}
+
+impl Schedule {
+    /// Share of the learning rate at step `step` (from 0) of `n_steps`.
+    pub fn share(self, step: usize, n_steps: usize) -> f64 {
+        match self {
+            Schedule::Linear => (n_steps - step) as f64 / n_steps as f64,
+            Schedule::Constant => 1.0,
+        }
+    }
+}
+
+/// AdamW for all parameters, or for those behind the tables, which then learn by Adagrad.
+pub struct Optimizer {
+    adamw: AdamW,
+    learning_rate: f64,
+    /// Where AdamW's parameters begin.
+    first: i64,
+    adagrad: Option<(Adagrad, f64)>,
+}
+
+impl Optimizer {
+    /// For parameters like `values: [n]`, those in `tables` (which lie first) being tables.
+    pub fn new(
+        values: &Tensor,
+        tables: Range<i64>,
+        optimizer: TableOptimizer,
+        (learning_rate, weight_decay): (f64, f64),
+    ) -> Self {
+        let (first, adagrad) = match optimizer {
+            TableOptimizer::Adamw => (0, None),
+            TableOptimizer::Adagrad { learning_rate } => {
+                let adagrad = Adagrad::new(&values.narrow(0, 0, tables.end));
+                (tables.end, Some((adagrad, learning_rate)))
+            }
+        };
+        let adamw = AdamW::new(&values.narrow(0, first, values.size()[0] - first), weight_decay);
+        Self { adamw, learning_rate, first, adagrad }
+    }
+
+    /// Changes `values: [n]` by one step against `gradients: [n]`, at this share of the learning rates.
+    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, share: f64) {
+        let rest = |flat: &Tensor| flat.narrow(0, self.first, flat.size()[0] - self.first);
+        self.adamw.step(&mut rest(values), &rest(gradients), share * self.learning_rate);
+        if let Some((adagrad, learning_rate)) = &mut self.adagrad {
+            let tables = |flat: &Tensor| flat.narrow(0, 0, self.first);
+            adagrad.step(&mut tables(values), &tables(gradients), share * *learning_rate);
+        }
+    }
+
+    /// Steps taken since the state was zero.
+    pub fn n_steps(&self) -> i32 {
+        self.adamw.n_steps()
+    }
+
+    /// What is to be saved: a name, where in the flat buffers it begins, and the numbers.
+    pub fn state(&self) -> Vec<(&'static str, i64, &Tensor)> {
+        let mut state = vec![("m", self.first, &self.adamw.m), ("v", self.first, &self.adamw.v)];
+        state.extend(self.adagrad.as_ref().map(|(adagrad, _)| ("sum", 0, &adagrad.sum)));
+        state
+    }
+}
+
+/// Adagrad over one flat buffer (Duchi et al. 2011), as PyTorch computes it: `s ← s + g²`, `p ← p − lr g / (√s + ε)`.
+pub struct Adagrad {
+    /// Sums of squared gradients `[n]`.
+    sum: Tensor,
+}
+
+impl Adagrad {
+    /// Zero sums for parameters like `values: [n]`.
+    pub fn new(values: &Tensor) -> Self {
+        Self { sum: Tensor::zeros_like(values) }
+    }
+
+    /// Changes `values: [n]` by one step against `gradients: [n]`.
+    pub fn step(&mut self, values: &mut Tensor, gradients: &Tensor, learning_rate: f64) {
+        tch::no_grad(|| {
+            let _ = self.sum.addcmul_(gradients, gradients);
+            let denominator = self.sum.sqrt().g_add_scalar_(1e-10);
+            let _ = values.addcdiv_(&(gradients * -learning_rate), &denominator);
+        });
+    }
+}
 
 /// AdamW over one flat buffer, as Hugging Face's `AdamW` computes it (Loshchilov & Hutter 2019):
 /// `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`, `p ← p − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε)`,
@@ -28,11 +139,6 @@ impl AdamW {
         self.n_steps
     }
 
-    /// First and second moments, to be saved.
-    pub fn moments(&self) -> (&Tensor, &Tensor) {
-        (&self.m, &self.v)
-    }
-
     /// Changes `values: [n]` by one step against `gradients: [n]`.
     pub fn step(&mut self, values: &mut Tensor, gradients: &Tensor, learning_rate: f64) {
         self.n_steps += 1;
@@ -57,11 +163,6 @@ pub fn average_and_clip(gradients: &mut Tensor, n_targets: &Tensor, max_norm: f6
     let clip = ((&norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);
     let _ = gradients.g_mul_(&(clip / n_targets));
     norm
-}
-
-/// Learning rate of step `step` (from 0) of `n_steps`: falls to zero in a straight line.
-pub fn linear_decay(initial: f64, step: usize, n_steps: usize) -> f64 {
-    initial * (n_steps - step) as f64 / n_steps as f64
 }
 
 #[cfg(test)]
@@ -114,8 +215,38 @@ mod tests {
     }
 
     #[test]
+    fn adagrad_steps_shrink() {
+        let mut values = Tensor::from_slice(&[1f32, 1.0]);
+        let mut adagrad = Adagrad::new(&values);
+        for _ in 0..2 {
+            adagrad.step(&mut values, &Tensor::from_slice(&[0.5f32, 0.0]), 0.1);
+        }
+        // 0.5 / √0.25, then 0.5 / √0.5; what has no gradient stays.
+        let moved: Vec<f32> = Vec::try_from(values).unwrap();
+        assert!((moved[0] - (1.0 - 0.1 - 0.1 * 0.5f32.sqrt())).abs() < 1e-6, "{moved:?}");
+        assert_eq!(moved[1], 1.0);
+    }
+
+    #[test]
+    fn tables_and_the_rest_learn_by_their_own_rules() {
+        let values = Tensor::from_slice(&[1f32, 1.0, 1.0]);
+        let adagrad = TableOptimizer::Adagrad { learning_rate: 0.5 };
+        let mut optimizer = Optimizer::new(&values, 0..2, adagrad, (0.1, 0.0));
+        optimizer.step(&values, &Tensor::from_slice(&[0.3f32, 0.0, 0.2]), 0.5);
+        let moved: Vec<f32> = Vec::try_from(values).unwrap();
+        assert!(
+            (moved[0] - 0.75).abs() < 1e-5 && moved[1] == 1.0 && (moved[2] - 0.95).abs() < 1e-5,
+            "{moved:?}"
+        );
+        let names: Vec<_> =
+            optimizer.state().iter().map(|(name, first, t)| (*name, *first, t.numel())).collect();
+        assert_eq!(names, [("m", 2, 1), ("v", 2, 1), ("sum", 0, 2)]);
+    }
+
+    #[test]
     fn learning_rate_ends_one_step_above_zero() {
-        assert_eq!(linear_decay(1.0, 0, 4), 1.0);
-        assert_eq!(linear_decay(1.0, 3, 4), 0.25);
+        assert_eq!(Schedule::Linear.share(0, 4), 1.0);
+        assert_eq!(Schedule::Linear.share(3, 4), 0.25);
+        assert_eq!(Schedule::Constant.share(3, 4), 1.0);
     }
 }

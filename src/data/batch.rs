@@ -1,9 +1,8 @@
-//! Sessions as padded tensors.
+//! Sessions as tensors, one event after the other: nothing is padded.
 
 use std::sync::{Mutex, PoisonError};
 
-use tch::kind::Element;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::plan::derive_seed;
 use super::{Features, Sessions};
@@ -11,98 +10,125 @@ use super::{Features, Sessions};
 /// One micro-batch within a pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Seed of everything random about it: a function of (seed, day, epoch, step, lane).
+    /// Seed of what its sessions share: a function of (seed, day, epoch, step, lane).
     pub seed: u64,
-    /// Its sessions, consecutive rows of the batch.
-    pub rows: usize,
+    /// Its sessions, consecutive in the batch.
+    pub n_sessions: usize,
 }
 
-/// Sessions right-padded with zeros to the longest of them. `B` sessions, `L` positions.
+/// `B` sessions of `T` events in all, packed: those of the second session follow those of the first.
 #[derive(Debug)]
 pub struct Batch {
-    /// One tensor a feature, in the order of [`Features::columns`]: `[B, L]`, i64 codes or f32 values.
+    /// One tensor a feature, in the order of [`Features::columns`]: `[T]`, i64 codes or f32 values.
     pub columns: Vec<Tensor>,
-    /// Events in each session: `[B]`, i64.
-    pub lengths: Tensor,
+    /// Events in each session, `[B]`.
+    pub lengths: Vec<usize>,
+    /// Seed of what is drawn for one session alone, `[B]`: a function of (seed, day, epoch, session).
+    pub session_seeds: Vec<u64>,
+    /// Seed of what all ranks draw alike: a function of (seed, day, epoch, step).
+    pub step_seed: u64,
     /// The micro-batches in it.
     pub segments: Vec<Segment>,
-    /// Number of targets when every event but the first is one: the sum of lengths − 1.
-    pub n_next_items: usize,
 }
 
 impl Batch {
-    /// Takes rows `rows` of `sessions`, in this order.
-    pub fn new(sessions: &[(&Sessions, usize)], features: &Features, segments: Vec<Segment>) -> Self {
-        let lengths: Vec<i64> = sessions.iter().map(|(of, row)| of.span(*row).len() as i64).collect();
-        let (n_rows, length) = (sessions.len(), lengths.iter().copied().max().unwrap_or(0) as usize);
+    /// Takes rows `rows` of `sessions`, in this order, as one micro-batch in which nothing is drawn.
+    pub fn new(sessions: &[(&Sessions, usize)], features: &Features) -> Self {
         let columns = features.columns().iter().enumerate().map(|(column, feature)| {
             let rows = sessions.iter();
             if feature.is_categorical() {
-                pad(rows.map(|(of, row)| of.ids(column, *row)), n_rows, length)
+                let values: Vec<i64> = rows.flat_map(|(of, row)| of.ids(column, *row)).copied().collect();
+                Tensor::from_slice(&values)
             } else {
-                pad(rows.map(|(of, row)| of.values(column, *row)), n_rows, length)
+                let values: Vec<f32> = rows.flat_map(|(of, row)| of.values(column, *row)).copied().collect();
+                Tensor::from_slice(&values)
             }
         });
-        let n_next_items = lengths.iter().map(|&length| length as usize - 1).sum();
-        Self { columns: columns.collect(), lengths: Tensor::from_slice(&lengths), segments, n_next_items }
+        Self {
+            columns: columns.collect(),
+            lengths: sessions.iter().map(|(of, row)| of.span(*row).len()).collect(),
+            session_seeds: vec![0; sessions.len()],
+            step_seed: 0,
+            segments: vec![Segment { seed: 0, n_sessions: sessions.len() }],
+        }
     }
 
     /// Number of sessions, `B`.
     pub fn n_sessions(&self) -> usize {
-        self.lengths.size()[0] as usize
+        self.lengths.len()
     }
 
-    /// Item indices `[B, L]`, 0 where there is no event.
+    /// Number of events, `T`.
+    pub fn n_events(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    /// Item indices `[T]`.
     pub fn items(&self) -> &Tensor {
         &self.columns[0]
     }
 
+    /// Item indices of each session.
+    pub fn sessions(&self) -> Vec<Vec<i64>> {
+        let items = Vec::<i64>::try_from(self.items()).expect("item indices are i64");
+        let mut rest = &items[..];
+        let take = |&length: &usize| {
+            let (session, after) = rest.split_at(length);
+            rest = after;
+            session.to_vec()
+        };
+        self.lengths.iter().map(take).collect()
+    }
+
     /// The batch on a device.
     pub fn to_device(&self, device: Device) -> Self {
+        self.with_columns(self.columns.iter().map(|column| column.to_device(device)).collect())
+    }
+
+    /// The same sessions with other columns.
+    pub fn with_columns(&self, columns: Vec<Tensor>) -> Self {
         Self {
-            columns: self.columns.iter().map(|column| column.to_device(device)).collect(),
-            lengths: self.lengths.to_device(device),
+            columns,
+            lengths: self.lengths.clone(),
+            session_seeds: self.session_seeds.clone(),
+            step_seed: self.step_seed,
             segments: self.segments.clone(),
-            n_next_items: self.n_next_items,
         }
     }
 
     /// Splits each session into its known part and the event to be predicted: the batch without every
     /// session's last event, and the item indices `[B]` of those.
     pub fn split_last(&self) -> (Self, Tensor) {
-        let last = (&self.lengths - 1).unsqueeze(1);
-        let targets = self.items().gather(1, &last, false).squeeze_dim(1);
-        let longest = (self.items().size()[1] - 1).max(0);
-        let columns =
-            self.columns.iter().map(|column| column.scatter_value(1, &last, 0).narrow(1, 0, longest));
-        let known = Self {
-            columns: columns.collect(),
-            lengths: &self.lengths - 1,
-            segments: self.segments.clone(),
-            n_next_items: self.n_next_items - self.n_sessions(),
-        };
-        (known, targets)
+        let (mut kept, mut last, mut end) = (Vec::with_capacity(self.n_events()), Vec::new(), 0i64);
+        for &length in &self.lengths {
+            kept.extend(end..end + length as i64 - 1);
+            end += length as i64;
+            last.push(end - 1);
+        }
+        let device = self.items().device();
+        let [kept, last] = [kept, last].map(|places| Tensor::from_slice(&places).to_device(device));
+        let mut known =
+            self.with_columns(self.columns.iter().map(|column| column.index_select(0, &kept)).collect());
+        known.lengths.iter_mut().for_each(|length| *length -= 1);
+        (known, self.items().index_select(0, &last))
     }
-}
 
-/// Lists of at most `length` values, right-padded with zeros: `[n_rows, length]`.
-fn pad<'a, T: Element + Copy + Default + 'a>(
-    lists: impl Iterator<Item = &'a [T]>,
-    n_rows: usize,
-    length: usize,
-) -> Tensor {
-    let mut padded = vec![T::default(); n_rows * length];
-    // Without sessions there is nothing to pad, but a chunk must have a length.
-    for (row, list) in padded.chunks_exact_mut(length.max(1)).zip(lists) {
-        row[..list.len()].copy_from_slice(list);
+    /// Adds up one number a session over the sessions of each micro-batch.
+    pub fn by_segment(&self, per_session: &[usize]) -> Vec<i64> {
+        let mut rest = per_session;
+        let take = |segment: &Segment| {
+            let (mine, after) = rest.split_at(segment.n_sessions);
+            rest = after;
+            mine.iter().sum::<usize>() as i64
+        };
+        self.segments.iter().map(take).collect()
     }
-    Tensor::from_slice(&padded).view([n_rows as i64, length as i64])
 }
 
 /// Randomness of one pass over a batch, for dropout and its like.
 ///
-/// Each draw is made micro-batch by micro-batch from the micro-batch's own seed and for the longest session a
-/// run can have, so that it depends neither on which micro-batches share a pass nor on their padding.
+/// Each draw is made micro-batch by micro-batch from the micro-batch's own seed, and where a shape depends on the
+/// longest session, for the longest that a run can have: so it does not depend on which micro-batches share a pass.
 pub struct Noise<'a> {
     segments: &'a [Segment],
     max_length: usize,
@@ -115,25 +141,39 @@ impl<'a> Noise<'a> {
         Self { segments: &batch.segments, max_length, n_draws: 0 }
     }
 
-    /// Dropout (Srivastava et al. 2014) of `x: [B, L, D]` with probability `p`, scaled to keep its mean.
-    pub fn dropout(&mut self, x: Tensor, p: f64) -> Tensor {
+    /// Dropout (Srivastava et al. 2014) of `x: [N, ..]` with probability `p`, scaled to keep its mean. The first
+    /// `counts[0]` rows belong to the first micro-batch, and so on.
+    pub fn dropout(&mut self, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
+        let sizes = x.size();
+        self.drop(x, p, counts, &sizes[1..])
+    }
+
+    /// Dropout of attention weights `x: [N, H, .., L]`, whose sizes behind the heads are those of the longest session.
+    pub fn dropout_weights(&mut self, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
+        let mut sizes = x.size()[1..].to_vec();
+        sizes[1..].fill(self.max_length as i64);
+        self.drop(x, p, counts, &sizes)
+    }
+
+    fn drop(&mut self, x: Tensor, p: f64, counts: &[i64], drawn: &[i64]) -> Tensor {
         if p == 0.0 {
             return x;
         }
-        let (_, length, width) = x.size3().expect("dropout takes [B, L, D]");
         self.n_draws += 1;
         let masks: Vec<Tensor> = self
             .segments
             .iter()
-            .map(|segment| {
+            .zip(counts)
+            .map(|(segment, &count)| {
                 let seed = derive_seed(segment.seed, "dropout", &[self.n_draws]);
-                let size = [segment.rows as i64, self.max_length as i64, width];
-                let draw = || Tensor::rand(size, (Kind::Float, x.device()));
-                with_seed(seed, x.device(), draw).narrow(1, 0, length)
+                let size = [&[count], drawn].concat();
+                let kept = with_seed(seed, x.device(), || {
+                    Tensor::empty(size, (x.kind(), x.device())).bernoulli_float_(1.0 - p)
+                });
+                x.size()[1..].iter().zip(1..).fold(kept, |kept, (&size, dim)| kept.narrow(dim, 0, size))
             })
             .collect();
-        let keep = Tensor::cat(&masks, 0).ge(p).to_kind(x.kind());
-        x * keep * (1.0 / (1.0 - p))
+        x * (Tensor::cat(&masks, 0) * (1.0 / (1.0 - p)))
     }
 }
 

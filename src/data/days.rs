@@ -14,14 +14,17 @@ pub struct Features {
 }
 
 impl Features {
-    /// The item id first, then the other configured features by name.
-    fn select(schema: &Schema, config: &Config) -> Result<Self, DataError> {
+    /// The item id first, then the other features named, by name.
+    ///
+    /// # Errors
+    /// A feature that the schema lacks, or has otherwise than as a list.
+    pub fn select(schema: &Schema, names: &[String]) -> Result<Self, DataError> {
         let item = schema.item_id()?;
         if item.cardinality().is_none() || !item.is_list() {
             return Err(DataError::ItemId { feature: item.name.clone() });
         }
         let mut columns = vec![item.clone()];
-        let mut names: Vec<&String> = config.features.iter().filter(|name| **name != item.name).collect();
+        let mut names: Vec<&String> = names.iter().filter(|name| **name != item.name).collect();
         names.sort();
         names.dedup();
         for name in names {
@@ -62,7 +65,7 @@ impl Days {
     /// A folder without partitions or without a readable schema, or a configured feature that it lacks.
     pub fn open(dir: &Path, config: &Config) -> Result<Self, DataError> {
         let schema = Schema::read(dir.join(SCHEMA))?;
-        let features = Features::select(&schema, config)?;
+        let features = Features::select(&schema, &config.features)?;
         let nested = dir.join(SESSIONS_BY_DAY);
         let root = if nested.is_dir() { nested } else { dir.to_owned() };
         let entries =

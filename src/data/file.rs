@@ -28,6 +28,8 @@ pub enum Column {
 pub struct Sessions {
     offsets: Vec<usize>,
     columns: Vec<Column>,
+    /// Each session's row in its file.
+    rows: Vec<u64>,
 }
 
 impl Sessions {
@@ -44,6 +46,11 @@ impl Sessions {
     /// Where the events of session `row` lie in every column.
     pub fn span(&self, row: usize) -> Range<usize> {
         self.offsets[row]..self.offsets[row + 1]
+    }
+
+    /// Row of session `row` in its file: what identifies it within its day, however it is read.
+    pub fn row_in_file(&self, row: usize) -> u64 {
+        self.rows[row]
     }
 
     /// Codes of session `row` in a categorical column, numbered as in [`Features::columns`].
@@ -63,6 +70,7 @@ impl Sessions {
     }
 
     fn append(&mut self, other: Sessions) {
+        self.rows.extend(other.rows);
         let base = *self.offsets.last().unwrap_or(&0);
         self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
         for (mine, theirs) in self.columns.iter_mut().zip(other.columns) {
@@ -142,7 +150,7 @@ impl SessionFile {
         let columns = self.features.columns().iter().map(|feature| {
             if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) }
         });
-        let mut sessions = Sessions { offsets: vec![0], columns: columns.collect() };
+        let mut sessions = Sessions { offsets: vec![0], columns: columns.collect(), rows: Vec::new() };
         for (group, rows) in spans {
             sessions.append(self.read_group(&reader, *group, rows.clone())?);
         }
@@ -199,7 +207,8 @@ impl SessionFile {
             *end += length.min(self.max_length);
             Some(*end)
         }));
-        Ok(Sessions { offsets, columns })
+        let rows = (first_row..first_row + lengths.len()).map(|row| row as u64).collect();
+        Ok(Sessions { offsets, columns, rows })
     }
 }
 

@@ -71,20 +71,30 @@ impl Loader {
                     Err(error) => return drop(ready.send(Err(error))),
                 };
                 for step in 0..steps_per_epoch.min(n_steps - epoch * steps_per_epoch) {
+                    let at = |stream, place: &[u64]| {
+                        let place = [&[plan.day as u64, epoch as u64], place].concat();
+                        derive_seed(plan.seed, stream, &place)
+                    };
                     let micro_batches = lanes.iter().zip(&sessions).map(|(lane, sessions)| {
                         let taken = plan.shape.micro_batch_rows(sessions.len(), step);
-                        let place = [plan.day as u64, epoch as u64, step as u64, lane.index as u64];
-                        let seed = derive_seed(plan.seed, "micro-batch", &place);
-                        let segment = Segment { seed, rows: taken.len() };
+                        let seed = at("micro-batch", &[step as u64, lane.index as u64]);
+                        let segment = Segment { seed, n_sessions: taken.len() };
                         (segment, lane.order[taken].iter().map(|&row| (sessions, row)).collect::<Vec<_>>())
                     });
+                    let pass = |rows: &[(&Sessions, usize)], segments| Batch {
+                        session_seeds: rows
+                            .iter()
+                            .map(|(of, row)| at("session", &[of.row_in_file(*row)]))
+                            .collect(),
+                        step_seed: at("step", &[step as u64]),
+                        segments,
+                        ..Batch::new(rows, &features)
+                    };
                     let passes = if plan.pass_by_pass {
-                        micro_batches
-                            .map(|(segment, rows)| Batch::new(&rows, &features, vec![segment]))
-                            .collect()
+                        micro_batches.map(|(segment, rows)| pass(&rows, vec![segment])).collect()
                     } else {
                         let (segments, rows): (Vec<_>, Vec<_>) = micro_batches.unzip();
-                        vec![Batch::new(&rows.concat(), &features, segments)]
+                        vec![pass(&rows.concat(), segments)]
                     };
                     if ready.send(Ok(passes)).is_err() {
                         return;
@@ -124,6 +134,24 @@ pub fn evaluation_batches(
     let features = features.clone();
     Ok((0..sessions.len()).step_by(block).map(move |first| {
         let rows: Vec<_> = (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
-        Batch::new(&rows, &features, vec![Segment { seed: 0, rows: rows.len() }])
+        Batch::new(&rows, &features)
     }))
+}
+
+/// How often each item occurs in this rank's share of a file, `[V]`: to be added up over ranks.
+///
+/// # Errors
+/// See [`SessionFile::read`].
+pub fn occurrences(
+    file: &SessionFile,
+    features: &Features,
+    (rank, world_size): (usize, usize),
+) -> Result<Vec<i64>, DataError> {
+    let n = file.n_sessions();
+    let sessions = file.read(&file.spans(rank * n / world_size..(rank + 1) * n / world_size))?;
+    let mut counts = vec![0; features.n_items() as usize];
+    for row in 0..sessions.len() {
+        sessions.ids(0, row).iter().for_each(|&item| counts[item as usize] += 1);
+    }
+    Ok(counts)
 }

@@ -18,7 +18,7 @@ pub use batch::{Batch, Noise, Segment, with_seed};
 pub use bireme_etl::Split;
 pub use days::{Days, Features};
 pub use file::{SessionFile, Sessions};
-pub use loader::{DayPlan, Loader, evaluation_batches};
+pub use loader::{DayPlan, Loader, evaluation_batches, occurrences};
 
 /// Section `[data]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

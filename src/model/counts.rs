@@ -38,16 +38,10 @@ impl Counts {
 
     /// Counts the events of a batch.
     pub fn count(&mut self, batch: &Batch) {
-        let (_, length) = batch.items().size2().expect("item indices are [B, L]");
-        let items = to_vec(batch.items());
-        for session in items.chunks_exact(length.max(1) as usize) {
-            for &item in session.iter().filter(|&&item| item != 0) {
-                self.items[item as usize] += 1;
-            }
+        for session in batch.sessions() {
+            session.iter().for_each(|&item| self.items[item as usize] += 1);
             if self.order == Order::First {
-                for pair in session.windows(2).filter(|pair| pair[1] != 0) {
-                    *self.pairs.entry((pair[0], pair[1])).or_default() += 1;
-                }
+                session.windows(2).for_each(|pair| *self.pairs.entry((pair[0], pair[1])).or_default() += 1);
             }
         }
     }
@@ -90,12 +84,12 @@ impl Recommender for Counts {
 
     /// Each session's last item, i64 `[B]`.
     fn encode(&self, known: &Batch) -> Tensor {
-        let last = (&known.lengths - 1).unsqueeze(1);
-        known.items().gather(1, &last, false).squeeze_dim(1)
+        let last = |session: &Vec<i64>| *session.last().expect("a known session has an event");
+        Tensor::from_slice(&known.sessions().iter().map(last).collect::<Vec<_>>())
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
-        let last = to_vec(encoded);
+        let last = Vec::<i64>::try_from(encoded).expect("item indices are i64");
         let width = items.end - items.start;
         let popularity = self.popularity.narrow(1, items.start, width);
         let scores = popularity.repeat([last.len() as i64, 1]);
@@ -112,8 +106,4 @@ impl Recommender for Counts {
         }
         scores
     }
-}
-
-fn to_vec(tensor: &Tensor) -> Vec<i64> {
-    Vec::try_from(tensor.reshape([-1])).expect("item indices are i64")
 }

@@ -1,14 +1,20 @@
 //! Models: what they compute, not how they are trained.
 //!
-//! Every model is a [`Recommender`], so that one evaluator and one server read them all. A neural model is an
-//! item table at both ends, looked up below and scored against above, with a body between, a body
-//! being what lies between vectors and states ([`Gru`]). The table's two gradients do not go through autograd: see [`head`].
+//! Every model is a [`Recommender`], so that one evaluator and one server read them all. A neural model ([`Network`])
+//! is an input block that turns events into vectors ([`input`]), a body that turns vectors into states ([`Gru`],
+//! [`Xlnet`]) and a softmax over the catalogue ([`head`]); what is hidden and what is predicted is its [`objective`].
+//! The gradients of tables do not go through autograd: see [`head`].
 
+mod body;
 mod counts;
 mod gru;
 pub mod head;
+pub mod import;
+pub mod input;
 mod network;
-mod parameters;
+pub mod objective;
+pub mod parameters;
+mod xlnet;
 
 use std::ops::Range;
 
@@ -17,8 +23,14 @@ use tch::{Device, Tensor};
 
 pub use counts::{Counts, Order};
 pub use gru::{Gru, GruConfig};
+pub use head::{HeadConfig, LossConfig};
+pub use input::InputConfig;
 pub use network::{LossSum, Network};
+pub use objective::Objective;
 pub use parameters::{Parameters, View};
+pub use xlnet::{Xlnet, XlnetConfig};
+
+use network::ITEM_TABLE;
 
 use crate::data::Batch;
 
@@ -26,12 +38,23 @@ use crate::data::Batch;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Config {
-    /// GRU over the session, causal (Hidasi et al. 2016).
+    /// GRU over the session (Hidasi et al. 2016).
     Gru(GruConfig),
+    /// Attention over the session with relative positions (Yang et al. 2019).
+    Xlnet(XlnetConfig),
     /// The most frequent items of all days so far.
     Popularity {},
     /// First-order counts: what followed the last item most often, then popularity.
     Markov {},
+}
+
+/// A model that learns by gradients.
+#[derive(Clone, Copy, Debug)]
+pub enum Neural<'a> {
+    /// See [`Config::Gru`].
+    Gru(&'a GruConfig),
+    /// See [`Config::Xlnet`].
+    Xlnet(&'a XlnetConfig),
 }
 
 impl Config {
@@ -41,18 +64,81 @@ impl Config {
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
         match self {
-            Config::Gru(gru) => gru.check(),
+            Config::Gru(gru) => Neural::Gru(gru).check(),
+            Config::Xlnet(xlnet) => Neural::Xlnet(xlnet).check(),
             Config::Popularity {} | Config::Markov {} => Ok(()),
         }
     }
 
-    /// The name results are reported under.
-    pub fn title(&self) -> &'static str {
+    /// Its name, with its objective where that is not the usual one.
+    pub fn title(&self) -> String {
         match self {
-            Config::Gru(_) => "GRU",
-            Config::Popularity {} => "Popularity",
-            Config::Markov {} => "Markov",
+            Config::Gru(gru) => match gru.objective {
+                // What a GRU always learns goes without saying.
+                Objective::Causal {} => "GRU".to_owned(),
+                _ => format!("GRU-{}", gru.objective.short_name()),
+            },
+            Config::Xlnet(xlnet) => format!("XLNet-{}", xlnet.objective.short_name()),
+            Config::Popularity {} => "Popularity".to_owned(),
+            Config::Markov {} => "Markov".to_owned(),
         }
+    }
+}
+
+impl<'a> Neural<'a> {
+    /// The input block.
+    pub fn input(self) -> &'a InputConfig {
+        match self {
+            Neural::Gru(gru) => &gru.input,
+            Neural::Xlnet(xlnet) => &xlnet.input,
+        }
+    }
+
+    /// What is learnt.
+    pub fn objective(self) -> &'a Objective {
+        match self {
+            Neural::Gru(gru) => &gru.objective,
+            Neural::Xlnet(xlnet) => &xlnet.objective,
+        }
+    }
+
+    /// What comes out.
+    pub fn head(self) -> &'a HeadConfig {
+        match self {
+            Neural::Gru(gru) => &gru.head,
+            Neural::Xlnet(xlnet) => &xlnet.head,
+        }
+    }
+
+    /// Width of the body's states.
+    pub fn width(self) -> i64 {
+        match self {
+            Neural::Gru(gru) => gru.hidden_width,
+            Neural::Xlnet(xlnet) => xlnet.width,
+        }
+    }
+
+    fn dropout(self) -> f64 {
+        match self {
+            Neural::Gru(gru) => gru.dropout,
+            Neural::Xlnet(xlnet) => xlnet.dropout,
+        }
+    }
+
+    fn check(self) -> Result<(), String> {
+        match self {
+            Neural::Gru(gru) => gru.check()?,
+            Neural::Xlnet(xlnet) => xlnet.check()?,
+        }
+        if !(0.0..1.0).contains(&self.dropout()) {
+            return Err(format!("`dropout` {} is not within 0 <= p < 1", self.dropout()));
+        }
+        let temperature = self.head().temperature;
+        if !(temperature.is_finite() && temperature > 0.0) {
+            return Err(format!("`head.temperature` cannot be {temperature}"));
+        }
+        self.input().check()?;
+        self.objective().check()
     }
 }
 

@@ -1,15 +1,22 @@
-//! A neural next-item model: item table, body, softmax tied to the table.
+//! A neural next-item model: input block, body, softmax over the catalogue.
 
 use std::ops::Range;
 
-use tch::{Device, Kind, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Kind, Reduction, Tensor};
 
-use super::head::{CrossEntropy, cross_entropy};
-use super::{Gru, GruConfig, Parameters, Recommender};
-use crate::data::{Batch, Noise, with_seed};
+use super::body::{Body, Layout};
+use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, cross_entropy};
+use super::input::{Input, Lookup};
+use super::objective::{Objective, Plan, Visible};
+use super::parameters::{Initial, Linear};
+use super::{Gru, Neural, Parameters, Recommender, Xlnet};
+use crate::data::plan::derive_seed;
+use crate::data::{Batch, Features, Noise, with_seed};
 
-/// The item table is parameter 0, the bias of its scores parameter 1; the body follows.
-const ITEM_TABLE: usize = 0;
+/// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then the rest.
+pub(super) const ITEM_TABLE: usize = 0;
 const ITEM_BIAS: usize = 1;
 
 /// Loss of a pass, as a sum: division comes last, over all ranks.
@@ -23,24 +30,80 @@ pub struct LossSum {
 /// A model with its parameters.
 pub struct Network {
     parameters: Parameters,
-    body: Gru,
+    input: Input,
+    body: Body,
+    objective: Objective,
+    head: HeadConfig,
+    /// From states to vectors that are scored against items.
+    to_item: Linear,
+    /// Tells original events from replaced ones.
+    detector: Option<Linear>,
+    /// The table that items are scored against.
+    scored_table: usize,
+    /// Number of tables and their like, which come first among the parameters.
+    n_tables: usize,
     n_items: i64,
+    /// Length that sessions are padded to where the padding is attended to.
+    padded_length: Option<usize>,
 }
 
 impl Network {
     /// Draws initial parameters; the same on every rank for the same `seed`.
-    pub fn new(config: &GruConfig, n_items: i64, seed: u64, device: Device) -> Self {
-        let (initial, body) = with_seed(seed, Device::Cpu, || {
-            let cpu = (Kind::Float, Device::Cpu);
-            let table = Tensor::randn([n_items, config.item_width], cpu) * config.item_init_std;
-            let mut initial = vec![
-                ("item_table.weight".to_owned(), table),
-                ("item_table.bias".to_owned(), Tensor::zeros([n_items], cpu)),
-            ];
-            let body = Gru::declare(config, &mut initial);
-            (initial, body)
-        });
-        Self { parameters: Parameters::new(initial, device), body, n_items }
+    ///
+    /// # Errors
+    /// A configuration that does not fit the features.
+    pub fn new(
+        config: &Neural<'_>,
+        features: &Features,
+        max_length: usize,
+        (seed, device): (u64, Device),
+    ) -> Result<Self, String> {
+        with_seed(seed, Device::Cpu, || Self::declare(config, features, max_length, device))
+    }
+
+    fn declare(
+        config: &Neural<'_>,
+        features: &Features,
+        max_length: usize,
+        device: Device,
+    ) -> Result<Self, String> {
+        let (input, head, objective) = (config.input(), config.head(), config.objective());
+        let (n_items, width) = (features.n_items(), config.width());
+        let mut initial = Initial::default();
+        initial.normal("item_table.weight", &[n_items, input.item_width], input.init_std);
+        initial.constant("item_table.bias", &[n_items], 0.0);
+        let scored_table = if head.tied {
+            ITEM_TABLE
+        } else {
+            initial.normal("head.table.weight", &[n_items, input.item_width], input.init_std)
+        };
+        let first_table = initial.len();
+        Input::declare_tables(input, features, &mut initial);
+        let n_tables = initial.len();
+        let part = (first_table, objective.masks(), width);
+        let input_block = Input::declare(input, features, part, &mut initial)?;
+        let (body, attends_to_padding) = match config {
+            Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, &mut initial)), false),
+            Neural::Xlnet(xlnet) => {
+                (Body::Xlnet(Xlnet::declare(xlnet, &mut initial)), xlnet.attend_to_padding)
+            }
+        };
+        let to_item = initial.linear("head.projection", width, input.item_width);
+        let detector =
+            matches!(objective, Objective::Replaced { .. }).then(|| initial.linear("detector", width, 1));
+        Ok(Self {
+            parameters: Parameters::new(initial, device),
+            input: input_block,
+            body,
+            objective: objective.clone(),
+            head: head.clone(),
+            to_item,
+            detector,
+            scored_table,
+            n_tables,
+            n_items,
+            padded_length: attends_to_padding.then_some(max_length),
+        })
     }
 
     /// The parameters.
@@ -53,60 +116,153 @@ impl Network {
         &mut self.parameters
     }
 
-    /// Adds the gradients of a pass over `batch` and returns its loss: every event is the target of the state
-    /// after those before it. A batch without sessions gives zeros.
-    ///
-    /// `max_logits` bounds the logits held at once, see [`cross_entropy`].
-    pub fn backward(&mut self, batch: &Batch, noise: &mut Noise<'_>, max_logits: i64) -> LossSum {
-        let device = batch.items().device();
-        if batch.n_next_items == 0 {
+    /// Where tables lie in the flat buffers, of which a step touches few rows.
+    pub fn tables(&self) -> Range<i64> {
+        self.parameters.range_of_first(self.n_tables)
+    }
+
+    /// Adds the gradients of a pass over `batch` and returns its loss. A batch without sessions gives zeros.
+    pub fn backward(&mut self, batch: &Batch, noise: &mut Noise<'_>, rivals: &Rivals) -> LossSum {
+        let plan = self.objective.training(batch);
+        self.backward_as_planned(batch, plan, noise, rivals)
+    }
+
+    /// The same with what is hidden and predicted given.
+    pub fn backward_as_planned(
+        &mut self,
+        batch: &Batch,
+        plan: Plan,
+        noise: &mut Noise<'_>,
+        rivals: &Rivals,
+    ) -> LossSum {
+        let device = self.device();
+        let n_targets = plan.targets.len();
+        if n_targets == 0 {
             return LossSum { loss: Tensor::zeros([], (Kind::Double, device)), n_targets: 0 };
         }
-        let items = batch.items();
-        let length = items.size()[1];
-        let (context, next) = (items.narrow(1, 0, length - 1), items.narrow(1, 1, length - 1));
-        let positions = next.reshape([-1]).nonzero().squeeze_dim(1);
-        let targets = next.reshape([-1]).index_select(0, &positions);
-
-        let table = self.parameters.leaf(ITEM_TABLE).detach();
-        let vectors = lookup(&table, &context).set_requires_grad(true);
-        let states = self.body.states(&self.parameters, &vectors, Some(noise));
-        let states = states.reshape([-1, states.size()[2]]).index_select(0, &positions);
-        let sessions = self.body.session_vectors(&self.parameters, &states);
-
-        let mut table_gradient = self.parameters.gradient(ITEM_TABLE);
-        let CrossEntropy { loss, state_gradient } = tch::no_grad(|| {
-            cross_entropy(
-                &sessions.detach(),
-                &targets,
-                (&table, &self.parameters.leaf(ITEM_BIAS).detach()),
-                (&mut table_gradient, &mut self.parameters.gradient(ITEM_BIAS)),
-                max_logits,
-            )
+        let columns = self.input.columns(batch, true);
+        let lookups = self.input.look_up(&self.parameters, &columns, true);
+        let predicted = Tensor::from_slice(&plan.targets).to_device(device);
+        let targets = batch.items().index_select(0, &predicted);
+        let uniform = self.detector.map(|_| self.uniform(batch, &plan));
+        let plan = self.lay_out(plan);
+        let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
+        let sessions = self.session_vectors(&states);
+        let CrossEntropy { mut loss, state_gradient, drawn } = tch::no_grad(|| {
+            let mut scored = Scored {
+                table: &self.parameters.leaf(self.scored_table).detach(),
+                bias: &self.parameters.leaf(ITEM_BIAS).detach(),
+                table_gradient: self.parameters.gradient(self.scored_table),
+                bias_gradient: self.parameters.gradient(ITEM_BIAS),
+            };
+            cross_entropy(&sessions.detach(), &targets, &mut scored, rivals, uniform.as_ref())
         });
+        self.backward_from((&sessions * &state_gradient).sum(Kind::Float), &lookups);
+        if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
+            (self.detector, drawn, &self.objective)
+        {
+            loss += self.detect(detector, *weight, batch, (&predicted, &drawn), noise);
+        }
+        LossSum { loss, n_targets }
+    }
 
-        let body = self.body.range();
-        let surrogate = (&sessions * &state_gradient).sum(Kind::Float);
-        let inputs: Vec<&Tensor> =
-            body.clone().map(|i| self.parameters.leaf(i)).chain(std::iter::once(&vectors)).collect();
-        let gradients = Tensor::run_backward(&[surrogate], &inputs, false, false);
+    /// Replaced-item detection: the events `predicted: [N]` become the items `drawn: [N]`; every event is judged. Adds
+    /// the gradients and returns the weighted loss.
+    fn detect(
+        &self,
+        detector: Linear,
+        weight: f64,
+        batch: &Batch,
+        (predicted, drawn): (&Tensor, &Tensor),
+        noise: &mut Noise<'_>,
+    ) -> Tensor {
+        let mut replaced = batch.with_columns(batch.columns.iter().map(Tensor::shallow_clone).collect());
+        replaced.columns[0] = batch.items().index_copy(0, predicted, drawn);
+        let is_replaced = replaced.items().ne_tensor(batch.items()).to_kind(Kind::Float);
+        // A body that reads forward only judges by what came before, one that attends by all.
+        let plan = self.lay_out(Plan::all(&batch.lengths, Visible::All));
+        let columns = self.input.columns(&replaced, true);
+        let lookups = self.input.look_up(&self.parameters, &columns, true);
+        let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
+        let verdicts = detector.apply(&self.parameters, &states).squeeze_dim(1);
+        let no_weight = None::<&Tensor>;
+        let loss = weight
+            * verdicts.binary_cross_entropy_with_logits(&is_replaced, no_weight, no_weight, Reduction::Sum);
+        self.backward_from(loss.shallow_clone(), &lookups);
+        loss.detach().to_kind(Kind::Double)
+    }
+
+    /// Goes back from the scalar `from` and adds the gradients of all that is not a table, and those of looked-up rows.
+    fn backward_from(&self, from: Tensor, lookups: &[Lookup]) {
+        let rest = self.n_tables..self.parameters.views().len();
+        let leaves = rest.clone().map(|index| self.parameters.leaf(index));
+        let inputs: Vec<&Tensor> = leaves.chain(lookups.iter().map(|lookup| &lookup.vectors)).collect();
+        let gradients = Tensor::run_backward(&[from], &inputs, false, false);
         tch::no_grad(|| {
-            for (index, gradient) in body.zip(&gradients) {
+            let (of_rest, of_lookups) = gradients.split_at(rest.len());
+            // What a pass did not use has no gradient.
+            for (index, gradient) in rest.zip(of_rest).filter(|(_, gradient)| gradient.defined()) {
                 let _ = self.parameters.gradient(index).g_add_(gradient);
             }
-            // The padding row is read but never learnt from reading it.
-            let read = gradients[gradients.len() - 1].reshape([-1, table.size()[1]]);
-            let read = read * context.reshape([-1, 1]).ne(0).to_kind(Kind::Float);
-            let _ = table_gradient.index_add_(0, &context.reshape([-1]), &read);
+            for (lookup, gradient) in lookups.iter().zip(of_lookups) {
+                // The padding row is read but never learnt from reading it.
+                let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
+                let _ = self.parameters.gradient(lookup.table).index_add_(0, &lookup.rows, &read);
+            }
         });
-        LossSum { loss, n_targets: batch.n_next_items }
     }
-}
 
-/// Rows of the item table: `[V, D]`, `[B, L]` → `[B, L, D]`.
-fn lookup(table: &Tensor, items: &Tensor) -> Tensor {
-    let (n_sessions, length) = items.size2().expect("item indices are [B, L]");
-    table.index_select(0, &items.reshape([-1])).view([n_sessions, length, -1])
+    /// The states that `plan` reads, `[N, D]`.
+    fn states(
+        &self,
+        columns: &[Tensor],
+        lookups: &[Lookup],
+        (plan, batch): (&Plan, &Batch),
+        noise: Option<&mut Noise<'_>>,
+    ) -> Tensor {
+        let layout = Layout::new(plan, batch, self.device());
+        let (x, mask) = self.input.positions(&self.parameters, columns, lookups, plan);
+        let query = mask.filter(|_| self.objective.two_streams());
+        self.body.states(&self.parameters, (x, query), &layout, noise)
+    }
+
+    /// The states that `plan` reads of `batch`, nothing being learnt: `[N, D]`.
+    pub fn read(&self, batch: &Batch, plan: Plan) -> Tensor {
+        tch::no_grad(|| {
+            let plan = self.lay_out(plan);
+            let columns = self.input.columns(batch, false);
+            let lookups = self.input.look_up(&self.parameters, &columns, false);
+            self.states(&columns, &lookups, (&plan, batch), None)
+        })
+    }
+
+    fn lay_out(&self, plan: Plan) -> Plan {
+        match self.padded_length {
+            Some(length) => plan.padded(length),
+            None => plan,
+        }
+    }
+
+    /// States `[N, D]` → vectors `[N, item_width]`, whose products with those of items are their scores.
+    fn session_vectors(&self, states: &Tensor) -> Tensor {
+        let vectors = self.to_item.apply(&self.parameters, states);
+        let vectors = if self.head.relu { vectors.relu() } else { vectors };
+        if self.head.temperature == 1.0 { vectors } else { vectors / self.head.temperature }
+    }
+
+    /// A number in 0..1 for each target, from its session's seed.
+    fn uniform(&self, batch: &Batch, plan: &Plan) -> Tensor {
+        let numbers: Vec<f32> = batch
+            .session_seeds
+            .iter()
+            .zip(&plan.reads_per_session)
+            .flat_map(|(&seed, &n)| {
+                let mut generator = ChaCha8Rng::seed_from_u64(derive_seed(seed, "replaced", &[]));
+                (0..n).map(move |_| generator.random())
+            })
+            .collect();
+        Tensor::from_slice(&numbers).to_device(self.device())
+    }
 }
 
 impl Recommender for Network {
@@ -123,21 +279,14 @@ impl Recommender for Network {
     }
 
     fn encode(&self, known: &Batch) -> Tensor {
-        tch::no_grad(|| {
-            let vectors = lookup(self.parameters.leaf(ITEM_TABLE), known.items());
-            let states = self.body.states(&self.parameters, &vectors, None);
-            let width = states.size()[2];
-            let last = (&known.lengths - 1).view([-1, 1, 1]).expand([-1, 1, width], false);
-            let last = states.gather(1, &last, false).squeeze_dim(1);
-            self.body.session_vectors(&self.parameters, &last)
-        })
+        tch::no_grad(|| self.session_vectors(&self.read(known, self.objective.next(&known.lengths))))
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
         tch::no_grad(|| {
             let rows =
                 |index: usize| self.parameters.leaf(index).narrow(0, items.start, items.end - items.start);
-            rows(ITEM_BIAS).addmm(encoded, &rows(ITEM_TABLE).tr())
+            rows(ITEM_BIAS).addmm(encoded, &rows(self.scored_table).tr())
         })
     }
 }

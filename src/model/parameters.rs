@@ -7,6 +7,92 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+/// Initial values of parameters, in the order in which they are declared, by which they are found later.
+#[derive(Default)]
+pub struct Initial(Vec<(String, Tensor)>);
+
+impl Initial {
+    /// Number of parameters so far.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none so far.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Normally distributed around 0.
+    pub fn normal(&mut self, name: impl Into<String>, size: &[i64], std: f64) -> usize {
+        self.add(name.into(), Tensor::randn(size, (Kind::Float, Device::Cpu)) * std)
+    }
+
+    /// Uniform in ±1/√fan_in, as PyTorch begins its linear and recurrent layers.
+    pub fn uniform(&mut self, name: impl Into<String>, size: &[i64], fan_in: i64) -> usize {
+        let bound = (fan_in as f64).powf(-0.5);
+        self.add(name.into(), Tensor::empty(size, (Kind::Float, Device::Cpu)).uniform_(-bound, bound))
+    }
+
+    /// All the same.
+    pub fn constant(&mut self, name: impl Into<String>, size: &[i64], value: f64) -> usize {
+        self.add(name.into(), Tensor::full(size, value, (Kind::Float, Device::Cpu)))
+    }
+
+    /// A linear layer as PyTorch begins it.
+    pub fn linear(&mut self, name: &str, n_in: i64, n_out: i64) -> Linear {
+        let weight = self.uniform(format!("{name}.weight"), &[n_out, n_in], n_in);
+        Linear { weight, bias: self.uniform(format!("{name}.bias"), &[n_out], n_in) }
+    }
+
+    /// A linear layer with normally distributed weights and no bias at first.
+    pub fn normal_linear(&mut self, name: &str, n_in: i64, n_out: i64, std: f64) -> Linear {
+        let weight = self.normal(format!("{name}.weight"), &[n_out, n_in], std);
+        Linear { weight, bias: self.constant(format!("{name}.bias"), &[n_out], 0.0) }
+    }
+
+    /// A layer norm that changes no scale at first.
+    pub fn layer_norm(&mut self, name: &str, width: i64, epsilon: f64) -> LayerNorm {
+        let weight = self.constant(format!("{name}.weight"), &[width], 1.0);
+        LayerNorm { weight, bias: self.constant(format!("{name}.bias"), &[width], 0.0), width, epsilon }
+    }
+
+    fn add(&mut self, name: String, tensor: Tensor) -> usize {
+        self.0.push((name, tensor));
+        self.0.len() - 1
+    }
+}
+
+/// A linear layer's parameters, by index.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    weight: usize,
+    bias: usize,
+}
+
+impl Linear {
+    /// `x: [.., n_in]` → `[.., n_out]`.
+    pub fn apply(self, parameters: &Parameters, x: &Tensor) -> Tensor {
+        x.linear(parameters.leaf(self.weight), Some(parameters.leaf(self.bias)))
+    }
+}
+
+/// The parameters of a layer norm (Ba et al. 2016), by index.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNorm {
+    weight: usize,
+    bias: usize,
+    width: i64,
+    epsilon: f64,
+}
+
+impl LayerNorm {
+    /// `x: [.., width]` → the same shape.
+    pub fn apply(self, parameters: &Parameters, x: &Tensor) -> Tensor {
+        let (weight, bias) = (parameters.leaf(self.weight), parameters.leaf(self.bias));
+        x.layer_norm([self.width].as_slice(), Some(weight), Some(bias), self.epsilon, true)
+    }
+}
+
 /// Where a parameter lies in the flat buffers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
@@ -32,7 +118,8 @@ const TAIL: i64 = 2;
 
 impl Parameters {
     /// Lays the given tensors out one after the other.
-    pub fn new(initial: Vec<(String, Tensor)>, device: Device) -> Self {
+    pub fn new(initial: Initial, device: Device) -> Self {
+        let Initial(initial) = initial;
         let mut views = Vec::with_capacity(initial.len());
         let mut end = 0;
         for (name, tensor) in &initial {
@@ -92,6 +179,11 @@ impl Parameters {
         part(&self.gradients, &self.views[index])
     }
 
+    /// Where the first `n` parameters lie in the flat buffers.
+    pub fn range_of_first(&self, n: usize) -> Range<i64> {
+        0..self.views[..n].last().map_or(0, |view| view.range.end)
+    }
+
     /// Forgets the gradients of the last step.
     pub fn zero_gradients(&mut self) {
         let _ = self.gradients.zero_();
@@ -99,7 +191,18 @@ impl Parameters {
 
     /// Splits a flat tensor as long as [`Parameters::values`] into named tensors.
     pub fn named(&self, flat: &Tensor) -> Vec<(String, Tensor)> {
-        self.views.iter().map(|view| (view.name.clone(), part(flat, view))).collect()
+        self.named_from(flat, 0)
+    }
+
+    /// Splits a flat tensor that begins where number `first` of all values lies.
+    pub fn named_from(&self, flat: &Tensor, first: i64) -> Vec<(String, Tensor)> {
+        let covered = first..first + flat.size()[0];
+        let inside = |view: &&View| covered.start <= view.range.start && view.range.end <= covered.end;
+        let named = |view: &View| {
+            let n = view.range.end - view.range.start;
+            (view.name.clone(), flat.narrow(0, view.range.start - first, n).view(view.shape.as_slice()))
+        };
+        self.views.iter().filter(inside).map(named).collect()
     }
 
     /// Copies named tensors into a flat tensor as long as [`Parameters::values`].

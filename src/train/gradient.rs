@@ -7,21 +7,29 @@ use super::{Day, Learner, TrainError};
 use crate::checkpoint::Tensors;
 use crate::collective::Reduce;
 use crate::config::Config;
-use crate::data::{Batch, Loader, Noise};
-use crate::model::{GruConfig, LossSum, Network, Recommender};
-use crate::optim::{AdamW, average_and_clip, linear_decay};
+use crate::data::{Batch, Features, Loader, Noise};
+use crate::model::head::{Rivals, Sampler};
+use crate::model::{LossConfig, LossSum, Network, Neural, Recommender};
+use crate::optim::{Optimizer, average_and_clip};
 
-/// A network and its optimizer. The optimizer's moments go on from day to day, the learning rate starts anew.
+/// A network and its optimizer. The optimizer's state goes on from day to day, the learning rate starts anew.
 pub(super) struct GradientLearner {
     network: Network,
-    adamw: AdamW,
+    optimizer: Optimizer,
 }
 
 impl GradientLearner {
-    pub(super) fn new(model: &GruConfig, config: &Config, n_items: i64, device: Device) -> Self {
-        let network = Network::new(model, n_items, config.run.seed, device);
-        let adamw = AdamW::new(&network.parameters().values(), config.train.weight_decay);
-        Self { network, adamw }
+    pub(super) fn new(
+        model: &Neural<'_>,
+        config: &Config,
+        features: &Features,
+        device: Device,
+    ) -> Result<Self, String> {
+        let network = Network::new(model, features, config.data.max_length, (config.run.seed, device))?;
+        let rates = (config.train.learning_rate, config.train.weight_decay);
+        let values = network.parameters().values();
+        let optimizer = Optimizer::new(&values, network.tables(), config.train.tables, rates);
+        Ok(Self { network, optimizer })
     }
 
     /// *All ranks.* One step: gradients of this rank's micro-batches, summed over ranks, averaged over all
@@ -30,7 +38,8 @@ impl GradientLearner {
         &mut self,
         passes: &[Batch],
         day: &Day<'_>,
-        learning_rate: f64,
+        rivals: &Rivals,
+        share: f64,
     ) -> Result<Tensor, TrainError> {
         let config = &day.config.train;
         let mut exact = match day.config.run.reduction {
@@ -40,7 +49,7 @@ impl GradientLearner {
         self.network.parameters_mut().zero_gradients();
         for batch in passes {
             let mut noise = Noise::new(batch, day.config.data.max_length);
-            let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, config.max_logits());
+            let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals);
             let parameters = self.network.parameters_mut();
             let mut tail = parameters.tail();
             tail += Tensor::stack(&[loss, Tensor::from(n_targets as f64).to_device(day.place.device)], 0);
@@ -59,7 +68,7 @@ impl GradientLearner {
         let tail = parameters.tail();
         let mut gradients = parameters.gradients();
         let _ = average_and_clip(&mut gradients, &tail.get(1), config.clip_norm);
-        self.adamw.step(&mut parameters.values(), &gradients, learning_rate);
+        self.optimizer.step(&parameters.values(), &gradients, share);
         Ok(tail)
     }
 }
@@ -73,11 +82,26 @@ impl Learner for GradientLearner {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
         let steps = Loader::start(&day.plan, day.features, collective.rank(), collective.world_size());
+        let train = &day.config.train;
+        let sampler = match train.loss {
+            LossConfig::Softmax { .. } => None,
+            LossConfig::Sampled { n_negatives, power } => {
+                Some(Sampler::new(day.occurrences, n_negatives, power, day.place.device))
+            }
+        };
+        let rivals = |passes: &[Batch]| match (&sampler, train.loss, passes) {
+            (Some(sampler), _, [pass, ..]) => sampler.draw(pass.step_seed),
+            (_, LossConfig::Softmax { label_smoothing }, _) => {
+                Rivals::All { label_smoothing, max_logits: train.max_logits() }
+            }
+            _ => Rivals::All { label_smoothing: 0.0, max_logits: train.max_logits() },
+        };
         let mut n_done = 0;
         for passes in steps {
             let passes: Vec<Batch> = passes?.iter().map(|batch| batch.to_device(day.place.device)).collect();
-            let lr = linear_decay(day.config.train.learning_rate, n_done, n_steps);
-            let sums = self.train_step(&passes, day, lr)?;
+            let share = train.schedule.share(n_done, n_steps);
+            let sums = self.train_step(&passes, day, &rivals(&passes), share)?;
+            let lr = train.learning_rate * share;
             let mean = || sums.double_value(&[0]) / sums.double_value(&[1]);
             day.step_done(self, n_done, lr, mean)?;
             n_done += 1;
@@ -90,21 +114,15 @@ impl Learner for GradientLearner {
 
     fn tensors(&self) -> Tensors {
         let parameters = self.network.parameters();
-        let (m, v) = self.adamw.moments();
-        let moments = |of: &str, flat: &Tensor| {
-            parameters
-                .named(flat)
-                .into_iter()
-                .map(|(name, t)| (format!("{of}.{name}"), t))
-                .collect::<Vec<_>>()
-        };
-        let mut optimizer = moments("m", m);
-        optimizer.extend(moments("v", v));
-        Tensors { weights: parameters.named(&parameters.values()), optimizer }
+        let state = self.optimizer.state().into_iter().flat_map(|(of, first, flat)| {
+            let named = parameters.named_from(flat, first);
+            named.into_iter().map(move |(name, tensor)| (format!("{of}.{name}"), tensor))
+        });
+        Tensors { weights: parameters.named(&parameters.values()), optimizer: state.collect() }
     }
 
     fn optimizer_steps(&self) -> i32 {
-        self.adamw.n_steps()
+        self.optimizer.n_steps()
     }
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {

@@ -15,9 +15,10 @@ use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
-use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split};
+use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
 use crate::metrics::{EvaluateError, evaluate};
-use crate::model::{self, Order, Recommender};
+use crate::model::{self, LossConfig, Neural, Order, Recommender};
+use crate::optim::{Schedule, TableOptimizer};
 use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
@@ -34,8 +35,14 @@ pub struct Config {
     pub global_batch: usize,
     /// Sessions of a micro-batch: the global batch is made of whole ones, and ranks share it by them.
     pub micro_batch: usize,
-    /// Learning rate that each day starts with; it falls to zero linearly over the day.
+    /// Learning rate that each day starts with.
     pub learning_rate: f64,
+    /// What a target competes with.
+    pub loss: LossConfig,
+    /// How tables learn.
+    pub tables: TableOptimizer,
+    /// The learning rate over a day.
+    pub schedule: Schedule,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// Largest norm of the gradient of all parameters.
@@ -56,6 +63,9 @@ impl Default for Config {
             global_batch: 256,
             micro_batch: 32,
             learning_rate: 7.1e-4,
+            loss: LossConfig::default(),
+            tables: TableOptimizer::default(),
+            schedule: Schedule::default(),
             weight_decay: 0.0,
             clip_norm: 1.0,
             max_steps_per_day: None,
@@ -88,8 +98,14 @@ impl Config {
                 self.global_batch, self.micro_batch
             ));
         }
+        self.loss.check()?;
+        let of_tables = match self.tables {
+            TableOptimizer::Adamw => 0.0,
+            TableOptimizer::Adagrad { learning_rate } => learning_rate,
+        };
         let finite = [
             ("learning_rate", self.learning_rate),
+            ("tables.learning_rate", of_tables),
             ("weight_decay", self.weight_decay),
             ("clip_norm", self.clip_norm),
         ];
@@ -136,6 +152,9 @@ pub enum TrainError {
         /// Steps of the day that are done.
         step: usize,
     },
+    /// A model that does not fit the data's features.
+    #[error("section `[model]` of the configuration: {0}")]
+    Model(String),
     /// The loader stopped before its last step.
     #[error("the loader of day {day} ended after {n_done} of {n_steps} steps")]
     LoaderEnded {
@@ -166,11 +185,21 @@ trait Learner {
     fn load_weights(&mut self, weights: &[(String, tch::Tensor)]) -> Result<(), String>;
 }
 
-fn learner(config: &config::Config, n_items: i64, device: Device) -> Box<dyn Learner> {
+fn learner(
+    config: &config::Config,
+    features: &Features,
+    device: Device,
+) -> Result<Box<dyn Learner>, TrainError> {
+    let neural = |model: Neural<'_>| {
+        let learner = GradientLearner::new(&model, config, features, device);
+        learner.map(|learner| Box::new(learner) as Box<dyn Learner>).map_err(TrainError::Model)
+    };
+    let counting = |order| Ok(Box::new(CountLearner::new(order, features.n_items())) as Box<dyn Learner>);
     match &config.model {
-        model::Config::Gru(gru) => Box::new(GradientLearner::new(gru, config, n_items, device)),
-        model::Config::Popularity {} => Box::new(CountLearner::new(Order::Zero, n_items)),
-        model::Config::Markov {} => Box::new(CountLearner::new(Order::First, n_items)),
+        model::Config::Gru(gru) => neural(Neural::Gru(gru)),
+        model::Config::Xlnet(xlnet) => neural(Neural::Xlnet(xlnet)),
+        model::Config::Popularity {} => counting(Order::Zero),
+        model::Config::Markov {} => counting(Order::First),
     }
 }
 
@@ -231,8 +260,8 @@ pub fn fit(
     place: Place<'_>,
     report: &mut Report,
 ) -> Result<(), TrainError> {
-    let n_items = data.features.n_items();
-    let mut learner = learner(config, n_items, place.device);
+    let mut learner = learner(config, &data.features, place.device)?;
+    let mut seen = vec![0; data.features.n_items() as usize];
     let checkpoints = Checkpoints::new(run_dir, config.checkpoint.keep_last);
     let mut global_step = 0;
     let mut last_metrics = None;
@@ -246,11 +275,16 @@ pub fn fit(
             max_steps: config.train.max_steps_per_day,
             pass_by_pass: config.run.reduction == Reduction::Reproducible,
         };
+        let share = (place.collective.rank(), place.collective.world_size());
+        let mut today = occurrences(train, &data.features, share)?;
+        place.collective.sum_i64(&mut today)?;
+        seen.iter_mut().zip(&today).for_each(|(sum, n)| *sum += n);
         report.begin_day(*day, plan.n_steps(), train.n_sessions());
         let mut context = Day {
             config,
             plan,
             features: &data.features,
+            occurrences: &seen,
             place,
             report: &mut *report,
             checkpoints: &checkpoints,
@@ -272,7 +306,7 @@ pub fn fit(
         last_metrics = Some(metrics);
     }
     if let (Some(root), Some(metrics)) = (place.collective.root(), last_metrics) {
-        write_results(root, run_dir, config.model.title(), &metrics)?;
+        write_results(root, run_dir, &config.title(), &metrics)?;
     }
     Ok(())
 }
@@ -304,7 +338,7 @@ impl TrainedRun {
         let train_day = state.position.day;
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
-        let mut learner = learner(config, days.features().n_items(), device);
+        let mut learner = learner(config, days.features(), device)?;
         learner
             .load_weights(&tensors.weights)
             .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
@@ -332,6 +366,8 @@ struct Day<'a> {
     config: &'a config::Config,
     plan: DayPlan,
     features: &'a Features,
+    /// How often each item occurred up to and on this day, `[V]`.
+    occurrences: &'a [i64],
     place: Place<'a>,
     report: &'a mut Report,
     checkpoints: &'a Checkpoints,

@@ -6,6 +6,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bireme::data::Features;
+use bireme::etl::Schema;
 use parquet::data_type::{FloatType, Int64Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
@@ -133,4 +135,20 @@ pub fn days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
             write_sessions(&dir.join(format!("{day}/{part}.parquet")), &sessions, |item| item as f32);
         }
     }
+}
+
+/// List features as a schema describes them, the first being the item id: categorical ones with the rows of their table.
+pub fn features(columns: &[(String, Option<i64>)]) -> Features {
+    let feature = |(i, (name, n_rows)): (usize, &(String, Option<i64>))| {
+        let domain = n_rows.map_or("type: FLOAT".to_owned(), |n| {
+            format!("type: INT int_domain {{ name: \"{name}\" min: 1 max: {} is_categorical: true }}", n - 1)
+        });
+        let tag = if i == 0 { "annotation { tag: \"item_id\" }" } else { "" };
+        format!("feature {{ name: \"{name}\" value_count {{ min: 2 max: 20 }} {domain} {tag} }}\n")
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("schema.pbtxt");
+    fs::write(&path, columns.iter().enumerate().map(feature).collect::<String>()).unwrap();
+    let names: Vec<String> = columns.iter().map(|(name, _)| name.clone()).collect();
+    Features::select(&Schema::read(&path).unwrap(), &names).unwrap()
 }

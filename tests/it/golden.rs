@@ -1,79 +1,175 @@
-//! The GRU and the metrics give the original's numbers.
+//! The models and the metrics give the original's numbers.
 
 use std::collections::HashMap;
+use std::path::Path;
 
-use bireme::data::{Batch, Noise, Segment};
+use bireme::data::{Batch, Features, Noise, Segment};
 use bireme::metrics::{Tally, rank_targets};
-use bireme::model::{GruConfig, Network, Recommender};
+use bireme::model::head::Rivals;
+use bireme::model::objective::{Plan, Shown};
+use bireme::model::{GruConfig, InputConfig, Network, Neural, Recommender, XlnetConfig, import};
+use bireme::optim::{Optimizer, Schedule, TableOptimizer, average_and_clip};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::fixtures::{distance, golden, shared};
+use crate::fixtures::{ITEM, distance, features, golden, shared};
 
-const TABLE: &str = "heads.0.body.0.to_merge.categorical_module.embedding_tables.product_id-list_seq.weight";
 const MASK: &str = "heads.0.body.0._masking.masked_item_embedding";
 
-/// Our name → the original's.
-const NAMES: [(&str, &str); 10] = [
-    ("item_table.weight", TABLE),
-    ("item_table.bias", "heads.0.prediction_task_dict.next-item.pre.module.output_layer_bias"),
-    ("projection.weight", "heads.0.body.1.0.0.weight"),
-    ("projection.bias", "heads.0.body.1.0.0.bias"),
-    ("gru.weight_ih_l0", "heads.0.body.2.module.weight_ih_l0"),
-    ("gru.weight_hh_l0", "heads.0.body.2.module.weight_hh_l0"),
-    ("gru.bias_ih_l0", "heads.0.body.2.module.bias_ih_l0"),
-    ("gru.bias_hh_l0", "heads.0.body.2.module.bias_hh_l0"),
-    ("head.projection.weight", "heads.0.prediction_task_dict.next-item.task_block.0.0.weight"),
-    ("head.projection.bias", "heads.0.prediction_task_dict.next-item.task_block.0.0.bias"),
-];
+const TABLES: &str = "heads.0.body.0.to_merge.categorical_module.embedding_tables.";
 
-fn network(golden: &HashMap<String, Tensor>, extra_rows: &[&Tensor]) -> Network {
-    let config = GruConfig { item_width: 6, hidden_width: 8, ..GruConfig::default() };
-    let n_items = 30 + extra_rows.len() as i64;
-    let network = Network::new(&config, n_items, 1, Device::Cpu);
-    let weights: Vec<(String, Tensor)> = NAMES
+type Named = HashMap<String, Tensor>;
+
+/// The columns of a file, the item id first, then by name.
+fn columns_of(golden: &Named) -> Vec<(String, Tensor)> {
+    let mut columns: Vec<(String, Tensor)> = golden
         .iter()
-        .map(|(ours, theirs)| {
-            let weight = golden[&format!("w.{theirs}")].shallow_clone();
-            let rows = match *ours {
-                "item_table.weight" => extra_rows.iter().map(|row| row.view([1, -1])).collect(),
-                "item_table.bias" => {
-                    vec![Tensor::zeros([extra_rows.len() as i64], (Kind::Float, Device::Cpu))]
-                }
-                _ => Vec::new(),
-            };
-            let parts: Vec<&Tensor> = std::iter::once(&weight).chain(&rows).collect();
-            ((*ours).to_owned(), Tensor::cat(&parts, 0))
+        .filter_map(|(name, column)| Some((name.strip_prefix("in.")?.to_owned(), column.shallow_clone())))
+        .collect();
+    columns.sort_by_key(|(name, _)| (name != ITEM, name.clone()));
+    columns
+}
+
+fn features_of(golden: &Named, n_items: i64) -> Features {
+    let columns: Vec<(String, Option<i64>)> = columns_of(golden)
+        .into_iter()
+        .map(|(name, column)| {
+            let table = golden.get(&format!("w.{TABLES}{name}.weight")).map(|table| table.size()[0]);
+            // Where weights are not stored, further rows have no effect.
+            let n_rows = if name == ITEM { Some(n_items) } else { table.or(Some(500)) };
+            (name, n_rows.filter(|_| column.kind() == Kind::Int64))
         })
         .collect();
+    features(&columns)
+}
+
+/// Packs padded columns `[B, L]`, of which the first is the item id.
+fn pack(columns: &[Tensor]) -> Batch {
+    let lengths = columns[0].ne(0).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
+    let lengths: Vec<i64> = lengths.try_into().unwrap();
+    let there = columns[0].ne(0);
+    Batch {
+        columns: columns.iter().map(|column| column.masked_select(&there)).collect(),
+        session_seeds: vec![0; lengths.len()],
+        step_seed: 0,
+        segments: vec![Segment { seed: 0, n_sessions: lengths.len() }],
+        lengths: lengths.into_iter().map(|length| length as usize).collect(),
+    }
+}
+
+fn batch_of(golden: &Named) -> Batch {
+    pack(&columns_of(golden).into_iter().map(|(_, column)| column).collect::<Vec<_>>())
+}
+
+fn load(network: &Network, weights: Vec<(String, Tensor)>) {
+    let wanted = |name: &str| network.parameters().views().iter().any(|view| view.name == name);
+    let weights = import::rename(weights, ITEM, wanted).unwrap();
     network.parameters().assign(&network.parameters().values(), &weights).unwrap();
+}
+
+fn stored_weights(golden: &Named) -> Vec<(String, Tensor)> {
+    let weight = |(name, weight): (&String, &Tensor)| {
+        Some((name.strip_prefix("w.")?.to_owned(), weight.shallow_clone()))
+    };
+    golden.iter().filter_map(weight).collect()
+}
+
+fn gru_tiny(golden: &Named, extra_rows: &[&Tensor]) -> Network {
+    let input = InputConfig { item_width: 6, ..InputConfig::default() };
+    let config = GruConfig { hidden_width: 8, input, ..GruConfig::default() };
+    let n_items = 30 + extra_rows.len() as i64;
+    let features = features(&[(ITEM.to_owned(), Some(n_items))]);
+    let network = Network::new(&Neural::Gru(&config), &features, 5, (1, Device::Cpu)).unwrap();
+    let weights = stored_weights(golden).into_iter().map(|(name, weight)| {
+        let rows: Vec<Tensor> = if name.ends_with("embedding_tables.product_id-list_seq.weight") {
+            extra_rows.iter().map(|row| row.view([1, -1])).collect()
+        } else if name.ends_with("output_layer_bias") {
+            vec![Tensor::zeros([extra_rows.len() as i64], (Kind::Float, Device::Cpu))]
+        } else {
+            Vec::new()
+        };
+        let parts: Vec<&Tensor> = std::iter::once(&weight).chain(&rows).collect();
+        let grown = if rows.is_empty() { weight.shallow_clone() } else { Tensor::cat(&parts, 0) };
+        (name, grown)
+    });
+    load(&network, weights.collect());
     network
 }
 
-fn batch(items: &Tensor) -> Batch {
-    let lengths = items.ne(0).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
-    let (rows, _) = items.size2().unwrap();
-    let n_next_items = (&lengths - 1).clamp_min(0).sum(Kind::Int64).int64_value(&[]) as usize;
-    let segments = vec![Segment { seed: 0, rows: rows as usize }];
-    Batch { columns: vec![items.shallow_clone()], lengths, segments, n_next_items }
+/// The XLNet of a file: every width as there, padding attended to, which is the original's fault.
+fn xlnet(golden: &Named, info: &Value, length: usize) -> Network {
+    let size = |key: &str| info[key].as_i64().unwrap();
+    let input = InputConfig {
+        item_width: size("emb"),
+        feature_width: size("emb"),
+        projection_width: Some(size("d_model")),
+        ..InputConfig::default()
+    };
+    let config = XlnetConfig {
+        width: size("d_model"),
+        n_heads: size("heads"),
+        dropout: 0.0,
+        attend_to_padding: true,
+        input,
+        ..XlnetConfig::default()
+    };
+    let features = features_of(golden, size("vocab"));
+    Network::new(&Neural::Xlnet(&config), &features, length, (1, Device::Cpu)).unwrap()
+}
+
+fn info(shared: &Path, name: &str) -> Value {
+    let text = std::fs::read_to_string(shared.join("golden").join(format!("{name}.json"))).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The plan with the original's mask.
+fn masked_as(golden: &Named, batch: &Batch) -> Plan {
+    let mask = golden["train.mask_schema"].ne(0);
+    let hidden: Vec<Vec<bool>> = (0..batch.n_sessions())
+        .map(|row| {
+            let of_row: Vec<bool> = mask.get(row as i64).try_into().unwrap();
+            of_row[..batch.lengths[row]].to_vec()
+        })
+        .collect();
+    Plan::masked(&hidden)
+}
+
+fn softmax(max_logits: i64) -> Rivals {
+    Rivals::All { label_smoothing: 0.0, max_logits }
+}
+
+/// Mean loss over the targets, and mean gradients by their original names.
+fn learn(network: &mut Network, batch: &Batch, plan: Plan, rivals: &Rivals) -> (f64, Vec<(String, Tensor)>) {
+    let n_targets = plan.targets.len() as f64;
+    network.parameters_mut().zero_gradients();
+    let sum = network.backward_as_planned(batch, plan, &mut Noise::new(batch, 20), rivals);
+    assert_eq!(sum.n_targets as f64, n_targets);
+    let gradients = network.parameters().named(&(network.parameters().gradients() / n_targets));
+    (sum.loss.double_value(&[]) / n_targets, gradients)
+}
+
+/// What the original calls each parameter of ours.
+fn originals<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<String, String> {
+    let names: Vec<(String, String)> = names.map(|name| (name.clone(), name.clone())).collect();
+    import::rename(names, ITEM, |_| true).unwrap().into_iter().collect()
 }
 
 #[test]
 fn gru_has_the_loss_and_every_gradient_of_the_original() {
     let Some(shared) = shared() else { return };
     let golden = golden(&shared, "gru_tiny_batch_first");
+    let weights = stored_weights(&golden);
+    let originals = originals(weights.iter().map(|(name, _)| name));
     // As many logits at once as there are for one target, for four, and for all.
     for max_logits in [1, 4 * 30, 1000] {
-        let mut network = network(&golden, &[]);
-        let batch = batch(&golden["in.product_id-list_seq"]);
-        network.parameters_mut().zero_gradients();
-        let sum = network.backward(&batch, &mut Noise::new(&batch, 5), max_logits);
-        assert_eq!(sum.n_targets, 11);
-        let loss = sum.loss.double_value(&[]) / 11.0;
+        let mut network = gru_tiny(&golden, &[]);
+        let batch = batch_of(&golden);
+        let plan = Plan::causal(&batch.lengths);
+        let (loss, gradients) = learn(&mut network, &batch, plan, &softmax(max_logits));
         assert!((loss - golden["train.loss"].double_value(&[0])).abs() < 1e-6, "{loss}");
-        let gradients = network.parameters().gradients() / 11.0;
-        for (ours, gradient) in network.parameters().named(&gradients) {
-            let (_, theirs) = NAMES.iter().find(|(name, _)| *name == ours).unwrap();
-            let expected = &golden[&format!("train.grad.{theirs}")];
+        assert_eq!(gradients.len(), 10);
+        for (ours, gradient) in gradients {
+            let expected = &golden[&format!("train.grad.{}", originals[&ours])];
             let scale = expected.abs().max().double_value(&[]);
             assert!(distance(&gradient, expected) <= 1e-5 * scale, "{ours}");
         }
@@ -86,7 +182,7 @@ fn gru_has_the_loss_and_every_gradient_of_the_original() {
 fn gru_has_the_logits_of_the_original_at_every_target() {
     let Some(shared) = shared() else { return };
     let golden = golden(&shared, "gru_tiny_batch_first");
-    let network = network(&golden, &[]);
+    let network = gru_tiny(&golden, &[]);
     let items = &golden["in.product_id-list_seq"];
     let expected = &golden["train.act.4_logits_at_labels"];
     let mut row = 0;
@@ -94,7 +190,7 @@ fn gru_has_the_logits_of_the_original_at_every_target() {
         let session = items.get(session);
         let length = session.ne(0).sum(Kind::Int64).int64_value(&[]);
         for n_known in 1..length {
-            let known = batch(&session.narrow(0, 0, n_known).unsqueeze(0));
+            let known = pack(&[session.narrow(0, 0, n_known).unsqueeze(0)]);
             let logits = network.scores(&network.encode(&known), 0..30);
             assert!(distance(&logits, &expected.narrow(0, row, 1)) < 1e-5, "target {row}");
             row += 1;
@@ -109,15 +205,163 @@ fn gru_has_the_logits_of_the_original_at_every_target() {
 fn gru_has_the_logits_of_the_original_at_evaluation() {
     let Some(shared) = shared() else { return };
     let golden = golden(&shared, "gru_tiny_batch_first");
-    let network = network(&golden, &[&golden[&format!("w.{MASK}")]]);
+    let network = gru_tiny(&golden, &[&golden[&format!("w.{MASK}")]]);
     let items = &golden["in.product_id-list_seq"];
     for session in 0..4 {
         let visible = items.get(session);
         let n_known = visible.ne(0).sum(Kind::Int64).int64_value(&[]) - 1;
         let hidden = Tensor::full([n_known - 1], 30, (Kind::Int64, Device::Cpu));
         let known = Tensor::cat(&[hidden, visible.narrow(0, n_known - 1, 1)], 0).unsqueeze(0);
-        let logits = network.scores(&network.encode(&batch(&known)), 0..30);
+        let logits = network.scores(&network.encode(&pack(&[known])), 0..30);
         assert!(distance(&logits, &golden["eval.act.4_logits_at_labels"].narrow(0, session, 1)) < 1e-5);
+    }
+}
+
+#[test]
+fn xlnet_has_the_states_and_logits_of_the_original() {
+    let Some(shared) = shared() else { return };
+    for (name, length, tolerance) in
+        [("xlnet_tiny", 5, 1e-5), ("xlnet_tiny_side", 5, 1e-5), ("xlnet_tutorial_size", 20, 1e-4)]
+    {
+        let (golden, info) = (golden(&shared, name), info(&shared, name));
+        let network = xlnet(&golden, &info, length);
+        load(&network, weights_of(&golden, &info, &network));
+        let batch = batch_of(&golden);
+        let plan = masked_as(&golden, &batch);
+        let width = info["d_model"].as_i64().unwrap();
+        let at_labels = |phase: &str| {
+            let labels = golden[&format!("{phase}.labels_2d")].reshape([-1]).nonzero().squeeze_dim(1);
+            golden[&format!("{phase}.act.2_body")].reshape([-1, width]).index_select(0, &labels)
+        };
+        // The last layer at the positions that are predicted alone, then at all of them.
+        let states = network.read(&batch, plan.clone());
+        assert!(distance(&states, &at_labels("train")) < tolerance, "{name}");
+        let padded = plan.padded(length);
+        let n = padded.shown.len() as i64;
+        let everywhere =
+            Plan { reads: (0..n).collect(), reads_per_session: padded.lengths.clone(), ..padded };
+        let states = network.read(&batch, everywhere);
+        assert!(distance(&states, &golden["train.act.2_body"].reshape([-1, width])) < tolerance, "{name}");
+        // At evaluation the original hides the last event, where ours puts the mask behind those known.
+        let (known, targets) = batch.split_last();
+        assert_eq!(
+            Vec::<i64>::try_from(targets).unwrap(),
+            Vec::<i64>::try_from(&golden["eval.labels_flat"]).unwrap()
+        );
+        let logits = network.scores(&network.encode(&known), 0..info["vocab"].as_i64().unwrap());
+        assert!(distance(&logits, &golden["eval.act.4_logits_at_labels"]) < 10.0 * tolerance, "{name}");
+    }
+}
+
+/// Stored weights, or those that the file's description derives from their place: see the data's README.
+fn weights_of(golden: &Named, info: &Value, network: &Network) -> Vec<(String, Tensor)> {
+    let Value::Object(seeds) = &info["param_order_and_splitmix_seed"] else { return stored_weights(golden) };
+    let originals = originals(seeds.keys());
+    let views = network.parameters().views();
+    originals
+        .iter()
+        .filter_map(|(ours, original)| {
+            let shape = &views.iter().find(|view| view.name == *ours)?.shape;
+            let k = seeds[original].as_u64().unwrap();
+            let values: Vec<f32> = (0..shape.iter().product::<i64>() as u64)
+                .map(|i| {
+                    let mut z = (k << 32).wrapping_add(i).wrapping_add(0x9E37_79B9_7F4A_7C15);
+                    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+                    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+                    z ^= z >> 31;
+                    let unit = (z >> 40) as f32 / 8_388_608.0 - 1.0;
+                    if original.ends_with("layer_norm.weight") { 1.0 + 0.2 * unit } else { 0.12 * unit }
+                })
+                .collect();
+            Some((original.clone(), Tensor::from_slice(&values).view(shape.as_slice())))
+        })
+        .collect()
+}
+
+#[test]
+fn xlnet_has_the_loss_and_every_gradient_of_the_original() {
+    let Some(shared) = shared() else { return };
+    for (name, n_parameters) in [("xlnet_tiny", 39), ("xlnet_tiny_side", 41)] {
+        let (golden, info) = (golden(&shared, name), info(&shared, name));
+        let weights = stored_weights(&golden);
+        let originals = originals(weights.iter().map(|(name, _)| name));
+        for max_logits in [1, 1000] {
+            let mut network = xlnet(&golden, &info, 5);
+            load(&network, stored_weights(&golden));
+            let batch = batch_of(&golden);
+            let plan = masked_as(&golden, &batch);
+            let (loss, gradients) = learn(&mut network, &batch, plan, &softmax(max_logits));
+            assert!((loss - golden["train.loss"].double_value(&[0])).abs() < 1e-6, "{name}: {loss}");
+            assert_eq!(gradients.len(), n_parameters);
+            for (ours, gradient) in gradients {
+                let expected = &golden[&format!("train.grad.{}", originals[&ours])];
+                let scale = expected.abs().max().double_value(&[]);
+                let off = distance(&gradient, expected);
+                assert!(off <= 1e-5 * scale, "{name}, {ours}: off by {off} of {scale}");
+            }
+        }
+    }
+}
+
+#[test]
+fn models_of_the_tutorials_size_have_the_gradients_of_the_original() {
+    let Some(shared) = shared() else { return };
+    let name = "xlnet_tutorial_size";
+    let (golden, info) = (golden(&shared, name), info(&shared, name));
+    let mut network = xlnet(&golden, &info, 20);
+    load(&network, weights_of(&golden, &info, &network));
+    let batch = batch_of(&golden);
+    let plan = masked_as(&golden, &batch);
+    let (loss, gradients) = learn(&mut network, &batch, plan, &softmax(2000));
+    assert!((loss - golden["train.loss"].double_value(&[0])).abs() < 1e-5, "{loss}");
+    let seeds = info["param_order_and_splitmix_seed"].as_object().unwrap();
+    let originals = originals(seeds.keys());
+    for (ours, gradient) in gradients {
+        let original = &originals[&ours];
+        let expected: Vec<f64> = (&golden[&format!("train.gradsum.{original}")]).try_into().unwrap();
+        let found = gradient.to_kind(Kind::Double);
+        let [norm, sum, most] =
+            [found.norm(), found.sum(Kind::Double), found.abs().max()].map(|x| x.double_value(&[]));
+        assert!((norm - expected[0]).abs() <= 1e-4 * expected[0], "{ours}: norm {norm} {expected:?}");
+        // Terms cancel in a sum: what matters is how large they are.
+        let size = found.abs().sum(Kind::Double).double_value(&[]);
+        assert!((sum - expected[1]).abs() <= 1e-4 * size, "{ours}: sum {sum} {expected:?}");
+        assert!((most - expected[2]).abs() <= 1e-4 * expected[2], "{ours}: largest {most} {expected:?}");
+        let head = &golden[&format!("train.gradhead.{original}")];
+        let ours_head = gradient.reshape([-1]).narrow(0, 0, head.size()[0]);
+        assert!(distance(&ours_head, head) <= 1e-4 * expected[2], "{ours}: first values");
+    }
+}
+
+#[test]
+fn five_steps_end_in_the_weights_of_the_original() {
+    let Some(shared) = shared() else { return };
+    let (golden, info) = (golden(&shared, "xlnet_tiny"), info(&shared, "xlnet_tiny"));
+    let mut network = xlnet(&golden, &info, 5);
+    load(&network, stored_weights(&golden));
+    let batch = batch_of(&golden);
+    let values = network.parameters().values();
+    let mut optimizer = Optimizer::new(&values, network.tables(), TableOptimizer::Adamw, (6.66e-4, 0.0));
+    for step in 0..5 {
+        let plan = masked_as(&golden, &batch);
+        network.parameters_mut().zero_gradients();
+        let sum = network.backward_as_planned(&batch, plan, &mut Noise::new(&batch, 5), &softmax(1000));
+        let n_targets = Tensor::from(sum.n_targets as f32);
+        let mut gradients = network.parameters().gradients();
+        let norm = average_and_clip(&mut gradients, &n_targets, 1.0).double_value(&[]);
+        optimizer.step(&values, &gradients, Schedule::Linear.share(step, 5));
+        let expected = |key: &str| info["adamw"][key][step].as_f64().unwrap();
+        let loss = sum.loss.double_value(&[]) / sum.n_targets as f64;
+        assert!((loss - expected("losses")).abs() < 1e-5, "step {step}: {loss}");
+        assert!((norm - expected("grad_norm_before_clip")).abs() < 1e-4, "step {step}: {norm}");
+    }
+    let finals = golden.keys().filter_map(|name| name.strip_prefix("adamw_final.").map(str::to_owned));
+    let finals: Vec<String> = finals.collect();
+    let originals = originals(finals.iter());
+    for (ours, weight) in network.parameters().named(&values) {
+        let expected = &golden[&format!("adamw_final.{}", originals[&ours])];
+        // AdamW divides a gradient by its own size: where that is near rounding, a thousandth of the way is chance.
+        assert!(distance(&weight, expected) < 3e-5, "{ours}: {}", distance(&weight, expected));
     }
 }
 

@@ -1,9 +1,9 @@
 //! Ranks by counting are ranks by sorting, and figures do not depend on who evaluated.
 
 use bireme::collective::threads;
-use bireme::data::{Batch, Config, Days, Split};
+use bireme::data::{Batch, Config, Days, Segment, Split};
 use bireme::metrics::{self, Metrics, evaluate, rank_targets};
-use bireme::model::{GruConfig, Network, Recommender};
+use bireme::model::{GruConfig, Network, Neural, Recommender};
 use tch::{Device, Tensor};
 
 use crate::fixtures;
@@ -13,6 +13,11 @@ fn scores() -> Tensor {
     let mut number = fixtures::numbers(5);
     let values: Vec<f32> = (0..50 * 40).map(|_| number(12) as f32).collect();
     Tensor::from_slice(&values).view([50, 40])
+}
+
+fn network(n_items: i64) -> Network {
+    let features = fixtures::features(&[(fixtures::ITEM.to_owned(), Some(n_items))]);
+    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, (3, Device::Cpu)).unwrap()
 }
 
 #[test]
@@ -42,19 +47,12 @@ fn counting_gives_the_ranks_of_sorting() {
 fn offline(network: &Network, sessions: &[Vec<i64>]) -> Metrics {
     let mut ranks = Vec::new();
     for block in sessions.chunks(32) {
-        let longest = block.iter().map(Vec::len).max().unwrap();
-        let padded: Vec<i64> = block
-            .iter()
-            .flat_map(|session| {
-                session.iter().copied().chain(std::iter::repeat_n(0, longest - session.len()))
-            })
-            .collect();
-        let lengths: Vec<i64> = block.iter().map(|session| session.len() as i64).collect();
         let batch = Batch {
-            columns: vec![Tensor::from_slice(&padded).view([block.len() as i64, -1])],
-            lengths: Tensor::from_slice(&lengths),
-            segments: Vec::new(),
-            n_next_items: block.concat().len() - block.len(),
+            columns: vec![Tensor::from_slice(&block.concat())],
+            lengths: block.iter().map(Vec::len).collect(),
+            session_seeds: vec![0; block.len()],
+            step_seed: 0,
+            segments: vec![Segment { seed: 0, n_sessions: block.len() }],
         };
         let (known, _) = batch.split_last();
         let scores = network.scores(&network.encode(&known), 0..network.n_items());
@@ -89,7 +87,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     let sessions = fixtures::sessions(333, n_items, 9);
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
     let config = Config { first_day: 1, last_day: 2, max_length: 20, features: Vec::new() };
-    let network = || Network::new(&GruConfig::default(), n_items, 3, Device::Cpu);
+    let network = || network(n_items);
     let on_ranks = |world_size: usize, scores_mib| {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
@@ -122,7 +120,7 @@ fn a_file_without_sessions_has_no_figures() {
     for metrics in threads::spawn(2, |collective| {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
-        let network = Network::new(&GruConfig::default(), 10, 3, Device::Cpu);
+        let network = network(10);
         evaluate(&network, &file, days.features(), &metrics::Config::default(), collective).unwrap()
     }) {
         assert_eq!(metrics.n_sessions, 0);

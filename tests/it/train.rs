@@ -26,10 +26,9 @@ last_day = 3
 
 [model]
 kind = "gru"
-item_width = 16
 hidden_width = 24
-item_init_std = 0.3
-head_relu = false
+input = { item_width = 16, init_std = 0.3 }
+head = { relu = false }
 
 [train]
 epochs_per_day = 2

@@ -1,0 +1,335 @@
+//! From the columns of an event to one vector: tables, continuous values, aggregation, projection.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::objective::{Plan, Shown};
+use super::parameters::{Initial, LayerNorm, Linear};
+use super::{ITEM_TABLE, Parameters};
+use crate::data::plan::derive_seed;
+use crate::data::{Batch, Features};
+
+/// `[model.input]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct InputConfig {
+    /// Width of an item's vector, at the input and in the softmax.
+    pub item_width: i64,
+    /// Width of the vectors of other categorical features.
+    pub feature_width: i64,
+    /// Standard deviation that vectors start with.
+    pub init_std: f64,
+    /// How the features of an event become one vector.
+    pub aggregation: Aggregation,
+    /// What continuous features become.
+    pub continuous: Continuous,
+    /// Whether each feature's vector is normalised by itself (Ba et al. 2016).
+    pub layer_norm: bool,
+    /// Width that the aggregated vector is projected to, with a ReLU, before events are hidden; absent: it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub projection_width: Option<i64>,
+    /// Probability with which a value is swapped for that of another event of the micro-batch while learning: stochastic
+    /// swap noise (de Souza Pereira Moreira et al. 2021).
+    pub swap_noise: f64,
+}
+
+impl Default for InputConfig {
+    fn default() -> Self {
+        Self {
+            item_width: 64,
+            feature_width: 64,
+            init_std: 0.05,
+            aggregation: Aggregation::Concat,
+            continuous: Continuous::Raw {},
+            layer_norm: false,
+            projection_width: None,
+            swap_noise: 0.0,
+        }
+    }
+}
+
+/// How the features of an event become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aggregation {
+    /// Side by side, by feature name.
+    Concat,
+    /// Element by element; all features must have the item's width.
+    Sum,
+}
+
+/// What continuous features become.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Continuous {
+    /// One number each.
+    Raw {},
+    /// All of them together one vector, through a linear layer and a ReLU.
+    Projected {
+        /// Its width.
+        width: i64,
+    },
+    /// Each a vector, mixed from a few learnt ones by a softmax over linear functions of the value: soft one-hot encoding
+    /// (de Souza Pereira Moreira et al. 2021).
+    SoftOneHot {
+        /// Learnt vectors.
+        n_vectors: i64,
+        /// Their width.
+        width: i64,
+    },
+}
+
+impl InputConfig {
+    pub(super) fn check(&self) -> Result<(), String> {
+        let continuous = match self.continuous {
+            Continuous::Raw {} => (1, 1),
+            Continuous::Projected { width } => (1, width),
+            Continuous::SoftOneHot { n_vectors, width } => (n_vectors, width),
+        };
+        let widths = [
+            ("item_width", self.item_width),
+            ("feature_width", self.feature_width),
+            ("projection_width", self.projection_width.unwrap_or(1)),
+            ("continuous.n_vectors", continuous.0),
+            ("continuous.width", continuous.1),
+        ];
+        if let Some((key, value)) = widths.iter().find(|(_, value)| *value < 1) {
+            return Err(format!("`input.{key}` cannot be {value}"));
+        }
+        if !(self.init_std.is_finite() && self.init_std >= 0.0) {
+            return Err(format!("`input.init_std` cannot be {}", self.init_std));
+        }
+        if !(0.0..1.0).contains(&self.swap_noise) {
+            return Err(format!("`input.swap_noise` {} is not within 0 <= p < 1", self.swap_noise));
+        }
+        Ok(())
+    }
+}
+
+/// What becomes of one column, or of all continuous ones together.
+enum Channel {
+    Table { column: usize, table: usize },
+    Value { column: usize },
+    Values { columns: Vec<usize>, projection: Linear },
+    SoftOneHot { column: usize, mixture: Linear, vectors: usize },
+}
+
+/// The input block: events → vectors of the body's width.
+pub struct Input {
+    aggregation: Aggregation,
+    swap_noise: f64,
+    /// In the order of aggregation.
+    channels: Vec<(Channel, Option<LayerNorm>)>,
+    projection: Option<Linear>,
+    /// The vector that stands for a hidden event, unless nothing is ever hidden.
+    mask: Option<usize>,
+    to_body: Linear,
+}
+
+/// Rows that were looked up in a table: a leaf of the autograd graph, so that no gradient as large as the table arises.
+pub(super) struct Lookup {
+    column: usize,
+    /// The table's parameter.
+    pub table: usize,
+    /// Row of each event, `[T + 1]`.
+    pub rows: Tensor,
+    /// Its vector, `[T + 1, D]`.
+    pub vectors: Tensor,
+}
+
+impl Input {
+    /// Appends a table for every categorical feature but the item id, whose table is there already.
+    pub(super) fn declare_tables(config: &InputConfig, features: &Features, initial: &mut Initial) {
+        for feature in &features.columns()[1..] {
+            if let Some(n_rows) = feature.cardinality().filter(|_| feature.is_categorical()) {
+                let name = format!("tables.{}.weight", feature.name);
+                initial.normal(name, &[n_rows, config.feature_width], config.init_std);
+            }
+        }
+    }
+
+    /// Appends everything else. `first_table`: the first parameter that [`Input::declare_tables`] appended.
+    ///
+    /// # Errors
+    /// Features of different widths cannot be summed.
+    pub(super) fn declare(
+        config: &InputConfig,
+        features: &Features,
+        (first_table, masks, body_width): (usize, bool, i64),
+        initial: &mut Initial,
+    ) -> Result<Self, String> {
+        let columns = features.columns();
+        let continuous: Vec<usize> = (0..columns.len()).filter(|&i| !columns[i].is_categorical()).collect();
+        let mut tables = first_table..;
+        // (name that orders it, width, channel)
+        let mut channels: Vec<(&str, i64, Channel)> = Vec::new();
+        for (column, feature) in columns.iter().enumerate() {
+            let name = feature.name.as_str();
+            channels.push(if column == 0 {
+                (name, config.item_width, Channel::Table { column, table: ITEM_TABLE })
+            } else if feature.is_categorical() {
+                let table = tables.next().expect("endless");
+                (name, config.feature_width, Channel::Table { column, table })
+            } else {
+                match config.continuous {
+                    Continuous::Raw {} => (name, 1, Channel::Value { column }),
+                    Continuous::Projected { .. } => continue,
+                    Continuous::SoftOneHot { n_vectors, width } => {
+                        let mixture = initial.linear(&format!("input.{name}.mixture"), 1, n_vectors);
+                        let vectors = initial.normal(
+                            format!("input.{name}.vectors"),
+                            &[n_vectors, width],
+                            config.init_std,
+                        );
+                        (name, width, Channel::SoftOneHot { column, mixture, vectors })
+                    }
+                }
+            });
+        }
+        if let (Continuous::Projected { width }, false) = (config.continuous, continuous.is_empty()) {
+            let projection = initial.linear("input.continuous", continuous.len() as i64, width);
+            channels.push(("continuous", width, Channel::Values { columns: continuous, projection }));
+        }
+        channels.sort_by_key(|(name, ..)| *name);
+
+        let width = match config.aggregation {
+            Aggregation::Concat => channels.iter().map(|(_, width, _)| width).sum(),
+            Aggregation::Sum => {
+                if let Some((name, width, _)) =
+                    channels.iter().find(|(_, width, _)| *width != config.item_width)
+                {
+                    return Err(format!(
+                        "`model.input.aggregation` cannot be `sum`: feature `{name}` has the width {width}, the item {}",
+                        config.item_width
+                    ));
+                }
+                config.item_width
+            }
+        };
+        let channels = channels
+            .into_iter()
+            .map(|(name, width, channel)| {
+                // Of a single number the norm would leave nothing.
+                let norm = (config.layer_norm && width > 1)
+                    .then(|| initial.layer_norm(&format!("input.{name}.layer_norm"), width, 1e-5));
+                (channel, norm)
+            })
+            .collect();
+        let projection = config.projection_width.map(|to| initial.linear("input.projection", width, to));
+        let width = config.projection_width.unwrap_or(width);
+        let mask = masks.then(|| initial.normal("input.mask", &[width], 0.001));
+        let to_body = initial.linear("input.to_body", width, body_width);
+        let &InputConfig { aggregation, swap_noise, .. } = config;
+        Ok(Self { aggregation, swap_noise, channels, projection, mask, to_body })
+    }
+
+    /// The batch's columns as a pass reads them: with swap noise, if it learns, and with a padding event at the end.
+    pub(super) fn columns(&self, batch: &Batch, learns: bool) -> Vec<Tensor> {
+        let n = batch.n_events() as i64;
+        batch
+            .columns
+            .iter()
+            .enumerate()
+            .map(|(column, values)| {
+                let padding = values.new_zeros([1], (values.kind(), values.device()));
+                let padded = Tensor::cat(&[values, &padding], 0);
+                if !learns || self.swap_noise == 0.0 {
+                    return padded;
+                }
+                let mut from = swap(batch, column, self.swap_noise);
+                from.push(n);
+                padded.index_select(0, &Tensor::from_slice(&from).to_device(values.device()))
+            })
+            .collect()
+    }
+
+    /// Looks the categorical columns up; `leaves`: as leaves of the autograd graph.
+    pub(super) fn look_up(&self, parameters: &Parameters, columns: &[Tensor], leaves: bool) -> Vec<Lookup> {
+        let tables = self.channels.iter().filter_map(|(channel, _)| match channel {
+            &Channel::Table { column, table } => Some((column, table)),
+            _ => None,
+        });
+        tables
+            .map(|(column, table)| {
+                let rows = columns[column].shallow_clone();
+                let vectors = parameters.leaf(table).detach().index_select(0, &rows);
+                Lookup { column, table, rows, vectors: vectors.set_requires_grad(leaves) }
+            })
+            .collect()
+    }
+
+    /// What stands at each position of `plan`: `[P, body_width]`, and what the mask comes to: `[1, body_width]`.
+    pub(super) fn positions(
+        &self,
+        parameters: &Parameters,
+        columns: &[Tensor],
+        lookups: &[Lookup],
+        plan: &Plan,
+    ) -> (Tensor, Option<Tensor>) {
+        let channels: Vec<Tensor> = self
+            .channels
+            .iter()
+            .map(|(channel, norm)| {
+                let value = |column: usize| columns[column].to_kind(Kind::Float).unsqueeze(1);
+                let vectors = match channel {
+                    Channel::Table { column, .. } => {
+                        let found = lookups.iter().find(|lookup| lookup.column == *column);
+                        found.expect("every table is looked up").vectors.shallow_clone()
+                    }
+                    Channel::Value { column } => value(*column),
+                    Channel::Values { columns, projection } => {
+                        let values: Vec<Tensor> = columns.iter().map(|&column| value(column)).collect();
+                        projection.apply(parameters, &Tensor::cat(&values, 1)).relu()
+                    }
+                    Channel::SoftOneHot { column, mixture, vectors } => mixture
+                        .apply(parameters, &value(*column))
+                        .softmax(1, Kind::Float)
+                        .matmul(parameters.leaf(*vectors)),
+                };
+                norm.map_or(vectors.shallow_clone(), |norm| norm.apply(parameters, &vectors))
+            })
+            .collect();
+        let mut events = match self.aggregation {
+            Aggregation::Concat => Tensor::cat(&channels, 1),
+            Aggregation::Sum => channels[1..].iter().fold(channels[0].shallow_clone(), |sum, x| sum + x),
+        };
+        if let Some(projection) = self.projection {
+            events = projection.apply(parameters, &events).relu();
+        }
+        // The padding event is the last of the events; the mask comes behind it.
+        let padding = events.size()[0] - 1;
+        if let Some(mask) = self.mask {
+            events = Tensor::cat(&[events, parameters.leaf(mask).unsqueeze(0)], 0);
+        }
+        let vectors = self.to_body.apply(parameters, &events).relu();
+        let shown: Vec<i64> = plan
+            .shown
+            .iter()
+            .map(|shown| match shown {
+                Shown::Event(event) => *event,
+                Shown::Padding => padding,
+                Shown::Mask => padding + 1,
+            })
+            .collect();
+        let shown = Tensor::from_slice(&shown).to_device(vectors.device());
+        let mask = self.mask.map(|_| vectors.narrow(0, padding + 1, 1));
+        (vectors.index_select(0, &shown), mask)
+    }
+}
+
+/// From which event each event takes its value of a column: itself, or with `probability` any of its micro-batch.
+fn swap(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
+    let events = batch.by_segment(&batch.lengths);
+    let mut from = Vec::with_capacity(batch.n_events());
+    for (segment, n) in batch.segments.iter().zip(events) {
+        let first = from.len() as i64;
+        let mut generator =
+            ChaCha8Rng::seed_from_u64(derive_seed(segment.seed, "swap noise", &[column as u64]));
+        from.extend((first..first + n).map(|event| {
+            if generator.random_bool(probability) { generator.random_range(first..first + n) } else { event }
+        }));
+    }
+    from
+}

@@ -1,0 +1,327 @@
+//! XLNet: attention with relative positions (Yang et al. 2019; Dai et al. 2019 for the positions).
+//!
+//! Layer by layer the arithmetic is that of Hugging Face's `XLNetModel`, without segments and memories. With input `x`,
+//! widths D = heads · D_h and positions i, j of a session, a layer computes, for every head,
+//!
+//! `score[i, j] = ((q_i + b_w) · k_j + (q_i + b_r) · r_{i−j}) / √D_h`, where `q, k, v = x W_q, x W_k, x W_v` and
+//! `r_δ = (sin(δ f), cos(δ f)) W_r` with frequencies `f_m = 10000^(−2m/D)`, then
+//! `h = norm(x + softmax(score) v W_oᵀ)` and `y = norm(h + W₂ gelu(W₁ h))`.
+//!
+//! Everything but the attention itself runs over packed positions, so padding costs nothing. What a position attends to
+//! is computed for all positions of a layer (`Keys`), what attends either for all positions or for those alone that
+//! are read: the last layer's, and a prediction's that must not see its own event (the second stream of the paper).
+//! The table of positions is not dropped out; the original draws another dropout of it for every session.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::body::Layout;
+use super::parameters::{Initial, LayerNorm, Linear};
+use super::{HeadConfig, InputConfig, Objective, Parameters};
+use crate::data::Noise;
+
+/// `[model]` with `kind = "xlnet"`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct XlnetConfig {
+    /// Width of the states.
+    pub width: i64,
+    /// Heads of attention; their widths add up to `width`.
+    pub n_heads: i64,
+    /// Layers.
+    pub n_layers: i64,
+    /// Dropout, wherever the original has it but for the table of positions.
+    pub dropout: f64,
+    /// Standard deviation of initial weights.
+    pub init_std: f64,
+    /// Epsilon of the layer norms.
+    pub layer_norm_epsilon: f64,
+    /// Whether sessions are padded to `data.max_length` and the padding attended to like events: the original's fault,
+    /// to compare with it.
+    pub attend_to_padding: bool,
+    /// What goes in.
+    pub input: InputConfig,
+    /// What is learnt.
+    pub objective: Objective,
+    /// What comes out.
+    pub head: HeadConfig,
+}
+
+impl Default for XlnetConfig {
+    fn default() -> Self {
+        Self {
+            width: 192,
+            n_heads: 4,
+            n_layers: 2,
+            dropout: 0.3,
+            init_std: 0.01,
+            layer_norm_epsilon: 0.03,
+            attend_to_padding: false,
+            input: InputConfig { projection_width: Some(192), ..InputConfig::default() },
+            objective: Objective::Masked { probability: 0.15 },
+            head: HeadConfig::default(),
+        }
+    }
+}
+
+impl XlnetConfig {
+    pub(super) fn check(&self) -> Result<(), String> {
+        let sizes = [("width", self.width), ("n_heads", self.n_heads), ("n_layers", self.n_layers)];
+        if let Some((key, value)) = sizes.iter().find(|(_, value)| *value < 1) {
+            return Err(format!("`{key}` cannot be {value}"));
+        }
+        if self.width % self.n_heads != 0 || self.width % 2 != 0 {
+            return Err(format!(
+                "`width` {} is not an even number divisible by `n_heads` {}",
+                self.width, self.n_heads
+            ));
+        }
+        let positive = [("init_std", self.init_std), ("layer_norm_epsilon", self.layer_norm_epsilon)];
+        match positive.iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
+            Some((key, value)) => Err(format!("`{key}` cannot be {value}")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The layers, and what they share.
+pub struct Xlnet {
+    layers: Vec<Layer>,
+    shape: Shape,
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    width: i64,
+    n_heads: i64,
+    dropout: f64,
+}
+
+impl Shape {
+    fn head_width(self) -> i64 {
+        self.width / self.n_heads
+    }
+}
+
+/// A layer's parameters, by index: named and shaped as in Hugging Face's XLNet.
+struct Layer {
+    q: usize,
+    k: usize,
+    v: usize,
+    o: usize,
+    r: usize,
+    r_r_bias: usize,
+    r_w_bias: usize,
+    attention_norm: LayerNorm,
+    norm: LayerNorm,
+    layer_1: Linear,
+    layer_2: Linear,
+}
+
+/// What the positions of a layer offer: keys and values `[B, H, L, D_h]`, and `r_δ` for δ from L down to 1 − L, as
+/// `[H, D_h, 2L]`.
+struct Keys {
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+}
+
+impl Xlnet {
+    /// Appends the initial parameters.
+    pub(super) fn declare(config: &XlnetConfig, initial: &mut Initial) -> Self {
+        let &XlnetConfig { width, n_heads, dropout, init_std: std, layer_norm_epsilon: epsilon, .. } = config;
+        let shape = Shape { width, n_heads, dropout };
+        let matrix = [width, n_heads, shape.head_width()];
+        let layers = (0..config.n_layers).map(|layer| {
+            let name = |part: &str| format!("xlnet.layer.{layer}.{part}");
+            Layer {
+                q: initial.normal(name("rel_attn.q"), &matrix, std),
+                k: initial.normal(name("rel_attn.k"), &matrix, std),
+                v: initial.normal(name("rel_attn.v"), &matrix, std),
+                o: initial.normal(name("rel_attn.o"), &matrix, std),
+                r: initial.normal(name("rel_attn.r"), &matrix, std),
+                r_r_bias: initial.normal(name("rel_attn.r_r_bias"), &matrix[1..], std),
+                r_w_bias: initial.normal(name("rel_attn.r_w_bias"), &matrix[1..], std),
+                attention_norm: initial.layer_norm(&name("rel_attn.layer_norm"), width, epsilon),
+                norm: initial.layer_norm(&name("ff.layer_norm"), width, epsilon),
+                layer_1: initial.normal_linear(&name("ff.layer_1"), width, 4 * width, std),
+                layer_2: initial.normal_linear(&name("ff.layer_2"), 4 * width, width, std),
+            }
+        });
+        Self { layers: layers.collect(), shape }
+    }
+
+    /// Positions `x: [P, D]` → the states read, `[N, D]`. With a `query: [1, D]` these are of the second stream, in which
+    /// a position knows of itself only the query.
+    pub(super) fn states(
+        &self,
+        parameters: &Parameters,
+        (x, query): (Tensor, Option<Tensor>),
+        layout: &Layout<'_>,
+        mut noise: Option<&mut Noise<'_>>,
+    ) -> Tensor {
+        let table = position_table(layout.length, self.shape.width, x.device());
+        let (hidden, hidden_from_reads) = (layout.hidden(), layout.hidden_from_reads());
+        let (positions, reads) = (&layout.positions_by_segment, &layout.reads_by_segment);
+        let n_reads = layout.reads.size()[0];
+        let mut h = dropout(&mut noise, x, self.shape.dropout, positions);
+        let mut read = query
+            .map(|query| dropout(&mut noise, query.expand([n_reads, -1], false), self.shape.dropout, reads));
+        for (number, layer) in self.layers.iter().enumerate() {
+            let is_last = number + 1 == self.layers.len();
+            let keys = layer.keys(parameters, self.shape, &h, layout, &table);
+            if is_last && read.is_none() && !layout.reads_all() {
+                read = Some(h.index_select(0, &layout.reads));
+            }
+            if let Some(states) = &mut read {
+                let context = layer.attend_from_reads(
+                    parameters,
+                    self.shape,
+                    (states, &keys),
+                    layout,
+                    &hidden_from_reads,
+                    &mut noise,
+                );
+                *states = layer.finish(parameters, self.shape, (&context, states), reads, &mut noise);
+            }
+            if !is_last || read.is_none() {
+                let context = layer.attend(parameters, self.shape, (&h, &keys), layout, &hidden, &mut noise);
+                h = layer.finish(parameters, self.shape, (&context, &h), positions, &mut noise);
+            }
+        }
+        dropout(&mut noise, read.unwrap_or(h), self.shape.dropout, reads)
+    }
+}
+
+impl Layer {
+    fn keys(
+        &self,
+        parameters: &Parameters,
+        shape: Shape,
+        h: &Tensor,
+        layout: &Layout<'_>,
+        table: &Tensor,
+    ) -> Keys {
+        let padded = |index: usize| {
+            let x = layout.pad(&h.matmul(&matrix(parameters, index)));
+            split_heads(&x, shape)
+        };
+        let r = table.matmul(&matrix(parameters, self.r));
+        let r = r.view([-1, shape.n_heads, shape.head_width()]).permute([1, 2, 0]);
+        Keys { k: padded(self.k), v: padded(self.v), r }
+    }
+
+    /// What all positions find: `[P, D]`.
+    fn attend(
+        &self,
+        parameters: &Parameters,
+        shape: Shape,
+        (h, keys): (&Tensor, &Keys),
+        layout: &Layout<'_>,
+        hidden: &Option<Tensor>,
+        noise: &mut Option<&mut Noise<'_>>,
+    ) -> Tensor {
+        let q = split_heads(&layout.pad(&h.matmul(&matrix(parameters, self.q))), shape);
+        let bias = |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
+        let by_content = (&q + bias(self.r_w_bias)).matmul(&keys.k.transpose(2, 3));
+        // `[B, H, L, 2L]`: column p belongs to δ = L − p, so that (i, j) wants column L + j − i. Reading the rows with a
+        // stride one shorter shifts each by one more than the one before.
+        let (n, length) = (layout.n_sessions(), layout.length);
+        let by_position = (&q + bias(self.r_r_bias))
+            .matmul(&keys.r.unsqueeze(0))
+            .view([n, shape.n_heads, 2 * length, length])
+            .narrow(2, 1, 2 * length - 1)
+            .reshape([n, shape.n_heads, length, 2 * length - 1])
+            .narrow(3, 0, length);
+        let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
+        let weights = weights(by_content + by_position, hidden, shape);
+        let weights = dropout_weights(noise, weights, shape.dropout, &layout.sessions_by_segment);
+        let found = weights.matmul(&keys.v).transpose(1, 2).reshape([n, length, shape.width]);
+        layout.pack(&found).matmul(&matrix(parameters, self.o).tr())
+    }
+
+    /// What the positions that are read find, their states being `states: [N, D]`: `[N, D]`.
+    fn attend_from_reads(
+        &self,
+        parameters: &Parameters,
+        shape: Shape,
+        (states, keys): (&Tensor, &Keys),
+        layout: &Layout<'_>,
+        hidden: &Option<Tensor>,
+        noise: &mut Option<&mut Noise<'_>>,
+    ) -> Tensor {
+        let (n, sessions) = (states.size()[0], layout.read_sessions());
+        let q = states.matmul(&matrix(parameters, self.q)).view([n, shape.n_heads, shape.head_width()]);
+        let (k, v) = (keys.k.index_select(0, &sessions), keys.v.index_select(0, &sessions));
+        let by_content = (&q + parameters.leaf(self.r_w_bias)).unsqueeze(2).matmul(&k.transpose(2, 3));
+        let by_position =
+            (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&keys.r).transpose(0, 1);
+        let to = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
+        let columns = to - layout.read_places().unsqueeze(1) + layout.length;
+        let columns = columns.unsqueeze(1).expand([n, shape.n_heads, layout.length], false);
+        let by_position = by_position.gather(2, &columns, false);
+        let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
+        let weights = weights(by_content.squeeze_dim(2) + by_position, hidden, shape);
+        let weights = dropout_weights(noise, weights, shape.dropout, &layout.reads_by_segment);
+        let found = weights.unsqueeze(2).matmul(&v).reshape([n, shape.width]);
+        found.matmul(&matrix(parameters, self.o).tr())
+    }
+
+    /// What comes after attention, position by position: `context` and `h`, both `[N, D]` → `[N, D]`.
+    fn finish(
+        &self,
+        parameters: &Parameters,
+        shape: Shape,
+        (context, h): (&Tensor, &Tensor),
+        counts: &[i64],
+        noise: &mut Option<&mut Noise<'_>>,
+    ) -> Tensor {
+        let mut drop = |x: Tensor| dropout(noise, x, shape.dropout, counts);
+        let h = self.attention_norm.apply(parameters, &(drop(context.shallow_clone()) + h));
+        let inner = drop(self.layer_1.apply(parameters, &h).gelu("none"));
+        self.norm.apply(parameters, &(drop(self.layer_2.apply(parameters, &inner)) + h))
+    }
+}
+
+/// A parameter `[D, H, D_h]` as the matrix `[D, H · D_h]`.
+fn matrix(parameters: &Parameters, index: usize) -> Tensor {
+    let parameter = parameters.leaf(index);
+    parameter.view([parameter.size()[0], -1])
+}
+
+/// `[B, L, D]` → `[B, H, L, D_h]`.
+fn split_heads(x: &Tensor, shape: Shape) -> Tensor {
+    let (n, length, _) = x.size3().expect("[B, L, D]");
+    x.view([n, length, shape.n_heads, shape.head_width()]).transpose(1, 2)
+}
+
+fn weights(scores: Tensor, hidden: Option<Tensor>, shape: Shape) -> Tensor {
+    let scores = scores * (shape.head_width() as f64).powf(-0.5);
+    let scores =
+        hidden.map_or(scores.shallow_clone(), |hidden| scores.masked_fill(&hidden, f64::NEG_INFINITY));
+    scores.softmax(-1, Kind::Float)
+}
+
+fn dropout(noise: &mut Option<&mut Noise<'_>>, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
+    match noise {
+        Some(noise) => noise.dropout(x, p, counts),
+        None => x,
+    }
+}
+
+fn dropout_weights(noise: &mut Option<&mut Noise<'_>>, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
+    match noise {
+        Some(noise) => noise.dropout_weights(x, p, counts),
+        None => x,
+    }
+}
+
+/// `(sin(δ f), cos(δ f))` for δ from L down to 1 − L: `[2L, D]`.
+fn position_table(length: i64, width: i64, device: Device) -> Tensor {
+    let on = (Kind::Float, device);
+    let distances = Tensor::arange_start_step(length, -length, -1, on);
+    let exponents = Tensor::arange_start_step(0, width, 2, on) / width as f64;
+    let frequencies = (exponents * -(10_000f64.ln())).exp();
+    let angles = distances.unsqueeze(1) * frequencies.unsqueeze(0);
+    Tensor::cat(&[angles.sin(), angles.cos()], 1)
+}
