@@ -37,6 +37,8 @@ enum Command {
     Train(TrainArgs),
     /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
     Evaluate(EvaluateArgs),
+    /// Make a run of weights that Transformers4Rec saved
+    ImportWeights(ImportArgs),
 }
 
 #[derive(Args)]
@@ -127,6 +129,13 @@ struct TrainArgs {
     overwrite: bool,
 }
 
+impl TrainArgs {
+    fn run_dir(&self) -> PathBuf {
+        let named = || Path::new("runs").join(self.config.file_stem().unwrap_or(self.config.as_os_str()));
+        self.run_dir.clone().unwrap_or_else(named)
+    }
+}
+
 #[derive(Args)]
 struct EvaluateArgs {
     /// What `bireme train` wrote
@@ -144,6 +153,18 @@ struct EvaluateArgs {
     /// Override a key of the run's configuration, as `section.key=value`; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+}
+
+#[derive(Args)]
+struct ImportArgs {
+    /// The state dictionary, as `safetensors.torch.save_file(model.state_dict(), FILE)` writes it
+    #[arg(long, value_name = "FILE")]
+    weights: PathBuf,
+    /// The last day that they were trained on
+    #[arg(long)]
+    day: i64,
+    #[command(flatten)]
+    run: TrainArgs,
 }
 
 /// Why a command ends early. Whoever made it knows whether this rank is to speak of it.
@@ -171,6 +192,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Preprocess(args) => preprocess(&args),
         Command::Train(args) => train(&args),
         Command::Evaluate(args) => evaluate(&args),
+        Command::ImportWeights(args) => import_weights(&args),
     };
     match done {
         Ok(()) => 0,
@@ -298,9 +320,7 @@ fn train(args: &TrainArgs) -> Result<(), Failure> {
     let collective = &*job.collective;
     let world_size = collective.world_size();
     let data = agree(collective, RunData::open(&args.data, &job.config, world_size), |_| None)?;
-    let run_dir = args.run_dir.clone().unwrap_or_else(|| {
-        Path::new("runs").join(args.config.file_stem().unwrap_or_else(|| args.config.as_os_str()))
-    });
+    let run_dir = args.run_dir();
     let prepared = collective.root().map_or(Ok(()), |root| prepare_run_dir(root, &run_dir, args, &job));
     agree(collective, prepared, |_| None)?;
     let mut report = agree(collective, Report::open(collective.root(), &run_dir), |_| None)?;
@@ -329,6 +349,19 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     if job.collective.root().is_some() {
         report::result(&serde_json::to_string(&record).expect("a record is JSON"));
     }
+    Ok(())
+}
+
+/// On one rank: a file is read and another written.
+fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
+    let job = Job::join(|| Config::load(&args.run.config, &args.run.set))?;
+    let run_dir = args.run.run_dir();
+    let Some(root) = job.collective.root() else { return Ok(()) };
+    prepare_run_dir(root, &run_dir, &args.run, &job).map_err(|error| Failure::refused(&error, None))?;
+    let (from, between) = ((&*args.weights, args.day), (&*args.run.data, &*run_dir));
+    train::import_weights(root, from, between, &job.config)
+        .map_err(|error| Failure::refused(&error, None))?;
+    report::result(&format!("`{}` holds the weights, as if trained to day {}", run_dir.display(), args.day));
     Ok(())
 }
 

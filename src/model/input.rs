@@ -108,6 +108,37 @@ impl InputConfig {
     }
 }
 
+impl InputConfig {
+    /// Width of what the features of an event are aggregated to.
+    pub(super) fn aggregated_width(&self, features: &Features) -> Result<i64, String> {
+        let columns = features.columns();
+        let item = &columns[0];
+        let mut widths = vec![(item.name.as_str(), self.item_width)];
+        let mut n_continuous = 0;
+        for feature in &columns[1..] {
+            match (feature.is_categorical(), self.continuous) {
+                (true, _) => widths.push((&feature.name, self.feature_width)),
+                (false, Continuous::Raw {}) => widths.push((&feature.name, 1)),
+                (false, Continuous::SoftOneHot { width, .. }) => widths.push((&feature.name, width)),
+                (false, Continuous::Projected { .. }) => n_continuous += 1,
+            }
+        }
+        if let (Continuous::Projected { width }, 1..) = (self.continuous, n_continuous) {
+            widths.push(("continuous", width));
+        }
+        if self.aggregation == Aggregation::Concat {
+            return Ok(widths.iter().map(|(_, width)| width).sum());
+        }
+        match widths.iter().find(|(_, width)| *width != self.item_width) {
+            None => Ok(self.item_width),
+            Some((name, width)) => Err(format!(
+                "`model.input.aggregation` cannot be `sum`: feature `{name}` has the width {width}, the item {}",
+                self.item_width
+            )),
+        }
+    }
+}
+
 /// What becomes of one column, or of all continuous ones together.
 enum Channel {
     Table { column: usize, table: usize },
@@ -194,20 +225,7 @@ impl Input {
         }
         channels.sort_by_key(|(name, ..)| *name);
 
-        let width = match config.aggregation {
-            Aggregation::Concat => channels.iter().map(|(_, width, _)| width).sum(),
-            Aggregation::Sum => {
-                if let Some((name, width, _)) =
-                    channels.iter().find(|(_, width, _)| *width != config.item_width)
-                {
-                    return Err(format!(
-                        "`model.input.aggregation` cannot be `sum`: feature `{name}` has the width {width}, the item {}",
-                        config.item_width
-                    ));
-                }
-                config.item_width
-            }
-        };
+        let width = config.aggregated_width(features)?;
         let channels = channels
             .into_iter()
             .map(|(name, width, channel)| {

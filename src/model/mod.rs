@@ -32,7 +32,7 @@ pub use xlnet::{Xlnet, XlnetConfig};
 
 use network::ITEM_TABLE;
 
-use crate::data::Batch;
+use crate::data::{Batch, Features};
 
 /// Section `[model]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,6 +68,19 @@ impl Config {
             Config::Xlnet(xlnet) => Neural::Xlnet(xlnet).check(),
             Config::Popularity {} | Config::Markov {} => Ok(()),
         }
+    }
+
+    /// Checks what depends on the columns that are read.
+    ///
+    /// # Errors
+    /// Says which key and which feature do not go together.
+    pub fn check_features(&self, features: &Features) -> Result<(), String> {
+        let input = match self {
+            Config::Gru(gru) => &gru.input,
+            Config::Xlnet(xlnet) => &xlnet.input,
+            Config::Popularity {} | Config::Markov {} => return Ok(()),
+        };
+        input.aggregated_width(features).map(|_| ())
     }
 
     /// Its name, with its objective where that is not the usual one.

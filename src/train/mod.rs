@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Collective, CollectiveError, Root};
 use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
 use crate::metrics::{EvaluateError, evaluate};
-use crate::model::{self, LossConfig, Neural, Order, Recommender};
+use crate::model::{self, LossConfig, Neural, Order, Recommender, import};
 use crate::optim::{Schedule, TableOptimizer};
 use crate::report::{Record, Report, ReportError, write_results};
 
@@ -223,15 +223,17 @@ impl RunData {
     /// Opens every file that the run will read, so that what is missing is known before the first step.
     ///
     /// # Errors
-    /// A missing day, unreadable file, unknown feature, or more ranks than there is work for.
-    pub fn open(dir: &Path, config: &config::Config, world_size: usize) -> Result<Self, DataError> {
+    /// A missing day, unreadable file, unknown feature, features that do not suit the model, or more ranks than there
+    /// is work for.
+    pub fn open(dir: &Path, config: &config::Config, world_size: usize) -> Result<Self, TrainError> {
         let days = Days::open(dir, &config.data)?;
+        config.model.check_features(days.features()).map_err(TrainError::Model)?;
         let n_lanes = config.train.shape().n_lanes;
         if world_size > n_lanes {
             let limit = format!(
                 "the {n_lanes} micro-batches of a global batch: lower `train.micro_batch` or start fewer ranks"
             );
-            return Err(DataError::TooManyRanks { world_size, limit });
+            return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
         let pairs = (config.data.first_day..config.data.last_day)
             .map(|day| Ok((day, Arc::new(days.file(day, Split::Train)?), days.file(day + 1, Split::Valid)?)));
@@ -243,7 +245,7 @@ impl RunData {
                 config.data.first_day,
                 config.data.last_day - 1
             );
-            return Err(DataError::TooManyRanks { world_size, limit });
+            return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
         Ok(Self { features: days.features().clone(), days: pairs })
     }
@@ -309,6 +311,47 @@ pub fn fit(
         write_results(root, run_dir, &config.title(), &metrics)?;
     }
     Ok(())
+}
+
+/// Writes a checkpoint of weights that Transformers4Rec saved, as if the run had been trained to the end of `day`.
+///
+/// # Errors
+/// A file that is no safetensors file, weights of another model or of other sizes, a checkpoint that cannot be written.
+pub fn import_weights(
+    root: Root,
+    (weights, day): (&Path, i64),
+    (data_dir, run_dir): (&Path, &Path),
+    config: &config::Config,
+) -> Result<(), TrainError> {
+    let days = Days::open(data_dir, &config.data)?;
+    let features = days.features();
+    let mut learner = learner(config, features, Device::Cpu)?;
+    let path = weights.to_owned();
+    let original = tch::Tensor::read_safetensors(weights).map_err(|source| CheckpointError::Tensors {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
+    let wanted = |name: &str| names.iter().any(|other| other == name);
+    import::rename(original, &features.columns()[0].name, wanted)
+        .and_then(|renamed| learner.load_weights(&renamed))
+        .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
+    let position = Position { day, day_step: 0, day_steps: 0, global_step: 0 };
+    let state = state(config, features, &*learner, position);
+    Checkpoints::new(run_dir, config.checkpoint.keep_last).write(root, &state, &learner.tensors())?;
+    Ok(())
+}
+
+fn state(config: &config::Config, features: &Features, learner: &dyn Learner, position: Position) -> State {
+    State {
+        format: 1,
+        bireme: env!("CARGO_PKG_VERSION").to_owned(),
+        position,
+        optimizer_steps: learner.optimizer_steps(),
+        n_items: features.n_items(),
+        config: config.clone(),
+    }
 }
 
 /// The newest checkpoint of a run, and what it is to be evaluated on.
@@ -412,19 +455,13 @@ impl Day<'_> {
     /// Writes a checkpoint on rank 0.
     fn save(&self, learner: &dyn Learner, day_step: usize) -> Result<(), TrainError> {
         let Some(root) = self.place.collective.root() else { return Ok(()) };
-        let state = State {
-            format: 1,
-            bireme: env!("CARGO_PKG_VERSION").to_owned(),
-            position: Position {
-                day: self.plan.day,
-                day_step,
-                day_steps: self.plan.n_steps(),
-                global_step: *self.global_step,
-            },
-            optimizer_steps: learner.optimizer_steps(),
-            n_items: self.features.n_items(),
-            config: self.config.clone(),
+        let position = Position {
+            day: self.plan.day,
+            day_step,
+            day_steps: self.plan.n_steps(),
+            global_step: *self.global_step,
         };
+        let state = state(self.config, self.features, learner, position);
         self.checkpoints.write(root, &state, &learner.tensors())?;
         Ok(())
     }

@@ -42,13 +42,20 @@ pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
 
 pub const ITEM: &str = "product_id-list_seq";
 pub const PRICE: &str = "price_log_norm-list_seq";
+pub const COLOUR: &str = "colour-list_seq";
 
-/// Writes sessions of item indices, with a price for each event, as a session file with small row groups.
+/// Colours are 1 to 7, as follows from the item.
+pub fn colour(item: i64) -> i64 {
+    1 + item % 7
+}
+
+/// Writes sessions of item indices, with a price and a colour for each event, as a session file with small row groups.
 pub fn write_sessions(path: &Path, sessions: &[Vec<i64>], price: impl Fn(i64) -> f32) {
     let list = |name: &str, of: &str| {
         format!("optional group {name} (LIST) {{ repeated group list {{ optional {of} element; }} }} ")
     };
-    let message = format!("message sessions {{ {}{} }}", list(ITEM, "int64"), list(PRICE, "float"));
+    let columns = list(ITEM, "int64") + &list(PRICE, "float") + &list(COLOUR, "int64");
+    let message = format!("message sessions {{ {columns} }}");
     let schema = Arc::new(parse_message_type(&message).unwrap());
     let properties = Arc::new(WriterProperties::builder().build());
     fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -68,6 +75,10 @@ pub fn write_sessions(path: &Path, sessions: &[Vec<i64>], price: impl Fn(i64) ->
         column.close().unwrap();
         let mut column = columns.next_column().unwrap().unwrap();
         column.typed::<FloatType>().write_batch(&prices, Some(&definitions), Some(&repetitions)).unwrap();
+        column.close().unwrap();
+        let colours: Vec<i64> = items.iter().map(|&item| colour(item)).collect();
+        let mut column = columns.next_column().unwrap().unwrap();
+        column.typed::<Int64Type>().write_batch(&colours, Some(&definitions), Some(&repetitions)).unwrap();
         column.close().unwrap();
         columns.close().unwrap();
     }
@@ -89,6 +100,13 @@ feature {{
   value_count {{ min: 2 max: 20 }}
   type: FLOAT
   annotation {{ tag: "continuous" tag: "list" }}
+}}
+feature {{
+  name: "{COLOUR}"
+  value_count {{ min: 2 max: 20 }}
+  type: INT
+  int_domain {{ name: "{COLOUR}" min: 1 max: 7 is_categorical: true }}
+  annotation {{ tag: "list" tag: "categorical" }}
 }}
 "#,
         n_items - 1

@@ -6,7 +6,7 @@ use std::path::Path;
 use bireme::data::{Batch, Features, Noise, Segment};
 use bireme::metrics::{Tally, rank_targets};
 use bireme::model::head::Rivals;
-use bireme::model::objective::{Plan, Shown};
+use bireme::model::objective::Plan;
 use bireme::model::{GruConfig, InputConfig, Network, Neural, Recommender, XlnetConfig, import};
 use bireme::optim::{Optimizer, Schedule, TableOptimizer, average_and_clip};
 use serde_json::Value;

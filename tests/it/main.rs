@@ -6,6 +6,7 @@ mod collective;
 mod device;
 mod fixtures;
 mod golden;
+mod models;
 mod mpirun;
 mod pipeline;
 mod ranking;

@@ -38,6 +38,24 @@ learning_rate = 0.01
 log_every_steps = 1
 "#;
 
+/// The same with another `[model]`.
+pub fn config_with(model: &str) -> String {
+    let (before, rest) = CONFIG.split_once("[model]").unwrap();
+    let (_, after) = rest.split_once("[train]").unwrap();
+    format!("{before}[model]\n{model}\n[train]{after}")
+}
+
+/// An XLNet of its size, over all columns.
+pub const XLNET: &str = r#"kind = "xlnet"
+width = 16
+n_heads = 2
+init_std = 0.1
+input = { item_width = 16, feature_width = 4, init_std = 0.3, projection_width = 16 }
+head = { relu = false }
+"#;
+pub const ALL_FEATURES: [&str; 2] =
+    ["--set", r#"data.features=["price_log_norm-list_seq", "colour-list_seq"]"#];
+
 /// A folder with three days and a configuration.
 pub struct Shop {
     pub dir: tempfile::TempDir,
@@ -135,20 +153,44 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
 }
 
 #[test]
+fn masks_negatives_and_swaps_are_the_same_on_one_and_three_ranks() {
+    let shop = Shop::new(300);
+    fs::write(shop.config(), config_with(XLNET)).unwrap();
+    let more = [
+        &ALL_FEATURES[..],
+        &["--set", r#"train.loss={kind = "sampled", n_negatives = 20}"#],
+        &["--set", r#"train.tables={kind = "adagrad", learning_rate = 0.05}"#],
+        &["--set", "model.input.swap_noise=0.1", "--set", "train.epochs_per_day=1"],
+    ];
+    shop.train("alone", &more.concat()).success();
+    let Some(finished) = shop.train_on(3, "three", &more.concat()) else { return };
+    finished.success();
+    assert_same_runs(&shop, "alone", "three");
+}
+
+#[test]
 fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
     let shop = Shop::new(200);
     let set = ["--set", "run.reduction=reproducible", "--set", "model.dropout=0.2"];
-    shop.train("alone", &set).success();
-    let files = |run: &str| {
-        let newest = shop.run_dir(run).join("checkpoints/day-0002-step-00000020");
-        ["weights.safetensors", "optimizer.safetensors"].map(|file| fs::read(newest.join(file)).unwrap())
-    };
-    for n_ranks in [2, 3, 4] {
-        let run = format!("{n_ranks}");
-        let Some(finished) = shop.train_on(n_ranks, &run, &set) else { return };
-        finished.success();
-        assert!(files(&run) == files("alone"), "{n_ranks} ranks");
-        assert_eq!(shop.records(&run, "eval"), shop.records("alone", "eval"));
+    let with_features = [&set[..], &ALL_FEATURES].concat();
+    let gru = CONFIG.to_owned();
+    let models =
+        [("gru", gru, &set[..], &[2, 3, 4][..]), ("xlnet", config_with(XLNET), &with_features, &[3])];
+    for (model, config, set, worlds) in models {
+        fs::write(shop.config(), config).unwrap();
+        let alone = format!("{model} alone");
+        shop.train(&alone, set).success();
+        let files = |run: &str| {
+            let newest = shop.run_dir(run).join("checkpoints/day-0002-step-00000020");
+            ["weights.safetensors", "optimizer.safetensors"].map(|file| fs::read(newest.join(file)).unwrap())
+        };
+        for &n_ranks in worlds {
+            let run = format!("{model} {n_ranks}");
+            let Some(finished) = shop.train_on(n_ranks, &run, set) else { return };
+            finished.success();
+            assert!(files(&run) == files(&alone), "{model}, {n_ranks} ranks");
+            assert_eq!(shop.records(&run, "eval"), shop.records(&alone, "eval"));
+        }
     }
 }
 
@@ -157,9 +199,7 @@ fn counts_are_the_same_on_one_and_two_ranks_and_pairs_beat_popularity() {
     let shop = Shop::new(300);
     let mut recall = Vec::new();
     for kind in ["popularity", "markov"] {
-        let (before, rest) = CONFIG.split_once("[model]").unwrap();
-        let (_, after) = rest.split_once("[train]").unwrap();
-        fs::write(shop.config(), format!("{before}[model]\nkind = \"{kind}\"\n[train]{after}")).unwrap();
+        fs::write(shop.config(), config_with(&format!("kind = \"{kind}\""))).unwrap();
         shop.train(kind, &[]).success();
         let Some(finished) = shop.train_on(2, &format!("{kind} 2"), &[]) else { return };
         finished.success();

@@ -1,0 +1,462 @@
+//! What a model may see, that packing changes nothing, and that every combination learns.
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use bireme::config::Config;
+use bireme::data::plan::Shape;
+use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split};
+use bireme::model::head::{Rivals, Sampler, Scored, cross_entropy};
+use bireme::model::input::{Aggregation, Continuous};
+use bireme::model::objective::{Plan, Visible};
+use bireme::model::{self, GruConfig, InputConfig, Network, Neural, Objective, Recommender, XlnetConfig};
+use tch::{Device, Kind, Tensor};
+
+use crate::fixtures::{self, COLOUR, ITEM, PRICE, distance};
+use crate::mpirun::run_within;
+use crate::train::{ALL_FEATURES, PROGRAM, Shop, XLNET, config_with};
+
+const N_ITEMS: i64 = 40;
+
+fn all_features() -> Features {
+    fixtures::features(&[
+        (ITEM.to_owned(), Some(N_ITEMS)),
+        (COLOUR.to_owned(), Some(8)),
+        (PRICE.to_owned(), None),
+    ])
+}
+
+/// Sessions with a colour and a price for each item.
+fn batch(sessions: &[Vec<i64>]) -> Batch {
+    let items = sessions.concat();
+    let colours: Vec<i64> = items.iter().map(|&item| fixtures::colour(item)).collect();
+    let prices: Vec<f32> = items.iter().map(|&item| item as f32 / 40.0).collect();
+    Batch {
+        columns: vec![Tensor::from_slice(&items), Tensor::from_slice(&colours), Tensor::from_slice(&prices)],
+        lengths: sessions.iter().map(Vec::len).collect(),
+        session_seeds: sessions.iter().map(|session| session.iter().sum::<i64>() as u64).collect(),
+        step_seed: 3,
+        segments: vec![Segment { seed: 5, n_sessions: sessions.len() }],
+    }
+}
+
+fn input() -> InputConfig {
+    InputConfig { item_width: 8, feature_width: 4, init_std: 0.5, ..InputConfig::default() }
+}
+
+fn gru(objective: Objective, input: InputConfig) -> GruConfig {
+    GruConfig { hidden_width: 12, objective, input, ..GruConfig::default() }
+}
+
+fn xlnet(objective: Objective, input: InputConfig) -> XlnetConfig {
+    XlnetConfig {
+        width: 12,
+        n_heads: 2,
+        init_std: 0.3,
+        dropout: 0.0,
+        objective,
+        input,
+        ..XlnetConfig::default()
+    }
+}
+
+fn network(config: &Neural<'_>) -> Network {
+    Network::new(config, &all_features(), 20, (7, Device::Cpu)).unwrap()
+}
+
+fn objectives() -> [Objective; 4] {
+    [
+        Objective::Causal {},
+        Objective::Masked { probability: 0.3 },
+        Objective::Permutation { probability: 0.3, max_span: 3 },
+        Objective::Replaced { probability: 0.3, weight: 1.0 },
+    ]
+}
+
+const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, max_logits: 1 << 20 };
+
+fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
+    network.parameters_mut().zero_gradients();
+    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX);
+    (sum.loss.double_value(&[]), network.parameters().gradients().copy())
+}
+
+#[test]
+fn packing_sessions_of_other_lengths_changes_nothing() {
+    let sessions = [vec![5, 9, 3], vec![2, 7, 11, 30, 21, 4, 8, 8, 2], vec![6, 6], vec![39, 2, 17, 5]];
+    for objective in objectives() {
+        let (gru, xlnet) = (gru(objective.clone(), input()), xlnet(objective.clone(), input()));
+        let bodies = [Some(Neural::Xlnet(&xlnet)), (!objective.two_streams()).then_some(Neural::Gru(&gru))];
+        for config in bodies.iter().flatten() {
+            let mut network = network(config);
+            let (loss, gradients) = loss_and_gradients(&mut network, &batch(&sessions));
+            let together = network.encode(&batch(&sessions));
+            let (mut loss_alone, mut gradients_alone) = (0.0, gradients.zeros_like());
+            for (row, session) in sessions.iter().enumerate() {
+                let alone = batch(std::slice::from_ref(session));
+                let (loss, gradients) = loss_and_gradients(&mut network, &alone);
+                loss_alone += loss;
+                gradients_alone += gradients;
+                let encoded = network.encode(&alone);
+                assert!(distance(&encoded, &together.narrow(0, row as i64, 1)) < 1e-5, "{config:?}");
+            }
+            assert!((loss - loss_alone).abs() < 1e-4 * loss, "{loss} {loss_alone} {config:?}");
+            let scale = gradients.abs().max().double_value(&[]);
+            assert!(distance(&gradients, &gradients_alone) < 1e-5 * scale, "{config:?}");
+        }
+    }
+}
+
+#[test]
+fn the_last_layer_where_it_is_read_is_the_last_layer_everywhere() {
+    let sessions = [vec![5, 9, 3, 7], vec![2, 7, 11, 30, 21, 4]];
+    for visible in [Visible::All, Visible::Before] {
+        let config = xlnet(Objective::Causal {}, input());
+        let network = network(&Neural::Xlnet(&config));
+        let everywhere = Plan::all(&[4, 6], visible);
+        let some = Plan { reads: vec![1, 3, 4, 8], reads_per_session: vec![2, 2], ..everywhere.clone() };
+        let all = network.read(&batch(&sessions), everywhere);
+        let rows = all.index_select(0, &Tensor::from_slice(&some.reads));
+        assert!(distance(&network.read(&batch(&sessions), some), &rows) < 1e-5);
+    }
+}
+
+/// What a change of the event at `place` changes: whether the state read for each target differs.
+fn moved(network: &Network, plan: &Plan, session: &[i64], place: usize) -> Vec<bool> {
+    let mut other = session.to_vec();
+    other[place] = if session[place] == 2 { 3 } else { 2 };
+    let [before, after] =
+        [session.to_vec(), other].map(|session| network.read(&batch(&[session]), plan.clone()));
+    let difference = (before - after).abs().amax([1i64].as_slice(), false);
+    Vec::<f64>::try_from(difference.to_kind(Kind::Double)).unwrap().iter().map(|d| *d > 1e-6).collect()
+}
+
+#[test]
+fn predictions_see_what_they_may_and_nothing_else() {
+    let session = [5, 9, 3, 7, 21, 30];
+    // Causal: the state that predicts event i + 1 sees events 0 to i.
+    let (gru, xlnet_causal) = (gru(Objective::Causal {}, input()), xlnet(Objective::Causal {}, input()));
+    for config in [Neural::Gru(&gru), Neural::Xlnet(&xlnet_causal)] {
+        let network = network(&config);
+        for place in 0..5 {
+            let expected: Vec<bool> = (0..5).map(|i| i >= place).collect();
+            assert_eq!(moved(&network, &Plan::causal(&[6]), &session, place), expected, "{config:?}");
+        }
+    }
+    // Masked: those that are not hidden, on both sides.
+    let config = xlnet(Objective::Masked { probability: 0.15 }, input());
+    let plan = Plan::masked(&[vec![false, true, false, true, false, false]]);
+    for place in 0..6 {
+        let expected = ![1, 3].contains(&place);
+        assert_eq!(moved(&network(&Neural::Xlnet(&config)), &plan, &session, place), [expected; 2]);
+    }
+    // Permutation: those outside the order, and those before it in the order, never itself.
+    let config = xlnet(Objective::Permutation { probability: 0.2, max_span: 5 }, input());
+    let order = [-1, 1, -1, 2, 0, -1];
+    let plan = Plan::permuted(&[order.to_vec()]);
+    assert_eq!(plan.targets, [1, 3, 4]);
+    for place in 0..6 {
+        let expected: Vec<bool> =
+            [1, 3, 4].iter().map(|&target| order[place] < order[target as usize]).collect();
+        assert_eq!(
+            moved(&network(&Neural::Xlnet(&config)), &plan, &session, place),
+            expected,
+            "event {place}"
+        );
+    }
+    // At the end, every objective sees the whole session.
+    for objective in objectives() {
+        let config = xlnet(objective.clone(), input());
+        let network = network(&Neural::Xlnet(&config));
+        for place in 0..6 {
+            assert_eq!(moved(&network, &objective.next(&[6]), &session, place), [true], "{objective:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
+    let dir = tempfile::tempdir().unwrap();
+    fixtures::write_schema(dir.path(), N_ITEMS);
+    // No two alike, so that an item list identifies a session.
+    let mut sessions = fixtures::sessions(400, N_ITEMS, 9);
+    sessions.sort();
+    sessions.dedup();
+    fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
+    let config = bireme::data::Config { first_day: 1, last_day: 2, max_length: 20, features: Vec::new() };
+    let days = Days::open(dir.path(), &config).unwrap();
+    let file = std::sync::Arc::new(days.file(1, Split::Train).unwrap());
+    let objective = Objective::Masked { probability: 0.15 };
+    // Which events of which session are hidden, epoch by epoch.
+    let hidden = |seed: u64, (n_lanes, micro_batch): (usize, usize), world_size: usize| {
+        let shape = Shape { n_lanes, micro_batch };
+        let plan = DayPlan {
+            file: file.clone(),
+            day: 1,
+            n_epochs: 2,
+            shape,
+            seed,
+            max_steps: None,
+            pass_by_pass: false,
+        };
+        let mut hidden: Vec<(usize, Vec<i64>, Vec<i64>)> = Vec::new();
+        for rank in 0..world_size {
+            for (step, passes) in Loader::start(&plan, days.features(), rank, world_size).enumerate() {
+                for batch in passes.unwrap() {
+                    let plan = objective.training(&batch);
+                    let (mut first, mut reads) = (0, plan.targets.as_slice());
+                    for (session, n_reads) in batch.sessions().into_iter().zip(plan.reads_per_session) {
+                        let (mine, rest) = reads.split_at(n_reads);
+                        hidden.push((
+                            step / shape.steps(file.n_sessions()),
+                            session.clone(),
+                            mine.iter().map(|event| event - first).collect(),
+                        ));
+                        first += session.len() as i64;
+                        reads = rest;
+                    }
+                }
+            }
+        }
+        hidden.sort();
+        hidden
+    };
+    let alone = hidden(42, (8, 4), 1);
+    assert_eq!(alone.len(), 2 * sessions.len());
+    assert_eq!(hidden(42, (8, 4), 3), alone);
+    assert_eq!(hidden(42, (2, 32), 2), alone);
+    assert_ne!(hidden(43, (8, 4), 1), alone);
+    let (first, second) = alone.split_at(sessions.len());
+    let differing = first.iter().zip(second).filter(|(a, b)| a.2 != b.2).count();
+    assert!(differing > sessions.len() / 3, "{differing} of {} differ between epochs", sessions.len());
+}
+
+#[test]
+fn every_objective_and_every_input_learns_to_follow_a_chain() {
+    let shop_sessions = fixtures::sessions(64, N_ITEMS, 11);
+    let shop = batch(&shop_sessions);
+    let inputs = [
+        InputConfig { projection_width: Some(12), ..input() },
+        InputConfig { continuous: Continuous::Projected { width: 6 }, layer_norm: true, ..input() },
+        InputConfig {
+            continuous: Continuous::SoftOneHot { n_vectors: 5, width: 4 },
+            swap_noise: 0.05,
+            ..input()
+        },
+        InputConfig {
+            aggregation: Aggregation::Sum,
+            feature_width: 8,
+            continuous: Continuous::SoftOneHot { n_vectors: 5, width: 8 },
+            layer_norm: true,
+            ..input()
+        },
+    ];
+    for (objective, input) in objectives().into_iter().zip(inputs) {
+        let mut gru = gru(objective.clone(), input.clone());
+        gru.head.tied = false;
+        let xlnet = xlnet(objective.clone(), input);
+        let bodies = [Some(Neural::Xlnet(&xlnet)), (!objective.two_streams()).then_some(Neural::Gru(&gru))];
+        for config in bodies.iter().flatten() {
+            let mut network = network(config);
+            let loss = |network: &mut Network| loss_and_gradients(network, &shop).0;
+            let before = loss(&mut network);
+            let values = network.parameters().values();
+            let adamw = bireme::optim::TableOptimizer::Adamw;
+            let mut optimizer = bireme::optim::Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
+            for _ in 0..40 {
+                let (_, gradients) = loss_and_gradients(&mut network, &shop);
+                optimizer.step(&values, &gradients, 1.0);
+            }
+            let after = loss(&mut network);
+            assert!(after < 0.85 * before, "{before} to {after}: {config:?}");
+            // No parameter is left out, but row by row in tables.
+            let (_, gradients) = loss_and_gradients(&mut network, &shop);
+            for (name, gradient) in network.parameters().named(&gradients) {
+                assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name} has no gradient: {config:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn features_of_other_widths_cannot_be_summed() {
+    let input = InputConfig { aggregation: Aggregation::Sum, ..input() };
+    let config = gru(Objective::Causal {}, input);
+    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, (7, Device::Cpu)).err().unwrap();
+    assert_eq!(
+        refused,
+        "`model.input.aggregation` cannot be `sum`: feature `colour-list_seq` has the width 4, the item 8"
+    );
+}
+
+/// States, targets, a table and a bias.
+fn head() -> (Tensor, Tensor, Tensor, Tensor) {
+    bireme::data::with_seed(4, Device::Cpu, || {
+        let on = (Kind::Float, Device::Cpu);
+        let targets = Tensor::randint_low(2, N_ITEMS, [30], (Kind::Int64, Device::Cpu));
+        (Tensor::randn([30, 8], on), targets, Tensor::randn([N_ITEMS, 8], on), Tensor::randn([N_ITEMS], on))
+    })
+}
+
+/// Loss, and gradients of the states, the table and the bias.
+fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
+    let (states, targets, table, bias) = head();
+    let mut scored = Scored {
+        table: &table,
+        bias: &bias,
+        table_gradient: table.zeros_like(),
+        bias_gradient: bias.zeros_like(),
+    };
+    let done = cross_entropy(&states, &targets, &mut scored, rivals, None);
+    let Scored { table_gradient, bias_gradient, .. } = scored;
+    (done.loss.double_value(&[]), [done.state_gradient, table_gradient, bias_gradient])
+}
+
+#[test]
+fn label_smoothing_is_that_of_pytorch() {
+    let (states, targets, table, bias) = head();
+    let leaves = [states, table, bias].map(|x| x.set_requires_grad(true));
+    let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr());
+    let weight = None::<&Tensor>;
+    let loss = logits.cross_entropy_loss(&targets, weight, tch::Reduction::Sum, -100, 0.1);
+    let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
+    for max_logits in [1, 4 * N_ITEMS, 1 << 20] {
+        let (found, gradients) = cross_entropy_of(&Rivals::All { label_smoothing: 0.1, max_logits });
+        assert!((found - loss.double_value(&[])).abs() < 1e-4, "{found} {loss:?}");
+        for (gradient, expected) in gradients.iter().zip(&expected) {
+            assert!(distance(gradient, expected) < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn sampled_softmax_comes_to_the_full_one() {
+    let (loss, gradients) = cross_entropy_of(&SOFTMAX);
+    // Very unevenly drawn: item 2 a thousand times as often as most.
+    let mut occurrences = vec![0; N_ITEMS as usize];
+    occurrences[2] = 999;
+    occurrences[3] = 99;
+    let sampler = Sampler::new(&occurrences, 400_000, 1.0, Device::Cpu);
+    let (sampled, sampled_gradients) = cross_entropy_of(&sampler.draw(1));
+    // Padding and unknown are no rivals here, so the full sum is over two items more.
+    assert!((sampled / loss - 1.0).abs() < 0.05, "{sampled} {loss}");
+    for (sampled, full) in sampled_gradients.iter().zip(&gradients) {
+        let recommendable =
+            |x: &Tensor| if x.size()[0] == N_ITEMS { x.narrow(0, 2, N_ITEMS - 2) } else { x.copy() };
+        let (sampled, full) = (recommendable(sampled), recommendable(full));
+        let cosine = (&sampled * &full).sum(Kind::Float) / (sampled.norm() * full.norm());
+        assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");
+    }
+    let drawn = |seed| match sampler.draw(seed) {
+        Rivals::Drawn { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
+        Rivals::All { .. } => unreachable!(),
+    };
+    assert_eq!(drawn(5), drawn(5));
+    assert_ne!(drawn(5), drawn(6));
+    assert!(drawn(5).iter().all(|&item| item >= 2));
+}
+
+#[test]
+fn a_column_more_in_schema_and_configuration_needs_no_code() {
+    let shop = Shop::new(100);
+    fs::write(shop.config(), config_with(XLNET)).unwrap();
+    shop.train("run", &ALL_FEATURES).success();
+    let results = fs::read_to_string(shop.run_dir("run").join("results.txt")).unwrap();
+    assert!(results.starts_with("XLNet-MLM with side information accuracy results:\n"), "{results}");
+    let finished =
+        shop.train("sum", &[&ALL_FEATURES[..], &["--set", "model.input.aggregation=sum"]].concat());
+    assert!(finished.stderr.contains("`model.input.aggregation` cannot be `sum`"), "{finished:#?}");
+    assert_eq!(finished.code, Some(2), "{finished:#?}");
+    assert!(!shop.run_dir("sum").exists());
+}
+
+#[test]
+fn configurations_that_no_model_can_have_are_refused() {
+    let shop = Shop::new(20);
+    for (model, assignment, message) in [
+        (XLNET, "model.n_heads=3", "`width` 16 is not an even number divisible by `n_heads` 3"),
+        (XLNET, "model.objective.probability=0", "`objective.probability` 0 is not within 0 < p < 1"),
+        (XLNET, "model.objective.kind=autoregressive", "unknown variant `autoregressive`"),
+        (XLNET, "model.head.temperature=0", "`head.temperature` cannot be 0"),
+        (XLNET, "model.input.swap_noise=1", "`input.swap_noise` 1 is not within"),
+        (XLNET, "model.inptu.item_width=3", "unknown key `model.inptu`"),
+        ("kind = \"gru\"", "model.objective={kind = \"permutation\"}", "needs attention"),
+        (XLNET, "train.loss={kind = \"sampled\", n_negatives = 0}", "`loss.n_negatives` cannot be 0"),
+        (
+            XLNET,
+            "train.tables={kind = \"adagrad\", learning_rate = nan}",
+            "`tables.learning_rate` cannot be NaN",
+        ),
+    ] {
+        fs::write(shop.config(), config_with(model)).unwrap();
+        let mut set = vec!["--set", assignment];
+        if assignment.contains("objective.probability") {
+            set.extend(["--set", "model.objective.kind=masked"]);
+        }
+        let finished = shop.train("run", &set);
+        assert_eq!(finished.code, Some(2), "{finished:#?}");
+        assert!(finished.stderr.contains(message), "{message}\n{finished:#?}");
+    }
+    assert!(!shop.run_dir("run").exists());
+}
+
+#[test]
+fn configurations_in_the_repository_are_complete() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let mut pending = vec![dir];
+    let mut n_files = 0;
+    while let Some(path) = pending.pop() {
+        if path.is_dir() {
+            pending.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            let config =
+                Config::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            let resolved: toml::Table = config.to_toml().parse().unwrap();
+            assert!(resolved.contains_key("model"));
+            if let model::Config::Xlnet(xlnet) = config.model {
+                assert!(!xlnet.attend_to_padding);
+            }
+            n_files += 1;
+        }
+    }
+    assert!(n_files >= 6, "{n_files}");
+}
+
+#[test]
+fn weights_of_the_original_become_a_run() {
+    let Some(shared) = fixtures::shared() else { return };
+    let golden = fixtures::golden(&shared, "xlnet_tiny");
+    let shop = Shop::new(20);
+    fixtures::days(&shop.data(), 3, 20, 30);
+    let tiny = "kind = \"xlnet\"\nwidth = 8\nn_heads = 2\ninput = { item_width = 6, projection_width = 8 }\n";
+    fs::write(shop.config(), config_with(tiny)).unwrap();
+    let weights: Vec<(&str, &Tensor)> =
+        golden.iter().filter_map(|(name, weight)| Some((name.strip_prefix("w.")?, weight))).collect();
+    let file = shop.dir.path().join("original.safetensors");
+    Tensor::write_safetensors(&weights, &file).unwrap();
+    let import = |run: &str, more: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("import-weights").arg("--weights").arg(&file).args(["--day", "2"]);
+        command.arg("--config").arg(shop.config()).arg("--data").arg(shop.data());
+        command.arg("--run-dir").arg(shop.run_dir(run)).args(more);
+        run_within(&mut command, Duration::from_secs(60))
+    };
+    import("run", &[]).success();
+    let mut evaluate = Command::new(PROGRAM);
+    evaluate.arg("evaluate").arg("--run-dir").arg(shop.run_dir("run")).arg("--data").arg(shop.data());
+    let finished = run_within(&mut evaluate, Duration::from_secs(60)).success();
+    assert!(finished.stdout.contains("\"train_day\":2"), "{finished:#?}");
+    let saved = shop.run_dir("run").join("checkpoints/day-0002-step-00000000/weights.safetensors");
+    let saved = Tensor::read_safetensors(saved).unwrap();
+    let (_, mask) = saved.iter().find(|(name, _)| name == "input.mask").unwrap();
+    assert_eq!(distance(mask, &golden["w.heads.0.body.0._masking.masked_item_embedding"]), 0.0);
+
+    let other = import("other", &["--set", "model.width=16"]);
+    assert_eq!(other.code, Some(2), "{other:#?}");
+    assert!(other.stderr.contains("the model's is [16"), "{other:#?}");
+    fs::write(&file, "no tensors").unwrap();
+    let unreadable = import("unreadable", &[]);
+    assert_eq!(unreadable.code, Some(2), "{unreadable:#?}");
+    assert!(unreadable.stderr.contains("cannot read"), "{unreadable:#?}");
+}
