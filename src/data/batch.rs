@@ -57,6 +57,14 @@ impl Batch {
         &self.columns[0]
     }
 
+    /// The item indices of each session.
+    pub fn sessions(&self) -> Vec<Vec<i64>> {
+        let items: Vec<i64> = self.items().reshape([-1]).try_into().expect("item indices are i64");
+        let lengths: Vec<i64> = (&self.lengths).try_into().expect("lengths are i64");
+        let longest = self.items().size()[1].max(1) as usize;
+        items.chunks_exact(longest).zip(lengths).map(|(row, n)| row[..n as usize].to_vec()).collect()
+    }
+
     /// The batch on a device.
     pub fn to_device(&self, device: Device) -> Self {
         Self {

@@ -7,6 +7,7 @@
 mod counts;
 mod gru;
 pub mod head;
+mod neighbours;
 mod network;
 mod parameters;
 
@@ -15,8 +16,9 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-pub use counts::{Counts, Order};
+pub use counts::{Counts, Evidence};
 pub use gru::{Gru, GruConfig};
+pub use neighbours::{Decay, Neighbours, NeighboursConfig};
 pub use network::{LossSum, Network};
 pub use parameters::{Parameters, View};
 
@@ -30,8 +32,12 @@ pub enum Config {
     Gru(GruConfig),
     /// The most frequent items of all days so far.
     Popularity {},
+    /// The most frequent items of the last day, then of all days so far.
+    Recent {},
     /// First-order counts: what followed the last item most often, then popularity.
     Markov {},
+    /// V-SkNN: the items of similar sessions, then popularity (Ludewig and Jannach 2018).
+    Vsknn(NeighboursConfig),
 }
 
 impl Config {
@@ -42,7 +48,8 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         match self {
             Config::Gru(gru) => gru.check(),
-            Config::Popularity {} | Config::Markov {} => Ok(()),
+            Config::Vsknn(neighbours) => neighbours.check(),
+            Config::Popularity {} | Config::Recent {} | Config::Markov {} => Ok(()),
         }
     }
 
@@ -51,7 +58,9 @@ impl Config {
         match self {
             Config::Gru(_) => "GRU",
             Config::Popularity {} => "Popularity",
+            Config::Recent {} => "Popularity of the last day",
             Config::Markov {} => "Markov",
+            Config::Vsknn(_) => "V-SkNN",
         }
     }
 }

@@ -4,6 +4,7 @@ mod counting;
 mod gradient;
 mod reduction;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,7 +18,7 @@ use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split};
 use crate::metrics::{EvaluateError, evaluate};
-use crate::model::{self, Order, Recommender};
+use crate::model::{self, Counts, Evidence, Neighbours, Recommender};
 use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
@@ -167,11 +168,14 @@ trait Learner {
 }
 
 fn learner(config: &config::Config, n_items: i64, device: Device) -> Box<dyn Learner> {
-    match &config.model {
-        model::Config::Gru(gru) => Box::new(GradientLearner::new(gru, config, n_items, device)),
-        model::Config::Popularity {} => Box::new(CountLearner::new(Order::Zero, n_items)),
-        model::Config::Markov {} => Box::new(CountLearner::new(Order::First, n_items)),
-    }
+    let evidence = match &config.model {
+        model::Config::Gru(gru) => return Box::new(GradientLearner::new(gru, config, n_items, device)),
+        model::Config::Popularity {} => Evidence::None,
+        model::Config::Recent {} => Evidence::LastDay(vec![0; n_items as usize]),
+        model::Config::Markov {} => Evidence::Successors(BTreeMap::new()),
+        model::Config::Vsknn(vsknn) => Evidence::Neighbours(Neighbours::new(vsknn, n_items)),
+    };
+    Box::new(CountLearner(Counts::new(evidence, n_items)))
 }
 
 /// Where and with whom a run takes place.
