@@ -99,7 +99,7 @@ impl NeighboursConfig {
             return Err("`k` must be at least 1".to_owned());
         }
         if sample_size < k {
-            return Err(format!("`sample_size` {sample_size} holds no `k` {k} neighbours"));
+            return Err(format!("`sample_size` {sample_size} is less than `k` {k}"));
         }
         if !(idf_weight.is_finite() && idf_weight >= 0.0) {
             return Err(format!("`idf_weight` cannot be {idf_weight}"));
