@@ -18,7 +18,7 @@ use tch::{Device, Tensor};
 
 pub use counts::{Counts, Evidence};
 pub use gru::{Gru, GruConfig};
-pub use neighbours::{Decay, Neighbours, NeighboursConfig};
+pub use neighbours::{Decay, Neighbours, NeighboursConfig, Reminders};
 pub use network::{LossSum, Network};
 pub use parameters::{Parameters, View};
 

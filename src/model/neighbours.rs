@@ -14,7 +14,7 @@
 //!    d-th from the end, d = 1 being the last. `score(i) = (1 + idf_weight · idf(i)) · Σ_{s ∋ i} sim(s) · v(d_s)`,
 //!    where `idf(i)` is the logarithm of all sessions so far over those that hold i.
 //!
-//! Items of the session itself may be recommended again. Of two sessions the one of the later day is the more
+//! Which items of the session itself are scored is a matter of [`Reminders`]; as published, all. Of two sessions the one of the later day is the more
 //! recent, and in a day the one of the later row: sessions carry no times inside a day.
 
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,18 @@ impl Decay {
     }
 }
 
+/// Which of its own items a session is reminded of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reminders {
+    /// All, as published.
+    All,
+    /// All but the last, which never follows itself: preprocessing drops repeats.
+    Earlier,
+    /// None.
+    None,
+}
+
 /// Parameters of V-SkNN.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -78,16 +90,19 @@ pub struct NeighboursConfig {
     pub score_weighting: Decay,
     /// How much rarer items are preferred; 0: not at all.
     pub idf_weight: f64,
+    /// Which of the session's own items neighbours may speak for.
+    pub reminders: Reminders,
 }
 
 impl Default for NeighboursConfig {
     fn default() -> Self {
         Self {
-            k: 100,
-            sample_size: 1000,
+            k: 500,
+            sample_size: 2500,
             weighting: Decay::Linear,
-            score_weighting: Decay::Linear,
-            idf_weight: 0.0,
+            score_weighting: Decay::Div,
+            idf_weight: 5.0,
+            reminders: Reminders::Earlier,
         }
     }
 }
@@ -156,10 +171,10 @@ impl Neighbours {
     }
 
     /// The items that neighbours of the known part of a session hold, ascending, and their scores.
-    pub fn scores(&self, known: &[i64]) -> Vec<(u32, f64)> {
+    pub fn scores(&self, session: &[i64]) -> Vec<(u32, f64)> {
         let Self { config, holders, .. } = self;
         let known: Vec<u32> =
-            known.iter().filter(|&&item| item >= FIRST_ITEM).map(|&item| item as u32).collect();
+            session.iter().filter(|&&item| item >= FIRST_ITEM).map(|&item| item as u32).collect();
         let n = known.len();
         let distinct: Vec<(usize, u32)> =
             (1..=n).zip(known.iter().copied()).filter(|&(p, item)| !known[p..].contains(&item)).collect();
@@ -186,6 +201,11 @@ impl Neighbours {
             items.iter().map(move |&item| (item, score))
         });
         let mut scores = summed(spoken_for.collect());
+        scores.retain(|&(item, _)| match config.reminders {
+            Reminders::All => true,
+            Reminders::Earlier => session.last() != Some(&i64::from(item)),
+            Reminders::None => !known.contains(&item),
+        });
         for (item, score) in &mut scores {
             let n_holders = self.holders[*item as usize].len();
             let idf = (self.n_sessions() as f64 / n_holders as f64).ln();

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use bireme::data::{Config, Days, Split, evaluation_batches};
-use bireme::model::{Counts, Decay, Evidence, Neighbours, NeighboursConfig, Recommender};
+use bireme::model::{Counts, Decay, Evidence, Neighbours, NeighboursConfig, Recommender, Reminders};
 use serde_json::Value;
 
 use crate::fixtures;
@@ -63,6 +63,7 @@ fn linear() -> NeighboursConfig {
         weighting: Decay::Linear,
         score_weighting: Decay::Linear,
         idf_weight: 0.0,
+        reminders: Reminders::All,
     }
 }
 
@@ -116,6 +117,13 @@ fn neighbours_score_as_by_hand() {
 
     // Of [2, 3, 4] and [4, 6], which are as similar, the later is the neighbour.
     assert_vsknn(&NeighboursConfig { k: 1, ..linear() }, &[4], &[(4, 0.9), (6, 0.9)]);
+
+    // What a session is not to be reminded of is left to popularity; after an unknown item none is the last.
+    let earlier = NeighboursConfig { reminders: Reminders::Earlier, ..linear() };
+    assert_vsknn(&earlier, &known, &[(2, 0.81), (3, 1.05), (5, 0.24), (6, 0.3)]);
+    assert_vsknn(&earlier, &[2, 3, 4, 1], &all);
+    let none = NeighboursConfig { reminders: Reminders::None, ..linear() };
+    assert_vsknn(&none, &known, &[(5, 0.24), (6, 0.3)]);
 }
 
 #[test]
@@ -254,7 +262,7 @@ fn neighbours_that_cannot_be_are_refused() {
     set_kind(&shop, "vsknn");
     for (assignment, message) in [
         ("model.k=0", "`k` must be at least 1"),
-        ("model.sample_size=50", "`sample_size` 50 is less than `k` 100"),
+        ("model.sample_size=50", "`sample_size` 50 is less than `k` 500"),
         ("model.idf_weight=-1", "`idf_weight` cannot be -1"),
         ("model.idf_weight=inf", "`idf_weight` cannot be inf"),
         ("model.weighting=cubic", "`cubic`"),
