@@ -5,73 +5,165 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::Recommender;
+use super::{Neighbours, Recommender};
 use crate::data::Batch;
 
-/// How much of a session counting looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// Nothing: items are scored by how often they occurred.
-    Zero,
-    /// The last item: items are scored by how often they followed it, then by how often they occurred.
-    First,
+/// What speaks for an item besides how often it occurred.
+pub enum Evidence {
+    /// Nothing.
+    None,
+    /// How often it occurred on the last day: `[V]`.
+    LastDay(Vec<i64>),
+    /// How often it followed the session's last item: occurrences of (item, next item).
+    Successors(BTreeMap<(i64, i64), i64>),
+    /// That sessions like this one hold it.
+    Neighbours(Neighbours),
 }
 
-/// Occurrences of items and of pairs of consecutive items.
+/// Occurrences of items over all days, which score below 1, and evidence, which scores more.
 pub struct Counts {
-    order: Order,
-    n_items: i64,
     /// Occurrences of each item, `[V]`.
     items: Vec<i64>,
-    /// Occurrences of (item, next item).
-    pairs: BTreeMap<(i64, i64), i64>,
-    /// Scores that popularity alone gives, below 1 so that one pair outweighs it: f64 `[1, V]`.
-    popularity: Tensor,
+    evidence: Evidence,
+    /// Scores without regard to the session: `[V]`.
+    base: Vec<f64>,
 }
 
 impl Counts {
     /// Nothing counted yet.
-    pub fn new(order: Order, n_items: i64) -> Self {
-        let popularity = Tensor::zeros([1, n_items], (Kind::Double, Device::Cpu));
-        Self { order, n_items, items: vec![0; n_items as usize], pairs: BTreeMap::new(), popularity }
+    pub fn new(evidence: Evidence, n_items: i64) -> Self {
+        let n_items = n_items as usize;
+        Self { items: vec![0; n_items], evidence, base: vec![0.0; n_items] }
     }
 
-    /// Counts the events of a batch.
-    pub fn count(&mut self, batch: &Batch) {
-        for session in batch.sessions() {
-            session.iter().for_each(|&item| self.items[item as usize] += 1);
-            if self.order == Order::First {
-                session.windows(2).for_each(|pair| *self.pairs.entry((pair[0], pair[1])).or_default() += 1);
+    /// Counts the sessions of a day, later than the days before.
+    pub fn add_day<'a>(&mut self, sessions: impl Iterator<Item = &'a [i64]>) {
+        if let Evidence::LastDay(counts) = &mut self.evidence {
+            *counts = vec![0; self.items.len()];
+        }
+        for session in sessions {
+            for &item in session {
+                self.items[item as usize] += 1;
+            }
+            match &mut self.evidence {
+                Evidence::None => {}
+                Evidence::LastDay(counts) => {
+                    for &item in session {
+                        counts[item as usize] += 1;
+                    }
+                }
+                Evidence::Successors(pairs) => {
+                    for pair in session.windows(2) {
+                        *pairs.entry((pair[0], pair[1])).or_default() += 1;
+                    }
+                }
+                Evidence::Neighbours(neighbours) => neighbours.add(session),
+            }
+        }
+        self.set_base();
+    }
+
+    fn set_base(&mut self) {
+        let most = self.items.iter().copied().max().unwrap_or(0) as f64;
+        self.base = self.items.iter().map(|&n| n as f64 / (most + 1.0)).collect();
+        if let Evidence::LastDay(counts) = &self.evidence {
+            for (base, &n) in self.base.iter_mut().zip(counts) {
+                *base += n as f64;
             }
         }
     }
 
-    /// Adds what another rank, day or run counted.
-    pub fn add(&mut self, items: &[i64], pairs: impl IntoIterator<Item = ((i64, i64), i64)>) {
-        for (mine, theirs) in self.items.iter_mut().zip(items) {
-            *mine += theirs;
+    /// The items that the known part of a session speaks for, and their scores.
+    fn evident(&self, known: &[i64]) -> Vec<(i64, f64)> {
+        match &self.evidence {
+            Evidence::None | Evidence::LastDay(_) => Vec::new(),
+            Evidence::Successors(pairs) => {
+                let last = *known.last().expect("an event is known");
+                let successors = pairs.range((last, 0)..(last + 1, 0));
+                successors.map(|(&(_, next), &n)| (next, n as f64 + self.base[next as usize])).collect()
+            }
+            Evidence::Neighbours(neighbours) => {
+                let scores = neighbours.scores(known).into_iter();
+                scores.map(|(item, score)| (i64::from(item), 1.0 + score)).collect()
+            }
         }
-        for (pair, n) in pairs {
-            *self.pairs.entry(pair).or_default() += n;
-        }
-        let most = self.items.iter().copied().max().unwrap_or(0) as f64;
-        self.popularity = (Tensor::from_slice(&self.items).to_kind(Kind::Double) / (most + 1.0)).unsqueeze(0);
     }
 
-    /// Occurrences of each item.
-    pub fn items(&self) -> &[i64] {
-        &self.items
+    /// What was counted.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = vec![("items".to_owned(), Tensor::from_slice(&self.items))];
+        let mut push = |name: &str, tensor| tensors.push((name.to_owned(), tensor));
+        match &self.evidence {
+            Evidence::None => {}
+            Evidence::LastDay(counts) => push("last_day", Tensor::from_slice(counts)),
+            Evidence::Successors(pairs) => {
+                let flat: Vec<i64> = pairs.iter().flat_map(|(&(item, next), &n)| [item, next, n]).collect();
+                push("pairs", Tensor::from_slice(&flat).view([-1, 3]));
+            }
+            Evidence::Neighbours(neighbours) => {
+                let (items, lengths) = neighbours.flat();
+                push("session_items", Tensor::from_slice(&items));
+                push("session_lengths", Tensor::from_slice(&lengths));
+            }
+        }
+        tensors
     }
 
-    /// Occurrences of each (item, next item), ascending.
-    pub fn pairs(&self) -> impl Iterator<Item = ((i64, i64), i64)> {
-        self.pairs.iter().map(|(&pair, &n)| (pair, n))
+    /// Takes what [`Counts::tensors`] gave, before anything was counted.
+    ///
+    /// # Errors
+    /// Says which tensor is missing or does not fit.
+    pub fn load(&mut self, tensors: &[(String, Tensor)]) -> Result<(), String> {
+        let numbers = |name: &str| -> Result<Vec<i64>, String> {
+            let found = tensors.iter().find(|(tensor, _)| tensor == name);
+            let (_, tensor) = found.ok_or_else(|| format!("tensor `{name}` is missing"))?;
+            Vec::try_from(tensor.reshape([-1])).map_err(|error| format!("tensor `{name}`: {error}"))
+        };
+        let n_items = self.items.len();
+        let of_each_item = |name: &str| {
+            let counts = numbers(name)?;
+            if counts.len() == n_items {
+                return Ok(counts);
+            }
+            Err(format!("`{name}` counts {} items, the schema has {n_items}", counts.len()))
+        };
+        let items_of = |name: &str, items: &[i64]| match items
+            .iter()
+            .find(|&&item| usize::try_from(item).map_or(true, |item| item >= n_items))
+        {
+            Some(item) => Err(format!("`{name}` has the item {item}, the schema {n_items}")),
+            None => Ok(()),
+        };
+        self.items = of_each_item("items")?;
+        match &mut self.evidence {
+            Evidence::None => {}
+            Evidence::LastDay(counts) => *counts = of_each_item("last_day")?,
+            Evidence::Successors(pairs) => {
+                for entry in numbers("pairs")?.chunks_exact(3) {
+                    items_of("pairs", &entry[..2])?;
+                    pairs.insert((entry[0], entry[1]), entry[2]);
+                }
+            }
+            Evidence::Neighbours(neighbours) => {
+                let (items, lengths) = (numbers("session_items")?, numbers("session_lengths")?);
+                items_of("session_items", &items)?;
+                let mut rest = &items[..];
+                for length in lengths {
+                    let taken = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length));
+                    let (session, after) = taken.ok_or("`session_lengths` does not fit `session_items`")?;
+                    neighbours.add(session);
+                    rest = after;
+                }
+            }
+        }
+        self.set_base();
+        Ok(())
     }
 }
 
 impl Recommender for Counts {
     fn n_items(&self) -> i64 {
-        self.n_items
+        self.items.len() as i64
     }
 
     fn device(&self) -> Device {
@@ -82,28 +174,28 @@ impl Recommender for Counts {
         false
     }
 
-    /// Each session's last item, i64 `[B]`.
+    /// The items that each session speaks for and their scores, f64 `[B, E, 2]`; item −1 where there are fewer.
     fn encode(&self, known: &Batch) -> Tensor {
-        let last = |session: &Vec<i64>| *session.last().expect("a known session has an event");
-        Tensor::from_slice(&known.sessions().iter().map(last).collect::<Vec<_>>())
+        let evident: Vec<_> = known.sessions().iter().map(|session| self.evident(session)).collect();
+        let longest = evident.iter().map(Vec::len).max().unwrap_or(0);
+        let mut padded = vec![-1.0; evident.len() * longest * 2];
+        for (row, session) in padded.chunks_exact_mut(2 * longest.max(1)).zip(&evident) {
+            for (place, &(item, score)) in row.chunks_exact_mut(2).zip(session) {
+                place.copy_from_slice(&[item as f64, score]);
+            }
+        }
+        Tensor::from_slice(&padded).view([evident.len() as i64, longest as i64, 2])
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
-        let last = Vec::<i64>::try_from(encoded).expect("item indices are i64");
+        let (n_sessions, _, _) = encoded.size3().expect("evidence is [B, E, 2]");
         let width = items.end - items.start;
-        let popularity = self.popularity.narrow(1, items.start, width);
-        let scores = popularity.repeat([last.len() as i64, 1]);
-        if self.order == Order::First {
-            let (mut places, mut counts) = (Vec::new(), Vec::new());
-            for (row, &item) in last.iter().enumerate() {
-                for (&(_, next), &n) in self.pairs.range((item, items.start)..(item, items.end)) {
-                    places.push(row as i64 * width + next - items.start);
-                    counts.push(n as f64);
-                }
-            }
-            let counts = Tensor::from_slice(&counts);
-            let _ = scores.view(-1).index_add_(0, &Tensor::from_slice(&places), &counts);
-        }
-        scores
+        // One column more than there are items takes what lies outside of them.
+        let base = [&self.base[items.start as usize..items.end as usize], &[0.0]].concat();
+        let scores = Tensor::from_slice(&base).unsqueeze(0).repeat([n_sessions, 1]);
+        let item = encoded.select(2, 0).to_kind(Kind::Int64);
+        let inside = item.ge(items.start).logical_and(&item.lt(items.end));
+        let place = (item - items.start).where_scalarother(&inside, width);
+        scores.scatter(1, &place, &encoded.select(2, 1)).narrow(1, 0, width)
     }
 }

@@ -11,6 +11,7 @@ mod gru;
 pub mod head;
 pub mod import;
 pub mod input;
+mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
@@ -21,10 +22,11 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-pub use counts::{Counts, Order};
+pub use counts::{Counts, Evidence};
 pub use gru::{Gru, GruConfig};
 pub use head::{HeadConfig, LossConfig};
 pub use input::InputConfig;
+pub use neighbours::{Decay, Neighbours, NeighboursConfig, Reminders};
 pub use network::{LossSum, Network};
 pub use objective::Objective;
 pub use parameters::{Parameters, View};
@@ -44,8 +46,12 @@ pub enum Config {
     Xlnet(XlnetConfig),
     /// The most frequent items of all days so far.
     Popularity {},
+    /// The most frequent items of the last day, then of all days so far.
+    Recent {},
     /// First-order counts: what followed the last item most often, then popularity.
     Markov {},
+    /// V-SkNN: the items of similar sessions, then popularity (Ludewig and Jannach 2018).
+    Vsknn(NeighboursConfig),
 }
 
 /// A model that learns by gradients.
@@ -66,7 +72,8 @@ impl Config {
         match self {
             Config::Gru(gru) => Neural::Gru(gru).check(),
             Config::Xlnet(xlnet) => Neural::Xlnet(xlnet).check(),
-            Config::Popularity {} | Config::Markov {} => Ok(()),
+            Config::Vsknn(neighbours) => neighbours.check(),
+            Config::Popularity {} | Config::Recent {} | Config::Markov {} => Ok(()),
         }
     }
 
@@ -78,7 +85,7 @@ impl Config {
         let input = match self {
             Config::Gru(gru) => &gru.input,
             Config::Xlnet(xlnet) => &xlnet.input,
-            Config::Popularity {} | Config::Markov {} => return Ok(()),
+            _ => return Ok(()),
         };
         input.aggregated_width(features).map(|_| ())
     }
@@ -93,7 +100,9 @@ impl Config {
             },
             Config::Xlnet(xlnet) => format!("XLNet-{}", xlnet.objective.short_name()),
             Config::Popularity {} => "Popularity".to_owned(),
+            Config::Recent {} => "Popularity of the last day".to_owned(),
             Config::Markov {} => "Markov".to_owned(),
+            Config::Vsknn(_) => "V-SkNN".to_owned(),
         }
     }
 }

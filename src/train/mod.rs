@@ -4,6 +4,7 @@ mod counting;
 mod gradient;
 mod reduction;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,7 +18,7 @@ use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
 use crate::metrics::{EvaluateError, evaluate};
-use crate::model::{self, LossConfig, Neural, Order, Recommender, import};
+use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, import};
 use crate::optim::{Schedule, TableOptimizer};
 use crate::report::{Record, Report, ReportError, write_results};
 
@@ -194,13 +195,16 @@ fn learner(
         let learner = GradientLearner::new(&model, config, features, device);
         learner.map(|learner| Box::new(learner) as Box<dyn Learner>).map_err(TrainError::Model)
     };
-    let counting = |order| Ok(Box::new(CountLearner::new(order, features.n_items())) as Box<dyn Learner>);
-    match &config.model {
-        model::Config::Gru(gru) => neural(Neural::Gru(gru)),
-        model::Config::Xlnet(xlnet) => neural(Neural::Xlnet(xlnet)),
-        model::Config::Popularity {} => counting(Order::Zero),
-        model::Config::Markov {} => counting(Order::First),
-    }
+    let n_items = features.n_items();
+    let evidence = match &config.model {
+        model::Config::Gru(gru) => return neural(Neural::Gru(gru)),
+        model::Config::Xlnet(xlnet) => return neural(Neural::Xlnet(xlnet)),
+        model::Config::Popularity {} => Evidence::None,
+        model::Config::Recent {} => Evidence::LastDay(vec![0; n_items as usize]),
+        model::Config::Markov {} => Evidence::Successors(BTreeMap::new()),
+        model::Config::Vsknn(vsknn) => Evidence::Neighbours(Neighbours::new(vsknn, n_items)),
+    };
+    Ok(Box::new(CountLearner(Counts::new(evidence, n_items))))
 }
 
 /// Where and with whom a run takes place.

@@ -195,21 +195,6 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
 }
 
 #[test]
-fn counts_are_the_same_on_one_and_two_ranks_and_pairs_beat_popularity() {
-    let shop = Shop::new(300);
-    let mut recall = Vec::new();
-    for kind in ["popularity", "markov"] {
-        fs::write(shop.config(), config_with(&format!("kind = \"{kind}\""))).unwrap();
-        shop.train(kind, &[]).success();
-        let Some(finished) = shop.train_on(2, &format!("{kind} 2"), &[]) else { return };
-        finished.success();
-        assert_same_runs(&shop, kind, &format!("{kind} 2"));
-        recall.push(shop.records(kind, "eval")[1]["recall_at_10"].as_f64().unwrap());
-    }
-    assert!(recall[1] > recall[0] + 0.2, "{recall:?}");
-}
-
-#[test]
 fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
     let shop = Shop::new(100);
     let more = ["--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep_last=100"];
