@@ -108,16 +108,22 @@ impl Objective {
     /// # Errors
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
-        let (probability, rest) = match *self {
+        let probability = match *self {
             Objective::Causal {} => return Ok(()),
-            Objective::Masked { probability } => (probability, true),
-            Objective::Permutation { probability, max_span } => (probability, max_span > 0),
-            Objective::Replaced { probability, weight } => (probability, weight.is_finite() && weight >= 0.0),
+            Objective::Permutation { max_span: 0, .. } => {
+                return Err("`objective.max_span` cannot be 0".to_owned());
+            }
+            Objective::Replaced { weight, .. } if !(weight.is_finite() && weight >= 0.0) => {
+                return Err(format!("`objective.weight` cannot be {weight}"));
+            }
+            Objective::Masked { probability }
+            | Objective::Permutation { probability, .. }
+            | Objective::Replaced { probability, .. } => probability,
         };
         if !(probability > 0.0 && probability < 1.0) {
             return Err(format!("`objective.probability` {probability} is not within 0 < p < 1"));
         }
-        if rest { Ok(()) } else { Err(format!("{self:?} has a parameter that it cannot have")) }
+        Ok(())
     }
 
     /// What the literature calls it.
