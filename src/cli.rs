@@ -13,7 +13,7 @@ use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
 use crate::device;
 use crate::etl;
-use crate::report::{self, Report};
+use crate::report::{self, Report, evaluations};
 use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{self, Place, RunData, TrainError, TrainedRun};
 
@@ -144,6 +144,12 @@ struct EvaluateArgs {
     /// Override a key of the run's configuration, as `section.key=value`; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Leave each session's outcome in `RUN/evaluations` too
+    #[arg(long)]
+    save: bool,
+    /// With `--save`: replace the outcomes of that day and part that RUN already holds
+    #[arg(long, requires = "save")]
+    overwrite: bool,
 }
 
 /// Why a command ends early. Whoever made it knows whether this rank is to speak of it.
@@ -325,7 +331,11 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let which = (args.day, args.split);
     let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place.device);
     let run = agree(collective, opened, |_| None)?;
-    let record = job.end(run.evaluate(&job.config, collective))?;
+    let file = run.evaluation_file(&args.run_dir);
+    let taken = args.save && !args.overwrite && collective.root().is_some() && file.exists();
+    agree(collective, if taken { Err(RunDirError::Evaluated(file)) } else { Ok(()) }, |_| None)?;
+    let save = args.save.then_some(args.run_dir.as_path());
+    let record = job.end(run.evaluate(&job.config, save, collective))?;
     if job.collective.root().is_some() {
         report::result(&serde_json::to_string(&record).expect("a record is JSON"));
     }
@@ -340,6 +350,8 @@ const RUN: &str = "run.json";
 enum RunDirError {
     #[error("`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`")]
     Taken(PathBuf),
+    #[error("`{0}` exists: replace it with `--overwrite`")]
+    Evaluated(PathBuf),
     #[error("cannot write to the run directory `{path}`")]
     Io { path: PathBuf, source: std::io::Error },
 }
@@ -348,7 +360,7 @@ enum RunDirError {
 fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
     let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
     fs::create_dir_all(run_dir).map_err(at)?;
-    for left in [CONFIG, RUN, "metrics.jsonl", "results.txt", "checkpoints"] {
+    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations::EVALUATIONS, "checkpoints"] {
         let path = run_dir.join(left);
         if path.exists() && !args.overwrite {
             return Err(RunDirError::Taken(run_dir.to_owned()));

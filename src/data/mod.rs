@@ -8,6 +8,7 @@ mod batch;
 mod days;
 mod file;
 mod loader;
+mod occurrences;
 pub mod plan;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ pub use bireme_etl::Split;
 pub use days::{Days, Features};
 pub use file::{SessionFile, Sessions};
 pub use loader::{DayPlan, Loader, evaluation_batches};
+pub use occurrences::occurrences;
 
 /// Section `[data]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,20 +4,21 @@ mod counting;
 mod gradient;
 mod reduction;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
+use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors, read_occurrences};
 use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
-use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split};
-use crate::metrics::{EvaluateError, evaluate};
+use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
+use crate::metrics::{EvaluateError, Evaluation, evaluate};
 use crate::model::{self, Order, Recommender};
+use crate::report::evaluations::{self, Facts};
 use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
@@ -236,7 +237,9 @@ pub fn fit(
     let checkpoints = Checkpoints::new(run_dir, config.checkpoint.keep_last);
     let mut global_step = 0;
     let mut last_metrics = None;
+    let mut occurred = vec![0; n_items as usize];
     for (day, train, valid) in &data.days {
+        add_occurrences(&mut occurred, train, &data.features, place.collective)?;
         let plan = DayPlan {
             file: train.clone(),
             day: *day,
@@ -254,22 +257,33 @@ pub fn fit(
             place,
             report: &mut *report,
             checkpoints: &checkpoints,
+            occurrences: &occurred,
             global_step: &mut global_step,
+            n_trained: 0,
             last_log: (Instant::now(), 0),
         };
+        let begun = Instant::now();
         learner.learn_day(&mut context)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        // A learner without steps counts each session once.
+        let n_sessions = if context.n_trained > 0 { context.n_trained } else { train.n_sessions() };
         context.save(&*learner, context.plan.n_steps())?;
         report.end_day();
-        let metrics =
-            evaluate(learner.recommender(), valid, &data.features, &config.evaluate, place.collective)?;
-        let record = Record::Eval {
+        let sessions_per_s = n_sessions as f64 / seconds;
+        report.record(&Record::Day { day: *day, n_sessions, seconds, sessions_per_s })?;
+
+        let task = EvaluationTask {
+            file: valid,
+            features: &data.features,
+            occurrences: &occurred,
             train_day: *day,
             eval_day: day + 1,
             split: Split::Valid,
-            metrics: metrics.clone(),
         };
+        let (record, evaluation) = task.evaluate(learner.recommender(), config, place.collective)?;
         report.record(&record)?;
-        last_metrics = Some(metrics);
+        task.save(run_dir, config, &evaluation, place.collective)?;
+        last_metrics = Some(evaluation.metrics);
     }
     if let (Some(root), Some(metrics)) = (place.collective.root(), last_metrics) {
         write_results(root, run_dir, config.model.title(), &metrics)?;
@@ -277,11 +291,67 @@ pub fn fit(
     Ok(())
 }
 
+/// *All ranks.* Adds the occurrences of the items of a whole file, `[V]`.
+fn add_occurrences(
+    total: &mut [i64],
+    file: &SessionFile,
+    features: &Features,
+    collective: &dyn Collective,
+) -> Result<(), TrainError> {
+    let mut of_file = occurrences(file, features, (collective.rank(), collective.world_size()))?;
+    collective.sum_i64(&mut of_file)?;
+    total.iter_mut().zip(of_file).for_each(|(total, n)| *total += n);
+    Ok(())
+}
+
+/// What a model is evaluated on, and after what.
+struct EvaluationTask<'a> {
+    file: &'a SessionFile,
+    features: &'a Features,
+    /// Of each item in training so far, `[V]`.
+    occurrences: &'a [i64],
+    train_day: i64,
+    eval_day: i64,
+    split: Split,
+}
+
+impl EvaluationTask<'_> {
+    /// *All ranks.*
+    fn evaluate(
+        &self,
+        recommender: &dyn Recommender,
+        config: &config::Config,
+        collective: &dyn Collective,
+    ) -> Result<(Record, Evaluation), TrainError> {
+        let Self { file, features, occurrences, train_day, eval_day, split } = *self;
+        let begun = Instant::now();
+        let evaluation = evaluate(recommender, file, features, &config.evaluate, occurrences, collective)?;
+        let (metrics, coverage_at_20) = (evaluation.metrics.clone(), evaluation.coverage_at_20);
+        let seconds = begun.elapsed().as_secs_f64();
+        Ok((Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds }, evaluation))
+    }
+
+    /// Leaves the outcomes in the run directory, on rank 0.
+    fn save(
+        &self,
+        run_dir: &Path,
+        config: &config::Config,
+        evaluation: &Evaluation,
+        collective: &dyn Collective,
+    ) -> Result<(), TrainError> {
+        let Some(root) = collective.root() else { return Ok(()) };
+        let &Self { train_day, eval_day, split, .. } = self;
+        let facts = Facts::new(config.model.title(), (train_day, eval_day, split), evaluation);
+        Ok(evaluations::write(root, run_dir, &facts, &evaluation.outcomes)?)
+    }
+}
+
 /// The newest checkpoint of a run, and what it is to be evaluated on.
 pub struct TrainedRun {
     learner: Box<dyn Learner>,
     features: Features,
     file: SessionFile,
+    occurrences: Vec<i64>,
     train_day: i64,
     eval_day: i64,
     split: Split,
@@ -300,30 +370,40 @@ impl TrainedRun {
         device: Device,
     ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
+        let n_items = days.features().n_items();
         let (state, tensors, path) = Checkpoints::new(run_dir, 1).newest()?;
         let train_day = state.position.day;
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
-        let mut learner = learner(config, days.features().n_items(), device);
-        learner
-            .load_weights(&tensors.weights)
-            .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
-        Ok(Self { learner, features: days.features().clone(), file, train_day, eval_day, split })
+        let mut learner = learner(config, n_items, device);
+        let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
+        learner.load_weights(&tensors.weights).map_err(mismatch)?;
+        let occurrences = read_occurrences(&path, n_items)?;
+        Ok(Self { learner, features: days.features().clone(), file, occurrences, train_day, eval_day, split })
     }
 
-    /// *All ranks.* Evaluates.
+    /// Where `save` of [`TrainedRun::evaluate`] leaves the outcomes.
+    pub fn evaluation_file(&self, run_dir: &Path) -> PathBuf {
+        evaluations::path(run_dir, self.eval_day, self.split)
+    }
+
+    /// *All ranks.* Evaluates, and leaves the outcomes in the run directory `save`, if given.
     ///
     /// # Errors
     /// See [`evaluate`].
     pub fn evaluate(
         &self,
         config: &config::Config,
+        save: Option<&Path>,
         collective: &dyn Collective,
     ) -> Result<Record, TrainError> {
-        let Self { train_day, eval_day, split, .. } = *self;
-        let recommender = self.learner.recommender();
-        let metrics = evaluate(recommender, &self.file, &self.features, &config.evaluate, collective)?;
-        Ok(Record::Eval { train_day, eval_day, split, metrics })
+        let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } = *self;
+        let task = EvaluationTask { file, features, occurrences, train_day, eval_day, split };
+        let (record, evaluation) = task.evaluate(self.learner.recommender(), config, collective)?;
+        if let Some(run_dir) = save {
+            task.save(run_dir, config, &evaluation, collective)?;
+        }
+        Ok(record)
     }
 }
 
@@ -335,7 +415,11 @@ struct Day<'a> {
     place: Place<'a>,
     report: &'a mut Report,
     checkpoints: &'a Checkpoints,
+    /// How often each item occurred in training so far, this day included, on all ranks: `[V]`.
+    occurrences: &'a [i64],
     global_step: &'a mut usize,
+    /// Sessions of the steps done today, over all ranks.
+    n_trained: usize,
     /// When the last record was written, and how many steps were done then.
     last_log: (Instant, usize),
 }
@@ -351,6 +435,7 @@ impl Day<'_> {
         loss: impl FnOnce() -> f64,
     ) -> Result<(), TrainError> {
         *self.global_step += 1;
+        self.n_trained += self.plan.sessions_in_step(step);
         self.report.tick();
         let (done, n_steps) = (step + 1, self.plan.n_steps());
         if done.is_multiple_of(self.config.train.log_every_steps) || done == n_steps {
@@ -389,7 +474,7 @@ impl Day<'_> {
             n_items: self.features.n_items(),
             config: self.config.clone(),
         };
-        self.checkpoints.write(root, &state, &learner.tensors())?;
+        self.checkpoints.write(root, &state, &learner.tensors(), self.occurrences)?;
         Ok(())
     }
 }

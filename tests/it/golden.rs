@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use bireme::data::{Batch, Noise, Segment};
-use bireme::metrics::{Tally, rank_targets};
+use bireme::metrics::{Ranking, Tally, rank_targets};
 use bireme::model::{GruConfig, Network, Recommender};
 use tch::{Device, Kind, Tensor};
 
@@ -131,11 +131,12 @@ fn metrics_are_those_of_the_original() {
         // The original recommends every class; ours begin at index 2.
         let never = Tensor::full([scores.size()[0], 2], f64::from(f32::MAX), (Kind::Float, Device::Cpu));
         let scores = Tensor::cat(&[&never, scores], 1);
-        let (ranks, _) = rank_targets(
+        let Ranking { ranks, .. } = rank_targets(
             |items| scores.narrow(1, items.start, items.end - items.start),
             &(labels + 2),
             42,
             9,
+            20,
         );
         tally.add(&ranks, None);
     }
