@@ -13,7 +13,8 @@ use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
 use crate::device;
 use crate::etl;
-use crate::report::{self, Report, evaluations};
+use crate::report::runs::{CONFIG, RUN};
+use crate::report::{self, Report, compare, evaluations, runs};
 use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{self, Place, RunData, TrainError, TrainedRun};
 
@@ -37,6 +38,8 @@ enum Command {
     Train(TrainArgs),
     /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
     Evaluate(EvaluateArgs),
+    /// Compare runs: tables, charts and a page, with confidence intervals
+    Report(ReportArgs),
 }
 
 #[derive(Args)]
@@ -144,11 +147,27 @@ struct EvaluateArgs {
     /// Override a key of the run's configuration, as `section.key=value`; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Leave each session's outcome in `RUN/evaluations` too
+    /// Leave each session's outcome in `RUN/evaluations` too, for `bireme report`
     #[arg(long)]
     save: bool,
     /// With `--save`: replace the outcomes of that day and part that RUN already holds
     #[arg(long, requires = "save")]
+    overwrite: bool,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    /// What `bireme train` wrote, for each model; those that only count are the baselines of the others
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR", default_value = "report")]
+    out: PathBuf,
+    /// Resamples behind each confidence interval
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    resamples: u32,
+    /// Replace the report that DIR holds
+    #[arg(long)]
     overwrite: bool,
 }
 
@@ -177,6 +196,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Preprocess(args) => preprocess(&args),
         Command::Train(args) => train(&args),
         Command::Evaluate(args) => evaluate(&args),
+        Command::Report(args) => report(&args),
     };
     match done {
         Ok(()) => 0,
@@ -342,8 +362,18 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-const CONFIG: &str = "config.toml";
-const RUN: &str = "run.json";
+fn report(args: &ReportArgs) -> Result<(), Failure> {
+    let refused = |error: &dyn Error| Failure::refused(error, None);
+    let runs = runs::read(&args.runs).map_err(|error| refused(&error))?;
+    let comparison = compare::compare(&runs, args.resamples).map_err(|error| refused(&error))?;
+    report::write(&args.out, &comparison, args.overwrite)
+        .map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })?;
+    for warning in &comparison.warnings {
+        report::progress(&format!("warning: {warning}"));
+    }
+    report::result(&args.out.join(report::PAGE).display().to_string());
+    Ok(())
+}
 
 /// A run directory that cannot be used.
 #[derive(Debug, thiserror::Error)]

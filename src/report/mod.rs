@@ -1,9 +1,19 @@
-//! What a run says of itself.
+//! What a run says of itself, and what several runs say beside each other.
 //!
 //! [`Report`] writes `metrics.jsonl` and lines or a bar on the terminal while a run goes on, [`write_results`] and
 //! [`evaluations`] what it leaves behind. Only rank 0 speaks; on the others every call does nothing.
+//!
+//! `bireme report` reads what finished runs left: run directories → [`runs`] → [`compare`] (figures, with intervals
+//! by [`bootstrap`]) → `charts`, `tables` and `pages` → a folder, written by [`write()`].
 
 pub mod evaluations;
+pub mod runs;
+pub mod bootstrap;
+pub mod compare;
+mod charts;
+mod tables;
+mod pages;
+mod write;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
@@ -16,6 +26,9 @@ use serde::Serialize;
 use crate::collective::Root;
 use crate::data::Split;
 use crate::metrics::Metrics;
+
+pub use charts::ChartError;
+pub use write::{PAGE, WriteError, write};
 
 /// File of a run directory: its records, one JSON object a line.
 pub(crate) const METRICS: &str = "metrics.jsonl";
