@@ -196,7 +196,7 @@ fn a_report_says_what_the_runs_said_and_can_be_read_anywhere() {
     assert_eq!(names(&folder), expected);
 
     let page = read("index.html");
-    check_page(&page);
+    check_page(&page, 4);
     assert!(page.contains("GRU (gru &lt;1&gt; &amp; &quot;2&quot;)") && !page.contains("<1>"));
     assert!(page.contains("kind = &quot;gru&quot;"), "configurations");
     let markdown = read("report.md");
@@ -259,13 +259,13 @@ fn check_png(png: &[u8]) {
 }
 
 /// A page is well-formed, and asks nothing of the network.
-fn check_page(page: &str) {
+fn check_page(page: &str, n_runs: usize) {
     let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
     let document = roxmltree::Document::parse_with_options(page, options).unwrap();
     let elements = || document.descendants().filter(roxmltree::Node::is_element);
     assert_eq!(elements().filter(|node| node.tag_name().name() == "svg").count(), 7);
     assert!(elements().filter(|node| node.tag_name().name() == "table").count() >= 8);
-    assert_eq!(elements().filter(|node| node.tag_name().name() == "details").count(), 4);
+    assert_eq!(elements().filter(|node| node.tag_name().name() == "details").count(), n_runs);
     for node in elements() {
         for attribute in node.attributes() {
             assert!(!["src", "href", "srcset", "data"].contains(&attribute.name()), "{attribute:?}");
@@ -388,6 +388,22 @@ fn a_rerun_forgets_the_evaluations_of_the_run_before() {
     shop.train("run", &[]).success();
     shop.train("run", &["--overwrite", "--set", "data.last_day=2"]).success();
     assert_eq!(names(&shop.run_dir("run").join("evaluations")), ["day-2-valid.parquet".to_owned()].into());
+}
+
+#[test]
+fn a_day_without_sessions_is_reported_without_figures() {
+    let shop = Shop::new(40);
+    fixtures::write_sessions(&shop.data().join("3/valid.parquet"), &[], |_| 0.0);
+    shop.train("gru", &[]).success();
+    train_counts(&shop, "popularity");
+    report(&shop, &["gru", "popularity"], &[]).success();
+    let folder = shop.run_dir("report");
+    let figures: Value =
+        serde_json::from_str(&fs::read_to_string(folder.join("report.json")).unwrap()).unwrap();
+    assert!(figures["evaluations"][0]["runs"][0]["mrr_at_20"]["low"].is_f64());
+    assert!(figures["evaluations"][1]["runs"][0]["mrr_at_20"]["low"].is_null());
+    assert!(figures["by_known_events"].as_array().unwrap().is_empty());
+    check_page(&fs::read_to_string(folder.join("index.html")).unwrap(), 2);
 }
 
 /// Runs that were never trained, with these ranks on one day.
