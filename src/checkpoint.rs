@@ -1,7 +1,7 @@
 //! States to go on from: `RUN/checkpoints/day-<day>-step-<step>/`.
 //!
-//! A checkpoint holds `weights.safetensors`, `optimizer.safetensors`, `state.json` with everything else, and an
-//! empty file `COMPLETE`. It is written aside, forced to disk, renamed, and only then marked complete: a reader
+//! A checkpoint holds `weights.safetensors`, `optimizer.safetensors`, `occurrences.safetensors` (how often each item
+//! occurred in training so far), `state.json` with everything else, and an empty file `COMPLETE`. It is written aside, forced to disk, renamed, and only then marked complete: a reader
 //! that finds the mark finds the rest whole, whenever the writer was stopped.
 
 use std::fs::{self, File};
@@ -14,6 +14,7 @@ use tch::Tensor;
 use crate::collective::Root;
 
 const COMPLETE: &str = "COMPLETE";
+const OCCURRENCES: &str = "occurrences.safetensors";
 
 /// Section `[checkpoint]` of a configuration. A checkpoint is written at the end of every day in any case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -126,11 +127,18 @@ impl Checkpoints {
         Self { dir: run_dir.join("checkpoints"), keep_last: keep_last.max(1) }
     }
 
-    /// Writes one and then removes those that are no longer kept. Returns its folder.
+    /// Writes one and then removes those that are no longer kept. Returns its folder. `occurrences`: of each item in
+    /// training so far, `[V]`.
     ///
     /// # Errors
     /// What the file system says; the earlier checkpoints are then still there.
-    pub fn write(&self, _: Root, state: &State, tensors: &Tensors) -> Result<PathBuf, CheckpointError> {
+    pub fn write(
+        &self,
+        _: Root,
+        state: &State,
+        tensors: &Tensors,
+        occurrences: &[i64],
+    ) -> Result<PathBuf, CheckpointError> {
         let Position { day, global_step, .. } = state.position;
         let name = format!("day-{day:04}-step-{global_step:08}");
         let (aside, path) = (self.dir.join(format!(".{name}.partial")), self.dir.join(name));
@@ -141,7 +149,7 @@ impl Checkpoints {
             }
         }
         io_at("create", &aside, fs::create_dir_all(&aside))?;
-        let written = self.write_aside(&aside, state, tensors);
+        let written = self.write_aside(&aside, state, tensors, occurrences);
         if written.is_err() {
             let _ = fs::remove_dir_all(&aside);
         }
@@ -157,9 +165,21 @@ impl Checkpoints {
         Ok(path)
     }
 
-    fn write_aside(&self, aside: &Path, state: &State, tensors: &Tensors) -> Result<(), CheckpointError> {
-        for (file, named) in [("weights", &tensors.weights), ("optimizer", &tensors.optimizer)] {
-            let path = aside.join(format!("{file}.safetensors"));
+    fn write_aside(
+        &self,
+        aside: &Path,
+        state: &State,
+        tensors: &Tensors,
+        occurrences: &[i64],
+    ) -> Result<(), CheckpointError> {
+        let occurrences = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
+        let files = [
+            ("weights.safetensors", &tensors.weights),
+            ("optimizer.safetensors", &tensors.optimizer),
+            (OCCURRENCES, &occurrences),
+        ];
+        for (file, named) in files {
+            let path = aside.join(file);
             Tensor::write_safetensors(named, &path).map_err(|source| CheckpointError::Tensors {
                 action: "write",
                 path: path.clone(),
@@ -184,14 +204,7 @@ impl Checkpoints {
         let text = io_at("read", &state_path, fs::read_to_string(&state_path))?;
         let state: State = serde_json::from_str(&text)
             .map_err(|source| CheckpointError::State { path: state_path.clone(), source })?;
-        let read = |file: &str| {
-            let path = path.join(file);
-            Tensor::read_safetensors(&path).map_err(|source| CheckpointError::Tensors {
-                action: "read",
-                path: path.clone(),
-                source,
-            })
-        };
+        let read = |file: &str| read_tensors(&path.join(file));
         let tensors =
             Tensors { weights: read("weights.safetensors")?, optimizer: read("optimizer.safetensors")? };
         Ok((state, tensors, path))
@@ -208,6 +221,27 @@ impl Checkpoints {
         paths.sort();
         Ok(paths)
     }
+}
+
+/// How often each item occurred in what the run had been trained on by a checkpoint, `[V]`.
+///
+/// # Errors
+/// It cannot be read, or is of another catalogue than one of `n_items` rows.
+pub fn read_occurrences(checkpoint: &Path, n_items: i64) -> Result<Vec<i64>, CheckpointError> {
+    let path = checkpoint.join(OCCURRENCES);
+    let tensors = read_tensors(&path)?;
+    let found = tensors.into_iter().find(|(name, _)| name == "occurrences");
+    let occurrences = found.and_then(|(_, tensor)| Vec::<i64>::try_from(tensor).ok()).unwrap_or_default();
+    if occurrences.len() as i64 != n_items {
+        let problem = format!("it counts {} items, the schema has {n_items}", occurrences.len());
+        return Err(CheckpointError::Mismatch { path, problem });
+    }
+    Ok(occurrences)
+}
+
+fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+    let read = Tensor::read_safetensors(path);
+    read.map_err(|source| CheckpointError::Tensors { action: "read", path: path.to_owned(), source })
 }
 
 /// Which of these, oldest first, are not among the last `keep_last`.

@@ -13,7 +13,8 @@ use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
 use crate::device;
 use crate::etl;
-use crate::report::{self, Report};
+use crate::report::runs::{CONFIG, RUN};
+use crate::report::{self, Report, compare, evaluations, runs};
 use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{self, Place, RunData, TrainError, TrainedRun};
 
@@ -39,6 +40,8 @@ enum Command {
     Evaluate(EvaluateArgs),
     /// Make a run of weights that Transformers4Rec saved
     ImportWeights(ImportArgs),
+    /// Compare runs: tables, charts and a page, with confidence intervals
+    Report(ReportArgs),
 }
 
 #[derive(Args)]
@@ -153,6 +156,28 @@ struct EvaluateArgs {
     /// Override a key of the run's configuration, as `section.key=value`; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Leave each session's outcome in `RUN/evaluations` too, for `bireme report`
+    #[arg(long)]
+    save: bool,
+    /// With `--save`: replace the outcomes of that day and part that RUN already holds
+    #[arg(long, requires = "save")]
+    overwrite: bool,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    /// What `bireme train` wrote, for each model; those that only count are the baselines of the others
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR", default_value = "report")]
+    out: PathBuf,
+    /// Resamples behind each confidence interval
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    resamples: u32,
+    /// Replace the report that DIR holds
+    #[arg(long)]
+    overwrite: bool,
 }
 
 #[derive(Args)]
@@ -193,6 +218,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Train(args) => train(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::ImportWeights(args) => import_weights(&args),
+        Command::Report(args) => report(&args),
     };
     match done {
         Ok(()) => 0,
@@ -345,7 +371,11 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let which = (args.day, args.split);
     let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place.device);
     let run = agree(collective, opened, |_| None)?;
-    let record = job.end(run.evaluate(&job.config, collective))?;
+    let file = run.evaluation_file(&args.run_dir);
+    let taken = args.save && !args.overwrite && collective.root().is_some() && file.exists();
+    agree(collective, if taken { Err(RunDirError::Evaluated(file)) } else { Ok(()) }, |_| None)?;
+    let save = args.save.then_some(args.run_dir.as_path());
+    let record = job.end(run.evaluate(&job.config, save, collective))?;
     if job.collective.root().is_some() {
         report::result(&serde_json::to_string(&record).expect("a record is JSON"));
     }
@@ -365,14 +395,26 @@ fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-const CONFIG: &str = "config.toml";
-const RUN: &str = "run.json";
+fn report(args: &ReportArgs) -> Result<(), Failure> {
+    let refused = |error: &dyn Error| Failure::refused(error, None);
+    let runs = runs::read(&args.runs).map_err(|error| refused(&error))?;
+    let comparison = compare::compare(&runs, args.resamples).map_err(|error| refused(&error))?;
+    report::write(&args.out, &comparison, args.overwrite)
+        .map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })?;
+    for warning in &comparison.warnings {
+        report::progress(&format!("warning: {warning}"));
+    }
+    report::result(&args.out.join(report::PAGE).display().to_string());
+    Ok(())
+}
 
 /// A run directory that cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum RunDirError {
     #[error("`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`")]
     Taken(PathBuf),
+    #[error("`{0}` exists: replace it with `--overwrite`")]
+    Evaluated(PathBuf),
     #[error("cannot write to the run directory `{path}`")]
     Io { path: PathBuf, source: std::io::Error },
 }
@@ -381,7 +423,7 @@ enum RunDirError {
 fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
     let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
     fs::create_dir_all(run_dir).map_err(at)?;
-    for left in [CONFIG, RUN, "metrics.jsonl", "results.txt", "checkpoints"] {
+    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations::EVALUATIONS, "checkpoints"] {
         let path = run_dir.join(left);
         if path.exists() && !args.overwrite {
             return Err(RunDirError::Taken(run_dir.to_owned()));

@@ -12,9 +12,9 @@
 //! | [`model`] | batches | scores over the catalogue, a summed loss, gradients |
 //! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
 //! | [`optim`] | summed gradients | new parameters |
-//! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue |
+//! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue, each session's outcome |
 //! | [`checkpoint`] | a run's state | a folder to go on from |
-//! | [`report`] | records | `metrics.jsonl`, `results.txt`, lines on the terminal |
+//! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal; runs compared |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`cli`] | arguments | an exit code |
 //!

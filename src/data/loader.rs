@@ -137,21 +137,3 @@ pub fn evaluation_batches(
         Batch::new(&rows, &features)
     }))
 }
-
-/// How often each item occurs in this rank's share of a file, `[V]`: to be added up over ranks.
-///
-/// # Errors
-/// See [`SessionFile::read`].
-pub fn occurrences(
-    file: &SessionFile,
-    features: &Features,
-    (rank, world_size): (usize, usize),
-) -> Result<Vec<i64>, DataError> {
-    let n = file.n_sessions();
-    let sessions = file.read(&file.spans(rank * n / world_size..(rank + 1) * n / world_size))?;
-    let mut counts = vec![0; features.n_items() as usize];
-    for row in 0..sessions.len() {
-        sessions.ids(0, row).iter().for_each(|&item| counts[item as usize] += 1);
-    }
-    Ok(counts)
-}

@@ -8,6 +8,7 @@ mod batch;
 mod days;
 mod file;
 mod loader;
+mod occurrences;
 pub mod plan;
 
 use std::path::PathBuf;
@@ -18,7 +19,8 @@ pub use batch::{Batch, Noise, Segment, with_seed};
 pub use bireme_etl::Split;
 pub use days::{Days, Features};
 pub use file::{SessionFile, Sessions};
-pub use loader::{DayPlan, Loader, evaluation_batches, occurrences};
+pub use loader::{DayPlan, Loader, evaluation_batches};
+pub use occurrences::occurrences;
 
 /// Section `[data]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

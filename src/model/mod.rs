@@ -26,7 +26,7 @@ pub use counts::{Counts, Evidence};
 pub use gru::{Gru, GruConfig};
 pub use head::{HeadConfig, LossConfig};
 pub use input::InputConfig;
-pub use neighbours::{Decay, Neighbours, NeighboursConfig, Reminders};
+pub use neighbours::{Decay, Neighbours, NeighboursConfig};
 pub use network::{LossSum, Network};
 pub use objective::Objective;
 pub use parameters::{Parameters, View};

@@ -14,7 +14,7 @@
 //!    d-th from the end, d = 1 being the last. `score(i) = (1 + idf_weight · idf(i)) · Σ_{s ∋ i} sim(s) · v(d_s)`,
 //!    where `idf(i)` is the logarithm of all sessions so far over those that hold i.
 //!
-//! Which items of the session itself are scored is a matter of [`Reminders`]; as published, all. Of two sessions the one of the later day is the more
+//! Items of the session itself are scored like all others. Of two sessions the one of the later day is the more
 //! recent, and in a day the one of the later row: sessions carry no times inside a day.
 
 use serde::{Deserialize, Serialize};
@@ -64,18 +64,6 @@ impl Decay {
     }
 }
 
-/// Which of its own items a session is reminded of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Reminders {
-    /// All, as published.
-    All,
-    /// All but the last, which never follows itself: preprocessing drops repeats.
-    Earlier,
-    /// None.
-    None,
-}
-
 /// Parameters of V-SkNN.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -90,8 +78,6 @@ pub struct NeighboursConfig {
     pub score_weighting: Decay,
     /// How much rarer items are preferred; 0: not at all.
     pub idf_weight: f64,
-    /// Which of the session's own items neighbours may speak for.
-    pub reminders: Reminders,
 }
 
 impl Default for NeighboursConfig {
@@ -102,7 +88,6 @@ impl Default for NeighboursConfig {
             weighting: Decay::Linear,
             score_weighting: Decay::Div,
             idf_weight: 5.0,
-            reminders: Reminders::Earlier,
         }
     }
 }
@@ -201,11 +186,6 @@ impl Neighbours {
             items.iter().map(move |&item| (item, score))
         });
         let mut scores = summed(spoken_for.collect());
-        scores.retain(|&(item, _)| match config.reminders {
-            Reminders::All => true,
-            Reminders::Earlier => session.last() != Some(&i64::from(item)),
-            Reminders::None => !known.contains(&item),
-        });
         for (item, score) in &mut scores {
             let n_holders = self.holders[*item as usize].len();
             let idf = (self.n_sessions() as f64 / n_holders as f64).ln();

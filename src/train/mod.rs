@@ -5,21 +5,22 @@ mod gradient;
 mod reduction;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
+use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors, read_occurrences};
 use crate::collective::{Collective, CollectiveError, Root};
 use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
-use crate::metrics::{EvaluateError, evaluate};
+use crate::metrics::{EvaluateError, Evaluation, evaluate};
 use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, import};
 use crate::optim::{Schedule, TableOptimizer};
+use crate::report::evaluations::{self, Facts};
 use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
@@ -267,11 +268,12 @@ pub fn fit(
     report: &mut Report,
 ) -> Result<(), TrainError> {
     let mut learner = learner(config, &data.features, place.device)?;
-    let mut seen = vec![0; data.features.n_items() as usize];
     let checkpoints = Checkpoints::new(run_dir, config.checkpoint.keep_last);
     let mut global_step = 0;
     let mut last_metrics = None;
+    let mut occurred = vec![0; data.features.n_items() as usize];
     for (day, train, valid) in &data.days {
+        add_occurrences(&mut occurred, train, &data.features, place.collective)?;
         let plan = DayPlan {
             file: train.clone(),
             day: *day,
@@ -281,40 +283,101 @@ pub fn fit(
             max_steps: config.train.max_steps_per_day,
             pass_by_pass: config.run.reduction == Reduction::Reproducible,
         };
-        let share = (place.collective.rank(), place.collective.world_size());
-        let mut today = occurrences(train, &data.features, share)?;
-        place.collective.sum_i64(&mut today)?;
-        seen.iter_mut().zip(&today).for_each(|(sum, n)| *sum += n);
         report.begin_day(*day, plan.n_steps(), train.n_sessions());
         let mut context = Day {
             config,
             plan,
             features: &data.features,
-            occurrences: &seen,
             place,
             report: &mut *report,
             checkpoints: &checkpoints,
+            occurrences: &occurred,
             global_step: &mut global_step,
+            n_trained: 0,
             last_log: (Instant::now(), 0),
         };
+        let begun = Instant::now();
         learner.learn_day(&mut context)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        // A learner without steps counts each session once.
+        let n_sessions = if context.n_trained > 0 { context.n_trained } else { train.n_sessions() };
         context.save(&*learner, context.plan.n_steps())?;
         report.end_day();
-        let metrics =
-            evaluate(learner.recommender(), valid, &data.features, &config.evaluate, place.collective)?;
-        let record = Record::Eval {
+        let sessions_per_s = n_sessions as f64 / seconds;
+        report.record(&Record::Day { day: *day, n_sessions, seconds, sessions_per_s })?;
+
+        let task = EvaluationTask {
+            file: valid,
+            features: &data.features,
+            occurrences: &occurred,
             train_day: *day,
             eval_day: day + 1,
             split: Split::Valid,
-            metrics: metrics.clone(),
         };
+        let (record, evaluation) = task.evaluate(learner.recommender(), config, place.collective)?;
         report.record(&record)?;
-        last_metrics = Some(metrics);
+        task.save(run_dir, config, &evaluation, place.collective)?;
+        last_metrics = Some(evaluation.metrics);
     }
     if let (Some(root), Some(metrics)) = (place.collective.root(), last_metrics) {
         write_results(root, run_dir, &config.title(), &metrics)?;
     }
     Ok(())
+}
+
+/// *All ranks.* Adds the occurrences of the items of a whole file, `[V]`.
+fn add_occurrences(
+    total: &mut [i64],
+    file: &SessionFile,
+    features: &Features,
+    collective: &dyn Collective,
+) -> Result<(), TrainError> {
+    let mut of_file = occurrences(file, features, (collective.rank(), collective.world_size()))?;
+    collective.sum_i64(&mut of_file)?;
+    total.iter_mut().zip(of_file).for_each(|(total, n)| *total += n);
+    Ok(())
+}
+
+/// What a model is evaluated on, and after what.
+struct EvaluationTask<'a> {
+    file: &'a SessionFile,
+    features: &'a Features,
+    /// Of each item in training so far, `[V]`.
+    occurrences: &'a [i64],
+    train_day: i64,
+    eval_day: i64,
+    split: Split,
+}
+
+impl EvaluationTask<'_> {
+    /// *All ranks.*
+    fn evaluate(
+        &self,
+        recommender: &dyn Recommender,
+        config: &config::Config,
+        collective: &dyn Collective,
+    ) -> Result<(Record, Evaluation), TrainError> {
+        let Self { file, features, occurrences, train_day, eval_day, split } = *self;
+        let begun = Instant::now();
+        let evaluation = evaluate(recommender, file, features, &config.evaluate, occurrences, collective)?;
+        let (metrics, coverage_at_20) = (evaluation.metrics.clone(), evaluation.coverage_at_20);
+        let seconds = begun.elapsed().as_secs_f64();
+        Ok((Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds }, evaluation))
+    }
+
+    /// Leaves the outcomes in the run directory, on rank 0.
+    fn save(
+        &self,
+        run_dir: &Path,
+        config: &config::Config,
+        evaluation: &Evaluation,
+        collective: &dyn Collective,
+    ) -> Result<(), TrainError> {
+        let Some(root) = collective.root() else { return Ok(()) };
+        let &Self { train_day, eval_day, split, .. } = self;
+        let facts = Facts::new(&config.title(), (train_day, eval_day, split), evaluation);
+        Ok(evaluations::write(root, run_dir, &facts, &evaluation.outcomes)?)
+    }
 }
 
 /// Writes a checkpoint of weights that Transformers4Rec saved, as if the run had been trained to the end of `day`.
@@ -341,9 +404,19 @@ pub fn import_weights(
     import::rename(original, &features.columns()[0].name, wanted)
         .and_then(|renamed| learner.load_weights(&renamed))
         .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
+    let mut occurred = vec![0; features.n_items() as usize];
+    for trained in days.days().filter(|&trained| config.data.first_day <= trained && trained <= day) {
+        let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
+        occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
+    }
     let position = Position { day, day_step: 0, day_steps: 0, global_step: 0 };
     let state = state(config, features, &*learner, position);
-    Checkpoints::new(run_dir, config.checkpoint.keep_last).write(root, &state, &learner.tensors())?;
+    Checkpoints::new(run_dir, config.checkpoint.keep_last).write(
+        root,
+        &state,
+        &learner.tensors(),
+        &occurred,
+    )?;
     Ok(())
 }
 
@@ -363,6 +436,7 @@ pub struct TrainedRun {
     learner: Box<dyn Learner>,
     features: Features,
     file: SessionFile,
+    occurrences: Vec<i64>,
     train_day: i64,
     eval_day: i64,
     split: Split,
@@ -386,25 +460,34 @@ impl TrainedRun {
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
         let mut learner = learner(config, days.features(), device)?;
-        learner
-            .load_weights(&tensors.weights)
-            .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
-        Ok(Self { learner, features: days.features().clone(), file, train_day, eval_day, split })
+        let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
+        learner.load_weights(&tensors.weights).map_err(mismatch)?;
+        let occurrences = read_occurrences(&path, days.features().n_items())?;
+        Ok(Self { learner, features: days.features().clone(), file, occurrences, train_day, eval_day, split })
     }
 
-    /// *All ranks.* Evaluates.
+    /// Where `save` of [`TrainedRun::evaluate`] leaves the outcomes.
+    pub fn evaluation_file(&self, run_dir: &Path) -> PathBuf {
+        evaluations::path(run_dir, self.eval_day, self.split)
+    }
+
+    /// *All ranks.* Evaluates, and leaves the outcomes in the run directory `save`, if given.
     ///
     /// # Errors
     /// See [`evaluate`].
     pub fn evaluate(
         &self,
         config: &config::Config,
+        save: Option<&Path>,
         collective: &dyn Collective,
     ) -> Result<Record, TrainError> {
-        let Self { train_day, eval_day, split, .. } = *self;
-        let recommender = self.learner.recommender();
-        let metrics = evaluate(recommender, &self.file, &self.features, &config.evaluate, collective)?;
-        Ok(Record::Eval { train_day, eval_day, split, metrics })
+        let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } = *self;
+        let task = EvaluationTask { file, features, occurrences, train_day, eval_day, split };
+        let (record, evaluation) = task.evaluate(self.learner.recommender(), config, collective)?;
+        if let Some(run_dir) = save {
+            task.save(run_dir, config, &evaluation, collective)?;
+        }
+        Ok(record)
     }
 }
 
@@ -413,12 +496,14 @@ struct Day<'a> {
     config: &'a config::Config,
     plan: DayPlan,
     features: &'a Features,
-    /// How often each item occurred up to and on this day, `[V]`.
-    occurrences: &'a [i64],
     place: Place<'a>,
     report: &'a mut Report,
     checkpoints: &'a Checkpoints,
+    /// How often each item occurred in training so far, this day included, on all ranks: `[V]`.
+    occurrences: &'a [i64],
     global_step: &'a mut usize,
+    /// Sessions of the steps done today, over all ranks.
+    n_trained: usize,
     /// When the last record was written, and how many steps were done then.
     last_log: (Instant, usize),
 }
@@ -434,6 +519,7 @@ impl Day<'_> {
         loss: impl FnOnce() -> f64,
     ) -> Result<(), TrainError> {
         *self.global_step += 1;
+        self.n_trained += self.plan.sessions_in_step(step);
         self.report.tick();
         let (done, n_steps) = (step + 1, self.plan.n_steps());
         if done.is_multiple_of(self.config.train.log_every_steps) || done == n_steps {
@@ -466,7 +552,7 @@ impl Day<'_> {
             global_step: *self.global_step,
         };
         let state = state(self.config, self.features, learner, position);
-        self.checkpoints.write(root, &state, &learner.tensors())?;
+        self.checkpoints.write(root, &state, &learner.tensors(), self.occurrences)?;
         Ok(())
     }
 }

@@ -6,12 +6,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use bireme::data::{Config, Days, Split, evaluation_batches};
-use bireme::model::{Counts, Decay, Evidence, Neighbours, NeighboursConfig, Recommender, Reminders};
-use serde_json::Value;
+use bireme::model::{Counts, Decay, Evidence, Neighbours, NeighboursConfig, Recommender};
 
 use crate::fixtures;
 use crate::mpirun::run_within;
-use crate::train::{CONFIG, PROGRAM, Shop};
+use crate::train::{PROGRAM, Shop, config_with, timeless};
 
 const N_ITEMS: i64 = 10;
 
@@ -63,7 +62,6 @@ fn linear() -> NeighboursConfig {
         weighting: Decay::Linear,
         score_weighting: Decay::Linear,
         idf_weight: 0.0,
-        reminders: Reminders::All,
     }
 }
 
@@ -117,13 +115,6 @@ fn neighbours_score_as_by_hand() {
 
     // Of [2, 3, 4] and [4, 6], which are as similar, the later is the neighbour.
     assert_vsknn(&NeighboursConfig { k: 1, ..linear() }, &[4], &[(4, 0.9), (6, 0.9)]);
-
-    // What a session is not to be reminded of is left to popularity; after an unknown item none is the last.
-    let earlier = NeighboursConfig { reminders: Reminders::Earlier, ..linear() };
-    assert_vsknn(&earlier, &known, &[(2, 0.81), (3, 1.05), (5, 0.24), (6, 0.3)]);
-    assert_vsknn(&earlier, &[2, 3, 4, 1], &all);
-    let none = NeighboursConfig { reminders: Reminders::None, ..linear() };
-    assert_vsknn(&none, &known, &[(5, 0.24), (6, 0.3)]);
 }
 
 #[test]
@@ -218,9 +209,7 @@ fn what_was_counted_survives_as_tensors() {
 }
 
 fn set_kind(shop: &Shop, kind: &str) {
-    let (before, rest) = CONFIG.split_once("[model]").unwrap();
-    let (_, after) = rest.split_once("[train]").unwrap();
-    fs::write(shop.config(), format!("{before}[model]\nkind = \"{kind}\"\n[train]{after}")).unwrap();
+    fs::write(shop.config(), config_with(&format!("kind = \"{kind}\""))).unwrap();
 }
 
 #[test]
@@ -230,14 +219,14 @@ fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_
     for kind in ["popularity", "recent", "markov", "vsknn"] {
         set_kind(&shop, kind);
         shop.train(kind, &[]).success();
-        let evals = shop.records(kind, "eval");
+        let evals = shop.evaluations(kind);
         recall.push(evals[1]["recall_at_10"].as_f64().unwrap());
 
         let (run, data) = (shop.run_dir(kind), shop.data());
         let mut evaluate = Command::new(PROGRAM);
         evaluate.arg("evaluate").arg("--run-dir").arg(&run).arg("--data").arg(&data);
         let finished = run_within(&mut evaluate, Duration::from_secs(60)).success();
-        assert_eq!(serde_json::from_str::<Value>(&finished.stdout).unwrap(), evals[1], "{kind}");
+        assert_eq!(timeless(serde_json::from_str(&finished.stdout).unwrap()), evals[1], "{kind}");
 
         let weights = |run: &str| {
             let checkpoints = fs::read_dir(shop.run_dir(run).join("checkpoints")).unwrap();
@@ -248,7 +237,7 @@ fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_
             let run = format!("{kind} {n_ranks}");
             let Some(finished) = shop.train_on(n_ranks, &run, &[]) else { continue };
             finished.success();
-            assert_eq!(shop.records(&run, "eval"), evals, "{run}");
+            assert_eq!(shop.evaluations(&run), evals, "{run}");
             assert!(weights(&run) == weights(kind), "{run}");
         }
     }

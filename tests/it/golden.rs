@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use bireme::data::{Batch, Features, Noise, Segment};
-use bireme::metrics::{Tally, rank_targets};
+use bireme::metrics::{Ranking, Tally, rank_targets};
 use bireme::model::head::Rivals;
 use bireme::model::objective::Plan;
 use bireme::model::{GruConfig, InputConfig, Network, Neural, Recommender, XlnetConfig, import};
@@ -12,7 +12,7 @@ use bireme::optim::{Optimizer, Schedule, TableOptimizer, average_and_clip};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::fixtures::{ITEM, distance, features, golden, shared};
+use crate::fixtures::{self, ITEM, distance, features, golden, shared};
 
 const MASK: &str = "heads.0.body.0._masking.masked_item_embedding";
 
@@ -375,11 +375,12 @@ fn metrics_are_those_of_the_original() {
         // The original recommends every class; ours begin at index 2.
         let never = Tensor::full([scores.size()[0], 2], f64::from(f32::MAX), (Kind::Float, Device::Cpu));
         let scores = Tensor::cat(&[&never, scores], 1);
-        let (ranks, _) = rank_targets(
+        let Ranking { ranks, .. } = rank_targets(
             |items| scores.narrow(1, items.start, items.end - items.start),
-            &(labels + 2),
+            (&(labels + 2), &fixtures::nothing_hidden(labels.size()[0])),
             42,
             9,
+            20,
         );
         tally.add(&ranks, None);
     }

@@ -12,4 +12,5 @@ mod mpirun;
 mod pipeline;
 mod ranking;
 mod refused;
+mod report;
 mod train;

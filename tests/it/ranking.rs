@@ -1,8 +1,8 @@
 //! Ranks by counting are ranks by sorting, and figures do not depend on who evaluated.
 
 use bireme::collective::threads;
-use bireme::data::{Batch, Config, Days, Segment, Split};
-use bireme::metrics::{self, Metrics, evaluate, rank_targets};
+use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
+use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
 use bireme::model::{GruConfig, Network, Neural, Recommender};
 use tch::{Device, Tensor};
 
@@ -27,8 +27,11 @@ fn counting_gives_the_ranks_of_sorting() {
     let targets: Vec<i64> = (0..50).map(|_| number(40) as i64).collect();
     for chunk in [1, 7, 39, 40, 1000] {
         let slice = |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
-        let (ranks, losses) = rank_targets(slice, &Tensor::from_slice(&targets), 40, chunk);
+        let ranking =
+            rank_targets(slice, (&Tensor::from_slice(&targets), &fixtures::nothing_hidden(50)), 40, chunk, 5);
+        let Ranking { ranks, losses, in_top } = ranking;
         let ranks: Vec<i64> = ranks.try_into().unwrap();
+        let mut expected_in_top = [false; 40];
         for (row, &target) in targets.iter().enumerate() {
             let of_row: Vec<f32> = scores.get(row as i64).try_into().unwrap();
             let mut order: Vec<i64> = (2..40).collect();
@@ -36,16 +39,82 @@ fn counting_gives_the_ranks_of_sorting() {
             order.sort_by(|&a, &b| of_row[b as usize].total_cmp(&of_row[a as usize]));
             let expected = order.iter().position(|&item| item == target).map_or(41, |place| place as i64 + 1);
             assert_eq!(ranks[row], expected, "row {row}, chunk {chunk}");
+            order[..5].iter().for_each(|&item| expected_in_top[item as usize] = true);
             let sum: f64 = of_row.iter().map(|&score| f64::from(score).exp()).sum();
             let loss = sum.ln() - f64::from(of_row[target as usize]);
             assert!((losses.double_value(&[row as i64]) - loss).abs() < 1e-5);
         }
+        assert_eq!(Vec::<bool>::try_from(in_top).unwrap(), expected_in_top, "chunk {chunk}");
     }
 }
 
+#[test]
+fn what_is_hidden_from_a_session_is_not_in_its_running() {
+    let scores = Tensor::from_slice(&[9f32, 9.0, 5.0, 4.0, 3.0, 2.0]).repeat([4, 1]);
+    let targets = Tensor::from_slice(&[3i64, 5, 2, 4]);
+    let hidden = Tensor::from_slice(&[2i64, -1, 2, 3, 2, -1, 5, 1]).view([4, 2]);
+    for chunk in [1, 2, 4, 6] {
+        let slice =
+            |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
+        let ranking = rank_targets(slice, (&targets, &hidden), 6, chunk, 3);
+        let ranks: Vec<i64> = ranking.ranks.try_into().unwrap();
+        assert_eq!(ranks, [1, 2, 7, 3], "chunk {chunk}");
+        let in_top: Vec<bool> = ranking.in_top.try_into().unwrap();
+        assert_eq!(in_top, [false, false, true, true, true, true], "chunk {chunk}");
+        let plain = rank_targets(slice, (&targets, &fixtures::nothing_hidden(4)), 6, chunk, 3);
+        assert_eq!(ranking.losses, plain.losses);
+    }
+}
+
+#[test]
+fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
+    let mut number = fixtures::numbers(8);
+    // As many distinct scores as here: from one, where only the index decides, to hardly any tie.
+    for n_scores in [1, 2, 5, 1000] {
+        let values: Vec<f32> = (0..3 * 30).map(|_| number(n_scores) as f32).collect();
+        let scores = Tensor::from_slice(&values).view([3, 30]);
+        for (n_items, k) in [(30, 20), (30, 1), (12, 20), (3, 20), (2, 20)] {
+            let mut expected = vec![false; n_items];
+            for row in values.chunks(30) {
+                let mut order: Vec<usize> = (2..n_items).collect();
+                order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+                order.iter().take(k).for_each(|&item| expected[item] = true);
+            }
+            for chunk in [1, 2, 7, 30] {
+                let slice =
+                    |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
+                let targets = Tensor::from_slice(&[1i64, 1, 1]);
+                let ranking = rank_targets(
+                    slice,
+                    (&targets, &fixtures::nothing_hidden(3)),
+                    n_items as i64,
+                    chunk,
+                    k as i64,
+                );
+                let in_top = Vec::<bool>::try_from(ranking.in_top).unwrap();
+                assert_eq!(in_top, expected, "{n_scores} scores, {n_items} items, k {k}, chunk {chunk}");
+            }
+        }
+    }
+}
+
+#[test]
+fn deciles_are_equal_groups_by_occurrences_then_index() {
+    // 0 and 1 may not be recommended, 7 never occurred; 3 and 5 are equally popular.
+    let mut occurrences = vec![90, 80, 5, 40, 3, 40, 100, 0];
+    let expected = [0, 0, 7, 3, 9, 5, 1, 0];
+    assert_eq!(deciles(&occurrences), expected);
+    occurrences.resize(8 + 95, 1);
+    let deciles = deciles(&occurrences);
+    let sizes: Vec<usize> =
+        (1..=10).map(|decile| deciles.iter().filter(|&&of| of == decile).count()).collect();
+    assert_eq!(sizes, [10; 10]);
+    assert!(deciles[8..].is_sorted() && deciles[6] == 1);
+}
+
 /// The same figures from all scores at once, sorted, in plain f64.
-fn offline(network: &Network, sessions: &[Vec<i64>]) -> Metrics {
-    let mut ranks = Vec::new();
+fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
+    let (mut ranks, mut recommended) = (Vec::new(), std::collections::BTreeSet::new());
     for block in sessions.chunks(32) {
         let batch = Batch {
             columns: vec![Tensor::from_slice(&block.concat())],
@@ -61,6 +130,7 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Metrics {
             let mut order: Vec<i64> = (2..network.n_items()).collect();
             order.sort_by(|&a, &b| of_row[b as usize].total_cmp(&of_row[a as usize]));
             ranks.push(order.iter().position(|item| item == session.last().unwrap()).unwrap() + 1);
+            recommended.extend(order[..20].iter().copied());
         }
     }
     // Exact: how many sessions had each rank, then one product a rank.
@@ -68,7 +138,7 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Metrics {
         let at = |rank: usize| ranks.iter().filter(|&&other| other == rank).count() as f64;
         (1..=k).map(|rank| at(rank) * value(rank as f64)).sum::<f64>() / ranks.len() as f64
     };
-    Metrics {
+    let metrics = Metrics {
         n_sessions: ranks.len() as i64,
         loss: f64::NAN,
         ndcg_at_10: mean(10, |rank| 1.0 / (rank + 1.0).log2()),
@@ -76,7 +146,15 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Metrics {
         recall_at_10: mean(10, |_| 1.0),
         recall_at_20: mean(20, |_| 1.0),
         mrr_at_20: mean(20, |rank| 1.0 / rank),
-    }
+    };
+    let outcomes = ranks.iter().zip(sessions).map(|(&rank, session)| Outcome {
+        rank: rank as i64,
+        n_known: session.len() as i64 - 1,
+        target: *session.last().unwrap(),
+        decile: 0,
+    });
+    let coverage_at_20 = recommended.len() as f64 / (network.n_items() - 2) as f64;
+    Evaluation { metrics, coverage_at_20, outcomes: outcomes.collect() }
 }
 
 #[test]
@@ -88,26 +166,56 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
     let config = Config { first_day: 1, last_day: 2, max_length: 20, features: Vec::new() };
     let network = || network(n_items);
+    // Items 2 to 41 occurred, the higher the more often.
+    let occurrences: Vec<i64> = (0..n_items).map(|item| if item < 42 { item } else { 0 }).collect();
     let on_ranks = |world_size: usize, scores_mib| {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
-            let config = metrics::Config { block: 32, scores_mib };
-            evaluate(&network(), &file, days.features(), &config, collective).unwrap()
+            let config = metrics::Config { block: 32, scores_mib, ..metrics::Config::default() };
+            evaluate(&network(), &file, days.features(), &config, &occurrences, collective).unwrap()
         })
     };
     let alone = on_ranks(1, 256).remove(0);
     let expected = offline(&network(), &sessions);
-    assert_eq!(Metrics { loss: 0.0, ..alone.clone() }, Metrics { loss: 0.0, ..expected });
-    assert!(alone.loss > 3.0 && alone.loss < 5.0, "{}", alone.loss);
-    for world_size in [2, 3, 4] {
-        for metrics in on_ranks(world_size, 256) {
-            assert_eq!(metrics, alone);
+    let loss = alone.metrics.loss;
+    assert_eq!(Metrics { loss: 0.0, ..alone.metrics.clone() }, Metrics { loss: 0.0, ..expected.metrics });
+    assert!(loss > 3.0 && loss < 5.0, "{loss}");
+    assert_eq!(alone.coverage_at_20, expected.coverage_at_20);
+    // Twenty of 58 items are in the top of one session, and no two sessions are quite alike.
+    assert!((20.0 / 58.0..1.0).contains(&alone.coverage_at_20), "{}", alone.coverage_at_20);
+    let deciles = deciles(&occurrences);
+    let expected = expected.outcomes.into_iter();
+    let expected: Vec<_> =
+        expected.map(|outcome| Outcome { decile: deciles[outcome.target as usize], ..outcome }).collect();
+    assert_eq!(alone.outcomes, expected);
+    // With 13 there are more ranks than blocks: some have nothing to evaluate.
+    for (world_size, scores_mib) in [(2, 256), (3, 256), (4, 256), (13, 1)] {
+        for (rank, evaluation) in on_ranks(world_size, scores_mib).into_iter().enumerate() {
+            assert_eq!(evaluation.metrics, alone.metrics);
+            assert_eq!(evaluation.coverage_at_20, alone.coverage_at_20);
+            let none = Vec::new();
+            assert_eq!(&evaluation.outcomes, if rank == 0 { &alone.outcomes } else { &none });
         }
     }
-    // More ranks than blocks: some have nothing to evaluate.
-    for metrics in on_ranks(13, 1) {
-        assert_eq!(metrics, alone);
+}
+
+#[test]
+fn occurrences_of_all_ranks_are_those_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    fixtures::write_schema(dir.path(), 60);
+    let sessions = fixtures::sessions(333, 60, 9);
+    fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
+    let mut expected = vec![0; 60];
+    sessions.iter().flatten().for_each(|&item| expected[item as usize] += 1);
+    let config = Config { first_day: 1, last_day: 2, max_length: 20, features: Vec::new() };
+    let days = Days::open(dir.path(), &config).unwrap();
+    let file = days.file(1, Split::Train).unwrap();
+    for world_size in [1, 2, 3, 400] {
+        let of_ranks =
+            (0..world_size).map(|rank| occurrences(&file, days.features(), (rank, world_size)).unwrap());
+        let sum = of_ranks.reduce(|a, b| a.iter().zip(&b).map(|(a, b)| a + b).collect()).unwrap();
+        assert_eq!(sum, expected, "{world_size} ranks");
     }
 }
 
@@ -117,12 +225,15 @@ fn a_file_without_sessions_has_no_figures() {
     fixtures::write_schema(dir.path(), 10);
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &[], |_| 0.0);
     let config = Config { first_day: 1, last_day: 2, max_length: 20, features: Vec::new() };
-    for metrics in threads::spawn(2, |collective| {
+    for evaluation in threads::spawn(2, |collective| {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
-        evaluate(&network, &file, days.features(), &metrics::Config::default(), collective).unwrap()
+        let config = metrics::Config::default();
+        evaluate(&network, &file, days.features(), &config, &[0; 10], collective).unwrap()
     }) {
+        let metrics = evaluation.metrics;
+        assert!(evaluation.outcomes.is_empty());
         assert_eq!(metrics.n_sessions, 0);
         assert!(metrics.ndcg_at_10.is_nan() && metrics.loss.is_nan());
         assert!(serde_json::to_string(&metrics).unwrap().contains("\"ndcg_at_10\":null"));

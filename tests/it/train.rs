@@ -110,6 +110,17 @@ impl Shop {
             .filter(|record| record["kind"] == kind)
             .collect()
     }
+
+    /// What a run's evaluations found, without how long they took.
+    pub fn evaluations(&self, run: &str) -> Vec<Value> {
+        self.records(run, "eval").into_iter().map(timeless).collect()
+    }
+}
+
+/// A record without the time it took.
+pub fn timeless(mut record: Value) -> Value {
+    assert!(record["seconds"].take().as_f64().unwrap() > 0.0);
+    record
 }
 
 fn assert_same_runs(shop: &Shop, run: &str, other: &str) {
@@ -123,7 +134,7 @@ fn assert_same_runs(shop: &Shop, run: &str, other: &str) {
         let (a, b) = (a["loss"].as_f64().unwrap(), b["loss"].as_f64().unwrap());
         assert!((a - b).abs() < 1e-5, "{run} {a}, {other} {b}");
     }
-    let (evals, others) = (shop.records(run, "eval"), shop.records(other, "eval"));
+    let (evals, others) = (shop.evaluations(run), shop.evaluations(other));
     assert_eq!(evals.len(), 2);
     for (mut a, mut b) in evals.into_iter().zip(others) {
         let [loss_a, loss_b] = [&mut a, &mut b].map(|record| record["loss"].take().as_f64());
@@ -189,7 +200,11 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
             let Some(finished) = shop.train_on(n_ranks, &run, set) else { return };
             finished.success();
             assert!(files(&run) == files(&alone), "{model}, {n_ranks} ranks");
-            assert_eq!(shop.records(&run, "eval"), shop.records(&alone, "eval"));
+            assert_eq!(shop.evaluations(&run), shop.evaluations(&alone));
+            for day in ["day-2-valid.parquet", "day-3-valid.parquet"] {
+                let outcomes = |run: &str| fs::read(shop.run_dir(run).join("evaluations").join(day)).unwrap();
+                assert!(outcomes(&run) == outcomes(&alone), "{model}, {n_ranks} ranks");
+            }
         }
     }
 }
@@ -214,7 +229,7 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
     assert_eq!((facts["world_size"].as_u64(), facts["device"].as_str()), (Some(1), Some("cpu")));
 
     let results = fs::read_to_string(run.join("results.txt")).unwrap();
-    let last = shop.records("run", "eval").pop().unwrap();
+    let last = shop.evaluations("run").pop().unwrap();
     assert!(results.starts_with("GRU accuracy results:\nnext-item/ndcg_at_10:"), "{results}");
     for line in results.lines().skip(1) {
         let (key, value) = line.split_once(':').unwrap();
@@ -231,7 +246,8 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
     let steps: Vec<_> = names.iter().map(|name| &name[name.len() - 2..]).collect();
     assert_eq!(steps, ["02", "04", "06", "08", "10", "12"]);
     let newest = run.join("checkpoints").join(&names[5]);
-    for file in ["weights.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"] {
+    let tensors = ["weights.safetensors", "optimizer.safetensors", "occurrences.safetensors"];
+    for file in tensors.iter().chain(&["state.json", "COMPLETE"]) {
         assert!(newest.join(file).exists(), "{file}");
     }
     let state: Value = serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();
@@ -243,13 +259,21 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
         let mut command = Command::new(PROGRAM);
         command.args(["evaluate", "--run-dir", &run, "--data", data.to_str().unwrap()]).args(more);
         let finished = run_within(&mut command, LIMIT).success();
-        serde_json::from_str::<Value>(&finished.stdout).unwrap()
+        timeless(serde_json::from_str(&finished.stdout).unwrap())
     };
     assert_eq!(evaluate(&[]), last);
     fs::create_dir_all(run.join("checkpoints/day-9999-step-99999999")).unwrap();
     assert_eq!(evaluate(&["--day", "3"]), last);
     let on_test = evaluate(&["--day", "2", "--split", "test"]);
     assert_eq!((on_test["eval_day"].as_i64(), on_test["split"].as_str()), (Some(2), Some("test")));
+
+    // Two epochs of 100 sessions a day.
+    for (day, record) in shop.records("run", "day").iter().enumerate() {
+        assert_eq!(record["day"].as_i64(), Some(day as i64 + 1));
+        assert_eq!(record["n_sessions"].as_i64(), Some(200));
+        let [seconds, rate] = ["seconds", "sessions_per_s"].map(|key| record[key].as_f64().unwrap());
+        assert!((seconds * rate - 200.0).abs() < 1e-6, "{record}");
+    }
 
     // The same run again is the same to the last bit.
     shop.train("again", &more).success();

@@ -1,23 +1,30 @@
-//! How well the held-out item is ranked: NDCG@K, Recall@K and MRR@K over the full catalogue.
+//! How well the held-out item is ranked: NDCG@K, Recall@K and MRR@K over the full catalogue, and how much of the
+//! catalogue the recommendations cover.
 //!
 //! With one relevant item at rank r (from 1), NDCG@K is `1 / log2(r + 1)`, Recall@K is 1 and MRR@K is `1 / r` if
 //! r ≤ K, and 0 otherwise. All of them are functions of *how many* sessions had which rank, so ranks of a job
 //! add up integer counts, and the figures are the same to the last digit however the sessions were divided.
+//!
+//! The catalogue coverage at K is the share of the items that may be recommended that are among the K best of at
+//! least one session: 1 for a model that finds a use for every item, near 0 for one that always says the same.
 
-use std::ops::Range;
+mod outcomes;
+mod ranking;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::collective::{Collective, CollectiveError};
-use crate::data::{DataError, Features, SessionFile, evaluation_batches};
+use crate::collective::{Collective, CollectiveError, Reduce};
+use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
 use crate::model::Recommender;
 
-/// Largest K of any metric.
-const K_MAX: usize = 20;
+use outcomes::Outcomes;
+pub use outcomes::{Outcome, deciles};
+use ranking::FIRST_ITEM;
+pub use ranking::{Ranking, rank_targets};
 
-/// First item index that may be recommended: padding (0) and unknown (1) never are.
-const FIRST_ITEM: i64 = 2;
+/// Largest K of any metric.
+pub const K_MAX: usize = 20;
 
 /// Losses are added up as whole multiples of 2⁻³⁰, so that their order does not matter: room for 10⁸ sessions.
 const LOSS_UNIT: f64 = (1u64 << 30) as f64;
@@ -30,11 +37,45 @@ pub struct Config {
     pub block: usize,
     /// Memory for scores, in MiB: a block is scored against as much of the catalogue at a time as this holds.
     pub scores_mib: usize,
+    /// Which items of a session may be recommended to it again.
+    pub reminders: Reminders,
+}
+
+/// `evaluate.reminders`: which items of a session may be recommended to it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reminders {
+    /// All.
+    All,
+    /// All but the last, which never follows itself where preprocessing drops repeats.
+    Earlier,
+    /// None.
+    None,
+}
+
+impl Reminders {
+    /// The items hidden from each session, i64 `[B, E]`, filled up with −1.
+    fn hidden(self, known: &Batch) -> Tensor {
+        let hidden: Vec<Vec<i64>> = match self {
+            Reminders::All => Vec::new(),
+            Reminders::Earlier => {
+                known.sessions().iter().map(|session| session[session.len() - 1..].to_vec()).collect()
+            }
+            Reminders::None => known.sessions(),
+        };
+        let longest = hidden.iter().map(Vec::len).max().unwrap_or(0);
+        let fill = |session: &Vec<i64>| std::iter::repeat_n(-1, longest - session.len());
+        let rows: Vec<i64> =
+            hidden.iter().flat_map(|session| session.iter().copied().chain(fill(session))).collect();
+        Tensor::from_slice(&rows)
+            .view([known.n_sessions() as i64, longest as i64])
+            .to_device(known.items().device())
+    }
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { block: 256, scores_mib: 256 }
+        Self { block: 256, scores_mib: 256, reminders: Reminders::All }
     }
 }
 
@@ -83,11 +124,21 @@ pub struct Tally {
     loss: i64,
 }
 
+/// Where a rank is counted: ranks 1 to [`K_MAX`] at themselves, those beyond at 0.
+pub fn rank_bin(rank: i64) -> usize {
+    usize::try_from(rank).ok().filter(|&rank| rank <= K_MAX).unwrap_or(0)
+}
+
 impl Tally {
+    /// So many sessions at each [`rank_bin`], without losses.
+    pub fn of_counts(at_rank: [i64; K_MAX + 1]) -> Self {
+        Self { at_rank, loss: 0 }
+    }
+
     /// Counts target ranks (1 is best; i64 `[B]`) and adds their losses (f64 `[B]`).
     pub fn add(&mut self, ranks: &Tensor, losses: Option<&Tensor>) {
         for rank in Vec::<i64>::try_from(ranks.to_device(Device::Cpu)).expect("ranks are i64") {
-            self.at_rank[usize::try_from(rank).ok().filter(|&rank| rank <= K_MAX).unwrap_or(0)] += 1;
+            self.at_rank[rank_bin(rank)] += 1;
         }
         if let Some(losses) = losses {
             self.loss += (losses * LOSS_UNIT).round().to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]);
@@ -126,7 +177,19 @@ impl Tally {
     }
 }
 
+/// What an evaluation found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Means over all sessions of all ranks, the same on every rank.
+    pub metrics: Metrics,
+    /// Share of the items that may be recommended that are in the top 20 of at least one session.
+    pub coverage_at_20: f64,
+    /// On the root one for each session, in the order of the file; none elsewhere.
+    pub outcomes: Vec<Outcome>,
+}
+
 /// *All ranks.* Evaluates a file: the last event of every session is predicted from those before it.
+/// `occurrences`: how often each item occurred in what the model was trained on, `[V]`.
 ///
 /// # Errors
 /// Unreadable sessions, scores that are not finite, a failing collective.
@@ -135,78 +198,43 @@ pub fn evaluate(
     file: &SessionFile,
     features: &Features,
     config: &Config,
+    occurrences: &[i64],
     collective: &dyn Collective,
-) -> Result<Metrics, EvaluateError> {
-    let mut tally = Tally::default();
+) -> Result<Evaluation, EvaluateError> {
+    let n_items = recommender.n_items();
+    let (mut tally, mut outcomes) = (Tally::default(), Outcomes::default());
+    let mut in_top = Tensor::zeros([n_items], (Kind::Bool, recommender.device()));
     let max_scores = (config.scores_mib << 20) as i64 / 4;
     let share = (collective.rank(), collective.world_size());
     for batch in evaluation_batches(file, features, config.block, share)? {
         let (known, targets) = batch.to_device(recommender.device()).split_last();
         let encoded = recommender.encode(&known);
-        let (ranks, losses) = rank_targets(
+        let ranking = rank_targets(
             |items| recommender.scores(&encoded, items),
-            &targets,
-            recommender.n_items(),
+            (&targets, &config.reminders.hidden(&known)),
+            n_items,
             max_scores / batch.n_sessions().max(1) as i64,
+            K_MAX as i64,
         );
-        if !bool::try_from(losses.isfinite().all()).expect("a truth value") {
+        if !bool::try_from(ranking.losses.isfinite().all()).expect("a truth value") {
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
-        tally.add(&ranks, recommender.scores_are_logits().then_some(&losses));
+        tally.add(&ranking.ranks, recommender.scores_are_logits().then_some(&ranking.losses));
+        in_top = in_top.logical_or(&ranking.in_top);
+        outcomes.add(&ranking.ranks, &known.lengths, &targets);
     }
-    Ok(tally.all_reduce(collective)?.metrics(recommender.scores_are_logits()))
+    Ok(Evaluation {
+        metrics: tally.all_reduce(collective)?.metrics(recommender.scores_are_logits()),
+        coverage_at_20: coverage(&in_top, collective)?,
+        outcomes: outcomes.gather(occurrences, collective)?,
+    })
 }
 
-/// The rank of each target among the items that may be recommended, i64 `[B]`, and its cross entropy, f64 `[B]`.
-///
-/// A rank is one more than the number of better items, counted chunk by chunk of at most `chunk` items; among
-/// equal scores the lower index is better. A target that may not be recommended gets a rank beyond all others.
-pub fn rank_targets(
-    scores: impl Fn(Range<i64>) -> Tensor,
-    targets: &Tensor,
-    n_items: i64,
-    chunk: i64,
-) -> (Tensor, Tensor) {
-    let chunks: Vec<Range<i64>> = (0..n_items)
-        .step_by(chunk.clamp(1, n_items) as usize)
-        .map(|start| start..(start + chunk.max(1)).min(n_items))
-        .collect();
-    let target = targets.unsqueeze(1);
-    // First the targets' own scores, taken from the very product that they are compared with in the second
-    // round: a score computed in another way could differ in its last bit.
-    let mut target_scores = None;
-    let mut log_sum: Option<Tensor> = None;
-    let mut last = None;
-    for items in &chunks {
-        let chunk = scores(items.clone());
-        let inside = target.ge(items.start).logical_and(&target.lt(items.end));
-        let place = (&target - items.start).clamp(0, items.end - items.start - 1);
-        let found = chunk
-            .gather(1, &place, false)
-            .where_self(&inside, &chunk.new_zeros([1], (chunk.kind(), chunk.device())));
-        target_scores = Some(target_scores.map_or_else(|| found.shallow_clone(), |sum: Tensor| sum + &found));
-        let chunk_log_sum = chunk.logsumexp([1i64].as_slice(), true);
-        log_sum =
-            Some(log_sum.map_or_else(|| chunk_log_sum.shallow_clone(), |sum| sum.logaddexp(&chunk_log_sum)));
-        last = Some(chunk);
-    }
-    let (target_scores, log_sum) = (target_scores.expect("a catalogue"), log_sum.expect("a catalogue"));
-    let losses = (log_sum - target_scores.to_kind(Kind::Double)).squeeze_dim(1);
-
-    let mut n_better = Tensor::zeros_like(targets);
-    let only = last.filter(|_| chunks.len() == 1);
-    for items in &chunks {
-        let first = items.start.max(FIRST_ITEM);
-        if first >= items.end {
-            continue;
-        }
-        let chunk = only.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone);
-        let chunk = chunk.narrow(1, first - items.start, items.end - first);
-        let indices = Tensor::arange_start(first, items.end, (Kind::Int64, targets.device())).unsqueeze(0);
-        let tied_before = chunk.eq_tensor(&target_scores).logical_and(&indices.lt_tensor(&target));
-        let better = chunk.gt_tensor(&target_scores).logical_or(&tied_before);
-        n_better += better.sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
-    }
-    let beyond = Tensor::full_like(targets, n_items + 1);
-    ((n_better + 1).where_self(&targets.ge(FIRST_ITEM), &beyond), losses)
+/// *All ranks.* The share of the items that may be recommended that are true in `[V]` on at least one rank.
+fn coverage(in_top: &Tensor, collective: &dyn Collective) -> Result<f64, CollectiveError> {
+    let in_top = in_top.to_kind(Kind::Uint8).to_device(Device::Cpu);
+    let mut in_top = Vec::<u8>::try_from(in_top).expect("truth values [V]");
+    collective.reduce(&mut in_top, Reduce::Max)?;
+    let n_covered: usize = in_top.iter().map(|&covered| usize::from(covered)).sum();
+    Ok(n_covered as f64 / (in_top.len() as i64 - FIRST_ITEM).max(0) as f64)
 }

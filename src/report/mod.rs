@@ -1,6 +1,19 @@
-//! What a run says of itself: `metrics.jsonl`, `results.txt`, and lines or a bar on the terminal.
+//! What a run says of itself, and what several runs say beside each other.
 //!
-//! Only rank 0 speaks; on the others every call does nothing.
+//! [`Report`] writes `metrics.jsonl` and lines or a bar on the terminal while a run goes on, [`write_results`] and
+//! [`evaluations`] what it leaves behind. Only rank 0 speaks; on the others every call does nothing.
+//!
+//! `bireme report` reads what finished runs left: run directories → [`runs`] → [`compare`] (figures, with intervals
+//! by [`bootstrap`]) → `charts`, `tables` and `pages` → a folder, written by [`write()`].
+
+pub mod evaluations;
+pub mod runs;
+pub mod bootstrap;
+pub mod compare;
+mod charts;
+mod tables;
+mod pages;
+mod write;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
@@ -13,6 +26,15 @@ use serde::Serialize;
 use crate::collective::Root;
 use crate::data::Split;
 use crate::metrics::Metrics;
+
+pub use charts::ChartError;
+pub use write::{PAGE, WriteError, write};
+
+/// File of a run directory: its records, one JSON object a line.
+pub(crate) const METRICS: &str = "metrics.jsonl";
+
+/// File of a run directory, and of a report: the metrics of the last evaluation.
+pub(crate) const RESULTS: &str = "results.txt";
 
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, Serialize)]
@@ -33,6 +55,17 @@ pub enum Record {
         /// Sessions of all ranks a second, since the last such line.
         sessions_per_s: f64,
     },
+    /// After training on a day.
+    Day {
+        /// The day trained on.
+        day: i64,
+        /// Sessions trained on, those of all epochs and ranks.
+        n_sessions: usize,
+        /// Wall time of training, without evaluation.
+        seconds: f64,
+        /// Sessions of all ranks a second.
+        sessions_per_s: f64,
+    },
     /// After every day.
     Eval {
         /// The day trained on last.
@@ -44,6 +77,10 @@ pub enum Record {
         /// The figures.
         #[serde(flatten)]
         metrics: Metrics,
+        /// Share of the items that may be recommended that are in the top 20 of at least one session.
+        coverage_at_20: f64,
+        /// Wall time of the evaluation.
+        seconds: f64,
     },
 }
 
@@ -51,8 +88,8 @@ pub enum Record {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write `{path}`")]
 pub struct ReportError {
-    path: PathBuf,
-    source: io::Error,
+    pub(crate) path: PathBuf,
+    pub(crate) source: io::Error,
 }
 
 /// Where a run's records go.
@@ -75,7 +112,7 @@ impl Report {
     /// The file cannot be opened.
     pub fn open(root: Option<Root>, run_dir: &Path) -> Result<Self, ReportError> {
         let Some(_) = root else { return Ok(Self { root: None }) };
-        let path = run_dir.join("metrics.jsonl");
+        let path = run_dir.join(METRICS);
         let records = OpenOptions::new().create(true).append(true).open(&path);
         let records = records.map_err(|source| ReportError { path: path.clone(), source })?;
         Ok(Self { root: Some(RootReport { path, records, bar: None, day: (Instant::now(), 0) }) })
@@ -135,9 +172,14 @@ impl Report {
                     ));
                 }
             }
-            Record::Eval { train_day, eval_day, split, metrics } => {
+            Record::Day { day, n_sessions, seconds, sessions_per_s } => {
                 self.say(&format!(
-                    "after day {train_day}, on day {eval_day} ({}): {}",
+                    "day {day}: trained on {n_sessions} sessions in {seconds:.1} s, {sessions_per_s:.0} sessions/s"
+                ));
+            }
+            Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds } => {
+                self.say(&format!(
+                    "after day {train_day}, on day {eval_day} ({}): {}  coverage@20 {coverage_at_20:.4}  {seconds:.1} s",
                     split.name(),
                     figures(metrics)
                 ));
@@ -172,13 +214,17 @@ pub fn figures(metrics: &Metrics) -> String {
 /// # Errors
 /// The disk is full, say.
 pub fn write_results(_: Root, run_dir: &Path, title: &str, metrics: &Metrics) -> Result<(), ReportError> {
-    let path = run_dir.join("results.txt");
-    let text = format!(
+    let path = run_dir.join(RESULTS);
+    std::fs::write(&path, results(title, metrics)).map_err(|source| ReportError { path, source })
+}
+
+/// A title, then metrics as `key:value`, a line each.
+pub(crate) fn results(title: &str, metrics: &Metrics) -> String {
+    format!(
         "{title} accuracy results:\nnext-item/ndcg_at_10:{}\nnext-item/ndcg_at_20:{}\n\
          next-item/recall_at_10:{}\nnext-item/recall_at_20:{}\n",
         metrics.ndcg_at_10, metrics.ndcg_at_20, metrics.recall_at_10, metrics.recall_at_20
-    );
-    std::fs::write(&path, text).map_err(|source| ReportError { path, source })
+    )
 }
 
 /// Prints a result to stdout.

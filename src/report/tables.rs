@@ -1,0 +1,135 @@
+//! Figures as tables of text, for every page alike.
+
+use super::bootstrap::Estimate;
+use super::compare::{Comparison, EvaluatedPart, Figures, Group, Measure};
+
+/// A table; its first column names its rows.
+pub(super) struct Table {
+    pub(super) caption: String,
+    pub(super) head: Vec<String>,
+    pub(super) rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new<'a>(caption: String, head: impl IntoIterator<Item = &'a str>) -> Self {
+        Self { caption, head: head.into_iter().map(str::to_owned).collect(), rows: Vec::new() }
+    }
+}
+
+/// One for each evaluation, the last first.
+pub(super) fn evaluations(comparison: &Comparison) -> Vec<Table> {
+    comparison.evaluations.iter().rev().map(|part| evaluation(comparison, part)).collect()
+}
+
+fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> Table {
+    let caption = format!(
+        "Day {} ({}), trained to day {}: {} sessions",
+        part.eval_day,
+        part.split.name(),
+        part.train_day,
+        part.n_sessions
+    );
+    let head = ["model"].into_iter().chain(Measure::ALL.map(Measure::title)).chain(["coverage@20", "loss"]);
+    let mut table = Table::new(caption, head);
+    for (run, evaluated) in comparison.runs.iter().zip(&part.runs) {
+        let name = if run.is_baseline { format!("{}, baseline", run.label) } else { run.label.clone() };
+        let mut row = vec![name];
+        row.extend(estimates(&evaluated.figures));
+        row.extend(
+            [evaluated.coverage_at_20, evaluated.loss]
+                .map(|figure| figure.map_or_else(|| "none".to_owned(), |figure| number(figure, false))),
+        );
+        table.rows.push(row);
+    }
+    table
+}
+
+/// Each run minus the reference.
+pub(super) fn differences(comparison: &Comparison) -> Option<Table> {
+    let differences = comparison.differences.as_ref()?;
+    let last = comparison.last();
+    let caption = format!(
+        "Difference from {} on day {} ({}), the same sessions resampled for both",
+        differences.reference,
+        last.eval_day,
+        last.split.name()
+    );
+    let mut table = Table::new(caption, ["model"].into_iter().chain(Measure::ALL.map(Measure::title)));
+    for run in &differences.runs {
+        let signed = Measure::ALL.map(|measure| estimate(run.figures.get(measure), true));
+        table.rows.push([run.label.clone()].into_iter().chain(signed).collect());
+    }
+    Some(table)
+}
+
+/// What training took, by run and day.
+pub(super) fn training(comparison: &Comparison) -> Table {
+    let caption = "Training: sessions of all epochs and ranks, wall time without evaluation".to_owned();
+    let head = ["model", "day", "sessions", "seconds", "sessions/s", "ranks", "device"];
+    let mut table = Table::new(caption, head);
+    for run in &comparison.runs {
+        let fact = |key: &str| match &run.machine[key] {
+            serde_json::Value::Null => "unknown".to_owned(),
+            serde_json::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        for day in &run.days {
+            table.rows.push(vec![
+                run.label.clone(),
+                day.day.to_string(),
+                day.n_sessions.to_string(),
+                format!("{:.2}", day.seconds),
+                format!("{:.0}", day.sessions_per_s),
+                fact("world_size"),
+                fact("device"),
+            ]);
+        }
+    }
+    table
+}
+
+/// Figures by the events known of a session.
+pub(super) fn by_known_events(comparison: &Comparison) -> Vec<Table> {
+    by_group(comparison, "events known of the session", "events known", &comparison.by_known_events)
+}
+
+/// Figures by the popularity of the held-out item.
+pub(super) fn by_popularity(comparison: &Comparison) -> Vec<Table> {
+    let groups = &comparison.by_popularity_decile;
+    by_group(comparison, "popularity decile of the held-out item (1: most popular)", "decile", groups)
+}
+
+fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[Group]) -> Vec<Table> {
+    let of = |measure: Measure| {
+        let caption = format!("{} by {by}", measure.title());
+        let labels = comparison.runs.iter().map(|run| run.label.as_str());
+        let mut table = Table::new(caption, [column, "sessions"].into_iter().chain(labels));
+        for group in groups {
+            let figures = group.runs.iter().map(|figures| estimate(figures.get(measure), false));
+            let row = [group.label.clone(), group.n_sessions.to_string()].into_iter().chain(figures);
+            table.rows.push(row.collect());
+        }
+        table
+    };
+    [Measure::RecallAt20, Measure::NdcgAt20].map(of).into()
+}
+
+fn estimates(figures: &Figures) -> [String; 5] {
+    Measure::ALL.map(|measure| estimate(figures.get(measure), false))
+}
+
+/// `0.1948 [0.1800, 0.2100]`.
+fn estimate(Estimate { value, low, high }: Estimate, signed: bool) -> String {
+    if value.is_nan() {
+        return number(value, signed);
+    }
+    format!("{} [{}, {}]", number(value, signed), number(low, signed), number(high, signed))
+}
+
+fn number(value: f64, signed: bool) -> String {
+    match value {
+        _ if value.is_nan() => "none".to_owned(),
+        _ if signed => format!("{value:+.4}"),
+        _ => format!("{value:.4}"),
+    }
+}
