@@ -3,29 +3,31 @@
 mod counting;
 mod gradient;
 mod reduction;
+mod trained;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors, read_occurrences};
-use crate::collective::{Collective, CollectiveError, Root};
+use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
+use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
-use crate::metrics::{EvaluateError, Evaluation, evaluate};
-use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, import};
+use crate::metrics::EvaluateError;
+use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender};
 use crate::optim::{Schedule, TableOptimizer};
-use crate::report::evaluations::{self, Facts};
 use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
 use gradient::GradientLearner;
 pub use reduction::Reduction;
+use trained::EvaluationTask;
+pub use trained::{TrainedRun, import_weights};
 
 /// Section `[train]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -338,88 +340,6 @@ fn add_occurrences(
     Ok(())
 }
 
-/// What a model is evaluated on, and after what.
-struct EvaluationTask<'a> {
-    file: &'a SessionFile,
-    features: &'a Features,
-    /// Of each item in training so far, `[V]`.
-    occurrences: &'a [i64],
-    train_day: i64,
-    eval_day: i64,
-    split: Split,
-}
-
-impl EvaluationTask<'_> {
-    /// *All ranks.*
-    fn evaluate(
-        &self,
-        recommender: &dyn Recommender,
-        config: &config::Config,
-        collective: &dyn Collective,
-    ) -> Result<(Record, Evaluation), TrainError> {
-        let Self { file, features, occurrences, train_day, eval_day, split } = *self;
-        let begun = Instant::now();
-        let evaluation = evaluate(recommender, file, features, &config.evaluate, occurrences, collective)?;
-        let (metrics, coverage_at_20) = (evaluation.metrics.clone(), evaluation.coverage_at_20);
-        let seconds = begun.elapsed().as_secs_f64();
-        Ok((Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds }, evaluation))
-    }
-
-    /// Leaves the outcomes in the run directory, on rank 0.
-    fn save(
-        &self,
-        run_dir: &Path,
-        config: &config::Config,
-        evaluation: &Evaluation,
-        collective: &dyn Collective,
-    ) -> Result<(), TrainError> {
-        let Some(root) = collective.root() else { return Ok(()) };
-        let &Self { train_day, eval_day, split, .. } = self;
-        let facts = Facts::new(&config.title(), (train_day, eval_day, split), evaluation);
-        Ok(evaluations::write(root, run_dir, &facts, &evaluation.outcomes)?)
-    }
-}
-
-/// Writes a checkpoint of weights that Transformers4Rec saved, as if the run had been trained to the end of `day`.
-///
-/// # Errors
-/// A file that is no safetensors file, weights of another model or of other sizes, a checkpoint that cannot be written.
-pub fn import_weights(
-    root: Root,
-    (weights, day): (&Path, i64),
-    (data_dir, run_dir): (&Path, &Path),
-    config: &config::Config,
-) -> Result<(), TrainError> {
-    let days = Days::open(data_dir, &config.data)?;
-    let features = days.features();
-    let mut learner = learner(config, features, Device::Cpu)?;
-    let path = weights.to_owned();
-    let original = tch::Tensor::read_safetensors(weights).map_err(|source| CheckpointError::Tensors {
-        action: "read",
-        path: path.clone(),
-        source,
-    })?;
-    let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
-    let wanted = |name: &str| names.iter().any(|other| other == name);
-    import::rename(original, &features.columns()[0].name, wanted)
-        .and_then(|renamed| learner.load_weights(&renamed))
-        .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
-    let mut occurred = vec![0; features.n_items() as usize];
-    for trained in days.days().filter(|&trained| config.data.first_day <= trained && trained <= day) {
-        let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
-        occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
-    }
-    let position = Position { day, day_step: 0, day_steps: 0, global_step: 0 };
-    let state = state(config, features, &*learner, position);
-    Checkpoints::new(run_dir, config.checkpoint.keep_last).write(
-        root,
-        &state,
-        &learner.tensors(),
-        &occurred,
-    )?;
-    Ok(())
-}
-
 fn state(config: &config::Config, features: &Features, learner: &dyn Learner, position: Position) -> State {
     State {
         format: 1,
@@ -428,66 +348,6 @@ fn state(config: &config::Config, features: &Features, learner: &dyn Learner, po
         optimizer_steps: learner.optimizer_steps(),
         n_items: features.n_items(),
         config: config.clone(),
-    }
-}
-
-/// The newest checkpoint of a run, and what it is to be evaluated on.
-pub struct TrainedRun {
-    learner: Box<dyn Learner>,
-    features: Features,
-    file: SessionFile,
-    occurrences: Vec<i64>,
-    train_day: i64,
-    eval_day: i64,
-    split: Split,
-}
-
-impl TrainedRun {
-    /// Opens one part of `day`, or of the day after the last trained on.
-    ///
-    /// # Errors
-    /// No complete checkpoint, one of another catalogue, or what [`Days::file`] says.
-    pub fn open(
-        run_dir: &Path,
-        data_dir: &Path,
-        config: &config::Config,
-        (day, split): (Option<i64>, Split),
-        device: Device,
-    ) -> Result<Self, TrainError> {
-        let days = Days::open(data_dir, &config.data)?;
-        let (state, tensors, path) = Checkpoints::new(run_dir, 1).newest()?;
-        let train_day = state.position.day;
-        let eval_day = day.unwrap_or(train_day + 1);
-        let file = days.file(eval_day, split)?;
-        let mut learner = learner(config, days.features(), device)?;
-        let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
-        learner.load_weights(&tensors.weights).map_err(mismatch)?;
-        let occurrences = read_occurrences(&path, days.features().n_items())?;
-        Ok(Self { learner, features: days.features().clone(), file, occurrences, train_day, eval_day, split })
-    }
-
-    /// Where `save` of [`TrainedRun::evaluate`] leaves the outcomes.
-    pub fn evaluation_file(&self, run_dir: &Path) -> PathBuf {
-        evaluations::path(run_dir, self.eval_day, self.split)
-    }
-
-    /// *All ranks.* Evaluates, and leaves the outcomes in the run directory `save`, if given.
-    ///
-    /// # Errors
-    /// See [`evaluate`].
-    pub fn evaluate(
-        &self,
-        config: &config::Config,
-        save: Option<&Path>,
-        collective: &dyn Collective,
-    ) -> Result<Record, TrainError> {
-        let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } = *self;
-        let task = EvaluationTask { file, features, occurrences, train_day, eval_day, split };
-        let (record, evaluation) = task.evaluate(self.learner.recommender(), config, collective)?;
-        if let Some(run_dir) = save {
-            task.save(run_dir, config, &evaluation, collective)?;
-        }
-        Ok(record)
     }
 }
 
