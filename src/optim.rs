@@ -1,9 +1,9 @@
 //! From summed gradients to new parameters: clipping, AdamW, Adagrad for tables, the learning rate's schedule.
 
-use std::ops::Range;
-
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
+
+use crate::model::View;
 
 /// `train.tables`: how the tables learn, of which a step touches few rows. Everything else is left to AdamW.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -50,31 +50,31 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// For parameters like `values: [n]`, those in `tables` (which lie first) being tables.
+    /// For parameters like `values: [n]`, of which `tables`, side by side from the first on, are tables.
     pub fn new(
         values: &Tensor,
-        tables: Range<i64>,
+        tables: &[View],
         optimizer: TableOptimizer,
         (learning_rate, weight_decay): (f64, f64),
     ) -> Self {
         let (first, adagrad) = match optimizer {
             TableOptimizer::Adamw => (0, None),
             TableOptimizer::Adagrad { learning_rate } => {
-                let adagrad = Adagrad::new(&values.narrow(0, 0, tables.end));
-                (tables.end, Some((adagrad, learning_rate)))
+                let adagrad = Adagrad::new(values, tables);
+                (adagrad.sum.size()[0], Some((adagrad, learning_rate)))
             }
         };
         let adamw = AdamW::new(&values.narrow(0, first, values.size()[0] - first), weight_decay);
         Self { adamw, learning_rate, first, adagrad }
     }
 
-    /// Changes `values: [n]` by one step against `gradients: [n]`, at this share of the learning rates.
-    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, share: f64) {
+    /// Changes `values: [n]` by one step against `gradients: [n]` times `scale: []`, at this share of the learning rates.
+    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, share: f64) {
         let rest = |flat: &Tensor| flat.narrow(0, self.first, flat.size()[0] - self.first);
+        let _ = rest(gradients).g_mul_(scale);
         self.adamw.step(&mut rest(values), &rest(gradients), share * self.learning_rate);
         if let Some((adagrad, learning_rate)) = &mut self.adagrad {
-            let tables = |flat: &Tensor| flat.narrow(0, 0, self.first);
-            adagrad.step(&mut tables(values), &tables(gradients), share * *learning_rate);
+            adagrad.step(values, gradients, scale, share * *learning_rate);
         }
     }
 
@@ -91,24 +91,38 @@ impl Optimizer {
     }
 }
 
-/// Adagrad over one flat buffer (Duchi et al. 2011), as PyTorch computes it: `s ← s + g²`, `p ← p − lr g / (√s + ε)`.
+/// Adagrad over tables (Duchi et al. 2011), as PyTorch computes it: `s ← s + g²`, `p ← p − lr g / (√s + ε)`.
+///
+/// A row without a gradient stays as it is, so only the others are touched: a step reads the gradients once and is
+/// otherwise as long as there are rows in it.
 pub struct Adagrad {
+    tables: Vec<View>,
     /// Sums of squared gradients `[n]`.
     sum: Tensor,
 }
 
 impl Adagrad {
-    /// Zero sums for parameters like `values: [n]`.
-    pub fn new(values: &Tensor) -> Self {
-        Self { sum: Tensor::zeros_like(values) }
+    /// Zero sums for `tables`, which lie side by side from the first of `values: [n]` on.
+    pub fn new(values: &Tensor, tables: &[View]) -> Self {
+        let n = tables.iter().map(|table| table.shape.iter().product::<i64>()).sum();
+        Self { tables: tables.to_vec(), sum: values.narrow(0, 0, n).zeros_like() }
     }
 
-    /// Changes `values: [n]` by one step against `gradients: [n]`.
-    pub fn step(&mut self, values: &mut Tensor, gradients: &Tensor, learning_rate: f64) {
+    /// Changes the tables in `values: [n]` by one step against `gradients: [n]` times `scale: []`.
+    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, learning_rate: f64) {
         tch::no_grad(|| {
-            let _ = self.sum.addcmul_(gradients, gradients);
-            let denominator = self.sum.sqrt().g_add_scalar_(1e-10);
-            let _ = values.addcdiv_(&(gradients * -learning_rate), &denominator);
+            for table in &self.tables {
+                let [mut values, gradients, mut sum] =
+                    [values, gradients, &self.sum].map(|flat| table.of(flat).view([table.shape[0], -1]));
+                let size = gradients.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+                // A NaN is not zero either, so that nothing hides it.
+                let rows = size.nonzero().squeeze_dim(1);
+                let gradient = gradients.index_select(0, &rows) * scale;
+                let squares = sum.index_select(0, &rows) + &gradient * &gradient;
+                let change = gradient * -learning_rate / (squares.sqrt() + 1e-10);
+                let _ = values.index_add_(0, &rows, &change);
+                let _ = sum.index_copy_(0, &rows, &squares);
+            }
         });
     }
 }
@@ -156,18 +170,20 @@ impl AdamW {
     }
 }
 
-/// Turns summed gradients `[n]` into those of the mean over `n_targets: []`, at most `max_norm` long in all (the
-/// coefficient of `torch.nn.utils.clip_grad_norm_`). Nothing waits for the device. Returns the norm before.
-pub fn average_and_clip(gradients: &mut Tensor, n_targets: &Tensor, max_norm: f64) -> Tensor {
+/// What summed gradients `[n]` are to be multiplied by, so that they are those of the mean over `n_targets: []` and at
+/// most `max_norm` long in all (the coefficient of `torch.nn.utils.clip_grad_norm_`); and their norm before clipping.
+/// Nothing waits for the device.
+pub fn average_and_clip(gradients: &Tensor, n_targets: &Tensor, max_norm: f64) -> (Tensor, Tensor) {
     let norm = gradients.norm_scalaropt_dtype(2.0, Kind::Float) / n_targets;
     let clip = ((&norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);
-    let _ = gradients.g_mul_(&(clip / n_targets));
-    norm
+    (clip / n_targets, norm)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Parameters;
+    use crate::model::parameters::Initial;
 
     #[test]
     fn first_step_is_as_long_as_the_learning_rate() {
@@ -205,42 +221,67 @@ mod tests {
     #[test]
     fn clipping_acts_on_the_mean_and_only_above_the_norm() {
         let n = Tensor::from(2f32);
-        let mut long = Tensor::from_slice(&[6f32, 8.0]);
-        let norm = average_and_clip(&mut long, &n, 1.0);
+        let long = Tensor::from_slice(&[6f32, 8.0]);
+        let (scale, norm) = average_and_clip(&long, &n, 1.0);
         assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
-        assert!((long.norm().double_value(&[]) - 1.0).abs() < 1e-5);
-        let mut short = Tensor::from_slice(&[0.6f32, 0.8]);
-        let _ = average_and_clip(&mut short, &n, 1.0);
-        assert!((short.norm().double_value(&[]) - 0.5).abs() < 1e-6);
+        assert!(((long * scale).norm().double_value(&[]) - 1.0).abs() < 1e-5);
+        let short = Tensor::from_slice(&[0.6f32, 0.8]);
+        let (scale, _) = average_and_clip(&short, &n, 1.0);
+        assert!(((short * scale).norm().double_value(&[]) - 0.5).abs() < 1e-6);
+    }
+
+    /// A table of two rows, a bias for each, and two further parameters.
+    fn parameters() -> (Parameters, Tensor) {
+        let mut initial = Initial::default();
+        for (name, size) in [("table", &[2, 2][..]), ("bias", &[2]), ("rest", &[2])] {
+            initial.constant(name, size, 1.0);
+        }
+        let parameters = Parameters::new(initial, tch::Device::Cpu);
+        let values = parameters.values();
+        (parameters, values)
     }
 
     #[test]
-    fn adagrad_steps_shrink() {
-        let mut values = Tensor::from_slice(&[1f32, 1.0]);
-        let mut adagrad = Adagrad::new(&values);
+    fn adagrad_steps_shrink_and_leave_other_rows_alone() {
+        let (parameters, values) = parameters();
+        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
+        let gradients = Tensor::from_slice(&[0.0f32, 0.0, 1.0, 0.0, 2.0, 0.0, 7.0, 7.0]);
         for _ in 0..2 {
-            adagrad.step(&mut values, &Tensor::from_slice(&[0.5f32, 0.0]), 0.1);
+            adagrad.step(&values, &gradients, &Tensor::from(0.5f32), 0.1);
         }
-        // 0.5 / √0.25, then 0.5 / √0.5; what has no gradient stays.
-        let moved: Vec<f32> = Vec::try_from(values).unwrap();
-        assert!((moved[0] - (1.0 - 0.1 - 0.1 * 0.5f32.sqrt())).abs() < 1e-6, "{moved:?}");
-        assert_eq!(moved[1], 1.0);
+        // 0.5 / √0.25, then 0.5 / √0.5; what has no gradient stays, as does what is no table.
+        let moved = 1.0 - 0.1 - 0.1 * 0.5f32.sqrt();
+        let values: Vec<f32> = Vec::try_from(values).unwrap();
+        for (value, expected) in values.iter().zip([1.0, 1.0, moved, 1.0, moved, 1.0, 1.0, 1.0]) {
+            assert!((value - expected).abs() < 1e-6, "{values:?}");
+        }
+        let sum: Vec<f32> = Vec::try_from(adagrad.sum).unwrap();
+        assert_eq!(sum, [0.0, 0.0, 0.5, 0.0, 2.0, 0.0]);
     }
 
     #[test]
     fn tables_and_the_rest_learn_by_their_own_rules() {
-        let values = Tensor::from_slice(&[1f32, 1.0, 1.0]);
+        let (parameters, values) = parameters();
         let adagrad = TableOptimizer::Adagrad { learning_rate: 0.5 };
-        let mut optimizer = Optimizer::new(&values, 0..2, adagrad, (0.1, 0.0));
-        optimizer.step(&values, &Tensor::from_slice(&[0.3f32, 0.0, 0.2]), 0.5);
+        let mut optimizer = Optimizer::new(&values, &parameters.views()[..2], adagrad, (0.1, 0.0));
+        let gradients = Tensor::from_slice(&[0.3f32, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0]);
+        optimizer.step(&values, &gradients, &Tensor::from(1f32), 0.5);
         let moved: Vec<f32> = Vec::try_from(values).unwrap();
-        assert!(
-            (moved[0] - 0.75).abs() < 1e-5 && moved[1] == 1.0 && (moved[2] - 0.95).abs() < 1e-5,
-            "{moved:?}"
-        );
+        for (value, expected) in moved.iter().zip([0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 0.95, 1.0]) {
+            assert!((value - expected).abs() < 1e-5, "{moved:?}");
+        }
         let names: Vec<_> =
             optimizer.state().iter().map(|(name, first, t)| (*name, *first, t.numel())).collect();
-        assert_eq!(names, [("m", 2, 1), ("v", 2, 1), ("sum", 0, 2)]);
+        assert_eq!(names, [("m", 6, 2), ("v", 6, 2), ("sum", 0, 6)]);
+    }
+
+    #[test]
+    fn a_gradient_that_is_no_number_reaches_the_table() {
+        let (parameters, values) = parameters();
+        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
+        let gradients = Tensor::from_slice(&[f32::NAN, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        adagrad.step(&values, &gradients, &Tensor::from(1f32), 0.5);
+        assert!(values.double_value(&[0]).is_nan() && values.double_value(&[2]) == 1.0);
     }
 
     #[test]

@@ -33,7 +33,7 @@ impl Default for GruConfig {
             n_layers: 1,
             dropout: 0.0,
             input: InputConfig::default(),
-            objective: Objective::Causal {},
+            objective: Objective::causal(),
             head: HeadConfig::default(),
         }
     }

@@ -95,7 +95,7 @@ impl Config {
         match self {
             Config::Gru(gru) => match gru.objective {
                 // What a GRU always learns goes without saying.
-                Objective::Causal {} => "GRU".to_owned(),
+                Objective::Causal { .. } => "GRU".to_owned(),
                 _ => format!("GRU-{}", gru.objective.short_name()),
             },
             Config::Xlnet(xlnet) => format!("XLNet-{}", xlnet.objective.short_name()),

@@ -11,7 +11,7 @@ use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, cross_entropy};
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
-use super::{Gru, Neural, Parameters, Recommender, Xlnet};
+use super::{Gru, Neural, Parameters, Recommender, View, Xlnet};
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
 
@@ -116,9 +116,9 @@ impl Network {
         &mut self.parameters
     }
 
-    /// Where tables lie in the flat buffers, of which a step touches few rows.
-    pub fn tables(&self) -> Range<i64> {
-        self.parameters.range_of_first(self.n_tables)
+    /// The tables, which lie first in the flat buffers and of which a step touches few rows.
+    pub fn tables(&self) -> &[View] {
+        &self.parameters.views()[..self.n_tables]
     }
 
     /// Adds the gradients of a pass over `batch` and returns its loss. A batch without sessions gives zeros.

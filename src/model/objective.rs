@@ -14,7 +14,15 @@ use crate::data::Batch;
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Objective {
     /// Every event is predicted from those before it.
-    Causal {},
+    Causal {
+        /// Probability with which an event is left out of what is learnt from a session in an epoch (Tan et al. 2016).
+        #[serde(default)]
+        drop: f64,
+        /// Probability with which a session is read from its end to its beginning in an epoch: what was seen together
+        /// counts in either order.
+        #[serde(default)]
+        reverse: f64,
+    },
     /// Masked item modelling: some events are hidden behind a learnt vector and predicted from all others (Devlin et
     /// al. 2019, Sun et al. 2019).
     Masked {
@@ -103,13 +111,24 @@ pub enum Visible {
 }
 
 impl Objective {
+    /// Causal, over whole sessions as they are.
+    pub fn causal() -> Self {
+        Objective::Causal { drop: 0.0, reverse: 0.0 }
+    }
+
     /// Checks what the types leave open.
     ///
     /// # Errors
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
         let probability = match *self {
-            Objective::Causal {} => return Ok(()),
+            Objective::Causal { drop, reverse } => {
+                let shares = [("drop", drop), ("reverse", reverse)];
+                return match shares.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
+                    Some((key, p)) => Err(format!("`objective.{key}` {p} is not within 0 <= p < 1")),
+                    None => Ok(()),
+                };
+            }
             Objective::Permutation { max_span: 0, .. } => {
                 return Err("`objective.max_span` cannot be 0".to_owned());
             }
@@ -129,7 +148,7 @@ impl Objective {
     /// What the literature calls it.
     pub fn short_name(&self) -> &'static str {
         match self {
-            Objective::Causal {} => "CLM",
+            Objective::Causal { .. } => "CLM",
             Objective::Masked { .. } => "MLM",
             Objective::Permutation { .. } => "PLM",
             Objective::Replaced { .. } => "RTD",
@@ -138,7 +157,7 @@ impl Objective {
 
     /// Whether positions may be hidden behind the mask.
     pub fn masks(&self) -> bool {
-        !matches!(self, Objective::Causal {})
+        !matches!(self, Objective::Causal { .. })
     }
 
     /// Whether the prediction of an event must not see that event while others do.
@@ -150,7 +169,10 @@ impl Objective {
     pub fn training(&self, batch: &Batch) -> Plan {
         let draws = batch.lengths.iter().zip(&batch.session_seeds);
         match *self {
-            Objective::Causal {} => Plan::causal(&batch.lengths),
+            Objective::Causal { drop, reverse } => {
+                let read: Vec<_> = draws.map(|(&n, &seed)| reading(n, drop, reverse, seed)).collect();
+                Plan::causal(&batch.lengths, &read)
+            }
             Objective::Masked { probability } | Objective::Replaced { probability, .. } => {
                 let hidden = draws.map(|(&n, &seed)| hide(n, probability, seed)).collect::<Vec<_>>();
                 Plan::masked(&hidden)
@@ -180,7 +202,7 @@ impl Objective {
             reads.push(shown.len() as i64 - 1);
         }
         let visible = match self {
-            Objective::Causal {} => Visible::Before,
+            Objective::Causal { .. } => Visible::Before,
             Objective::Masked { .. } | Objective::Replaced { .. } => Visible::All,
             Objective::Permutation { .. } => Visible::Order(order),
         };
@@ -191,18 +213,20 @@ impl Objective {
 }
 
 impl Plan {
-    /// Every event but a session's first is predicted from the state after the one before it.
-    pub fn causal(lengths: &[usize]) -> Self {
+    /// Every event but the first that is read is predicted from the state after the one read before it. `read`: which
+    /// events of each session are read, in which order.
+    pub fn causal(lengths: &[usize], read: &[Vec<usize>]) -> Self {
         let mut plan = Self::empty(Visible::Before);
-        let mut event = 0;
-        for &length in lengths {
-            let n = length.saturating_sub(1) as i64;
-            plan.reads.extend((0..n).map(|i| plan.shown.len() as i64 + i));
-            plan.targets.extend((0..n).map(|i| event + i + 1));
-            plan.shown.extend((0..n).map(|i| Shown::Event(event + i)));
-            plan.lengths.push(n as usize);
-            plan.reads_per_session.push(n as usize);
-            event += length as i64;
+        let mut first = 0;
+        for (&length, read) in lengths.iter().zip(read) {
+            let n = read.len().saturating_sub(1);
+            let event = |&place: &usize| (first + place) as i64;
+            plan.reads.extend((plan.shown.len()..plan.shown.len() + n).map(|position| position as i64));
+            plan.targets.extend(read.iter().skip(1).map(event));
+            plan.shown.extend(read.iter().take(n).map(|place| Shown::Event(event(place))));
+            plan.lengths.push(n);
+            plan.reads_per_session.push(n);
+            first += length;
         }
         plan
     }
@@ -290,6 +314,26 @@ impl Plan {
     }
 }
 
+/// Which of `n` events are read, in which order: all, but each left out with probability `drop` as long as two are left,
+/// from the last to the first with probability `reverse`.
+pub fn reading(n: usize, drop: f64, reverse: f64, seed: u64) -> Vec<usize> {
+    let mut read: Vec<usize> = (0..n).collect();
+    if drop == 0.0 && reverse == 0.0 {
+        return read;
+    }
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    let mut n_left = n;
+    read.retain(|_| {
+        let left_out = generator.random_bool(drop) && n_left > 2;
+        n_left -= usize::from(left_out);
+        !left_out
+    });
+    if generator.random_bool(reverse) {
+        read.reverse();
+    }
+    read
+}
+
 /// Which of `n` events are hidden: each with `probability`, and one in any case, but not all. A single event is not.
 pub fn hide(n: usize, probability: f64, seed: u64) -> Vec<bool> {
     if n < 2 {
@@ -356,6 +400,27 @@ mod tests {
         assert!((0.98..1.002).contains(&rate), "{rate} of {expected} among {n_events}");
         assert_eq!(hide(1, 0.15, 3), [false]);
         assert!(hide(0, 0.15, 3).is_empty());
+    }
+
+    #[test]
+    fn readings_leave_out_and_turn_round_as_often_as_they_should() {
+        let (mut n_read, mut n_reversed) = (0, 0);
+        for seed in 0..20_000 {
+            let read = reading(10, 0.25, 0.5, seed);
+            assert!(read.len() >= 2 && (read.is_sorted() || read.is_sorted_by(|a, b| a > b)));
+            n_read += read.len();
+            n_reversed += usize::from(read[0] > read[1]);
+            assert_eq!(reading(2, 0.9, 0.0, seed), [0, 1]);
+        }
+        assert!((n_read as f64 / 2e5 - 0.75).abs() < 0.005, "{n_read}");
+        assert!((n_reversed as f64 / 2e4 - 0.5).abs() < 0.02, "{n_reversed}");
+        assert_eq!(reading(4, 0.0, 0.0, 1), [0, 1, 2, 3]);
+        let plan = Plan::causal(&[3, 4], &[vec![0, 1, 2], vec![3, 0]]);
+        assert_eq!(
+            (&plan.lengths[..], &plan.targets[..], &plan.reads[..]),
+            (&[2, 1][..], &[1, 2, 3][..], &[0, 1, 2][..])
+        );
+        assert_eq!(plan.shown, [Shown::Event(0), Shown::Event(1), Shown::Event(6)]);
     }
 
     #[test]

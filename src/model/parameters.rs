@@ -103,6 +103,13 @@ pub struct View {
     range: Range<i64>,
 }
 
+impl View {
+    /// Its part of a flat buffer of all parameters, shaped like it.
+    pub fn of(&self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.range.start, self.range.end - self.range.start).view(self.shape.as_slice())
+    }
+}
+
 /// Named parameters, in the order in which they were declared.
 pub struct Parameters {
     views: Vec<View>,
@@ -130,7 +137,7 @@ impl Parameters {
         let flat: Vec<Tensor> = initial.iter().map(|(_, tensor)| tensor.reshape([-1])).collect();
         let values = Tensor::cat(&flat, 0).to_kind(Kind::Float).to_device(device);
         let gradients = Tensor::zeros([end + TAIL], (Kind::Float, device));
-        let leaves = views.iter().map(|view| part(&values, view).detach().set_requires_grad(true)).collect();
+        let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
         Self { views, values, gradients, leaves }
     }
 
@@ -176,12 +183,7 @@ impl Parameters {
 
     /// The gradient of parameter number `index`, shaped like it.
     pub fn gradient(&self, index: usize) -> Tensor {
-        part(&self.gradients, &self.views[index])
-    }
-
-    /// Where the first `n` parameters lie in the flat buffers.
-    pub fn range_of_first(&self, n: usize) -> Range<i64> {
-        0..self.views[..n].last().map_or(0, |view| view.range.end)
+        self.views[index].of(&self.gradients)
     }
 
     /// Forgets the gradients of the last step.
@@ -228,12 +230,8 @@ impl Parameters {
                     view.shape
                 ));
             }
-            tch::no_grad(|| part(flat, view).copy_(tensor));
+            tch::no_grad(|| view.of(flat).copy_(tensor));
         }
         Ok(())
     }
-}
-
-fn part(flat: &Tensor, view: &View) -> Tensor {
-    flat.narrow(0, view.range.start, view.range.end - view.range.start).view(view.shape.as_slice())
 }

@@ -66,9 +66,9 @@ impl GradientLearner {
             Some(exact) => sums.copy_(&exact.all_reduce(day.place.collective)?),
         }
         let tail = parameters.tail();
-        let mut gradients = parameters.gradients();
-        let _ = average_and_clip(&mut gradients, &tail.get(1), config.clip_norm);
-        self.optimizer.step(&parameters.values(), &gradients, share);
+        let gradients = parameters.gradients();
+        let (scale, _) = average_and_clip(&gradients, &tail.get(1), config.clip_norm);
+        self.optimizer.step(&parameters.values(), &gradients, &scale, share);
         Ok(tail)
     }
 }

@@ -67,7 +67,7 @@ fn network(config: &Neural<'_>) -> Network {
 
 fn objectives() -> [Objective; 4] {
     [
-        Objective::Causal {},
+        Objective::causal(),
         Objective::Masked { probability: 0.3 },
         Objective::Permutation { probability: 0.3, max_span: 3 },
         Objective::Replaced { probability: 0.3, weight: 1.0 },
@@ -112,7 +112,7 @@ fn packing_sessions_of_other_lengths_changes_nothing() {
 fn the_last_layer_where_it_is_read_is_the_last_layer_everywhere() {
     let sessions = [vec![5, 9, 3, 7], vec![2, 7, 11, 30, 21, 4]];
     for visible in [Visible::All, Visible::Before] {
-        let config = xlnet(Objective::Causal {}, input());
+        let config = xlnet(Objective::causal(), input());
         let network = network(&Neural::Xlnet(&config));
         let everywhere = Plan::all(&[4, 6], visible);
         let some = Plan { reads: vec![1, 3, 4, 8], reads_per_session: vec![2, 2], ..everywhere.clone() };
@@ -136,12 +136,16 @@ fn moved(network: &Network, plan: &Plan, session: &[i64], place: usize) -> Vec<b
 fn predictions_see_what_they_may_and_nothing_else() {
     let session = [5, 9, 3, 7, 21, 30];
     // Causal: the state that predicts event i + 1 sees events 0 to i.
-    let (gru, xlnet_causal) = (gru(Objective::Causal {}, input()), xlnet(Objective::Causal {}, input()));
+    let (gru, xlnet_causal) = (gru(Objective::causal(), input()), xlnet(Objective::causal(), input()));
     for config in [Neural::Gru(&gru), Neural::Xlnet(&xlnet_causal)] {
         let network = network(&config);
         for place in 0..5 {
             let expected: Vec<bool> = (0..5).map(|i| i >= place).collect();
-            assert_eq!(moved(&network, &Plan::causal(&[6]), &session, place), expected, "{config:?}");
+            assert_eq!(
+                moved(&network, &Plan::causal(&[6], &[(0..6).collect()]), &session, place),
+                expected,
+                "{config:?}"
+            );
         }
     }
     // Masked: those that are not hidden, on both sides.
@@ -266,7 +270,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             let mut optimizer = bireme::optim::Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
             for _ in 0..40 {
                 let (_, gradients) = loss_and_gradients(&mut network, &shop);
-                optimizer.step(&values, &gradients, 1.0);
+                optimizer.step(&values, &gradients, &Tensor::from(1f32), 1.0);
             }
             let after = loss(&mut network);
             assert!(after < 0.85 * before, "{before} to {after}: {config:?}");
@@ -282,7 +286,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
 #[test]
 fn features_of_other_widths_cannot_be_summed() {
     let input = InputConfig { aggregation: Aggregation::Sum, ..input() };
-    let config = gru(Objective::Causal {}, input);
+    let config = gru(Objective::causal(), input);
     let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, (7, Device::Cpu)).err().unwrap();
     assert_eq!(
         refused,
