@@ -78,7 +78,7 @@ done
 [ "$last_day" -gt "$first_day" ] ||
     refuse "a model is trained on one day and evaluated on the next, and the events have no day after day $first_day"
 
-models=(quickstart popularity markov)
+models=(quickstart popularity recent markov vsknn)
 for model in "${models[@]}"; do
     say "training configs/$model.toml on $RANKS ranks, days $first_day to $((last_day - 1))"
     mpirun -np $RANKS --bind-to none "$bireme" train --config "configs/$model.toml" \
@@ -86,6 +86,7 @@ for model in "${models[@]}"; do
         --set "data.first_day=$first_day" --set "data.last_day=$last_day"
 done
 
+"$bireme" report "${models[@]/#/$out/}" --out "$out/report" --overwrite >/dev/null
 echo
 python3 - "$out" "${models[@]}" <<'PYTHON'
 """Prints the evaluations in each run's metrics.jsonl as one table."""
@@ -110,7 +111,8 @@ cat <<END
 
 sessions by day   $out/data/sessions_by_day
 fitted workflow   $out/data/workflow
-runs              $out/{${models[0]},${models[1]},${models[2]}}: metrics.jsonl, results.txt, checkpoints
+runs              $out/{$(IFS=,; echo "${models[*]}")}: metrics.jsonl, results.txt, checkpoints
+side by side      $out/report/index.html: tables with intervals, charts, learning curves
 build             $build_seconds s
 everything after  $SECONDS s
 END
