@@ -5,11 +5,8 @@
 //! beside this file, so that a machine needs none. Colours are those of Okabe & Ito (2008), told apart by the colour
 //! blind too; models also differ in their markers, and lines of baselines are dashed.
 
-use std::io::Write;
 use std::ops::Range;
 
-use flate2::write::ZlibEncoder;
-use flate2::{Compression, Crc};
 use plotters::chart::ChartContext;
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
@@ -520,39 +517,25 @@ fn draw_series<DB: DrawingBackend>(axes: &mut Axes<'_, DB>, series: &Series) -> 
     Ok(())
 }
 
-/// Pixels (rows of red, green, blue) as PNG, each being the mean of a square of `factor` by `factor`. A PNG is a
-/// signature and three chunks (ISO/IEC 15948): too little for a dependency that would have much of ours built anew.
+/// Pixels (rows of red, green, blue) as PNG, each being the mean of a square of `factor` by `factor`.
 fn png(pixels: &[u8], width: usize, factor: usize) -> Vec<u8> {
     let (columns, rows) = (width / factor, pixels.len() / 3 / width / factor);
-    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
-    let mut line = vec![0; 1 + columns * 3];
-    for row in 0..rows {
-        // The first byte of a line names its filter: 0 is none.
-        for (at, mean) in line[1..].iter_mut().enumerate() {
-            let (column, channel) = (at / 3, at % 3);
-            let square = (0..factor * factor).map(|i| {
-                let (y, x) = (row * factor + i / factor, column * factor + i % factor);
-                u32::from(pixels[(y * width + x) * 3 + channel])
-            });
-            *mean = (square.sum::<u32>() / (factor * factor) as u32) as u8;
-        }
-        encoder.write_all(&line).expect("writing to memory");
-    }
-    let data = encoder.finish().expect("writing to memory");
-    let mut header = Vec::new();
-    header.extend((columns as u32).to_be_bytes());
-    header.extend((rows as u32).to_be_bytes());
-    // 8 bits a channel, red green blue, deflate, adaptive filters, not interlaced.
-    header.extend([8, 2, 0, 0, 0]);
-    let mut png = b"\x89PNG\r\n\x1a\n".to_vec();
-    for (kind, content) in [(b"IHDR", &header), (b"IDAT", &data), (b"IEND", &Vec::new())] {
-        let mut crc = Crc::new();
-        crc.update(kind);
-        crc.update(content);
-        png.extend((content.len() as u32).to_be_bytes());
-        png.extend(kind);
-        png.extend(content);
-        png.extend(crc.sum().to_be_bytes());
-    }
+    let mean = |at: usize| {
+        let (row, column, channel) = (at / 3 / columns, at / 3 % columns, at % 3);
+        let square = (0..factor * factor).map(|i| {
+            let (y, x) = (row * factor + i / factor, column * factor + i % factor);
+            u32::from(pixels[(y * width + x) * 3 + channel])
+        });
+        (square.sum::<u32>() / (factor * factor) as u32) as u8
+    };
+    let smooth: Vec<u8> = (0..rows * columns * 3).map(mean).collect();
+    let mut png = Vec::new();
+    let mut encoder = png::Encoder::new(&mut png, columns as u32, rows as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder
+        .write_header()
+        .and_then(|mut writer| writer.write_image_data(&smooth))
+        .expect("writing to memory");
     png
 }
