@@ -134,6 +134,9 @@ impl Config {
         if max_length < 2 {
             return refuse("data", format!("`max_length` {max_length} leaves nothing to predict from"));
         }
+        if self.data.window_days == 0 {
+            return refuse("data", "`window_days` must be at least 1".to_owned());
+        }
         if let Err(problem) = self.train.check() {
             return refuse("train", problem);
         }

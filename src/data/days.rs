@@ -99,6 +99,6 @@ impl Days {
             let have: Vec<_> = self.days().map(|day| day.to_string()).collect();
             DataError::MissingDay { day, dir: self.dir.clone(), have: have.join(", ") }
         })?;
-        SessionFile::open(&partition.join(split.file()), &self.features, self.max_length)
+        SessionFile::open((&partition.join(split.file()), day), &self.features, self.max_length)
     }
 }

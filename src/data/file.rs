@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bireme_etl::schema::Feature;
 use parquet::basic::Type as Physical;
@@ -28,11 +29,18 @@ pub enum Column {
 pub struct Sessions {
     offsets: Vec<usize>,
     columns: Vec<Column>,
-    /// Each session's row in its file.
-    rows: Vec<u64>,
+    /// Each session's day, and its row in that day's file.
+    places: Vec<(i64, u64)>,
 }
 
 impl Sessions {
+    fn none(features: &Features) -> Self {
+        let columns = features.columns().iter().map(|feature| {
+            if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) }
+        });
+        Self { offsets: vec![0], columns: columns.collect(), places: Vec::new() }
+    }
+
     /// Number of sessions.
     pub fn len(&self) -> usize {
         self.offsets.len() - 1
@@ -48,9 +56,9 @@ impl Sessions {
         self.offsets[row]..self.offsets[row + 1]
     }
 
-    /// Row of session `row` in its file: what identifies it within its day, however it is read.
-    pub fn row_in_file(&self, row: usize) -> u64 {
-        self.rows[row]
+    /// Day of session `row`, and its row in that day's file: what identifies it, however it is read.
+    pub fn place(&self, row: usize) -> (i64, u64) {
+        self.places[row]
     }
 
     /// Codes of session `row` in a categorical column, numbered as in [`Features::columns`].
@@ -70,7 +78,7 @@ impl Sessions {
     }
 
     fn append(&mut self, other: Sessions) {
-        self.rows.extend(other.rows);
+        self.places.extend(other.places);
         let base = *self.offsets.last().unwrap_or(&0);
         self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
         for (mine, theirs) in self.columns.iter_mut().zip(other.columns) {
@@ -85,6 +93,7 @@ impl Sessions {
 
 /// One opened `train`, `valid` or `test` file.
 pub struct SessionFile {
+    day: i64,
     path: PathBuf,
     features: Features,
     /// Each feature's leaf column in the file: its index, and the definition level of a value that is there.
@@ -94,7 +103,11 @@ pub struct SessionFile {
 }
 
 impl SessionFile {
-    pub(super) fn open(path: &Path, features: &Features, max_length: usize) -> Result<Self, DataError> {
+    pub(super) fn open(
+        (path, day): (&Path, i64),
+        features: &Features,
+        max_length: usize,
+    ) -> Result<Self, DataError> {
         let reader = open_parquet(path)?;
         let metadata = reader.metadata();
         let descriptor = metadata.file_metadata().schema_descr();
@@ -123,7 +136,7 @@ impl SessionFile {
             leaves.push((leaf, column.max_def_level()));
         }
         let group_rows = metadata.row_groups().iter().map(|group| group.num_rows() as usize).collect();
-        Ok(Self { path: path.to_owned(), features: features.clone(), leaves, group_rows, max_length })
+        Ok(Self { day, path: path.to_owned(), features: features.clone(), leaves, group_rows, max_length })
     }
 
     /// The file's path.
@@ -147,10 +160,7 @@ impl SessionFile {
     /// A file that changed or is cut off, a session of fewer than 2 events, a null or out-of-range value.
     pub fn read(&self, spans: &[(usize, Range<usize>)]) -> Result<Sessions, DataError> {
         let reader = open_parquet(&self.path)?;
-        let columns = self.features.columns().iter().map(|feature| {
-            if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) }
-        });
-        let mut sessions = Sessions { offsets: vec![0], columns: columns.collect(), rows: Vec::new() };
+        let mut sessions = Sessions::none(&self.features);
         for (group, rows) in spans {
             sessions.append(self.read_group(&reader, *group, rows.clone())?);
         }
@@ -207,8 +217,53 @@ impl SessionFile {
             *end += length.min(self.max_length);
             Some(*end)
         }));
-        let rows = (first_row..first_row + lengths.len()).map(|row| row as u64).collect();
-        Ok(Sessions { offsets, columns, rows })
+        let places = (first_row..first_row + lengths.len()).map(|row| (self.day, row as u64)).collect();
+        Ok(Sessions { offsets, columns, places })
+    }
+}
+
+/// The train files of consecutive days, read as one.
+#[derive(Clone)]
+pub struct Window(Vec<Arc<SessionFile>>);
+
+impl Window {
+    /// Of these days, the earliest first; at least one.
+    pub fn new(files: Vec<Arc<SessionFile>>) -> Self {
+        assert!(!files.is_empty(), "a window has a day");
+        Self(files)
+    }
+
+    /// The file of the last day.
+    pub fn today(&self) -> &SessionFile {
+        &self.0[self.0.len() - 1]
+    }
+
+    /// Number of sessions.
+    pub fn n_sessions(&self) -> usize {
+        self.0.iter().map(|file| file.n_sessions()).sum()
+    }
+
+    /// Sessions in each row group, file by file.
+    pub fn group_rows(&self) -> Vec<usize> {
+        self.0.iter().flat_map(|file| file.group_rows()).copied().collect()
+    }
+
+    /// Reads the given rows of the given row groups, in this order.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn read(&self, spans: &[(usize, Range<usize>)]) -> Result<Sessions, DataError> {
+        let mut sessions = Sessions::none(&self.today().features);
+        let groups: Vec<(&SessionFile, usize)> = self
+            .0
+            .iter()
+            .flat_map(|file| (0..file.group_rows().len()).map(move |group| (&**file, group)))
+            .collect();
+        for (group, rows) in spans {
+            let (file, group) = groups[*group];
+            sessions.append(file.read(&[(group, rows.clone())])?);
+        }
+        Ok(sessions)
     }
 }
 

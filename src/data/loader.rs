@@ -1,11 +1,10 @@
 //! Steps of a rank, read and put together in the background while the one before computes.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use super::plan::{Shape, derive_seed, lanes_of_rank};
-use super::{Batch, DataError, Features, Segment, SessionFile, Sessions};
+use super::{Batch, DataError, Features, Segment, SessionFile, Sessions, Window};
 
 /// Steps that may wait ready: enough to even out a slow read, few enough to be nothing in memory.
 const READY_STEPS: usize = 4;
@@ -13,8 +12,8 @@ const READY_STEPS: usize = 4;
 /// Where a training day begins and what it consists of.
 #[derive(Clone)]
 pub struct DayPlan {
-    /// The day's sessions.
-    pub file: Arc<SessionFile>,
+    /// The sessions.
+    pub window: Window,
     /// The day.
     pub day: i64,
     /// Passes over it.
@@ -32,7 +31,7 @@ pub struct DayPlan {
 impl DayPlan {
     /// Steps of one epoch.
     pub fn steps_per_epoch(&self) -> usize {
-        self.shape.steps(self.file.n_sessions())
+        self.shape.steps(self.window.n_sessions())
     }
 
     /// Steps of the day, the same on every rank.
@@ -43,7 +42,7 @@ impl DayPlan {
 
     /// Sessions in the global batch of step `step` of the day.
     pub fn sessions_in_step(&self, step: usize) -> usize {
-        self.shape.sessions_in_step(self.file.n_sessions(), step % self.steps_per_epoch())
+        self.shape.sessions_in_step(self.window.n_sessions(), step % self.steps_per_epoch())
     }
 }
 
@@ -59,12 +58,13 @@ impl Loader {
         let (plan, features) = (plan.clone(), features.clone());
         thread::spawn(move || {
             let n_steps = plan.n_steps();
+            let group_rows = plan.window.group_rows();
             let steps_per_epoch = plan.steps_per_epoch();
             for epoch in (0..plan.n_epochs).take_while(|epoch| epoch * steps_per_epoch < n_steps) {
                 let place = (plan.seed, plan.day, epoch);
-                let lanes = lanes_of_rank(plan.file.group_rows(), plan.shape, place, (rank, world_size));
+                let lanes = lanes_of_rank(&group_rows, plan.shape, place, (rank, world_size));
                 let sessions: Result<Vec<Sessions>, _> =
-                    lanes.iter().map(|lane| plan.file.read(&lane.spans)).collect();
+                    lanes.iter().map(|lane| plan.window.read(&lane.spans)).collect();
                 let sessions = match sessions {
                     Ok(sessions) => sessions,
                     // The receiver may be gone after an error of its own: then nobody is left to tell.
@@ -84,7 +84,8 @@ impl Loader {
                     let pass = |rows: &[(&Sessions, usize)], segments| Batch {
                         session_seeds: rows
                             .iter()
-                            .map(|(of, row)| at("session", &[of.row_in_file(*row)]))
+                            .map(|(of, row)| of.place(*row))
+                            .map(|(day, row)| at("session", &[day as u64, row]))
                             .collect(),
                         step_seed: at("step", &[step as u64]),
                         segments,

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use batch::{Batch, Noise, Segment, with_seed};
 pub use bireme_etl::Split;
 pub use days::{Days, Features};
-pub use file::{SessionFile, Sessions};
+pub use file::{SessionFile, Sessions, Window};
 pub use loader::{DayPlan, Loader, evaluation_batches};
 pub use occurrences::occurrences;
 
@@ -30,12 +30,19 @@ pub struct Config {
     pub first_day: i64,
     /// Last day evaluated on: days `first_day` to `last_day - 1` are trained on, each evaluated on the next.
     pub last_day: i64,
+    /// Days trained on at a time: each day of those above, and as many of the days before it, from `first_day` on.
+    #[serde(default = "default_window_days")]
+    pub window_days: usize,
     /// Longest part of a session that is read, in events; of a longer one the most recent events are kept.
     #[serde(default = "default_max_length")]
     pub max_length: usize,
     /// List columns the model reads, by their schema names; empty: the item id alone.
     #[serde(default)]
     pub features: Vec<String>,
+}
+
+fn default_window_days() -> usize {
+    1
 }
 
 fn default_max_length() -> usize {

@@ -20,7 +20,7 @@ impl Learner for CountLearner {
 
     /// Each session counts once, whatever the epochs and steps of the configuration.
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<(), TrainError> {
-        let file = &day.plan.file;
+        let file = day.plan.window.today();
         let sessions = file.read(&file.spans(0..file.n_sessions()))?;
         self.0.add_day((0..sessions.len()).map(|row| sessions.ids(0, row)));
         Ok(())

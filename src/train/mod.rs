@@ -17,7 +17,7 @@ use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
-use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, occurrences};
+use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, Window, occurrences};
 use crate::metrics::EvaluateError;
 use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender};
 use crate::optim::{Schedule, TableOptimizer};
@@ -222,8 +222,8 @@ pub struct Place<'a> {
 /// The data of a run, opened and checked.
 pub struct RunData {
     features: Features,
-    /// (day, its train file, the next day's valid file).
-    days: Vec<(i64, Arc<SessionFile>, SessionFile)>,
+    /// (day, the train files up to it, the next day's valid file).
+    days: Vec<(i64, Window, SessionFile)>,
 }
 
 impl RunData {
@@ -242,10 +242,14 @@ impl RunData {
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        let pairs = (config.data.first_day..config.data.last_day)
-            .map(|day| Ok((day, Arc::new(days.file(day, Split::Train)?), days.file(day + 1, Split::Valid)?)));
-        let pairs: Vec<_> = pairs.collect::<Result<_, DataError>>()?;
-        let n_sessions: usize = pairs.iter().map(|(_, train, _)| train.n_sessions()).sum();
+        let mut trained = Vec::new();
+        let mut steps = Vec::new();
+        for day in config.data.first_day..config.data.last_day {
+            trained.push(Arc::new(days.file(day, Split::Train)?));
+            let window = trained[trained.len().saturating_sub(config.data.window_days)..].to_vec();
+            steps.push((day, Window::new(window), days.file(day + 1, Split::Valid)?));
+        }
+        let n_sessions: usize = trained.iter().map(|file| file.n_sessions()).sum();
         if world_size > n_sessions {
             let limit = format!(
                 "the {n_sessions} training sessions of days {} to {}",
@@ -254,7 +258,7 @@ impl RunData {
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        Ok(Self { features: days.features().clone(), days: pairs })
+        Ok(Self { features: days.features().clone(), days: steps })
     }
 }
 
@@ -274,10 +278,10 @@ pub fn fit(
     let mut global_step = 0;
     let mut last_metrics = None;
     let mut occurred = vec![0; data.features.n_items() as usize];
-    for (day, train, valid) in &data.days {
-        add_occurrences(&mut occurred, train, &data.features, place.collective)?;
+    for (day, window, valid) in &data.days {
+        add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
         let plan = DayPlan {
-            file: train.clone(),
+            window: window.clone(),
             day: *day,
             n_epochs: config.train.epochs_per_day,
             shape: config.train.shape(),
@@ -285,7 +289,7 @@ pub fn fit(
             max_steps: config.train.max_steps_per_day,
             pass_by_pass: config.run.reduction == Reduction::Reproducible,
         };
-        report.begin_day(*day, plan.n_steps(), train.n_sessions());
+        report.begin_day(*day, plan.n_steps(), window.n_sessions());
         let mut context = Day {
             config,
             plan,
@@ -302,7 +306,7 @@ pub fn fit(
         learner.learn_day(&mut context)?;
         let seconds = begun.elapsed().as_secs_f64();
         // A learner without steps counts each session once.
-        let n_sessions = if context.n_trained > 0 { context.n_trained } else { train.n_sessions() };
+        let n_sessions = if context.n_trained > 0 { context.n_trained } else { window.today().n_sessions() };
         context.save(&*learner, context.plan.n_steps())?;
         report.end_day();
         let sessions_per_s = n_sessions as f64 / seconds;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bireme::config::Config;
 use bireme::data::plan::Shape;
-use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split};
+use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
 use bireme::model::head::{Rivals, Sampler, Scored, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
@@ -188,15 +188,15 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     sessions.sort();
     sessions.dedup();
     fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
-    let config = bireme::data::Config { first_day: 1, last_day: 2, max_length: 20, features: Vec::new() };
+    let config = bireme::data::Config { first_day: 1, last_day: 2, window_days: 1, max_length: 20, features: Vec::new() };
     let days = Days::open(dir.path(), &config).unwrap();
-    let file = std::sync::Arc::new(days.file(1, Split::Train).unwrap());
+    let window = Window::new(vec![std::sync::Arc::new(days.file(1, Split::Train).unwrap())]);
     let objective = Objective::Masked { probability: 0.15 };
     // Which events of which session are hidden, epoch by epoch.
     let hidden = |seed: u64, (n_lanes, micro_batch): (usize, usize), world_size: usize| {
         let shape = Shape { n_lanes, micro_batch };
         let plan = DayPlan {
-            file: file.clone(),
+            window: window.clone(),
             day: 1,
             n_epochs: 2,
             shape,
@@ -213,7 +213,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
                     for (session, n_reads) in batch.sessions().into_iter().zip(plan.reads_per_session) {
                         let (mine, rest) = reads.split_at(n_reads);
                         hidden.push((
-                            step / shape.steps(file.n_sessions()),
+                            step / shape.steps(window.n_sessions()),
                             session.clone(),
                             mine.iter().map(|event| event - first).collect(),
                         ));

@@ -40,6 +40,7 @@ fn configurations() {
         ("train.learning_rate=nan", "`learning_rate` cannot be NaN"),
         ("model.dropout=1.5", "`dropout` 1.5"),
         ("data.last_day=1", "`last_day` 1 is not after `first_day` 1"),
+        ("data.window_days=0", "`window_days` must be at least 1"),
         ("dropout", "`--set dropout` is not of the form `section.key=value`"),
         ("data.features=[\"colour\"]", "feature `colour` of `data.features` is not in the schema"),
         ("data.last_day=9", "no day 4 under"),

@@ -164,6 +164,20 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
 }
 
 #[test]
+fn a_window_of_days_is_trained_on_as_one_and_the_same_on_three_ranks() {
+    let shop = Shop::new(100);
+    let more = ["--set", "data.window_days=2", "--set", "model.dropout=0.2"];
+    shop.train("alone", &more).success();
+    let trained: Vec<_> =
+        shop.records("alone", "day").iter().map(|day| day["n_sessions"].as_i64().unwrap()).collect();
+    // Two epochs of day 1, then of days 1 and 2.
+    assert_eq!(trained, [200, 400]);
+    let Some(finished) = shop.train_on(3, "three", &more) else { return };
+    finished.success();
+    assert_same_runs(&shop, "alone", "three");
+}
+
+#[test]
 fn masks_negatives_and_swaps_are_the_same_on_one_and_three_ranks() {
     let shop = Shop::new(300);
     fs::write(shop.config(), config_with(XLNET)).unwrap();
