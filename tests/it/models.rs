@@ -188,7 +188,13 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     sessions.sort();
     sessions.dedup();
     fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
-    let config = bireme::data::Config { first_day: 1, last_day: 2, window_days: 1, max_length: 20, features: Vec::new() };
+    let config = bireme::data::Config {
+        first_day: 1,
+        last_day: 2,
+        window_days: 1,
+        max_length: 20,
+        features: Vec::new(),
+    };
     let days = Days::open(dir.path(), &config).unwrap();
     let window = Window::new(vec![std::sync::Arc::new(days.file(1, Split::Train).unwrap())]);
     let objective = Objective::Masked { probability: 0.15 };
