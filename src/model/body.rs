@@ -52,7 +52,8 @@ pub struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    pub(super) fn new(plan: &'a Plan, batch: &Batch, device: Device) -> Self {
+    /// Lays the positions of `plan` out, whose sessions are those of `batch`.
+    pub fn new(plan: &'a Plan, batch: &Batch, device: Device) -> Self {
         let length = plan.lengths.iter().copied().max().unwrap_or(0);
         let cells: Vec<i64> = plan
             .lengths

@@ -22,6 +22,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+pub use body::Layout;
 pub use counts::{Counts, Evidence};
 pub use gru::{Gru, GruConfig};
 pub use head::{HeadConfig, LossConfig};

@@ -128,7 +128,7 @@ struct Keys {
 
 impl Xlnet {
     /// Appends the initial parameters.
-    pub(super) fn declare(config: &XlnetConfig, initial: &mut Initial) -> Self {
+    pub fn declare(config: &XlnetConfig, initial: &mut Initial) -> Self {
         let &XlnetConfig { width, n_heads, dropout, init_std: std, layer_norm_epsilon: epsilon, .. } = config;
         let shape = Shape { width, n_heads, dropout };
         let matrix = [width, n_heads, shape.head_width()];
@@ -153,7 +153,7 @@ impl Xlnet {
 
     /// Positions `x: [P, D]` → the states read, `[N, D]`. With a `query: [1, D]` these are of the second stream, in which
     /// a position knows of itself only the query.
-    pub(super) fn states(
+    pub fn states(
         &self,
         parameters: &Parameters,
         (x, query): (Tensor, Option<Tensor>),

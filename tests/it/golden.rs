@@ -6,8 +6,11 @@ use std::path::Path;
 use bireme::data::{Batch, Features, Noise, Segment};
 use bireme::metrics::{Ranking, Tally, rank_targets};
 use bireme::model::head::Rivals;
-use bireme::model::objective::Plan;
-use bireme::model::{GruConfig, InputConfig, Network, Neural, Recommender, XlnetConfig, import};
+use bireme::model::objective::{Plan, Visible};
+use bireme::model::parameters::Initial;
+use bireme::model::{
+    GruConfig, InputConfig, Layout, Network, Neural, Parameters, Recommender, Xlnet, XlnetConfig, import,
+};
 use bireme::optim::{Optimizer, Schedule, TableOptimizer, average_and_clip};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -256,6 +259,27 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
         let logits = network.scores(&network.encode(&known), 0..info["vocab"].as_i64().unwrap());
         assert!(distance(&logits, &golden["eval.act.4_logits_at_labels"]) < 10.0 * tolerance, "{name}");
     }
+}
+
+/// Hugging Face's XLNet by itself: what the layers make of given vectors.
+#[test]
+fn xlnet_layers_are_those_of_hugging_face() {
+    let Some(shared) = shared() else { return };
+    let golden = golden(&shared, "xlnet_body_tiny");
+    let config = XlnetConfig { width: 8, n_heads: 2, dropout: 0.0, ..XlnetConfig::default() };
+    let mut initial = Initial::default();
+    let xlnet = Xlnet::declare(&config, &mut initial);
+    let parameters = Parameters::new(initial, Device::Cpu);
+    for view in parameters.views() {
+        let original = view.name.replacen("xlnet.", "w.", 1);
+        tch::no_grad(|| view.of(&parameters.values()).copy_(&golden[&original]));
+    }
+    let sessions = pack(&[Tensor::full([3, 5], 2, (Kind::Int64, Device::Cpu))]);
+    let plan = Plan::all(&[5, 5, 5], Visible::All);
+    let layout = Layout::new(&plan, &sessions, Device::Cpu);
+    let x = golden["in.inputs_embeds"].reshape([15, 8]);
+    let states = tch::no_grad(|| xlnet.states(&parameters, (x, None), &layout, None));
+    assert!(distance(&states, &golden["out"].reshape([15, 8])) < 1e-5);
 }
 
 /// Stored weights, or those that the file's description derives from their place: see the data's README.
