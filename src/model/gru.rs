@@ -45,9 +45,6 @@ impl GruConfig {
         if let Some((key, value)) = widths.iter().find(|(_, value)| *value < 1) {
             return Err(format!("`{key}` cannot be {value}"));
         }
-        if self.objective.two_streams() {
-            return Err("a GRU reads in one order: the objective `permutation` needs attention".to_owned());
-        }
         Ok(())
     }
 }

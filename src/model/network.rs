@@ -80,7 +80,8 @@ impl Network {
         let first_table = initial.len();
         Input::declare_tables(input, features, &mut initial);
         let n_tables = initial.len();
-        let part = (first_table, objective.masks(), width);
+        let attends = matches!(config, Neural::Xlnet(_));
+        let part = (first_table, objective.masks(attends), width);
         let input_block = Input::declare(input, features, part, &mut initial)?;
         let (body, attends_to_padding) = match config {
             Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, &mut initial)), false),
@@ -123,7 +124,7 @@ impl Network {
 
     /// Adds the gradients of a pass over `batch` and returns its loss. A batch without sessions gives zeros.
     pub fn backward(&mut self, batch: &Batch, noise: &mut Noise<'_>, rivals: &Rivals) -> LossSum {
-        let plan = self.objective.training(batch);
+        let plan = self.objective.training(batch, self.attends());
         self.backward_as_planned(batch, plan, noise, rivals)
     }
 
@@ -236,6 +237,11 @@ impl Network {
         })
     }
 
+    /// Whether the body attends to positions in any order, or reads forward only.
+    fn attends(&self) -> bool {
+        matches!(self.body, Body::Xlnet(_))
+    }
+
     fn lay_out(&self, plan: Plan) -> Plan {
         match self.padded_length {
             Some(length) => plan.padded(length),
@@ -279,7 +285,9 @@ impl Recommender for Network {
     }
 
     fn encode(&self, known: &Batch) -> Tensor {
-        tch::no_grad(|| self.session_vectors(&self.read(known, self.objective.next(&known.lengths))))
+        tch::no_grad(|| {
+            self.session_vectors(&self.read(known, self.objective.next(&known.lengths, self.attends())))
+        })
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {

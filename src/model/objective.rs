@@ -31,7 +31,7 @@ pub enum Objective {
         probability: f64,
     },
     /// Permutation: spans of events are predicted in a random order, each from the events outside the spans and those
-    /// before it in that order (Yang et al. 2019). Needs attention.
+    /// before it in that order (Yang et al. 2019). A body that reads forward reads them in that order.
     Permutation {
         /// Share of the events that are predicted, about.
         #[serde(default = "permutation_probability")]
@@ -155,9 +155,14 @@ impl Objective {
         }
     }
 
-    /// Whether positions may be hidden behind the mask.
-    pub fn masks(&self) -> bool {
-        !matches!(self, Objective::Causal { .. })
+    /// Whether positions may be hidden behind the mask. `attends`: whether the body attends to positions in any order,
+    /// or reads forward only.
+    pub fn masks(&self, attends: bool) -> bool {
+        match self {
+            Objective::Causal { .. } => false,
+            Objective::Permutation { .. } => attends,
+            Objective::Masked { .. } | Objective::Replaced { .. } => true,
+        }
     }
 
     /// Whether the prediction of an event must not see that event while others do.
@@ -166,7 +171,7 @@ impl Objective {
     }
 
     /// What is learnt from a batch.
-    pub fn training(&self, batch: &Batch) -> Plan {
+    pub fn training(&self, batch: &Batch, attends: bool) -> Plan {
         let draws = batch.lengths.iter().zip(&batch.session_seeds);
         match *self {
             Objective::Causal { drop, reverse } => {
@@ -180,13 +185,13 @@ impl Objective {
             Objective::Permutation { probability, max_span } => {
                 let orders: Vec<_> =
                     draws.map(|(&n, &seed)| prediction_order(n, probability, max_span, seed)).collect();
-                Plan::permuted(&orders)
+                if attends { Plan::permuted(&orders) } else { Plan::read_in_order(&batch.lengths, &orders) }
             }
         }
     }
 
     /// Predicts what follows sessions of these lengths, all of which is known.
-    pub fn next(&self, lengths: &[usize]) -> Plan {
+    pub fn next(&self, lengths: &[usize], attends: bool) -> Plan {
         let mut shown = Vec::new();
         let mut reads = Vec::new();
         let mut order = Vec::new();
@@ -195,7 +200,7 @@ impl Objective {
             shown.extend((event..event + length as i64).map(Shown::Event));
             event += length as i64;
             order.extend(std::iter::repeat_n(-1, length));
-            if self.masks() {
+            if self.masks(attends) {
                 shown.push(Shown::Mask);
                 order.push(0);
             }
@@ -204,9 +209,10 @@ impl Objective {
         let visible = match self {
             Objective::Causal { .. } => Visible::Before,
             Objective::Masked { .. } | Objective::Replaced { .. } => Visible::All,
-            Objective::Permutation { .. } => Visible::Order(order),
+            Objective::Permutation { .. } if attends => Visible::Order(order),
+            Objective::Permutation { .. } => Visible::Before,
         };
-        let lengths = lengths.iter().map(|length| length + usize::from(self.masks())).collect();
+        let lengths = lengths.iter().map(|length| length + usize::from(self.masks(attends))).collect();
         let reads_per_session = vec![1; reads.len()];
         Plan { lengths, shown, visible, reads, reads_per_session, targets: Vec::new() }
     }
@@ -258,6 +264,32 @@ impl Plan {
         let mut plan = Self::masked(&hidden);
         plan.shown = (0..plan.shown.len() as i64).map(Shown::Event).collect();
         plan.visible = Visible::Order(orders.concat());
+        plan
+    }
+
+    /// The same for a body that reads forward only: it reads the other events first, as they came, then these in their
+    /// order.
+    pub fn read_in_order(lengths: &[usize], orders: &[Vec<i64>]) -> Self {
+        let read_first = |order: &Vec<i64>| {
+            let mut read: Vec<usize> = (0..order.len()).collect();
+            read.sort_by_key(|&event| order[event]);
+            read
+        };
+        let mut plan = Self::causal(lengths, &orders.iter().map(read_first).collect::<Vec<_>>());
+        // A position is read if the event behind it has a place in the order.
+        let is_read: Vec<bool> = orders
+            .iter()
+            .flat_map(|order| {
+                let n_others = order.iter().filter(|&&place| place < 0).count();
+                (1..order.len()).map(move |next| next >= n_others)
+            })
+            .collect();
+        let mut kept = is_read.iter();
+        plan.reads.retain(|_| kept.next() == Some(&true));
+        let mut kept = is_read.iter();
+        plan.targets.retain(|_| kept.next() == Some(&true));
+        plan.reads_per_session =
+            orders.iter().map(|order| order.iter().filter(|&&place| place >= 0).count()).collect();
         plan
     }
 

@@ -87,8 +87,7 @@ fn packing_sessions_of_other_lengths_changes_nothing() {
     let sessions = [vec![5, 9, 3], vec![2, 7, 11, 30, 21, 4, 8, 8, 2], vec![6, 6], vec![39, 2, 17, 5]];
     for objective in objectives() {
         let (gru, xlnet) = (gru(objective.clone(), input()), xlnet(objective.clone(), input()));
-        let bodies = [Some(Neural::Xlnet(&xlnet)), (!objective.two_streams()).then_some(Neural::Gru(&gru))];
-        for config in bodies.iter().flatten() {
+        for config in &[Neural::Xlnet(&xlnet), Neural::Gru(&gru)] {
             let mut network = network(config);
             let (loss, gradients) = loss_and_gradients(&mut network, &batch(&sessions));
             let together = network.encode(&batch(&sessions));
@@ -174,7 +173,11 @@ fn predictions_see_what_they_may_and_nothing_else() {
         let config = xlnet(objective.clone(), input());
         let network = network(&Neural::Xlnet(&config));
         for place in 0..6 {
-            assert_eq!(moved(&network, &objective.next(&[6]), &session, place), [true], "{objective:?}");
+            assert_eq!(
+                moved(&network, &objective.next(&[6], true), &session, place),
+                [true],
+                "{objective:?}"
+            );
         }
     }
 }
@@ -214,7 +217,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
         for rank in 0..world_size {
             for (step, passes) in Loader::start(&plan, days.features(), rank, world_size).enumerate() {
                 for batch in passes.unwrap() {
-                    let plan = objective.training(&batch);
+                    let plan = objective.training(&batch, true);
                     let (mut first, mut reads) = (0, plan.targets.as_slice());
                     for (session, n_reads) in batch.sessions().into_iter().zip(plan.reads_per_session) {
                         let (mine, rest) = reads.split_at(n_reads);
@@ -266,8 +269,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
         let mut gru = gru(objective.clone(), input.clone());
         gru.head.tied = false;
         let xlnet = xlnet(objective.clone(), input);
-        let bodies = [Some(Neural::Xlnet(&xlnet)), (!objective.two_streams()).then_some(Neural::Gru(&gru))];
-        for config in bodies.iter().flatten() {
+        for config in &[Neural::Xlnet(&xlnet), Neural::Gru(&gru)] {
             let mut network = network(config);
             let loss = |network: &mut Network| loss_and_gradients(network, &shop).0;
             let before = loss(&mut network);
@@ -391,7 +393,11 @@ fn configurations_that_no_model_can_have_are_refused() {
         (XLNET, "model.head.temperature=0", "`head.temperature` cannot be 0"),
         (XLNET, "model.input.swap_noise=1", "`input.swap_noise` 1 is not within"),
         (XLNET, "model.inptu.item_width=3", "unknown key `model.inptu`"),
-        ("kind = \"gru\"", "model.objective={kind = \"permutation\"}", "needs attention"),
+        (
+            "kind = \"gru\"",
+            "model.objective={kind = \"causal\", drop = 1.5}",
+            "`objective.drop` 1.5 is not within",
+        ),
         (XLNET, "train.loss={kind = \"sampled\", n_negatives = 0}", "`loss.n_negatives` cannot be 0"),
         (
             XLNET,
