@@ -30,10 +30,10 @@ const WIDTH: i32 = 760;
 const AXES_HEIGHT: i32 = 368;
 
 /// Width of a model's bars with their name, in pixels.
-const BARS_WIDTH: i32 = 150;
+const BARS_WIDTH: i32 = 190;
 
 /// Letters of a model's name that fit below its bars.
-const BARS_LETTERS: usize = 17;
+const BARS_LETTERS: usize = 22;
 
 /// Letters of a name in a legend at most.
 const LEGEND_LETTERS: usize = 60;
@@ -179,7 +179,9 @@ fn bars(comparison: &Comparison, name: &'static str, of: &str, measures: [Measur
         title: format!("{of} on day {} ({})", last.eval_day, last.split.name()),
         x_title: "model".to_owned(),
         y_title: format!("{of} (mean and 95 % interval)"),
-        x: Axis::Categories(last.runs.iter().map(|run| shortened(&run.label, BARS_LETTERS)).collect()),
+        x: Axis::Categories(
+            last.runs.iter().map(|run| shortened(short_name(&run.label), BARS_LETTERS)).collect(),
+        ),
         y: (0.0, highest(&series)),
         series,
         width: (BARS_WIDTH * last.runs.len() as i32 + 100).max(WIDTH),
@@ -275,6 +277,11 @@ fn highest(series: &[Series]) -> f64 {
     let points = series.iter().flat_map(|series| &series.points);
     let highest = points.map(|point| point.whisker.map_or(point.y, |(_, high)| high)).fold(0.0, f64::max);
     if highest > 0.0 { highest * 1.08 } else { 1.0 }
+}
+
+/// The directory in brackets where several runs share a model's name, which alone would not tell them apart.
+fn short_name(label: &str) -> &str {
+    label.rsplit_once(" (").map_or(label, |(_, directory)| directory.trim_end_matches(')'))
 }
 
 /// Without its middle where it is too long, as names of runs mostly differ at their ends.
