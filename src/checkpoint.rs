@@ -1,7 +1,8 @@
 //! States to go on from: `RUN/checkpoints/day-<day>-step-<step>/`.
 //!
 //! A checkpoint holds `weights.safetensors`, `optimizer.safetensors`, `occurrences.safetensors` (how often each item
-//! occurred in training so far), `state.json` with everything else, and an empty file `COMPLETE`. It is written aside, forced to disk, renamed, and only then marked complete: a reader
+//! occurred in training so far), `state.json` with everything else, and an empty file `COMPLETE`. It is written
+//! aside, forced to disk, renamed, and only then marked complete: a reader
 //! that finds the mark finds the rest whole, whenever the writer was stopped.
 
 use std::fs::{self, File};
@@ -239,7 +240,11 @@ pub fn read_occurrences(checkpoint: &Path, n_items: i64) -> Result<Vec<i64>, Che
     Ok(occurrences)
 }
 
-fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+/// The named tensors of a safetensors file.
+///
+/// # Errors
+/// It cannot be read.
+pub fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointError> {
     let read = Tensor::read_safetensors(path);
     read.map_err(|source| CheckpointError::Tensors { action: "read", path: path.to_owned(), source })
 }

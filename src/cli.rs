@@ -16,7 +16,7 @@ use crate::etl;
 use crate::report::runs::{CONFIG, RUN};
 use crate::report::{self, Report, compare, evaluations, runs};
 use crate::synth::{self, SynthError, SynthOptions};
-use crate::train::{self, Place, RunData, TrainError, TrainedRun};
+use crate::train::{self, ImportedWeights, Place, RunData, TrainError, TrainedRun};
 
 /// Trains session-based recommenders on many GPUs.
 ///
@@ -387,10 +387,13 @@ fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
     let job = Job::join(|| Config::load(&args.run.config, &args.run.set))?;
     let run_dir = args.run.run_dir();
     let Some(root) = job.collective.root() else { return Ok(()) };
-    prepare_run_dir(root, &run_dir, &args.run, &job).map_err(|error| Failure::refused(&error, None))?;
-    let (from, between) = ((&*args.weights, args.day), (&*args.run.data, &*run_dir));
-    train::import_weights(root, from, between, &job.config)
+    // Read before the run directory is touched, which may hold another run.
+    let weights = ImportedWeights::read((&args.weights, args.day), &args.run.data, &job.config)
         .map_err(|error| Failure::refused(&error, None))?;
+    prepare_run_dir(root, &run_dir, &args.run, &job).map_err(|error| Failure::refused(&error, None))?;
+    weights
+        .write(root, &run_dir)
+        .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
     report::result(&format!("`{}` holds the weights, as if trained to day {}", run_dir.display(), args.day));
     Ok(())
 }

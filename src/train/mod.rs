@@ -27,7 +27,7 @@ use counting::CountLearner;
 use gradient::GradientLearner;
 pub use reduction::Reduction;
 use trained::EvaluationTask;
-pub use trained::{TrainedRun, import_weights};
+pub use trained::{ImportedWeights, TrainedRun};
 
 /// Section `[train]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

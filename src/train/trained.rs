@@ -6,7 +6,9 @@ use std::time::Instant;
 use tch::Device;
 
 use super::{Learner, TrainError, learner, state};
-use crate::checkpoint::{CheckpointError, Checkpoints, Position, read_occurrences};
+use crate::checkpoint::{
+    CheckpointError, Checkpoints, Position, State, Tensors, read_occurrences, read_tensors,
+};
 use crate::collective::{Collective, Root};
 use crate::config;
 use crate::data::{Days, Features, SessionFile, Split, occurrences};
@@ -57,44 +59,50 @@ impl EvaluationTask<'_> {
     }
 }
 
-/// Writes a checkpoint of weights that Transformers4Rec saved, as if the run had been trained to the end of `day`.
-///
-/// # Errors
-/// A file that is no safetensors file, weights of another model or of other sizes, a checkpoint that cannot be written.
-pub fn import_weights(
-    root: Root,
-    (weights, day): (&Path, i64),
-    (data_dir, run_dir): (&Path, &Path),
-    config: &config::Config,
-) -> Result<(), TrainError> {
-    let days = Days::open(data_dir, &config.data)?;
-    let features = days.features();
-    let mut learner = learner(config, features, Device::Cpu)?;
-    let path = weights.to_owned();
-    let original = tch::Tensor::read_safetensors(weights).map_err(|source| CheckpointError::Tensors {
-        action: "read",
-        path: path.clone(),
-        source,
-    })?;
-    let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
-    let wanted = |name: &str| names.iter().any(|other| other == name);
-    import::rename(original, &features.columns()[0].name, wanted)
-        .and_then(|renamed| learner.load_weights(&renamed))
-        .map_err(|problem| CheckpointError::Mismatch { path, problem })?;
-    let mut occurred = vec![0; features.n_items() as usize];
-    for trained in days.days().filter(|&trained| config.data.first_day <= trained && trained <= day) {
-        let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
-        occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
+/// Weights that Transformers4Rec saved, as if a run had been trained to the end of a day.
+pub struct ImportedWeights {
+    state: State,
+    tensors: Tensors,
+    occurrences: Vec<i64>,
+}
+
+impl ImportedWeights {
+    /// Reads `weights` for the model of `config`, last trained on `day` of the data in `data_dir`.
+    ///
+    /// # Errors
+    /// A file that is no safetensors file, weights of another model or of other sizes, or what [`Days::open`] says.
+    pub fn read(
+        (weights, day): (&Path, i64),
+        data_dir: &Path,
+        config: &config::Config,
+    ) -> Result<Self, TrainError> {
+        let days = Days::open(data_dir, &config.data)?;
+        let features = days.features();
+        let mut learner = learner(config, features, Device::Cpu)?;
+        let original = read_tensors(weights)?;
+        let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
+        let wanted = |name: &str| names.iter().any(|other| other == name);
+        import::rename(original, &features.columns()[0].name, wanted)
+            .and_then(|renamed| learner.load_weights(&renamed))
+            .map_err(|problem| CheckpointError::Mismatch { path: weights.to_owned(), problem })?;
+        let mut occurred = vec![0; features.n_items() as usize];
+        for trained in days.days().filter(|&trained| config.data.first_day <= trained && trained <= day) {
+            let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
+            occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
+        }
+        let position = Position { day, day_step: 0, day_steps: 0, global_step: 0 };
+        let state = state(config, features, &*learner, position);
+        Ok(Self { state, tensors: learner.tensors(), occurrences: occurred })
     }
-    let position = Position { day, day_step: 0, day_steps: 0, global_step: 0 };
-    let state = state(config, features, &*learner, position);
-    Checkpoints::new(run_dir, config.checkpoint.keep_last).write(
-        root,
-        &state,
-        &learner.tensors(),
-        &occurred,
-    )?;
-    Ok(())
+
+    /// Writes them as a checkpoint of the run in `run_dir`.
+    ///
+    /// # Errors
+    /// See [`Checkpoints::write`].
+    pub fn write(&self, root: Root, run_dir: &Path) -> Result<(), CheckpointError> {
+        let checkpoints = Checkpoints::new(run_dir, self.state.config.checkpoint.keep_last);
+        checkpoints.write(root, &self.state, &self.tensors, &self.occurrences).map(|_| ())
+    }
 }
 
 /// The newest checkpoint of a run, and what it is to be evaluated on.

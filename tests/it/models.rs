@@ -475,4 +475,5 @@ fn weights_of_the_original_become_a_run() {
     let unreadable = import("unreadable", &[]);
     assert_eq!(unreadable.code, Some(2), "{unreadable:#?}");
     assert!(unreadable.stderr.contains("cannot read"), "{unreadable:#?}");
+    assert!(!shop.run_dir("other").exists() && !shop.run_dir("unreadable").exists());
 }
