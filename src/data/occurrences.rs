@@ -5,8 +5,8 @@ use std::slice;
 use super::{DataError, Features, SessionFile};
 
 /// Occurrences of each item, `[V]`, in this rank's share of a file: consecutive sessions, each counted once,
-/// however often a run trains on it. Summed over ranks they are those of the whole file. Row groups are read one after the other, so that a day needs no
-/// more memory than one of them.
+/// however often a run trains on it. Summed over ranks they are those of the whole file. Row groups are read one after
+/// the other, so that a day needs no more memory than one of them.
 ///
 /// # Errors
 /// See [`SessionFile::read`].

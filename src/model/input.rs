@@ -109,21 +109,24 @@ impl InputConfig {
 }
 
 impl InputConfig {
+    /// Width of what becomes of a column; none of one that is projected together with others.
+    fn width_of(&self, features: &Features, column: usize) -> Option<i64> {
+        match (column, features.columns()[column].is_categorical(), self.continuous) {
+            (0, ..) => Some(self.item_width),
+            (_, true, _) => Some(self.feature_width),
+            (_, _, Continuous::Raw {}) => Some(1),
+            (_, _, Continuous::SoftOneHot { width, .. }) => Some(width),
+            (_, _, Continuous::Projected { .. }) => None,
+        }
+    }
+
     /// Width of what the features of an event are aggregated to.
     pub(super) fn aggregated_width(&self, features: &Features) -> Result<i64, String> {
         let columns = features.columns();
-        let item = &columns[0];
-        let mut widths = vec![(item.name.as_str(), self.item_width)];
-        let mut n_continuous = 0;
-        for feature in &columns[1..] {
-            match (feature.is_categorical(), self.continuous) {
-                (true, _) => widths.push((&feature.name, self.feature_width)),
-                (false, Continuous::Raw {}) => widths.push((&feature.name, 1)),
-                (false, Continuous::SoftOneHot { width, .. }) => widths.push((&feature.name, width)),
-                (false, Continuous::Projected { .. }) => n_continuous += 1,
-            }
-        }
-        if let (Continuous::Projected { width }, 1..) = (self.continuous, n_continuous) {
+        let mut widths: Vec<(&str, i64)> = (0..columns.len())
+            .filter_map(|column| Some((columns[column].name.as_str(), self.width_of(features, column)?)))
+            .collect();
+        if let (Continuous::Projected { width }, true) = (self.continuous, widths.len() < columns.len()) {
             widths.push(("continuous", width));
         }
         if self.aggregation == Aggregation::Concat {
@@ -198,26 +201,20 @@ impl Input {
         let mut channels: Vec<(&str, i64, Channel)> = Vec::new();
         for (column, feature) in columns.iter().enumerate() {
             let name = feature.name.as_str();
-            channels.push(if column == 0 {
-                (name, config.item_width, Channel::Table { column, table: ITEM_TABLE })
+            let Some(width) = config.width_of(features, column) else { continue };
+            let channel = if column == 0 {
+                Channel::Table { column, table: ITEM_TABLE }
             } else if feature.is_categorical() {
-                let table = tables.next().expect("endless");
-                (name, config.feature_width, Channel::Table { column, table })
+                Channel::Table { column, table: tables.next().expect("endless") }
+            } else if let Continuous::SoftOneHot { n_vectors, .. } = config.continuous {
+                let mixture = initial.linear(&format!("input.{name}.mixture"), 1, n_vectors);
+                let vectors = format!("input.{name}.vectors");
+                let vectors = initial.normal(vectors, &[n_vectors, width], config.init_std);
+                Channel::SoftOneHot { column, mixture, vectors }
             } else {
-                match config.continuous {
-                    Continuous::Raw {} => (name, 1, Channel::Value { column }),
-                    Continuous::Projected { .. } => continue,
-                    Continuous::SoftOneHot { n_vectors, width } => {
-                        let mixture = initial.linear(&format!("input.{name}.mixture"), 1, n_vectors);
-                        let vectors = initial.normal(
-                            format!("input.{name}.vectors"),
-                            &[n_vectors, width],
-                            config.init_std,
-                        );
-                        (name, width, Channel::SoftOneHot { column, mixture, vectors })
-                    }
-                }
-            });
+                Channel::Value { column }
+            };
+            channels.push((name, width, channel));
         }
         if let (Continuous::Projected { width }, false) = (config.continuous, continuous.is_empty()) {
             let projection = initial.linear("input.continuous", continuous.len() as i64, width);

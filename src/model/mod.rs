@@ -71,10 +71,17 @@ impl Config {
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
         match self {
-            Config::Gru(gru) => Neural::Gru(gru).check(),
-            Config::Xlnet(xlnet) => Neural::Xlnet(xlnet).check(),
             Config::Vsknn(neighbours) => neighbours.check(),
-            Config::Popularity {} | Config::Recent {} | Config::Markov {} => Ok(()),
+            _ => self.neural().map_or(Ok(()), Neural::check),
+        }
+    }
+
+    /// The model, if it learns by gradients.
+    pub fn neural(&self) -> Option<Neural<'_>> {
+        match self {
+            Config::Gru(gru) => Some(Neural::Gru(gru)),
+            Config::Xlnet(xlnet) => Some(Neural::Xlnet(xlnet)),
+            Config::Popularity {} | Config::Recent {} | Config::Markov {} | Config::Vsknn(_) => None,
         }
     }
 
@@ -83,12 +90,7 @@ impl Config {
     /// # Errors
     /// Says which key and which feature do not go together.
     pub fn check_features(&self, features: &Features) -> Result<(), String> {
-        let input = match self {
-            Config::Gru(gru) => &gru.input,
-            Config::Xlnet(xlnet) => &xlnet.input,
-            _ => return Ok(()),
-        };
-        input.aggregated_width(features).map(|_| ())
+        self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ()))
     }
 
     /// Its name, with its objective where that is not the usual one.

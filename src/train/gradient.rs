@@ -83,24 +83,22 @@ impl Learner for GradientLearner {
         let collective = day.place.collective;
         let steps = Loader::start(&day.plan, day.features, collective.rank(), collective.world_size());
         let train = &day.config.train;
-        let sampler = match train.loss {
-            LossConfig::Softmax { .. } => None,
+        let rivals: Box<dyn Fn(u64) -> Rivals> = match train.loss {
+            LossConfig::Softmax { label_smoothing } => {
+                let max_logits = train.max_logits();
+                Box::new(move |_| Rivals::All { label_smoothing, max_logits })
+            }
             LossConfig::Sampled { n_negatives, power } => {
-                Some(Sampler::new(day.occurrences, n_negatives, power, day.place.device))
+                let sampler = Sampler::new(day.occurrences, n_negatives, power, day.place.device);
+                Box::new(move |step_seed| sampler.draw(step_seed))
             }
-        };
-        let rivals = |passes: &[Batch]| match (&sampler, train.loss, passes) {
-            (Some(sampler), _, [pass, ..]) => sampler.draw(pass.step_seed),
-            (_, LossConfig::Softmax { label_smoothing }, _) => {
-                Rivals::All { label_smoothing, max_logits: train.max_logits() }
-            }
-            _ => Rivals::All { label_smoothing: 0.0, max_logits: train.max_logits() },
         };
         let mut n_done = 0;
         for passes in steps {
             let passes: Vec<Batch> = passes?.iter().map(|batch| batch.to_device(day.place.device)).collect();
             let share = train.schedule.share(n_done, n_steps);
-            let sums = self.train_step(&passes, day, &rivals(&passes), share)?;
+            // All micro-batches of a step have its seed, and every rank owns one at least.
+            let sums = self.train_step(&passes, day, &rivals(passes[0].step_seed), share)?;
             let lr = train.learning_rate * share;
             let mean = || sums.double_value(&[0]) / sums.double_value(&[1]);
             day.step_done(self, n_done, lr, mean)?;
