@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sessions::{Dictionaries, Event};
 use crate::vocab::{Coded, Dictionary, Vocabulary};
-use crate::workflow::{FORMAT, Normal, Settings, Statistics, Workflow, log, recency_days};
+use crate::workflow::{FORMAT, Normal, Product, Settings, Statistics, Workflow, log, recency_days};
 
 /// A sum that keeps the rounding errors of its additions (Knuth's two-sum), about twice the digits of an f64, so
 /// that its value does not depend on the order of the terms.
@@ -103,12 +103,12 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// Takes in an event; `first_seen` is by the code of the product.
-    pub fn add(&mut self, event: &Event, first_seen: &[i64], counts: &Counts) {
+    /// Takes in an event; `products` are by code.
+    pub fn add(&mut self, event: &Event, products: &[Product], counts: &Counts) {
         counts.add(event);
         self.n_events += 1;
         self.price_log.add(log(event.price));
-        let first_seen = first_seen[event.code(Coded::Product) as usize];
+        let first_seen = products[event.code(Coded::Product) as usize].first_seen;
         self.recency_log.add(log(recency_days(event.time, first_seen)));
         let category = event.code(Coded::Category) as usize;
         if self.prices.len() <= category {
@@ -139,7 +139,7 @@ pub(crate) struct Fit {
     pub days: Option<(i64, i64)>,
     pub dictionaries: Dictionaries,
     /// By the code of the product.
-    pub first_seen: Vec<i64>,
+    pub products: Vec<Product>,
 }
 
 impl Fit {
@@ -166,7 +166,7 @@ impl Fit {
             price_log: sums.price_log.normal(),
             recency_log: sums.recency_log.normal(),
         };
-        Workflow::new(statistics, vocabularies, self.first_seen, mean_price)
+        Workflow::new(statistics, vocabularies, self.products, mean_price)
     }
 }
 

@@ -13,6 +13,8 @@
 //! | [`workflow`] | what a fit has learnt, and its application to events old and new |
 //! | `partition` | writes the sessions of each day |
 //! | [`preprocess()`] | all of it |
+//! | [`serving`] | the events of a request to the inputs of a model |
+//! | [`tensor`] | what requests and responses are made of |
 //!
 //! The transforms are those of the NVTabular workflow in Transformers4Rec's session-based tutorial, its faults
 //! corrected.
@@ -24,7 +26,9 @@ mod fit;
 mod partition;
 mod preprocess;
 pub mod schema;
+pub mod serving;
 mod sessions;
+pub mod tensor;
 pub mod vocab;
 pub mod workflow;
 
@@ -35,4 +39,4 @@ pub use preprocess::{Options, Report, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preproc
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};
 pub use sessions::Keep;
 pub use vocab::{Coded, Value, Vocabulary};
-pub use workflow::{Applied, Settings, Statistics, Workflow};
+pub use workflow::{Applied, ProductInWords, Settings, Statistics, Workflow};

@@ -1,6 +1,6 @@
 //! From files of events to a folder of sessions, in two sweeps over the events and one over the days.
 //!
-//! 1. *Read*: check, code and deal the events by session to scratch files; note when each product was first seen.
+//! 1. *Read*: check, code and deal the events by session to scratch files; note when each product was first seen and what was last said of it.
 //! 2. *Fit*: file by file, sort the events, drop repeats, count and sum; keep the sessions, cut to length.
 //! 3. *Apply*: day by day, encode the sessions with the fitted [`Workflow`] and write them.
 //!
@@ -24,7 +24,7 @@ use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
 use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
 use crate::vocab::Coded;
-use crate::workflow::{NEVER_SEEN, Settings, Workflow};
+use crate::workflow::{Product, Settings, Workflow};
 
 /// The folder of the days, in the output.
 pub const SESSIONS_BY_DAY: &str = "sessions_by_day";
@@ -182,8 +182,8 @@ struct Read {
     rows: RowCounts,
     n_events: u64,
     dictionaries: Dictionaries,
-    /// By the code of the product.
-    first_seen: Vec<i64>,
+    /// By their codes.
+    products: Vec<Product>,
     first_event: i64,
     buckets: Vec<PathBuf>,
 }
@@ -194,7 +194,7 @@ impl Read {
         let n_buckets = options.n_buckets.map_or_else(|| suitable_buckets(&options.events), Ok)?;
         let mut buckets = Buckets::create(scratch, n_buckets)?;
         let mut dictionaries = Dictionaries::new();
-        let mut first_seen = vec![NEVER_SEEN];
+        let mut products = vec![Product::UNSEEN];
         let (mut first_event, mut n_events) = (i64::MAX, 0);
         let mut rows = RowCounts::default();
         for path in &options.events {
@@ -203,11 +203,10 @@ impl Read {
             let mut n_told = 0;
             let counts = events::read(path, options.bad_rows, scratch, &mut |batch| {
                 let events = dictionaries.code(&batch);
-                first_seen.resize(dictionaries.get(Coded::Product).len() + 1, NEVER_SEEN);
+                products.resize(dictionaries.get(Coded::Product).len() + 1, Product::UNSEEN);
                 for event in &events {
                     first_event = first_event.min(event.time);
-                    let seen = &mut first_seen[event.code(Coded::Product) as usize];
-                    *seen = (*seen).min(event.time);
+                    products[event.code(Coded::Product) as usize].see(event);
                 }
                 n_events += events.len() as u64;
                 if n_events - n_told >= 1_000_000 {
@@ -224,13 +223,13 @@ impl Read {
             return Err(Error::Nothing(format!("none of {} rows is an event of a session", rows.read)));
         }
         let buckets = buckets.finish()?;
-        Ok(Self { rows, n_events, dictionaries, first_seen, first_event, buckets })
+        Ok(Self { rows, n_events, dictionaries, products, first_event, buckets })
     }
 
     fn fit(self, options: &Options, output: &Output) -> Result<(Workflow, Fitted), Error> {
         let counts = Counts::new(&self.dictionaries);
         let sweep =
-            Sweep { options, first_seen: &self.first_seen, first_event: self.first_event, counts: &counts };
+            Sweep { options, products: &self.products, first_event: self.first_event, counts: &counts };
         let mut sums = Sums::default();
         let mut fitted = Fitted { rows: self.rows, ..Fitted::default() };
         let parts: Vec<_> = self.buckets.iter().enumerate().collect();
@@ -265,7 +264,7 @@ impl Read {
             first_event: self.first_event,
             days: options.days.as_ref().map(|days| (*days.start(), *days.end())),
             dictionaries: self.dictionaries,
-            first_seen: self.first_seen,
+            products: self.products,
         };
         let workflow = fit.workflow(counts, &sums);
         Ok((workflow, fitted))
@@ -298,7 +297,7 @@ struct Fitted {
 /// What the second sweep does with every bucket.
 struct Sweep<'a> {
     options: &'a Options,
-    first_seen: &'a [i64],
+    products: &'a [Product],
     first_event: i64,
     counts: &'a Counts,
 }
@@ -321,7 +320,7 @@ impl Sweep<'_> {
 
         let mut sums = Sums::default();
         for event in &events {
-            sums.add(event, self.first_seen, self.counts);
+            sums.add(event, self.products, self.counts);
         }
         let Settings { max_length, min_length, keep, .. } = self.options.settings;
         let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());

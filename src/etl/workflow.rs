@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::events::{BadRows, RowCounts, clean};
 use crate::schema::{event, session};
 use crate::sessions::{DAY, Dictionaries, Event, Keep, sessions, sort_and_drop_repeats};
-use crate::vocab::{Coded, Value, Vocabulary, ints, read_parquet};
+use crate::vocab::{Coded, Dictionary, Value, Vocabulary, ints, read_parquet};
 
 /// How sessions are made; a workflow keeps what it was fitted with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,11 +75,12 @@ pub struct Statistics {
 }
 
 /// The layout of the files that this version writes and reads.
-pub(crate) const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 2;
 const STATISTICS: &str = "statistics.json";
 const PRODUCTS: &str = "products.parquet";
 const CATEGORIES: &str = "categories.parquet";
 const FIRST_SEEN: &str = "first_event_time_ts";
+const LAST_SEEN: &str = "last_event_time_ts";
 const MEAN_PRICE: &str = "price_mean";
 
 /// A fitted workflow.
@@ -89,9 +90,52 @@ pub struct Workflow {
     pub statistics: Statistics,
     vocabularies: [Vocabulary; 7],
     /// By the code of the product in its vocabulary, also of products outside the fitted days.
-    first_seen: Vec<i64>,
+    products: Vec<Product>,
     /// By the code of the category in its vocabulary; NaN where there is none.
     mean_price: Vec<f64>,
+}
+
+/// When a product was first seen, and what its latest event said of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Product {
+    /// Seconds since 1970; [`NEVER_SEEN`] of a product without events.
+    pub first_seen: i64,
+    last_seen: i64,
+    price: f64,
+    /// Codes of [`Coded::Category`], [`Coded::CategoryCode`] and [`Coded::Brand`].
+    codes: [u32; 3],
+}
+
+/// The columns behind [`Product::codes`].
+const DESCRIBED: [Coded; 3] = [Coded::Category, Coded::CategoryCode, Coded::Brand];
+
+impl Product {
+    /// Nothing is known of it.
+    pub const UNSEEN: Self =
+        Self { first_seen: NEVER_SEEN, last_seen: i64::MIN, price: f64::NAN, codes: [Dictionary::NULL; 3] };
+
+    /// Takes in one of its events; of several in the same second the later call counts.
+    pub fn see(&mut self, event: &Event) {
+        self.first_seen = self.first_seen.min(event.time);
+        if event.time >= self.last_seen {
+            self.last_seen = event.time;
+            self.price = event.price;
+            self.codes = DESCRIBED.map(|column| event.code(column));
+        }
+    }
+}
+
+/// A product in words, as its latest event described it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProductInWords<'a> {
+    /// Its id in the events.
+    pub product_id: i64,
+    /// Its category's path, where there is one.
+    pub category_code: Option<&'a str>,
+    /// Its brand, where there is one.
+    pub brand: Option<&'a str>,
+    /// Its price.
+    pub price: f64,
 }
 
 /// Sessions in the form that a model reads.
@@ -101,16 +145,27 @@ pub struct Applied {
     pub session_ids: Vec<String>,
     /// One row per session, columns as [`crate::schema::session`].
     pub sessions: DataFrame,
+    /// The distinct items of each session, those of events that were cut off included.
+    pub seen: Vec<Vec<i64>>,
 }
 
 impl Workflow {
     pub(crate) fn new(
         statistics: Statistics,
         vocabularies: [Vocabulary; 7],
-        first_seen: Vec<i64>,
+        products: Vec<Product>,
         mean_price: Vec<f64>,
     ) -> Self {
-        Self { statistics, vocabularies, first_seen, mean_price }
+        Self { statistics, vocabularies, products, mean_price }
+    }
+
+    /// The same without the ids of sessions and users, which no model reads and a server has no use for.
+    pub fn without_visitors(mut self) -> Self {
+        for column in [Coded::User, Coded::Session] {
+            self.vocabularies[column as usize] =
+                Vocabulary::fit(column, Dictionary::new(column.is_int()), &[0]);
+        }
+        self
     }
 
     /// A column's values and ids.
@@ -121,7 +176,26 @@ impl Workflow {
     /// Seconds since 1970 of a product's first event, whatever the fitted days.
     pub fn first_seen(&self, product: i64) -> Option<i64> {
         let code = self.vocabulary(Coded::Product).code(Value::Int(product))?;
-        Some(self.first_seen[code as usize])
+        Some(self.products[code as usize].first_seen)
+    }
+
+    /// What is known of a product, whatever the fitted days.
+    pub fn product(&self, product_id: i64) -> Option<ProductInWords<'_>> {
+        let code = self.vocabulary(Coded::Product).code(Value::Int(product_id))?;
+        let Product { price, codes: [_, category_code, brand], .. } = self.products[code as usize];
+        let text = |column: Coded, code: u32| match code {
+            Dictionary::NULL => None,
+            code => match self.vocabulary(column).dictionary().value(code) {
+                Value::Text(text) => Some(text),
+                Value::Int(_) => None,
+            },
+        };
+        Some(ProductInWords {
+            product_id,
+            category_code: text(Coded::CategoryCode, category_code),
+            brand: text(Coded::Brand, brand),
+            price,
+        })
     }
 
     /// The mean price of a category's events.
@@ -131,32 +205,40 @@ impl Workflow {
     }
 
     /// Encodes new events: rows without a session are dropped, sessions sorted by time, repeats dropped, longer
-    /// ones cut and shorter ones left out, all with the settings of the fit. Sessions come in the order in which
-    /// they first appear. What the fit has not seen gets id 1, a recency of 0 and a relative price of 0.
+    /// ones cut and shorter ones left out as `settings` say. Sessions come in the order in which they first appear. What the fit has not seen gets id 1, a recency of 0 and a relative price of 0.
     ///
     /// `events` has the columns of [`crate::schema::event`], as text or in their own types.
     ///
     /// # Errors
     /// A missing column, one of a wrong type, a row that cannot be read.
-    pub fn apply(&self, events: &DataFrame) -> Result<Applied, Error> {
+    pub fn apply(&self, events: &DataFrame, settings: &Settings) -> Result<Applied, Error> {
         let batch = clean(events, Path::new("events"), BadRows::Refuse, &mut RowCounts::default())?;
         let mut dictionaries = Dictionaries::new();
         let mut events = dictionaries.code(&batch);
         sort_and_drop_repeats(&mut events);
-        let Settings { max_length, min_length, keep, .. } = self.statistics.settings;
-        let kept: Vec<Session<'_>> = sessions(&events)
-            .filter(|events| events.len() >= min_length)
-            .map(|events| Session { count: events.len(), events: keep.cut(events, max_length) })
-            .collect();
+        let &Settings { max_length, min_length, keep, .. } = settings;
+        let whole: Vec<&[Event]> = sessions(&events).filter(|events| events.len() >= min_length).collect();
+        let kept =
+            whole.iter().map(|events| Session { count: events.len(), events: keep.cut(events, max_length) });
+        let kept: Vec<Session<'_>> = kept.collect();
+        let encoder = self.encoder_for(&dictionaries);
         let session_ids = kept.iter().map(|session| {
             match dictionaries.get(Coded::Session).value(session.events[0].code(Coded::Session)) {
                 Value::Text(id) => id.to_owned(),
                 Value::Int(id) => id.to_string(),
             }
         });
+        let seen = whole.iter().map(|events| {
+            let mut items: Vec<i64> =
+                events.iter().map(|event| i64::from(encoder.id(event, Coded::Product))).collect();
+            items.sort_unstable();
+            items.dedup();
+            items
+        });
         Ok(Applied {
             session_ids: session_ids.collect(),
-            sessions: self.encoder_for(&dictionaries).sessions(&kept)?,
+            sessions: encoder.sessions(&kept)?,
+            seen: seen.collect(),
         })
     }
 
@@ -165,7 +247,7 @@ impl Workflow {
         Encoder {
             statistics: &self.statistics,
             ids: self.vocabularies.each_ref().map(|vocabulary| Cow::Borrowed(vocabulary.ids())),
-            first_seen: Cow::Borrowed(&self.first_seen),
+            first_seen: self.products.iter().map(|product| product.first_seen).collect(),
             mean_price: Cow::Borrowed(&self.mean_price),
         }
     }
@@ -181,23 +263,21 @@ impl Workflow {
         fn by_code<T: Copy>(own_codes: &[Option<u32>], values: &[T], unknown: T) -> Vec<T> {
             own_codes.iter().map(|code| code.map_or(unknown, |code| values[code as usize])).collect()
         }
+        let products = by_code(&own_codes[Coded::Product as usize], &self.products, Product::UNSEEN);
         Encoder {
             statistics: &self.statistics,
             ids: Coded::ALL.map(|column| {
                 let ids = self.vocabulary(column).ids();
                 Cow::Owned(by_code(&own_codes[column as usize], ids, Vocabulary::UNKNOWN))
             }),
-            first_seen: Cow::Owned(by_code(
-                &own_codes[Coded::Product as usize],
-                &self.first_seen,
-                NEVER_SEEN,
-            )),
+            first_seen: products.iter().map(|product| product.first_seen).collect(),
             mean_price: Cow::Owned(by_code(&own_codes[Coded::Category as usize], &self.mean_price, f64::NAN)),
         }
     }
 
     /// Writes the workflow into a folder, which must be there: `statistics.json`, `vocabulary/<column>.parquet`,
-    /// `products.parquet` (when each was first seen) and `categories.parquet` (mean prices).
+    /// `products.parquet` (when each was first seen, and what its latest event said) and `categories.parquet` (mean
+    /// prices).
     ///
     /// # Errors
     /// A file that cannot be written.
@@ -207,10 +287,32 @@ impl Workflow {
         for vocabulary in &self.vocabularies {
             vocabulary.write(&vocabulary_path(dir, vocabulary.column()))?;
         }
-        let first_seen = |seconds| Column::new(FIRST_SEEN.into(), seconds);
-        let products = self.table::<i64>(Coded::Product, &self.first_seen, first_seen)?;
+        let products = self.table::<Product>(Coded::Product, &self.products, |products| {
+            let value = |number: usize, product: &Product| {
+                let code = product.codes[number];
+                (code != Dictionary::NULL)
+                    .then(|| self.vocabulary(DESCRIBED[number]).dictionary().value(code))
+            };
+            let texts = |number: usize| {
+                let texts = products.iter().map(|product| value(number, product).map(text));
+                StringChunked::from_iter_options(DESCRIBED[number].name().into(), texts).into_column()
+            };
+            let categories = products.iter().map(|product| value(0, product).map(int));
+            let seconds = |name: &str, seconds: fn(&Product) -> i64| {
+                Column::new(name.into(), products.iter().map(seconds).collect::<Vec<_>>())
+            };
+            let prices: Vec<f64> = products.iter().map(|product| product.price).collect();
+            vec![
+                seconds(FIRST_SEEN, |product| product.first_seen),
+                seconds(LAST_SEEN, |product| product.last_seen),
+                Int64Chunked::from_iter_options(event::CATEGORY.into(), categories).into_column(),
+                texts(1),
+                texts(2),
+                Column::new(event::PRICE.into(), prices),
+            ]
+        })?;
         write_parquet(products, &dir.join(PRODUCTS))?;
-        let mean_price = |means| Column::new(MEAN_PRICE.into(), means);
+        let mean_price = |means| vec![Column::new(MEAN_PRICE.into(), means)];
         let categories = self.table::<f64>(Coded::Category, &self.mean_price, mean_price)?;
         write_parquet(categories, &dir.join(CATEGORIES))?;
         let path = dir.join(STATISTICS);
@@ -223,7 +325,7 @@ impl Workflow {
         &self,
         column: Coded,
         known: &[T],
-        beside: impl FnOnce(Vec<T>) -> Column,
+        beside: impl FnOnce(Vec<T>) -> Vec<Column>,
     ) -> PolarsResult<DataFrame> {
         let dictionary = self.vocabulary(column).dictionary();
         let mut rows: Vec<(i64, T)> = (1..=dictionary.len() as u32)
@@ -231,7 +333,10 @@ impl Workflow {
             .collect();
         rows.sort_unstable_by_key(|(value, _)| *value);
         let (values, known): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
-        DataFrame::new(values.len(), vec![Column::new(column.name().into(), values), beside(known)])
+        let n_rows = values.len();
+        let mut columns = vec![Column::new(column.name().into(), values)];
+        columns.extend(beside(known));
+        DataFrame::new(n_rows, columns)
     }
 
     /// Reads what [`Workflow::save`] wrote.
@@ -259,20 +364,57 @@ impl Workflow {
 
         let path = dir.join(PRODUCTS);
         let table = read_parquet(&path)?;
-        let seen = ints(&table, FIRST_SEEN, &path)?;
-        let products = ints(&table, event::PRODUCT, &path)?;
-        let first_seen = by_code(&mut vocabularies[Coded::Product as usize], &products, seen, NEVER_SEEN);
+        let described = read_products(&table, &path, &mut vocabularies)?;
+        let ids = ints(&table, event::PRODUCT, &path)?;
+        let products = by_code(&mut vocabularies[Coded::Product as usize], &ids, described, Product::UNSEEN);
 
         let path = dir.join(CATEGORIES);
         let table = read_parquet(&path)?;
-        let means = table.column(MEAN_PRICE).and_then(|column| {
-            Ok(column.f64()?.iter().map(|mean| mean.unwrap_or(f64::NAN)).collect::<Vec<_>>())
-        });
-        let means = means.map_err(|e| Error::Workflow { path: path.clone(), problem: e.to_string() })?;
+        let means = floats(&table, MEAN_PRICE, &path)?;
         let categories = ints(&table, event::CATEGORY, &path)?;
         let mean_price = by_code(&mut vocabularies[Coded::Category as usize], &categories, means, f64::NAN);
-        Ok(Self { statistics, vocabularies, first_seen, mean_price })
+        Ok(Self { statistics, vocabularies, products, mean_price })
     }
+}
+
+/// The rows of `products.parquet`; values without an id get their codes now.
+fn read_products(
+    table: &DataFrame,
+    path: &Path,
+    vocabularies: &mut [Vocabulary; 7],
+) -> Result<Vec<Product>, Error> {
+    let mut codes = Vec::with_capacity(DESCRIBED.len());
+    for column in DESCRIBED {
+        let vocabulary = &mut vocabularies[column as usize];
+        let mut code =
+            |value: Option<Value<'_>>| value.map_or(Dictionary::NULL, |value| vocabulary.add_unknown(value));
+        let mut read = || -> PolarsResult<Vec<u32>> {
+            let cells = table.column(column.name())?;
+            Ok(if column.is_int() {
+                cells.i64()?.iter().map(|cell| code(cell.map(Value::Int))).collect()
+            } else {
+                cells.str()?.iter().map(|cell| code(cell.map(Value::Text))).collect()
+            })
+        };
+        codes.push(read().map_err(|e| Error::Workflow { path: path.into(), problem: e.to_string() })?);
+    }
+    let (first, last) = (ints(table, FIRST_SEEN, path)?, ints(table, LAST_SEEN, path)?);
+    let prices = floats(table, event::PRICE, path)?;
+    let row = |row: usize| Product {
+        first_seen: first[row],
+        last_seen: last[row],
+        price: prices[row],
+        codes: [codes[0][row], codes[1][row], codes[2][row]],
+    };
+    Ok((0..first.len()).map(row).collect())
+}
+
+/// A column of a table of ours that holds floats; NaN for null.
+fn floats(table: &DataFrame, name: &str, path: &Path) -> Result<Vec<f64>, Error> {
+    let values = table.column(name).and_then(|column| {
+        Ok(column.f64()?.iter().map(|value| value.unwrap_or(f64::NAN)).collect::<Vec<_>>())
+    });
+    values.map_err(|e| Error::Workflow { path: path.into(), problem: e.to_string() })
 }
 
 #[derive(Deserialize)]
@@ -305,6 +447,13 @@ fn int(value: Value<'_>) -> i64 {
     match value {
         Value::Int(value) => value,
         Value::Text(_) => unreachable!("products and categories are integers"),
+    }
+}
+
+fn text(value: Value<'_>) -> &str {
+    match value {
+        Value::Text(value) => value,
+        Value::Int(_) => unreachable!("category codes and brands are texts"),
     }
 }
 
@@ -349,7 +498,9 @@ pub(crate) struct Encoder<'a> {
     statistics: &'a Statistics,
     /// By [`Coded`], then by code.
     ids: [Cow<'a, [u32]>; 7],
-    first_seen: Cow<'a, [i64]>,
+    /// By the code of the product.
+    first_seen: Vec<i64>,
+    /// By the code of the category.
     mean_price: Cow<'a, [f64]>,
 }
 

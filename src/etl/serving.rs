@@ -1,0 +1,316 @@
+//! What stands in front of a model in service: the events of a request to the model's inputs.
+//!
+//! The events go through [`Workflow::apply`], as those of training did; what differs is that a session's most recent
+//! events are kept, and sessions of a single event are served too. A server that loads this as a library and one that
+//! is this program run the same function on the same tensors.
+
+use std::fs;
+use std::path::Path;
+
+use polars::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::schema::event;
+use crate::sessions::Keep;
+use crate::tensor::{DataType as Type, Tensor, TensorView};
+use crate::workflow::{Settings, Workflow};
+
+/// The sessions' ids among the outputs.
+pub const SESSION: &str = event::SESSION;
+/// How many events each session has: INT64 `[B, 1]`.
+pub const LENGTH: &str = "length";
+/// Items that are not to be recommended to each session, 0 where there are fewer: INT64 `[B, at least L]`.
+pub const HIDDEN: &str = "hidden";
+/// The places of the ranking that are asked for, from 0: INT64 `[B, K]`.
+pub const PLACES: &str = "places";
+/// Request input: how many recommendations a session gets, INT32 `[1]`.
+pub const TOP_K: &str = "top_k";
+/// Request input or parameter: whether items of the session are left out, BOOL `[1]`.
+pub const EXCLUDE_SEEN: &str = "exclude_seen";
+
+/// An input of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Input {
+    /// Its name.
+    pub name: &'static str,
+    /// Of its elements.
+    pub datatype: Type,
+    /// Sizes, −1 where any will do.
+    pub dims: &'static [i64],
+    /// Whether a request may lack it.
+    pub optional: bool,
+}
+
+impl Input {
+    const fn column(name: &'static str, datatype: Type, optional: bool) -> Self {
+        Self { name, datatype, dims: &[-1, 1], optional }
+    }
+}
+
+/// The inputs of a request: the columns of the events, and what is wanted.
+pub const INPUTS: [Input; 11] = [
+    Input::column(event::TIME, Type::Bytes, false),
+    Input::column(event::TYPE, Type::Bytes, false),
+    Input::column(event::PRODUCT, Type::Int64, false),
+    Input::column(event::CATEGORY, Type::Int64, false),
+    Input::column(event::CATEGORY_CODE, Type::Bytes, true),
+    Input::column(event::BRAND, Type::Bytes, true),
+    Input::column(event::PRICE, Type::Fp64, false),
+    Input::column(event::USER, Type::Int64, true),
+    Input::column(event::SESSION, Type::Bytes, false),
+    Input { name: TOP_K, datatype: Type::Int32, dims: &[1], optional: true },
+    Input { name: EXCLUDE_SEEN, datatype: Type::Bool, dims: &[1], optional: true },
+];
+
+/// A column of the sessions that the model reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelColumn {
+    /// Its name in the schema.
+    pub column: String,
+    /// Its name among the model's inputs, which must be an identifier.
+    pub input: String,
+    /// Whether it holds codes (INT64) or values (FP32).
+    pub is_categorical: bool,
+}
+
+impl ModelColumn {
+    /// A column under the nearest identifier to its name.
+    pub fn new(column: &str, is_categorical: bool) -> Self {
+        let letter = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let mut input: String = column.chars().map(letter).collect();
+        if input.starts_with(|c: char| c.is_ascii_digit()) {
+            input.insert(0, '_');
+        }
+        Self { column: column.to_owned(), input, is_categorical }
+    }
+}
+
+/// What a model in service wants of the requests: `serving.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServingSettings {
+    /// Events of a session that the model reads, the most recent ones.
+    pub max_length: usize,
+    /// The columns that it reads.
+    pub columns: Vec<ModelColumn>,
+    /// Recommendations a session, unless a request wants another number.
+    pub top_k: usize,
+    /// Recommendations a session at most.
+    pub max_top_k: usize,
+    /// Sessions of a request at most.
+    pub max_sessions: usize,
+}
+
+/// A parameter of a request.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Parameter {
+    Bool(bool),
+    Int(i64),
+    Text(String),
+}
+
+/// A fitted workflow in service.
+#[derive(Debug)]
+pub struct Preprocessor {
+    workflow: Workflow,
+    settings: ServingSettings,
+}
+
+/// Files of a folder that a [`Preprocessor`] is loaded from.
+const WORKFLOW: &str = "workflow";
+const SETTINGS: &str = "serving.json";
+
+impl Preprocessor {
+    /// Of a workflow, without the visitors that it was fitted on.
+    pub fn new(workflow: Workflow, settings: ServingSettings) -> Self {
+        Self { workflow: workflow.without_visitors(), settings }
+    }
+
+    /// Reads what [`Preprocessor::save`] wrote.
+    ///
+    /// # Errors
+    /// A file that is missing or broken.
+    pub fn load(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join(SETTINGS);
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let settings = serde_json::from_str(&text)
+            .map_err(|e| Error::Workflow { path: path.clone(), problem: e.to_string() })?;
+        Ok(Self { workflow: Workflow::load(&dir.join(WORKFLOW))?, settings })
+    }
+
+    /// Writes the workflow and the settings into a folder, which must be there.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<(), Error> {
+        let workflow = dir.join(WORKFLOW);
+        fs::create_dir(&workflow).map_err(Error::io("create", &workflow))?;
+        self.workflow.save(&workflow)?;
+        let path = dir.join(SETTINGS);
+        let text = serde_json::to_string_pretty(&self.settings).map_err(std::io::Error::from);
+        text.and_then(|text| fs::write(&path, text + "\n")).map_err(Error::io("write", &path))
+    }
+
+    /// The workflow.
+    pub fn workflow(&self) -> &Workflow {
+        &self.workflow
+    }
+
+    /// What the model wants.
+    pub fn settings(&self) -> &ServingSettings {
+        &self.settings
+    }
+
+    /// The outputs: name, type and sizes, −1 where these depend on the request. All but the first are the model's
+    /// inputs: its columns, [`LENGTH`], [`HIDDEN`], [`PLACES`].
+    pub fn outputs(&self) -> Vec<(&str, Type, Vec<i64>)> {
+        let ServingSettings { max_length, columns, .. } = &self.settings;
+        let mut outputs = vec![(SESSION, Type::Bytes, vec![-1, 1])];
+        outputs.extend(columns.iter().map(|column| {
+            let datatype = if column.is_categorical { Type::Int64 } else { Type::Fp32 };
+            (column.input.as_str(), datatype, vec![-1, *max_length as i64])
+        }));
+        outputs.push((LENGTH, Type::Int64, vec![-1, 1]));
+        outputs.push((HIDDEN, Type::Int64, vec![-1, -1]));
+        outputs.push((PLACES, Type::Int64, vec![-1, -1]));
+        outputs
+    }
+
+    /// Turns the events of a request into the outputs, a row for each session in the order in which these appear.
+    ///
+    /// # Errors
+    /// Says in one line what is wrong with the request.
+    pub fn apply(
+        &self,
+        inputs: &[TensorView<'_>],
+        parameters: &[(String, Parameter)],
+    ) -> Result<Vec<Tensor>, String> {
+        let ServingSettings { max_length, columns, max_sessions, .. } = &self.settings;
+        let find = |name: &str| inputs.iter().find(|input| input.name == name);
+        let top_k = self.top_k(find(TOP_K))?;
+        let exclude_seen = exclude_seen(find(EXCLUDE_SEEN), parameters)?;
+        let events = events(inputs)?;
+        let settings = Settings {
+            max_length: *max_length,
+            min_length: 1,
+            keep: Keep::Last,
+            seed: self.workflow.statistics.settings.seed,
+        };
+        let applied = self.workflow.apply(&events, &settings).map_err(|error| chain(&error))?;
+        let n_sessions = applied.session_ids.len();
+        if n_sessions == 0 {
+            return Err(format!("none of the {} rows of the request has a session", events.height()));
+        }
+        if n_sessions > *max_sessions {
+            return Err(format!(
+                "the request holds {n_sessions} sessions, and at most {max_sessions} are served at once"
+            ));
+        }
+        let rows = n_sessions as i64;
+        let mut outputs =
+            vec![Tensor::texts(SESSION, &[rows, 1], applied.session_ids.iter().map(String::as_str))];
+        let shape = [rows, *max_length as i64];
+        let mut lengths = Vec::new();
+        for ModelColumn { column, input, is_categorical } in columns {
+            let lists = applied.sessions.column(column).and_then(|column| column.list().cloned());
+            let lists = lists.map_err(|error| format!("the workflow makes no `{column}`: {error}"))?;
+            lengths = lists.lst_lengths().iter().map(|n| i64::from(n.unwrap_or(0))).collect();
+            let values = lists.get_inner();
+            outputs.push(if *is_categorical {
+                let values = values.i64().map_err(|error| error.to_string())?.to_vec_null_aware();
+                let values = values.left().ok_or("a code is null")?;
+                Tensor::ints(input, &shape, padded(&values, &lengths, *max_length))
+            } else {
+                let values = values.cast(&DataType::Float32).map_err(|error| error.to_string())?;
+                let values = values.f32().map_err(|error| error.to_string())?.to_vec_null_aware();
+                let values = values.left().ok_or("a value is null")?;
+                Tensor::floats(input, &shape, padded(&values, &lengths, *max_length))
+            });
+        }
+        outputs.push(Tensor::ints(LENGTH, &[rows, 1], lengths));
+        let hidden = if exclude_seen { applied.seen } else { vec![Vec::new(); n_sessions] };
+        let width = hidden.iter().map(Vec::len).max().unwrap_or(0).max(*max_length);
+        let fill = |items: &Vec<i64>| {
+            items.iter().copied().chain(std::iter::repeat_n(0, width - items.len())).collect::<Vec<_>>()
+        };
+        outputs.push(Tensor::ints(HIDDEN, &[rows, width as i64], hidden.iter().flat_map(fill)));
+        let places = (0..n_sessions).flat_map(|_| 0..top_k);
+        outputs.push(Tensor::ints(PLACES, &[rows, top_k], places));
+        Ok(outputs)
+    }
+
+    fn top_k(&self, input: Option<&TensorView<'_>>) -> Result<i64, String> {
+        let &ServingSettings { top_k, max_top_k, .. } = &self.settings;
+        let Some(input) = input else { return Ok(top_k as i64) };
+        match input.i32s()?[..] {
+            [wanted] if wanted >= 1 && wanted as usize <= max_top_k => Ok(i64::from(wanted)),
+            [wanted] => Err(format!("`{TOP_K}` is {wanted}, and must be from 1 to {max_top_k}")),
+            ref several => Err(format!("`{TOP_K}` must be one number, not {}", several.len())),
+        }
+    }
+}
+
+fn exclude_seen(input: Option<&TensorView<'_>>, parameters: &[(String, Parameter)]) -> Result<bool, String> {
+    if let Some(input) = input {
+        return match input.bools()?[..] {
+            [value] => Ok(value),
+            ref several => Err(format!("`{EXCLUDE_SEEN}` must be one truth value, not {}", several.len())),
+        };
+    }
+    match parameters.iter().find(|(name, _)| name == EXCLUDE_SEEN) {
+        None => Ok(false),
+        Some((_, Parameter::Bool(value))) => Ok(*value),
+        Some((_, other)) => Err(format!("parameter `{EXCLUDE_SEEN}` must be true or false, not {other:?}")),
+    }
+}
+
+/// The columns of the events among a request's inputs, all equally long.
+fn events(inputs: &[TensorView<'_>]) -> Result<DataFrame, String> {
+    let mut columns: Vec<Column> = Vec::new();
+    let mut n_rows = None;
+    for Input { name, datatype, optional, .. } in INPUTS.iter().filter(|input| input.dims.len() == 2) {
+        let Some(input) = inputs.iter().find(|input| input.name == *name) else {
+            if *optional {
+                continue;
+            }
+            return Err(format!("input `{name}` is missing"));
+        };
+        let rows = match *input.shape {
+            [rows] | [rows, 1] => rows,
+            ref shape => return Err(format!("input `{name}` must have the shape [-1, 1], not {shape:?}")),
+        };
+        let (first, n) = *n_rows.get_or_insert((*name, rows));
+        if n != rows {
+            return Err(format!("input `{name}` has {rows} rows, input `{first}` {n}"));
+        }
+        let name = PlSmallStr::from_static(name);
+        columns.push(match datatype {
+            Type::Int64 => Column::new(name, input.i64s()?),
+            Type::Fp64 => Column::new(name, input.f64s()?),
+            _ => Column::new(name, input.texts()?),
+        });
+    }
+    let n_rows = n_rows.map_or(0, |(_, rows)| rows.max(0) as usize);
+    DataFrame::new(n_rows, columns).map_err(|error| error.to_string())
+}
+
+/// Ragged values, row by row, filled up to `width` with zeros.
+fn padded<T: Copy + Default>(values: &[T], lengths: &[i64], width: usize) -> Vec<T> {
+    let mut padded = Vec::with_capacity(lengths.len() * width);
+    let mut rest = values;
+    for &length in lengths {
+        let (row, after) = rest.split_at(length as usize);
+        rest = after;
+        padded.extend_from_slice(row);
+        padded.resize(padded.len() + width - row.len(), T::default());
+    }
+    padded
+}
+
+/// An error and what is behind it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
