@@ -1,8 +1,24 @@
-//! Writes where libtorch lies into the binary, so that it starts without `LD_LIBRARY_PATH`.
+//! Writes where libtorch lies into the binary, so that it starts without `LD_LIBRARY_PATH`, and compiles what tch
+//! leaves out of libtorch's tracer.
+
+use std::path::Path;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    if let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") {
-        println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
-    }
+    println!("cargo::rerun-if-changed=src/export/trace.cpp");
+    let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
+    println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
+    let include = Path::new(&lib).with_file_name("include");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        // libtorch's headers are not ours to mend.
+        .warnings(false)
+        // Nothing here is worth the time of an optimiser.
+        .opt_level(0)
+        .debug(false)
+        .file("src/export/trace.cpp")
+        .compile("bireme_trace");
 }

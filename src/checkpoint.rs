@@ -106,6 +106,16 @@ pub enum CheckpointError {
     /// No complete checkpoint.
     #[error("`{0}` holds no complete checkpoint")]
     None(PathBuf),
+    /// None of that name.
+    #[error("`{dir}` holds no complete checkpoint `{name}`, only {have}")]
+    Unknown {
+        /// As asked for.
+        name: String,
+        /// Where it was looked for.
+        dir: PathBuf,
+        /// The complete ones.
+        have: String,
+    },
     /// It belongs to another model.
     #[error("checkpoint `{path}` does not fit: {problem}")]
     Mismatch {
@@ -201,6 +211,27 @@ impl Checkpoints {
     /// There is none, or it cannot be read.
     pub fn newest(&self) -> Result<(State, Tensors, PathBuf), CheckpointError> {
         let path = self.complete()?.pop().ok_or_else(|| CheckpointError::None(self.dir.clone()))?;
+        Self::read(path)
+    }
+
+    /// The complete one whose folder has this name.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn named(&self, name: &str) -> Result<(State, Tensors, PathBuf), CheckpointError> {
+        let complete = self.complete()?;
+        let is_named = |path: &PathBuf| path.file_name().is_some_and(|file| file == name);
+        match complete.iter().find(|path| is_named(path)) {
+            Some(path) => Self::read(path.clone()),
+            None => {
+                let names = complete.iter().filter_map(|path| path.file_name());
+                let have = names.map(|name| format!("`{}`", name.display())).collect::<Vec<_>>().join(", ");
+                Err(CheckpointError::Unknown { name: name.to_owned(), dir: self.dir.clone(), have })
+            }
+        }
+    }
+
+    fn read(path: PathBuf) -> Result<(State, Tensors, PathBuf), CheckpointError> {
         let state_path = path.join("state.json");
         let text = io_at("read", &state_path, fs::read_to_string(&state_path))?;
         let state: State = serde_json::from_str(&text)

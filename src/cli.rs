@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tch::Kind;
 
 use crate::collective::{self, Collective, CollectiveError, Root};
 use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
 use crate::device;
 use crate::etl;
+use crate::export::{self, ExportError, Exported};
 use crate::report::runs::{CONFIG, RUN};
 use crate::report::{self, Report, compare, evaluations, runs};
 use crate::synth::{self, SynthError, SynthOptions};
@@ -38,6 +40,8 @@ enum Command {
     Train(TrainArgs),
     /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
     Evaluate(EvaluateArgs),
+    /// Write the model of a run into a model repository, for Triton or `bireme serve`
+    Export(ExportArgs),
     /// Make a run of weights that Transformers4Rec saved
     ImportWeights(ImportArgs),
     /// Compare runs: tables, charts and a page, with confidence intervals
@@ -132,6 +136,60 @@ struct TrainArgs {
     overwrite: bool,
 }
 
+#[derive(Args)]
+struct ExportArgs {
+    /// What `bireme train` wrote
+    #[arg(long, value_name = "RUN")]
+    run_dir: PathBuf,
+    /// Which of `RUN/checkpoints` [default: the newest]
+    #[arg(long, value_name = "CHECKPOINT")]
+    checkpoint: Option<String>,
+    /// The model repository; what it already holds stays
+    #[arg(long, value_name = "REPO")]
+    out: PathBuf,
+    /// The model's name; if the repository has it, it gets a new version
+    #[arg(long, default_value = "bireme")]
+    name: String,
+    /// The type in which tables of vectors are kept and items are scored
+    #[arg(long, value_enum, default_value_t = TablesArg::F32)]
+    tables: TablesArg,
+    /// Preprocess in Python, for sites that load no foreign libraries
+    #[arg(long, conflicts_with = "backend_library")]
+    python_backend: bool,
+    /// The library that preprocesses in Triton [default: beside this program]
+    #[arg(long, value_name = "FILE")]
+    backend_library: Option<PathBuf>,
+}
+
+/// Types of exported tables, on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum TablesArg {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl ExportArgs {
+    fn options(&self) -> export::Options {
+        let beside = || {
+            let program = std::env::current_exe().unwrap_or_default();
+            program.with_file_name(export::LIBRARY)
+        };
+        export::Options {
+            run_dir: self.run_dir.clone(),
+            checkpoint: self.checkpoint.clone(),
+            out: self.out.clone(),
+            name: self.name.clone(),
+            tables: match self.tables {
+                TablesArg::F32 => Kind::Float,
+                TablesArg::Bf16 => Kind::BFloat16,
+                TablesArg::F16 => Kind::Half,
+            },
+            library: (!self.python_backend).then(|| self.backend_library.clone().unwrap_or_else(beside)),
+        }
+    }
+}
+
 impl TrainArgs {
     fn run_dir(&self) -> PathBuf {
         let named = || Path::new("runs").join(self.config.file_stem().unwrap_or(self.config.as_os_str()));
@@ -156,6 +214,12 @@ struct EvaluateArgs {
     /// Override a key of the run's configuration, as `section.key=value`; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Evaluate what `bireme export` made of the run, in this repository, in place of the checkpoint
+    #[arg(long, value_name = "REPO", conflicts_with = "save")]
+    exported: Option<PathBuf>,
+    /// With `--exported`: the model's name
+    #[arg(long, default_value = "bireme", requires = "exported")]
+    name: String,
     /// Leave each session's outcome in `RUN/evaluations` too, for `bireme report`
     #[arg(long)]
     save: bool,
@@ -217,6 +281,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Preprocess(args) => preprocess(&args),
         Command::Train(args) => train(&args),
         Command::Evaluate(args) => evaluate(&args),
+        Command::Export(args) => export(&args),
         Command::ImportWeights(args) => import_weights(&args),
         Command::Report(args) => report(&args),
     };
@@ -365,11 +430,27 @@ fn train(args: &TrainArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+fn export(args: &ExportArgs) -> Result<(), Failure> {
+    let options = args.options();
+    let Exported { version, n_items } = export::export(&options).map_err(|error: ExportError| Failure {
+        exit_code: error.exit_code(),
+        message: Some(explain(&error, error.hint())),
+    })?;
+    let (name, out) = (&options.name, options.out.display());
+    report::result(&format!("version {version} of `{name}`, {n_items} items, is in `{out}`"));
+    Ok(())
+}
+
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let job = Job::join(|| Config::load(&args.run_dir.join(CONFIG), &args.set))?;
     let collective = &*job.collective;
     let which = (args.day, args.split);
-    let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place.device);
+    let device = job.place.device;
+    let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, device);
+    let opened = match &args.exported {
+        Some(repository) => opened.and_then(|run| run.with_exported(repository, &args.name, device)),
+        None => opened,
+    };
     let run = agree(collective, opened, |_| None)?;
     let file = run.evaluation_file(&args.run_dir);
     let taken = args.save && !args.overwrite && collective.root().is_some() && file.exists();
@@ -420,13 +501,16 @@ enum RunDirError {
     Evaluated(PathBuf),
     #[error("cannot write to the run directory `{path}`")]
     Io { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Workflow(#[from] etl::Error),
 }
 
 /// Makes the run directory and writes into it what runs: the resolved configuration, and with what and on what.
 fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
     let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
     fs::create_dir_all(run_dir).map_err(at)?;
-    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations::EVALUATIONS, "checkpoints"] {
+    let evaluations = evaluations::EVALUATIONS;
+    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations, export::DATA, "checkpoints"] {
         let path = run_dir.join(left);
         if path.exists() && !args.overwrite {
             return Err(RunDirError::Taken(run_dir.to_owned()));
@@ -445,5 +529,15 @@ fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Resu
         "data": args.data,
     });
     fs::write(run_dir.join(CONFIG), job.config.to_toml()).map_err(at)?;
-    fs::write(run_dir.join(RUN), format!("{run:#}\n")).map_err(at)
+    fs::write(run_dir.join(RUN), format!("{run:#}\n")).map_err(at)?;
+    // What serving needs of the data, so that a run is whole by itself.
+    let kept = run_dir.join(export::DATA);
+    fs::create_dir(&kept).map_err(at)?;
+    fs::copy(args.data.join(etl::SCHEMA), kept.join(etl::SCHEMA)).map_err(at)?;
+    let (workflow, copy) = (args.data.join(etl::WORKFLOW), kept.join(etl::WORKFLOW));
+    if workflow.is_dir() {
+        fs::create_dir(&copy).map_err(at)?;
+        etl::copy_without_visitors(&workflow, &copy)?;
+    }
+    Ok(())
 }

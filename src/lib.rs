@@ -16,6 +16,7 @@
 //! | [`checkpoint`] | a run's state | a folder to go on from |
 //! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal; runs compared |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
+//! | [`export`] | a checkpoint, the workflow | a model repository to serve |
 //! | [`cli`] | arguments | an exit code |
 //!
 //! Nothing outside `collective` knows which backend runs, and nothing but `report` prints.
@@ -48,4 +49,5 @@ pub mod metrics;
 pub mod checkpoint;
 pub mod report;
 pub mod train;
+pub mod export;
 pub mod cli;

@@ -14,6 +14,7 @@
 //! | `partition` | writes the sessions of each day |
 //! | [`preprocess()`] | all of it |
 //! | [`serving`] | the events of a request to the inputs of a model |
+//! | `numpy` | the same for those who do it in Python |
 //! | [`tensor`] | what requests and responses are made of |
 //!
 //! The transforms are those of the NVTabular workflow in Transformers4Rec's session-based tutorial, its faults
@@ -23,6 +24,7 @@ mod buckets;
 mod error;
 mod events;
 mod fit;
+mod numpy;
 mod partition;
 mod preprocess;
 pub mod schema;
@@ -39,4 +41,4 @@ pub use preprocess::{Options, Report, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preproc
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};
 pub use sessions::Keep;
 pub use vocab::{Coded, Value, Vocabulary};
-pub use workflow::{Applied, ProductInWords, Settings, Statistics, Workflow};
+pub use workflow::{Applied, ProductInWords, Settings, Statistics, Workflow, copy_without_visitors};

@@ -148,6 +148,11 @@ impl Preprocessor {
         let workflow = dir.join(WORKFLOW);
         fs::create_dir(&workflow).map_err(Error::io("create", &workflow))?;
         self.workflow.save(&workflow)?;
+        self.save_settings(dir)
+    }
+
+    /// Writes the settings alone.
+    pub(crate) fn save_settings(&self, dir: &Path) -> Result<(), Error> {
         let path = dir.join(SETTINGS);
         let text = serde_json::to_string_pretty(&self.settings).map_err(std::io::Error::from);
         text.and_then(|text| fs::write(&path, text + "\n")).map_err(Error::io("write", &path))

@@ -255,6 +255,11 @@ impl Vocabulary {
         Self { column, dictionary, ids, codes, counts }
     }
 
+    /// Without a value.
+    pub(crate) fn empty(column: Coded) -> Self {
+        Self::fit(column, Dictionary::new(column.is_int()), &[0])
+    }
+
     /// The column.
     pub fn column(&self) -> Coded {
         self.column

@@ -161,9 +161,8 @@ impl Workflow {
 
     /// The same without the ids of sessions and users, which no model reads and a server has no use for.
     pub fn without_visitors(mut self) -> Self {
-        for column in [Coded::User, Coded::Session] {
-            self.vocabularies[column as usize] =
-                Vocabulary::fit(column, Dictionary::new(column.is_int()), &[0]);
+        for column in VISITORS {
+            self.vocabularies[column as usize] = Vocabulary::empty(column);
         }
         self
     }
@@ -284,7 +283,7 @@ impl Workflow {
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         let vocabularies = dir.join("vocabulary");
         fs::create_dir_all(&vocabularies).map_err(Error::io("create", &vocabularies))?;
-        for vocabulary in &self.vocabularies {
+        for vocabulary in self.vocabularies.iter().filter(|vocabulary| !is_left_out(vocabulary)) {
             vocabulary.write(&vocabulary_path(dir, vocabulary.column()))?;
         }
         let products = self.table::<Product>(Coded::Product, &self.products, |products| {
@@ -358,7 +357,11 @@ impl Workflow {
         let statistics = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
         let mut vocabularies = Vec::with_capacity(Coded::ALL.len());
         for column in Coded::ALL {
-            vocabularies.push(Vocabulary::read(&vocabulary_path(dir, column), column)?);
+            let path = vocabulary_path(dir, column);
+            vocabularies.push(match VISITORS.contains(&column) && !path.exists() {
+                true => Vocabulary::empty(column),
+                false => Vocabulary::read(&path, column)?,
+            });
         }
         let mut vocabularies: [_; 7] = vocabularies.try_into().unwrap_or_else(|_| unreachable!());
 
@@ -415,6 +418,28 @@ fn floats(table: &DataFrame, name: &str, path: &Path) -> Result<Vec<f64>, Error>
         Ok(column.f64()?.iter().map(|value| value.unwrap_or(f64::NAN)).collect::<Vec<_>>())
     });
     values.map_err(|e| Error::Workflow { path: path.into(), problem: e.to_string() })
+}
+
+/// The columns that tell who it was. A workflow may be without their values.
+const VISITORS: [Coded; 2] = [Coded::User, Coded::Session];
+
+fn is_left_out(vocabulary: &Vocabulary) -> bool {
+    VISITORS.contains(&vocabulary.column()) && vocabulary.is_empty()
+}
+
+/// Copies what [`Workflow::save`] wrote into a folder, which must be there, but not the visitors' ids.
+///
+/// # Errors
+/// A file that cannot be read or written.
+pub fn copy_without_visitors(from: &Path, to: &Path) -> Result<(), Error> {
+    let vocabularies = to.join("vocabulary");
+    fs::create_dir_all(&vocabularies).map_err(Error::io("create", &vocabularies))?;
+    let of_columns = Coded::ALL.into_iter().filter(|column| !VISITORS.contains(column));
+    let of_columns = of_columns.map(|column| format!("vocabulary/{}.parquet", column.name()));
+    for file in of_columns.chain([PRODUCTS, CATEGORIES, STATISTICS].map(str::to_owned)) {
+        fs::copy(from.join(&file), to.join(&file)).map_err(Error::io("copy", &from.join(&file)))?;
+    }
+    Ok(())
 }
 
 #[derive(Deserialize)]

@@ -20,7 +20,7 @@ use crate::model::Recommender;
 
 use outcomes::Outcomes;
 pub use outcomes::{Outcome, deciles};
-use ranking::FIRST_ITEM;
+pub(crate) use ranking::FIRST_ITEM;
 pub use ranking::{Ranking, rank_targets};
 
 /// Largest K of any metric.

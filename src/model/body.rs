@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::objective::{Plan, Visible};
+use super::objective::{Objective, Plan, Shown, Visible};
 use super::{Gru, Parameters, Xlnet};
 use crate::data::{Batch, Noise};
 
@@ -21,7 +21,7 @@ impl Body {
         &self,
         parameters: &Parameters,
         (x, query): (Tensor, Option<Tensor>),
-        layout: &Layout<'_>,
+        layout: &Layout,
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
         match self {
@@ -31,19 +31,30 @@ impl Body {
     }
 }
 
-/// Where the packed positions of a plan lie in a `[B, L]` rectangle, and what each may attend to.
-pub struct Layout<'a> {
-    plan: &'a Plan,
-    device: Device,
-    /// Longest session, `L`.
+/// Where positions lie in a `[B, L]` rectangle, what stands there, and what each may attend to.
+///
+/// Made from a [`Plan`], positions are packed: only those that hold something are computed. Made from lengths that are
+/// a tensor themselves, as in a trace that must serve any number of sessions, positions fill the rectangle; every size
+/// that depends on the batch is then −1, and the rest of the model does not tell the difference.
+pub struct Layout {
+    /// `B`, or −1.
+    n_sessions: i64,
+    /// Longest session in positions, `L`.
     pub length: i64,
-    /// Cell `session * L + position` of each packed position: i64 `[P]`.
-    cells: Tensor,
+    /// What stands at each position, as a row of the events `[T]`, the padding `T` or the mask `T + 1`: i64 `[P]`.
+    pub(super) shown: Tensor,
+    /// Cell `session * L + position` of each position, i64 `[P]`; none if there is a position in every cell.
+    cells: Option<Tensor>,
+    /// Positions of each session, i64 `[B]`; none if all have `L`.
+    lengths: Option<Tensor>,
+    visible: Sight,
     /// Cell of each position that is read: i64 `[N]`.
     pub read_cells: Tensor,
-    /// Number of the packed position that is read: i64 `[N]`.
+    /// Number of the position that is read: i64 `[N]`.
     pub reads: Tensor,
-    /// Packed positions of each micro-batch.
+    /// Whether every position is read.
+    pub reads_all: bool,
+    /// Positions of each micro-batch.
     pub positions_by_segment: Vec<i64>,
     /// Reads of each micro-batch.
     pub reads_by_segment: Vec<i64>,
@@ -51,9 +62,17 @@ pub struct Layout<'a> {
     pub sessions_by_segment: Vec<i64>,
 }
 
-impl<'a> Layout<'a> {
+/// [`Visible`] in tensors.
+enum Sight {
+    All,
+    Before,
+    /// i64 `[B, L]`.
+    Order(Tensor),
+}
+
+impl Layout {
     /// Lays the positions of `plan` out, whose sessions are those of `batch`.
-    pub fn new(plan: &'a Plan, batch: &Batch, device: Device) -> Self {
+    pub fn new(plan: &Plan, batch: &Batch, device: Device) -> Self {
         let length = plan.lengths.iter().copied().max().unwrap_or(0);
         let cells: Vec<i64> = plan
             .lengths
@@ -62,64 +81,116 @@ impl<'a> Layout<'a> {
             .flat_map(|(session, &n)| (0..n).map(move |position| (session * length + position) as i64))
             .collect();
         let read_cells: Vec<i64> = plan.reads.iter().map(|&read| cells[read as usize]).collect();
+        let padding = batch.n_events() as i64;
+        let shown: Vec<i64> = plan
+            .shown
+            .iter()
+            .map(|shown| match shown {
+                Shown::Event(event) => *event,
+                Shown::Padding => padding,
+                Shown::Mask => padding + 1,
+            })
+            .collect();
         let on_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
-        Self {
-            plan,
-            device,
+        let are_equal = plan.lengths.iter().all(|&n| n == length);
+        let lengths: Vec<i64> = plan.lengths.iter().map(|&n| n as i64).collect();
+        let mut layout = Self {
+            n_sessions: plan.lengths.len() as i64,
             length: length as i64,
-            cells: on_device(&cells),
+            shown: on_device(&shown),
+            cells: (!are_equal).then(|| on_device(&cells)),
+            lengths: (!are_equal).then(|| on_device(&lengths)),
+            visible: Sight::All,
             read_cells: on_device(&read_cells),
             reads: on_device(&plan.reads),
+            reads_all: plan.reads.len() == plan.shown.len(),
             positions_by_segment: batch.by_segment(&plan.lengths),
             reads_by_segment: batch.by_segment(&plan.reads_per_session),
             sessions_by_segment: batch.segments.iter().map(|segment| segment.n_sessions as i64).collect(),
+        };
+        layout.visible = match &plan.visible {
+            Visible::All => Sight::All,
+            Visible::Before => Sight::Before,
+            Visible::Order(order) => Sight::Order(layout.pad(&on_device(order).unsqueeze(1)).squeeze_dim(2)),
+        };
+        layout
+    }
+
+    /// Lays sessions out whose next event is predicted, as [`Objective::next`] does, from lengths (i64 `[B]`, none of
+    /// them zero) that are known only when the model runs. Events fill a rectangle `[B, width]`; positions behind a session
+    /// show padding, which is attended to if there is a `padded_length` for it.
+    pub fn next(
+        objective: &Objective,
+        attends: bool,
+        lengths: &Tensor,
+        (width, padded_length): (i64, Option<i64>),
+    ) -> Self {
+        let masks = objective.masks(attends);
+        let length = (width + i64::from(masks)).max(padded_length.unwrap_or(0));
+        let own = lengths.unsqueeze(1);
+        let session = lengths.ones_like().cumsum(0, Kind::Int64) - 1;
+        let places = Tensor::arange(length, (Kind::Int64, lengths.device())).unsqueeze(0);
+        let event = session.unsqueeze(1) * width + &places;
+        let padding = lengths.ones_like().sum(Kind::Int64) * width;
+        let behind =
+            if masks { (&padding + 1).where_self(&places.eq_tensor(&own), &padding) } else { padding };
+        let shown = event.where_self(&places.lt_tensor(&own), &behind).reshape([-1]);
+        let read_places = if masks { lengths.shallow_clone() } else { lengths - 1 };
+        let read_cells = session * length + read_places;
+        let visible = match objective.sight_of_next(attends) {
+            Visible::All => Sight::All,
+            Visible::Before => Sight::Before,
+            // Only the mask has a place in the order: the first.
+            Visible::Order(_) => Sight::Order(places.eq_tensor(&own).to_kind(Kind::Int64) - 1),
+        };
+        Self {
+            n_sessions: -1,
+            length,
+            shown,
+            cells: None,
+            lengths: padded_length.is_none().then(|| lengths + i64::from(masks)),
+            visible,
+            reads: read_cells.shallow_clone(),
+            read_cells,
+            reads_all: false,
+            positions_by_segment: Vec::new(),
+            reads_by_segment: Vec::new(),
+            sessions_by_segment: Vec::new(),
         }
-    }
-
-    /// Number of sessions, `B`.
-    pub fn n_sessions(&self) -> i64 {
-        self.plan.lengths.len() as i64
-    }
-
-    /// Whether every position is read.
-    pub fn reads_all(&self) -> bool {
-        self.plan.reads.len() == self.plan.shown.len()
     }
 
     /// `x: [P, D]` → `[B, L, D]`, zero where there is no position.
     pub fn pad(&self, x: &Tensor) -> Tensor {
         let width = x.size()[1];
-        let n_cells = self.n_sessions() * self.length;
-        let padded = if x.size()[0] == n_cells {
-            x.shallow_clone()
-        } else {
-            x.new_zeros([n_cells, width], (x.kind(), x.device())).index_copy(0, &self.cells, x)
-        };
-        padded.view([self.n_sessions(), self.length, width])
+        let padded = self.cells.as_ref().map(|cells| {
+            let n_cells = self.n_sessions * self.length;
+            x.new_zeros([n_cells, width], (x.kind(), x.device())).index_copy(0, cells, x)
+        });
+        padded.as_ref().unwrap_or(x).view([self.n_sessions, self.length, width])
     }
 
     /// `x: [B, L, D]` → `[P, D]`.
     pub fn pack(&self, x: &Tensor) -> Tensor {
-        x.reshape([-1, x.size()[2]]).index_select(0, &self.cells)
+        let x = x.reshape([-1, x.size()[2]]);
+        self.cells.as_ref().map_or(x.shallow_clone(), |cells| x.index_select(0, cells))
     }
 
-    /// What must not be attended to, bool `[B, L, L]` as (session, from, to); a position always sees itself. `None` where
-    /// everything is visible.
+    /// What must not be attended to, bool `[B or 1, L, L]` as (session, from, to); a position always sees itself. `None`
+    /// where everything is visible.
     pub fn hidden(&self) -> Option<Tensor> {
-        let places = Tensor::arange(self.length, (Kind::Int64, self.device));
+        let places = Tensor::arange(self.length, (Kind::Int64, self.shown.device()));
         let (from, to) = (places.view([1, -1, 1]), places.view([1, 1, -1]));
-        let hidden = match &self.plan.visible {
-            Visible::All => self.beyond()?.unsqueeze(1),
+        let hidden = match &self.visible {
+            Sight::All => self.beyond()?.unsqueeze(1),
             // Whatever is behind the session is behind all its positions.
-            Visible::Before => to.gt_tensor(&from),
-            Visible::Order(order) => {
-                let order = self.order(order);
+            Sight::Before => to.gt_tensor(&from),
+            Sight::Order(order) => {
                 let later = Self::not_before(&order.unsqueeze(1), &order.unsqueeze(2));
                 let hidden = later.logical_and(&to.ne_tensor(&from));
                 self.beyond().map_or(hidden.shallow_clone(), |beyond| hidden.logical_or(&beyond.unsqueeze(1)))
             }
         };
-        Some(hidden.expand([self.n_sessions(), self.length, self.length], false))
+        Some(hidden.expand([-1, self.length, self.length], false))
     }
 
     /// What the positions that are read must not attend to, bool `[N, L]`. Where predictions have an order, a position
@@ -127,14 +198,13 @@ impl<'a> Layout<'a> {
     pub fn hidden_from_reads(&self) -> Option<Tensor> {
         let sessions = self.read_sessions();
         let beyond = self.beyond().map(|beyond| beyond.index_select(0, &sessions));
-        match &self.plan.visible {
-            Visible::All => beyond,
-            Visible::Before => {
-                let to = Tensor::arange(self.length, (Kind::Int64, self.device)).unsqueeze(0);
+        match &self.visible {
+            Sight::All => beyond,
+            Sight::Before => {
+                let to = Tensor::arange(self.length, (Kind::Int64, self.shown.device())).unsqueeze(0);
                 Some(to.gt_tensor(&self.read_places().unsqueeze(1)))
             }
-            Visible::Order(order) => {
-                let order = self.order(order);
+            Sight::Order(order) => {
                 let own = order.reshape([-1]).index_select(0, &self.read_cells).unsqueeze(1);
                 let hidden = Self::not_before(&order.index_select(0, &sessions), &own);
                 Some(beyond.map_or(hidden.shallow_clone(), |beyond| hidden.logical_or(&beyond)))
@@ -154,18 +224,9 @@ impl<'a> Layout<'a> {
 
     /// Places behind the sessions, bool `[B, L]`; `None` if all are equally long.
     fn beyond(&self) -> Option<Tensor> {
-        if self.plan.lengths.iter().all(|&n| n as i64 == self.length) {
-            return None;
-        }
-        let lengths: Vec<i64> = self.plan.lengths.iter().map(|&n| n as i64).collect();
-        let lengths = Tensor::from_slice(&lengths).to_device(self.device);
-        let places = Tensor::arange(self.length, (Kind::Int64, self.device));
+        let lengths = self.lengths.as_ref()?;
+        let places = Tensor::arange(self.length, (Kind::Int64, lengths.device()));
         Some(places.unsqueeze(0).ge_tensor(&lengths.unsqueeze(1)))
-    }
-
-    fn order(&self, order: &[i64]) -> Tensor {
-        let order = Tensor::from_slice(order).to_device(self.device).unsqueeze(1);
-        self.pad(&order).squeeze_dim(2)
     }
 
     /// Whether `of` is predicted, and not before `own`.

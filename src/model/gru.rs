@@ -77,14 +77,15 @@ impl Gru {
         &self,
         parameters: &Parameters,
         x: Tensor,
-        layout: &Layout<'_>,
+        layout: &Layout,
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
-        let h0 = x.new_zeros([self.n_layers, layout.n_sessions(), self.width], (x.kind(), x.device()));
         let layers = self.first..self.first + 4 * self.n_layers as usize;
         let layers: Vec<&Tensor> = layers.map(|index| parameters.leaf(index)).collect();
         let run = |x: &Tensor| {
-            let (states, _) = layout.pad(x).gru(&h0, &layers, true, self.n_layers, 0.0, false, false, true);
+            let x = layout.pad(x);
+            let h0 = x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
+            let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, false, false, true);
             states.reshape([-1, self.width]).index_select(0, &layout.read_cells)
         };
         match noise {

@@ -5,7 +5,6 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::objective::{Plan, Shown};
 use super::parameters::{Initial, LayerNorm, Linear};
 use super::{ITEM_TABLE, Parameters};
 use crate::data::plan::derive_seed;
@@ -248,8 +247,7 @@ impl Input {
             .iter()
             .enumerate()
             .map(|(column, values)| {
-                let padding = values.new_zeros([1], (values.kind(), values.device()));
-                let padded = Tensor::cat(&[values, &padding], 0);
+                let padded = values.constant_pad_nd([0, 1]);
                 if !learns || self.swap_noise == 0.0 {
                     return padded;
                 }
@@ -269,19 +267,20 @@ impl Input {
         tables
             .map(|(column, table)| {
                 let rows = columns[column].shallow_clone();
-                let vectors = parameters.leaf(table).detach().index_select(0, &rows);
+                let vectors = parameters.leaf(table).detach().index_select(0, &rows).to_kind(Kind::Float);
                 Lookup { column, table, rows, vectors: vectors.set_requires_grad(leaves) }
             })
             .collect()
     }
 
-    /// What stands at each position of `plan`: `[P, body_width]`, and what the mask comes to: `[1, body_width]`.
+    /// The vector of what stands at each position, `[P, body_width]`, and that of the mask, `[1, body_width]`. `shown`: see
+    /// [`super::Layout`].
     pub(super) fn positions(
         &self,
         parameters: &Parameters,
         columns: &[Tensor],
         lookups: &[Lookup],
-        plan: &Plan,
+        shown: &Tensor,
     ) -> (Tensor, Option<Tensor>) {
         let channels: Vec<Tensor> = self
             .channels
@@ -314,23 +313,12 @@ impl Input {
             events = projection.apply(parameters, &events).relu();
         }
         // The padding event is the last of the events; the mask comes behind it.
-        let padding = events.size()[0] - 1;
         if let Some(mask) = self.mask {
             events = Tensor::cat(&[events, parameters.leaf(mask).unsqueeze(0)], 0);
         }
         let vectors = self.to_body.apply(parameters, &events).relu();
-        let shown: Vec<i64> = plan
-            .shown
-            .iter()
-            .map(|shown| match shown {
-                Shown::Event(event) => *event,
-                Shown::Padding => padding,
-                Shown::Mask => padding + 1,
-            })
-            .collect();
-        let shown = Tensor::from_slice(&shown).to_device(vectors.device());
-        let mask = self.mask.map(|_| vectors.narrow(0, padding + 1, 1));
-        (vectors.index_select(0, &shown), mask)
+        let mask = self.mask.map(|_| vectors.narrow(0, -1, 1));
+        (vectors.index_select(0, shown), mask)
     }
 }
 

@@ -221,10 +221,19 @@ impl Network {
         (plan, batch): (&Plan, &Batch),
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
-        let layout = Layout::new(plan, batch, self.device());
-        let (x, mask) = self.input.positions(&self.parameters, columns, lookups, plan);
+        self.laid_out_states(columns, lookups, &Layout::new(plan, batch, self.device()), noise)
+    }
+
+    fn laid_out_states(
+        &self,
+        columns: &[Tensor],
+        lookups: &[Lookup],
+        layout: &Layout,
+        noise: Option<&mut Noise<'_>>,
+    ) -> Tensor {
+        let (x, mask) = self.input.positions(&self.parameters, columns, lookups, &layout.shown);
         let query = mask.filter(|_| self.objective.two_streams());
-        self.body.states(&self.parameters, (x, query), &layout, noise)
+        self.body.states(&self.parameters, (x, query), layout, noise)
     }
 
     /// The states that `plan` reads of `batch`, nothing being learnt: `[N, D]`.
@@ -235,6 +244,37 @@ impl Network {
             let lookups = self.input.look_up(&self.parameters, &columns, false);
             self.states(&columns, &lookups, (&plan, batch), None)
         })
+    }
+
+    /// Scores `[B, V]` of what follows sessions that lie in rectangles: `columns` each `[B, width]`, events first, and
+    /// `lengths: [B]`. The same arithmetic as [`Recommender::encode`] and [`Recommender::scores`], with nothing in it
+    /// that depends on how many sessions there are, so that it can be traced.
+    pub fn next_scores(&self, columns: &[Tensor], lengths: &Tensor, width: i64) -> Tensor {
+        tch::no_grad(|| {
+            let columns: Vec<Tensor> =
+                columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
+            let lookups = self.input.look_up(&self.parameters, &columns, false);
+            let padded_length = self.padded_length.map(|length| length as i64);
+            let layout = Layout::next(&self.objective, self.attends(), lengths, (width, padded_length));
+            let states = self.laid_out_states(&columns, &lookups, &layout, None);
+            self.scores(&self.session_vectors(&states), 0..self.n_items)
+        })
+    }
+
+    /// Events of a session that can be read in service.
+    pub fn served_length(&self, max_length: usize) -> usize {
+        // Where padding is attended to, the model knows sessions of one length only, the mask included.
+        self.padded_length
+            .map_or(max_length, |length| length - usize::from(self.objective.masks(self.attends())))
+    }
+
+    /// Ends learning, and keeps tables of vectors in type `kind`: they are nearly all of a model. Items are then scored in
+    /// that type; the rest stays float32.
+    pub fn serve_with_tables_in(&mut self, kind: Kind) {
+        for index in 0..self.parameters.views().len() {
+            let is_table = index < self.n_tables && index != ITEM_BIAS;
+            self.parameters.freeze(index, if is_table { kind } else { Kind::Float });
+        }
     }
 
     /// Whether the body attends to positions in any order, or reads forward only.
@@ -294,7 +334,11 @@ impl Recommender for Network {
         tch::no_grad(|| {
             let rows =
                 |index: usize| self.parameters.leaf(index).narrow(0, items.start, items.end - items.start);
-            rows(ITEM_BIAS).addmm(encoded, &rows(self.scored_table).tr())
+            let table = rows(self.scored_table);
+            if table.kind() == Kind::Float {
+                return rows(ITEM_BIAS).addmm(encoded, &table.tr());
+            }
+            encoded.to_kind(table.kind()).matmul(&table.tr()).to_kind(Kind::Float) + rows(ITEM_BIAS)
         })
     }
 }

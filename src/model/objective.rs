@@ -190,6 +190,16 @@ impl Objective {
         }
     }
 
+    /// Who may attend to whom where the next event is predicted; an order is left open.
+    pub(super) fn sight_of_next(&self, attends: bool) -> Visible {
+        match self {
+            Objective::Causal { .. } => Visible::Before,
+            Objective::Masked { .. } | Objective::Replaced { .. } => Visible::All,
+            Objective::Permutation { .. } if attends => Visible::Order(Vec::new()),
+            Objective::Permutation { .. } => Visible::Before,
+        }
+    }
+
     /// Predicts what follows sessions of these lengths, all of which is known.
     pub fn next(&self, lengths: &[usize], attends: bool) -> Plan {
         let mut shown = Vec::new();
@@ -206,11 +216,9 @@ impl Objective {
             }
             reads.push(shown.len() as i64 - 1);
         }
-        let visible = match self {
-            Objective::Causal { .. } => Visible::Before,
-            Objective::Masked { .. } | Objective::Replaced { .. } => Visible::All,
-            Objective::Permutation { .. } if attends => Visible::Order(order),
-            Objective::Permutation { .. } => Visible::Before,
+        let visible = match self.sight_of_next(attends) {
+            Visible::Order(_) => Visible::Order(order),
+            other => other,
         };
         let lengths = lengths.iter().map(|length| length + usize::from(self.masks(attends))).collect();
         let reads_per_session = vec![1; reads.len()];

@@ -181,6 +181,11 @@ impl Parameters {
         &self.leaves[index]
     }
 
+    /// Keeps a parameter as a constant of type `kind` from now on.
+    pub(super) fn freeze(&mut self, index: usize, kind: Kind) {
+        self.leaves[index] = self.leaves[index].detach().to_kind(kind);
+    }
+
     /// The gradient of parameter number `index`, shaped like it.
     pub fn gradient(&self, index: usize) -> Tensor {
         self.views[index].of(&self.gradients)

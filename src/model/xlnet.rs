@@ -157,20 +157,20 @@ impl Xlnet {
         &self,
         parameters: &Parameters,
         (x, query): (Tensor, Option<Tensor>),
-        layout: &Layout<'_>,
+        layout: &Layout,
         mut noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
         let table = position_table(layout.length, self.shape.width, x.device());
         let (hidden, hidden_from_reads) = (layout.hidden(), layout.hidden_from_reads());
         let (positions, reads) = (&layout.positions_by_segment, &layout.reads_by_segment);
-        let n_reads = layout.reads.size()[0];
         let mut h = dropout(&mut noise, x, self.shape.dropout, positions);
-        let mut read = query
-            .map(|query| dropout(&mut noise, query.expand([n_reads, -1], false), self.shape.dropout, reads));
+        // A row for each read: by lookup, as a trace does not know how many there are.
+        let queries = |query: Tensor| query.index_select(0, &layout.reads.zeros_like());
+        let mut read = query.map(|query| dropout(&mut noise, queries(query), self.shape.dropout, reads));
         for (number, layer) in self.layers.iter().enumerate() {
             let is_last = number + 1 == self.layers.len();
             let keys = layer.keys(parameters, self.shape, &h, layout, &table);
-            if is_last && read.is_none() && !layout.reads_all() {
+            if is_last && read.is_none() && !layout.reads_all {
                 read = Some(h.index_select(0, &layout.reads));
             }
             if let Some(states) = &mut read {
@@ -199,7 +199,7 @@ impl Layer {
         parameters: &Parameters,
         shape: Shape,
         h: &Tensor,
-        layout: &Layout<'_>,
+        layout: &Layout,
         table: &Tensor,
     ) -> Keys {
         let padded = |index: usize| {
@@ -217,7 +217,7 @@ impl Layer {
         parameters: &Parameters,
         shape: Shape,
         (h, keys): (&Tensor, &Keys),
-        layout: &Layout<'_>,
+        layout: &Layout,
         hidden: &Option<Tensor>,
         noise: &mut Option<&mut Noise<'_>>,
     ) -> Tensor {
@@ -226,17 +226,17 @@ impl Layer {
         let by_content = (&q + bias(self.r_w_bias)).matmul(&keys.k.transpose(2, 3));
         // `[B, H, L, 2L]`: column p belongs to δ = L − p, so that (i, j) wants column L + j − i. Reading the rows with a
         // stride one shorter shifts each by one more than the one before.
-        let (n, length) = (layout.n_sessions(), layout.length);
+        let length = layout.length;
         let by_position = (&q + bias(self.r_r_bias))
             .matmul(&keys.r.unsqueeze(0))
-            .view([n, shape.n_heads, 2 * length, length])
+            .view([-1, shape.n_heads, 2 * length, length])
             .narrow(2, 1, 2 * length - 1)
-            .reshape([n, shape.n_heads, length, 2 * length - 1])
+            .reshape([-1, shape.n_heads, length, 2 * length - 1])
             .narrow(3, 0, length);
         let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
         let weights = weights(by_content + by_position, hidden, shape);
         let weights = dropout_weights(noise, weights, shape.dropout, &layout.sessions_by_segment);
-        let found = weights.matmul(&keys.v).transpose(1, 2).reshape([n, length, shape.width]);
+        let found = weights.matmul(&keys.v).transpose(1, 2).reshape([-1, length, shape.width]);
         layout.pack(&found).matmul(&matrix(parameters, self.o).tr())
     }
 
@@ -246,24 +246,24 @@ impl Layer {
         parameters: &Parameters,
         shape: Shape,
         (states, keys): (&Tensor, &Keys),
-        layout: &Layout<'_>,
+        layout: &Layout,
         hidden: &Option<Tensor>,
         noise: &mut Option<&mut Noise<'_>>,
     ) -> Tensor {
-        let (n, sessions) = (states.size()[0], layout.read_sessions());
-        let q = states.matmul(&matrix(parameters, self.q)).view([n, shape.n_heads, shape.head_width()]);
+        let sessions = layout.read_sessions();
+        let q = states.matmul(&matrix(parameters, self.q)).view([-1, shape.n_heads, shape.head_width()]);
         let (k, v) = (keys.k.index_select(0, &sessions), keys.v.index_select(0, &sessions));
         let by_content = (&q + parameters.leaf(self.r_w_bias)).unsqueeze(2).matmul(&k.transpose(2, 3));
         let by_position =
             (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&keys.r).transpose(0, 1);
         let to = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
         let columns = to - layout.read_places().unsqueeze(1) + layout.length;
-        let columns = columns.unsqueeze(1).expand([n, shape.n_heads, layout.length], false);
+        let columns = columns.unsqueeze(1).expand([-1, shape.n_heads, layout.length], false);
         let by_position = by_position.gather(2, &columns, false);
         let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
         let weights = weights(by_content.squeeze_dim(2) + by_position, hidden, shape);
         let weights = dropout_weights(noise, weights, shape.dropout, &layout.reads_by_segment);
-        let found = weights.unsqueeze(2).matmul(&v).reshape([n, shape.width]);
+        let found = weights.unsqueeze(2).matmul(&v).reshape([-1, shape.width]);
         found.matmul(&matrix(parameters, self.o).tr())
     }
 
@@ -291,8 +291,7 @@ fn matrix(parameters: &Parameters, index: usize) -> Tensor {
 
 /// `[B, L, D]` → `[B, H, L, D_h]`.
 fn split_heads(x: &Tensor, shape: Shape) -> Tensor {
-    let (n, length, _) = x.size3().expect("[B, L, D]");
-    x.view([n, length, shape.n_heads, shape.head_width()]).transpose(1, 2)
+    x.view([-1, x.size()[1], shape.n_heads, shape.head_width()]).transpose(1, 2)
 }
 
 fn weights(scores: Tensor, hidden: Option<Tensor>, shape: Shape) -> Tensor {

@@ -12,6 +12,7 @@ use crate::checkpoint::{
 use crate::collective::{Collective, Root};
 use crate::config;
 use crate::data::{Days, Features, SessionFile, Split, occurrences};
+use crate::export::ScriptedModel;
 use crate::metrics::{Evaluation, evaluate};
 use crate::model::{Recommender, import};
 use crate::report::Record;
@@ -108,6 +109,8 @@ impl ImportedWeights {
 /// The newest checkpoint of a run, and what it is to be evaluated on.
 pub struct TrainedRun {
     learner: Box<dyn Learner>,
+    /// What is evaluated in the learner's place.
+    exported: Option<ScriptedModel>,
     features: Features,
     file: SessionFile,
     occurrences: Vec<i64>,
@@ -137,7 +140,25 @@ impl TrainedRun {
         let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
         learner.load_weights(&tensors.weights).map_err(mismatch)?;
         let occurrences = read_occurrences(&path, days.features().n_items())?;
-        Ok(Self { learner, features: days.features().clone(), file, occurrences, train_day, eval_day, split })
+        let features = days.features().clone();
+        Ok(Self { learner, exported: None, features, file, occurrences, train_day, eval_day, split })
+    }
+
+    /// Evaluates the newest version of the model `name` in a repository in place of the checkpoint.
+    ///
+    /// # Errors
+    /// It cannot be loaded, or is of another catalogue.
+    pub fn with_exported(
+        mut self,
+        repository: &Path,
+        name: &str,
+        device: Device,
+    ) -> Result<Self, TrainError> {
+        let n_items = self.features.n_items();
+        let loaded = ScriptedModel::load(repository, name, n_items, device);
+        let mismatch = |problem| CheckpointError::Mismatch { path: repository.to_owned(), problem };
+        self.exported = Some(loaded.map_err(mismatch)?);
+        Ok(self)
     }
 
     /// Where `save` of [`TrainedRun::evaluate`] leaves the outcomes.
@@ -157,7 +178,9 @@ impl TrainedRun {
     ) -> Result<Record, TrainError> {
         let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } = *self;
         let task = EvaluationTask { file, features, occurrences, train_day, eval_day, split };
-        let (record, evaluation) = task.evaluate(self.learner.recommender(), config, collective)?;
+        let exported = self.exported.as_ref().map(|exported| exported as &dyn Recommender);
+        let recommender = exported.unwrap_or_else(|| self.learner.recommender());
+        let (record, evaluation) = task.evaluate(recommender, config, collective)?;
         if let Some(run_dir) = save {
             task.save(run_dir, config, &evaluation, collective)?;
         }

@@ -5,6 +5,7 @@
 mod baselines;
 mod collective;
 mod device;
+mod export;
 mod fixtures;
 mod golden;
 mod models;

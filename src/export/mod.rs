@@ -1,0 +1,371 @@
+//! A trained run as a model repository that Triton, or `bireme serve`, serves as it lies.
+//!
+//! Preprocessing is [`Preprocessor`], the very transforms that made the training data; the model is the network itself,
+//! traced (see `script`). [`export`] writes a new version of both, and of the two ensembles that join them, into the
+//! repository; what it held before stays.
+
+mod manifest;
+mod repository;
+mod rules;
+mod script;
+mod scripted;
+mod trace;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind};
+
+use crate::checkpoint::{CheckpointError, Checkpoints, State, Tensors, read_occurrences};
+use crate::config::{Config, ConfigError};
+use crate::data::{DataError, Features};
+use crate::etl::serving::{ModelColumn, Preprocessor, ServingSettings};
+use crate::etl::{Coded, SCHEMA, Schema, Value, WORKFLOW, Workflow};
+use crate::model::Network;
+use crate::report::runs::CONFIG;
+
+pub use repository::{EtlBackend, Names};
+pub use scripted::ScriptedModel;
+
+use script::Script;
+
+/// The library that preprocesses in Triton, in the folder of `<name>_etl`.
+pub const LIBRARY: &str = "libtriton_bireme.so";
+
+/// The folder of a run that holds what serving needs of its data: the schema and the workflow.
+pub const DATA: &str = "etl";
+
+/// What is to be exported, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What `bireme train` wrote.
+    pub run_dir: PathBuf,
+    /// A checkpoint's folder name; the newest if none is given.
+    pub checkpoint: Option<String>,
+    /// The repository; made if it is not there.
+    pub out: PathBuf,
+    /// The model's name in it.
+    pub name: String,
+    /// In which type tables of vectors are kept and items are scored.
+    pub tables: Kind,
+    /// The library [`LIBRARY`]; none: preprocessing is written in Python.
+    pub library: Option<PathBuf>,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exported {
+    /// The models' new version.
+    pub version: u64,
+    /// Rows of the catalogue.
+    pub n_items: i64,
+}
+
+/// Recommendations a session: unless asked for another number, and at most.
+const TOP_K: usize = 20;
+const MAX_TOP_K: usize = 100;
+/// Sessions of a request at most: the scores of so many are held at once.
+const MAX_SESSIONS: usize = 16_384;
+
+/// Why there is no new version. The repository is then what it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// A name that cannot be a model's.
+    #[error("`{0}` cannot be a model's name: letters, digits, `_`, `-` and `.` can")]
+    Name(String),
+    /// A model without parameters.
+    #[error("`{run_dir}` holds a {model} model, which only counts: GRU and XLNet models can be exported")]
+    OnlyCounts {
+        /// The run.
+        run_dir: PathBuf,
+        /// Its model.
+        model: String,
+    },
+    /// The run knows no workflow.
+    #[error("`{0}` is missing: the run was trained on sessions that came without a fitted workflow")]
+    NoWorkflow(PathBuf),
+    /// The library for Triton is not there.
+    #[error("there is no `{0}`")]
+    NoLibrary(PathBuf),
+    /// The run's configuration cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Nor its schema.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Nor its schema.
+    #[error(transparent)]
+    Schema(#[from] crate::etl::SchemaError),
+    /// Nor its workflow.
+    #[error(transparent)]
+    Workflow(#[from] crate::etl::Error),
+    /// Nor its checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// What belongs together does not fit.
+    #[error("`{path}` does not fit the run: {problem}")]
+    Mismatch {
+        /// The file or folder.
+        path: PathBuf,
+        /// What differs.
+        problem: String,
+    },
+    /// The network cannot be turned into TorchScript, or not be read back.
+    #[error("cannot write `{path}` as TorchScript: {problem}")]
+    Script {
+        /// The file.
+        path: PathBuf,
+        /// What libtorch, or a rule of the server's, says.
+        problem: String,
+    },
+    /// The file system refused.
+    #[error("cannot {action} `{path}`")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl ExportError {
+    /// 2 where nothing was begun, 1 otherwise.
+    pub fn exit_code(&self) -> i32 {
+        if matches!(self, Self::Script { .. } | Self::Io { .. }) { 1 } else { 2 }
+    }
+
+    /// What to do about it, where that can be said.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NoLibrary(_) => Some(
+                "`cargo build --release --workspace` makes it beside `bireme`, `--backend-library` names another place, \
+                 and `--python-backend` does without",
+            ),
+            Self::NoWorkflow(_) => Some("train on what `bireme preprocess` wrote"),
+            _ => None,
+        }
+    }
+}
+
+/// Writes a new version of the model `options.name` into the repository.
+///
+/// # Errors
+/// See [`ExportError`].
+pub fn export(options: &Options) -> Result<Exported, ExportError> {
+    let names = checked_names(&options.name)?;
+    let library = options.library.as_deref();
+    if let Some(missing) = library.filter(|library| !library.is_file()) {
+        return Err(ExportError::NoLibrary(missing.to_owned()));
+    }
+    let run = Run::open(options)?;
+    let n_items = run.features.n_items();
+    let etl = run.preprocessor()?;
+    let backend = if library.is_some() { EtlBackend::Library } else { EtlBackend::Python };
+    let configs = repository::configs(&names, &etl, backend, n_items);
+
+    let io = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| ExportError::Io { action, path, source }
+    };
+    fs::create_dir_all(&options.out).map_err(io("create", &options.out))?;
+    let version = next_version(&options.out, &names).map_err(io("read", &options.out))?;
+    let aside = tempfile::Builder::new().prefix(".export-").tempdir_in(&options.out);
+    let aside = aside.map_err(io("create a folder in", &options.out))?;
+    for config in &configs {
+        let dir = aside.path().join(&config.name).join(version.to_string());
+        fs::create_dir_all(&dir).map_err(io("create", &dir))?;
+        let path = aside.path().join(&config.name).join(bireme_serve::model_config::CONFIG);
+        fs::write(&path, bireme_serve::model_config::to_text(config)).map_err(io("write", &path))?;
+    }
+    let folder = |name: &str| aside.path().join(name).join(version.to_string());
+
+    let of_etl = folder(&names.etl);
+    etl.save(&of_etl)?;
+    match library {
+        Some(library) => {
+            let path = aside.path().join(&names.etl).join(LIBRARY);
+            fs::copy(library, &path).map_err(io("write", &path))?;
+        }
+        None => {
+            etl.save_for_numpy(&of_etl)?;
+            let path = of_etl.join("model.py");
+            fs::write(&path, include_str!("model.py")).map_err(io("write", &path))?;
+        }
+    }
+    let path = folder(&names.model).join(rules::FILE);
+    let failed = |problem| ExportError::Script { path: path.clone(), problem };
+    run.script(&etl).save(&path).map_err(failed)?;
+    rules::check(&configs[1], &path).map_err(failed)?;
+
+    manifest::write(&run.facts(options, version), aside.path(), &folder(&names.ensemble))
+        .map_err(io("write", aside.path()))?;
+    // An empty folder is easily lost, and an ensemble without it does not load.
+    let path = folder(&names.scores).join("README");
+    fs::write(&path, format!("See {}/{version}/{}\n", names.ensemble, manifest::FILE))
+        .map_err(io("write", &path))?;
+    publish(aside.path(), &options.out, &configs, version).map_err(io("write", &options.out))?;
+    Ok(Exported { version, n_items })
+}
+
+fn checked_names(name: &str) -> Result<Names, ExportError> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
+        return Err(ExportError::Name(name.to_owned()));
+    }
+    Ok(Names::new(name))
+}
+
+/// One more than the newest version of any of the models.
+fn next_version(out: &Path, names: &Names) -> io::Result<u64> {
+    let mut newest = 0;
+    for name in [&names.ensemble, &names.scores, &names.etl, &names.model] {
+        let dir = out.join(name);
+        if !dir.exists() {
+            continue;
+        }
+        for entry in fs::read_dir(dir)? {
+            let version = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+            newest = newest.max(version.unwrap_or(0));
+        }
+    }
+    Ok(newest + 1)
+}
+
+/// Moves everything into its place, the ensembles last: a server that looks in between finds what they need.
+fn publish(
+    aside: &Path,
+    out: &Path,
+    configs: &[bireme_serve::protocol::ModelConfig],
+    version: u64,
+) -> io::Result<()> {
+    for config in configs {
+        let (from, to) = (aside.join(&config.name), out.join(&config.name));
+        if !to.exists() {
+            fs::rename(from, to)?;
+            continue;
+        }
+        fs::rename(from.join(version.to_string()), to.join(version.to_string()))?;
+        for file in [LIBRARY, bireme_serve::model_config::CONFIG] {
+            if from.join(file).exists() {
+                fs::rename(from.join(file), to.join(file))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A run, as far as it is served.
+struct Run {
+    dir: PathBuf,
+    config: Config,
+    state: State,
+    checkpoint: PathBuf,
+    network: Network,
+    features: Features,
+    occurrences: Vec<i64>,
+    workflow: Workflow,
+    /// Product id of each item, −1 for padding and unknown.
+    product_ids: Vec<i64>,
+    cardinalities: Vec<Option<i64>>,
+    tables: Kind,
+}
+
+impl Run {
+    fn open(options: &Options) -> Result<Self, ExportError> {
+        let dir = &options.run_dir;
+        let config = Config::load(&dir.join(CONFIG), &[])?;
+        let Some(neural) = config.model.neural() else {
+            return Err(ExportError::OnlyCounts { run_dir: dir.clone(), model: config.model.title() });
+        };
+        let data = dir.join(DATA);
+        let workflow_dir = data.join(WORKFLOW);
+        if !workflow_dir.is_dir() {
+            return Err(ExportError::NoWorkflow(workflow_dir));
+        }
+        let features = Features::select(&Schema::read(data.join(SCHEMA))?, &config.data.features)?;
+        let workflow = Workflow::load(&workflow_dir)?;
+        let checkpoints = Checkpoints::new(dir, 1);
+        let (state, Tensors { weights, .. }, checkpoint) = match &options.checkpoint {
+            Some(name) => checkpoints.named(name)?,
+            None => checkpoints.newest()?,
+        };
+        let mismatch = |path: &Path| {
+            let path = path.to_owned();
+            move |problem| ExportError::Mismatch { path, problem }
+        };
+        let (max_length, seed) = (config.data.max_length, (config.run.seed, Device::Cpu));
+        let mut network = Network::new(&neural, &features, max_length, seed).map_err(mismatch(dir))?;
+        let values = network.parameters().values();
+        network.parameters().assign(&values, &weights).map_err(mismatch(&checkpoint))?;
+        network.serve_with_tables_in(options.tables);
+        let occurrences = read_occurrences(&checkpoint, features.n_items())?;
+        let products = workflow.vocabulary(Coded::Product);
+        if products.cardinality() as i64 != features.n_items() {
+            let problem =
+                format!("it knows {} items, the schema {}", products.cardinality(), features.n_items());
+            return Err(mismatch(&workflow_dir)(problem));
+        }
+        let product_ids = (0..products.cardinality() as u32).map(|item| match products.value(item) {
+            Some(Value::Int(product)) => product,
+            _ => -1,
+        });
+        let product_ids = product_ids.collect();
+        let columns = features.columns().iter();
+        let cardinalities = columns.map(|f| f.cardinality().filter(|_| f.is_categorical())).collect();
+        Ok(Self {
+            dir: dir.clone(),
+            state,
+            checkpoint,
+            network,
+            occurrences,
+            workflow,
+            product_ids,
+            cardinalities,
+            features,
+            config,
+            tables: options.tables,
+        })
+    }
+
+    fn preprocessor(&self) -> Result<Preprocessor, ExportError> {
+        let columns = self.features.columns().iter();
+        let recommendable = (self.features.n_items() - crate::metrics::FIRST_ITEM).max(1) as usize;
+        let max_top_k = MAX_TOP_K.min(recommendable);
+        let settings = ServingSettings {
+            max_length: self.network.served_length(self.config.data.max_length),
+            columns: columns.map(|f| ModelColumn::new(&f.name, f.is_categorical())).collect(),
+            top_k: TOP_K.min(max_top_k),
+            max_top_k,
+            max_sessions: MAX_SESSIONS,
+        };
+        Ok(Preprocessor::new(self.workflow.clone(), settings))
+    }
+
+    fn script<'a>(&'a self, etl: &'a Preprocessor) -> Script<'a> {
+        let settings = etl.settings();
+        Script {
+            network: &self.network,
+            columns: &settings.columns,
+            cardinalities: &self.cardinalities,
+            max_length: settings.max_length as i64,
+            max_top_k: settings.max_top_k as i64,
+            product_ids: &self.product_ids,
+            occurrences: &self.occurrences,
+        }
+    }
+
+    fn facts(&self, options: &Options, version: u64) -> manifest::Facts<'_> {
+        manifest::Facts {
+            name: options.name.clone(),
+            version,
+            run_dir: &self.dir,
+            checkpoint: &self.checkpoint,
+            state: &self.state,
+            config: &self.config,
+            tables: self.tables,
+        }
+    }
+}

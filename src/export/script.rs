@@ -1,0 +1,155 @@
+//! A trained network as a TorchScript module, from padded sessions to recommendations.
+//!
+//! The network itself is traced, so that the program that served is the program that was trained. What is added in front
+//! and behind has no sizes of the batch in it either: any number of sessions, of any length up to the longest.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::trace::trace;
+use crate::etl::serving::{HIDDEN, LENGTH, ModelColumn, PLACES};
+use crate::metrics::FIRST_ITEM;
+use crate::model::Network;
+
+/// Scores of all items: FP32 `[B, V]`.
+pub const OUTPUT: &str = "output";
+/// Product ids, the best first, −1 where nothing is left to recommend: INT64 `[B, K]`.
+pub const ITEM_IDS: &str = "item_ids";
+/// Their scores: FP32 `[B, K]`.
+pub const ITEM_SCORES: &str = "item_scores";
+/// Whether no item of the session is known, so that the most popular are recommended: BOOL `[B, 1]`.
+pub const FALLBACK: &str = "fallback";
+
+/// What a module is made of.
+pub struct Script<'a> {
+    /// With its tables in the type that is to be served.
+    pub network: &'a Network,
+    /// What the network reads, in its order: the items first.
+    pub columns: &'a [ModelColumn],
+    /// Rows of each column's table; none of a column of values.
+    pub cardinalities: &'a [Option<i64>],
+    /// Events of a session that are read.
+    pub max_length: i64,
+    /// Recommendations a session at most.
+    pub max_top_k: i64,
+    /// Product id of each item, −1 for padding and unknown: `[V]`.
+    pub product_ids: &'a [i64],
+    /// How often each item occurred in training: `[V]`.
+    pub occurrences: &'a [i64],
+}
+
+/// Scores that no item has.
+const LOWEST: f64 = f32::MIN as f64;
+
+impl Script<'_> {
+    /// Writes the module. Inputs: the columns `[B, L]`, [`LENGTH`], [`HIDDEN`], [`PLACES`] as
+    /// [`crate::etl::serving`] gives them; outputs: [`OUTPUT`], [`ITEM_IDS`], [`ITEM_SCORES`], [`FALLBACK`].
+    ///
+    /// # Errors
+    /// What libtorch says.
+    pub fn save(&self, path: &Path) -> Result<(), String> {
+        let popularity = self.popularity();
+        let product_ids = Tensor::from_slice(self.product_ids);
+        let ranking = Ranking::new(self.product_ids.len() as i64, self.max_top_k);
+        // Any will do: two sessions of three events, the second of an unknown item.
+        let ints = |values: &[i64]| Tensor::from_slice(values).view([2, -1]);
+        let example = |column: &ModelColumn| match column.is_categorical {
+            true => ints(&[2, 2, 2, 1, 0, 0]),
+            false => Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)),
+        };
+        let mut inputs: Vec<(&str, Tensor)> =
+            self.columns.iter().map(|column| (column.input.as_str(), example(column))).collect();
+        inputs.push((LENGTH, ints(&[3, 1])));
+        inputs.push((HIDDEN, ints(&[0, 2, 0, 0])));
+        inputs.push((PLACES, ints(&[0, 0])));
+        tch::no_grad(|| {
+            trace(path, &inputs, |inputs| {
+                let (columns, [length, hidden, places]) = inputs.split_at(self.columns.len()) else {
+                    unreachable!("three inputs follow the columns")
+                };
+                let columns: Vec<Tensor> =
+                    columns.iter().zip(self.cardinalities).map(|(column, n)| self.fit(column, *n)).collect();
+                let lengths = length.reshape([-1]).clamp(1, self.max_length);
+                let scores = self.network.next_scores(&columns, &lengths, self.max_length);
+                let fallback = columns[0].lt(FIRST_ITEM).all_dim(1, false);
+                let _ = set_rows(&scores, &fallback, &popularity);
+                let (items, item_scores) = ranking.best(&scores, hidden, places);
+                let ids = product_ids.index_select(0, &items.reshape([-1])).reshape_as(&items);
+                let ids = ids.masked_fill(&item_scores.le(LOWEST), -1);
+                vec![scores, ids, item_scores, fallback.unsqueeze(1)]
+            })
+        })
+    }
+
+    /// A column in the rectangle that the network reads, codes that it has no vectors for at the nearest that it has.
+    fn fit(&self, column: &Tensor, cardinality: Option<i64>) -> Tensor {
+        let column = column.constant_pad_nd([0, self.max_length]).narrow(1, 0, self.max_length);
+        cardinality.map_or(column.shallow_clone(), |n| column.clamp(0, n - 1))
+    }
+
+    /// Scores of all items by how often they occurred, `[V]`: ln of (n + 1), divided by its sum.
+    fn popularity(&self) -> Tensor {
+        let counts = Tensor::from_slice(self.occurrences).to_kind(Kind::Double) + 1.0;
+        (&counts / counts.sum(Kind::Double)).log().to_kind(Kind::Float)
+    }
+}
+
+/// Puts `row: [V]` into those rows of `x: [B, V]` that are chosen (bool `[B]`).
+fn set_rows(x: &Tensor, chosen: &Tensor, row: &Tensor) -> Tensor {
+    let places = chosen.nonzero().squeeze_dim(1);
+    let rows = row.unsqueeze(0).index_select(0, &places.zeros_like());
+    x.shallow_clone().index_copy_(0, &places, &rows)
+}
+
+/// Finds the best of many scores. The best `k` items lie in the `k` blocks with the highest maxima, so that only these
+/// need to be sorted: the maxima are found in one pass over memory.
+struct Ranking {
+    n_items: i64,
+    k: i64,
+    /// Items of a block; 1: there are few enough items to sort them all.
+    block: i64,
+}
+
+impl Ranking {
+    fn new(n_items: i64, k: i64) -> Self {
+        let best = (n_items as f64 / k as f64).sqrt().log2().round().exp2() as i64;
+        // With fewer blocks than `k` all of them would be sorted.
+        let block = if best >= 8 && n_items / best > k { best } else { 1 };
+        Self { n_items, k, block }
+    }
+
+    /// The items at `places: [B, K]` of each session's ranking, and their scores, by `scores: [B, V]`. What is `hidden`
+    /// (`[B, H]`), padding and unknown come last.
+    fn best(&self, scores: &Tensor, hidden: &Tensor, places: &Tensor) -> (Tensor, Tensor) {
+        let first = hidden.narrow(1, 0, 1).zeros_like();
+        let hidden = Tensor::cat(&[&hidden.clamp(0, self.n_items - 1), &first, &(&first + 1)], 1);
+        // Hidden in place and put back: a copy would take longer than all the rest.
+        let kept = scores.gather(1, &hidden, false);
+        let _ = scores.shallow_clone().scatter_value_(1, &hidden, LOWEST);
+        let (values, items) = self.top(scores);
+        let _ = scores.shallow_clone().scatter_(1, &hidden, &kept);
+        let places = places.clamp(0, self.k - 1);
+        (items.gather(1, &places, false), values.gather(1, &places, false))
+    }
+
+    fn top(&self, scores: &Tensor) -> (Tensor, Tensor) {
+        if self.block == 1 {
+            return scores.topk(self.k, 1, true, true);
+        }
+        let n_blocks = self.n_items / self.block;
+        let whole = n_blocks * self.block;
+        let maxima =
+            scores.narrow(1, 0, whole).view([-1, n_blocks, self.block]).amax([2i64].as_slice(), false);
+        let (_, blocks) = maxima.topk(self.k, 1, true, false);
+        let inside = Tensor::arange(self.block, (Kind::Int64, Device::Cpu));
+        let mut items = (blocks.unsqueeze(2) * self.block + inside).flatten(1, 2);
+        if whole < self.n_items {
+            let rest = Tensor::arange_start(whole, self.n_items, (Kind::Int64, Device::Cpu));
+            let rest = rest.unsqueeze(0) + blocks.narrow(1, 0, 1).zeros_like();
+            items = Tensor::cat(&[items, rest], 1);
+        }
+        let (values, places) = scores.gather(1, &items, false).topk(self.k, 1, true, true);
+        (values, items.gather(1, &places, false))
+    }
+}

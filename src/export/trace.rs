@@ -1,0 +1,142 @@
+//! Traces to TorchScript modules of several inputs and outputs: the part of libtorch's tracer that tch lacks.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use tch::Tensor;
+use torch_sys::{C_tensor, CModule_};
+
+unsafe extern "C" {
+    fn bireme_end_tracing(
+        module: *mut CModule_,
+        outputs: *const *const C_tensor,
+        n_outputs: usize,
+        arguments: *const *const c_char,
+        n_arguments: usize,
+        error: *mut c_char,
+        capacity: usize,
+    ) -> c_int;
+    fn bireme_abandon_tracing();
+    fn bireme_arguments(
+        path: *const c_char,
+        names: *mut c_char,
+        names_capacity: usize,
+        error: *mut c_char,
+        capacity: usize,
+    ) -> c_int;
+}
+
+/// Room for an error's message, and for the names of arguments.
+const CAPACITY: usize = 1 << 16;
+
+/// A module that was traced; freed when dropped.
+struct Module(*mut CModule_);
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from `atm_create_for_tracing` and is freed nowhere else.
+        unsafe { torch_sys::atm_free(self.0) }
+    }
+}
+
+/// Runs `forward` on example inputs, which have the names of its arguments, and writes what it did with them as the
+/// TorchScript module `path`, whose `forward` takes the inputs in this order and returns the outputs as a tuple. Other
+/// tensors are kept as constants. Sizes that `forward` reads become constants too.
+///
+/// # Errors
+/// What libtorch says.
+pub fn trace(
+    path: &Path,
+    inputs: &[(&str, Tensor)],
+    forward: impl FnOnce(&[Tensor]) -> Vec<Tensor>,
+) -> Result<(), String> {
+    let c_string = |text: &[u8]| CString::new(text).map_err(|error| error.to_string());
+    let file = c_string(path.as_os_str().as_bytes())?;
+    let names = inputs.iter().map(|(name, _)| c_string(name.as_bytes())).collect::<Result<Vec<_>, _>>()?;
+    let names: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
+    let inputs: Vec<Tensor> = inputs.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+    let mut pointers: Vec<*mut C_tensor> = inputs.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect();
+    let mut name = c_string(b"Recommender")?.into_bytes_with_nul();
+    let count = |n: usize| c_int::try_from(n).map_err(|error| error.to_string());
+    // SAFETY: `name` is a C string and `pointers` holds as many live tensors as said; neither is kept.
+    let module = unsafe {
+        torch_sys::atm_create_for_tracing(
+            name.as_mut_ptr().cast(),
+            pointers.as_mut_ptr(),
+            count(inputs.len())?,
+        )
+    };
+    said_by_libtorch()?;
+    let module = Module(module);
+    // Ended by whatever way this function is left.
+    let tracing = Tracing;
+    let outputs = forward(&inputs);
+    let outputs: Vec<*const C_tensor> = outputs.iter().map(Tensor::as_ptr).collect();
+    let mut error = vec![0; CAPACITY];
+    // SAFETY: all pointers are to live values of as many elements as said, and the buffer is as long as said.
+    let failed = unsafe {
+        bireme_end_tracing(
+            module.0,
+            outputs.as_ptr(),
+            outputs.len(),
+            names.as_ptr(),
+            names.len(),
+            error.as_mut_ptr(),
+            error.len(),
+        )
+    };
+    drop(tracing);
+    if failed != 0 {
+        return Err(text(&error));
+    }
+    // SAFETY: the module is alive, and the path a C string.
+    unsafe { torch_sys::atm_save(module.0, file.as_ptr()) };
+    said_by_libtorch()
+}
+
+/// The names of the arguments of a saved module's `forward`.
+///
+/// # Errors
+/// What libtorch says of a file that it cannot load.
+pub fn arguments(path: &Path) -> Result<Vec<String>, String> {
+    let file = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+    let (mut names, mut error) = (vec![0; CAPACITY], vec![0; CAPACITY]);
+    // SAFETY: the path is a C string, and both buffers are as long as said.
+    let failed = unsafe {
+        bireme_arguments(file.as_ptr(), names.as_mut_ptr(), names.len(), error.as_mut_ptr(), error.len())
+    };
+    if failed != 0 {
+        return Err(text(&error));
+    }
+    Ok(text(&names).split_whitespace().map(str::to_owned).collect())
+}
+
+/// While it lives, libtorch records what this thread does.
+struct Tracing;
+
+impl Drop for Tracing {
+    fn drop(&mut self) {
+        // SAFETY: it only clears a thread-local pointer, whatever that is.
+        unsafe { bireme_abandon_tracing() }
+    }
+}
+
+/// The error that libtorch left behind in this thread, if any.
+fn said_by_libtorch() -> Result<(), String> {
+    // SAFETY: it gives a C string that is ours to free, or null.
+    let message = unsafe { torch_sys::get_and_reset_last_err() };
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: as above; it is read before it is freed.
+    let said = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    // SAFETY: it was allocated with malloc and is freed once.
+    unsafe { libc::free(message.cast()) };
+    Err(said)
+}
+
+fn text(buffer: &[c_char]) -> String {
+    let bytes: Vec<u8> = buffer.iter().take_while(|&&c| c != 0).map(|&c| c as u8).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}

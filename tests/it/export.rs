@@ -1,0 +1,366 @@
+//! What is exported scores, ranks and prepares as what was trained.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use bireme::checkpoint::Checkpoints;
+use bireme::config::Config;
+use bireme::data::{Batch, Days, Split};
+use bireme::etl::serving::{INPUTS, Parameter, Preprocessor};
+use bireme::etl::tensor::{DataType, Tensor as Column};
+use bireme::etl::{Coded, Value, Workflow};
+use bireme::export::ScriptedModel;
+use bireme::model::{Network, Recommender};
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use tch::{Device, Kind, Tensor};
+
+use crate::fixtures::{distance, shared};
+use crate::mpirun::{Finished, run_within};
+use crate::train::PROGRAM;
+
+/// A folder with data, runs and a repository.
+struct Shop(tempfile::TempDir);
+
+impl Shop {
+    fn of_events(events: &Path, days: &str) -> Self {
+        let shop = Self(tempfile::tempdir().unwrap());
+        let data = shop.path("data");
+        let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", &data, "--days", days];
+        shop.run(&paths).success();
+        shop
+    }
+
+    fn small() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let events = dir.path().join("events.csv");
+        let shop = Self(tempfile::tempdir().unwrap());
+        let size = ["--events", "12000", "--items", "300", "--days", "2", "--seed", "5"];
+        shop.run(&[&["synth", "--out", events.to_str().unwrap()], &size[..]].concat()).success();
+        Self::of_events(&events, "1..2")
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn run(&self, arguments: &[&str]) -> Finished {
+        run_within(Command::new(PROGRAM).args(arguments), Duration::from_secs(240))
+    }
+
+    fn train(&self, name: &str, config: &str) {
+        let file = self.path(&format!("{name}.toml"));
+        let days = "first_day = 1\nlast_day = 2";
+        let train = "[train]\nmax_steps_per_day = 8\nlearning_rate = 0.02\n";
+        fs::write(&file, format!("[data]\n{days}\n{config}\n{train}")).unwrap();
+        let (data, run) = (self.path("data"), self.path(name));
+        self.run(&["train", "--config", &file, "--data", &data, "--run-dir", &run]).success();
+    }
+
+    fn export(&self, name: &str, more: &[&str]) -> Finished {
+        let (run, out) = (self.path(name), self.path("repository"));
+        let arguments = ["export", "--run-dir", &run, "--out", &out, "--name", name, "--python-backend"];
+        self.run(&[&arguments[..], more].concat())
+    }
+
+    fn evaluate(&self, name: &str, more: &[&str]) -> serde_json::Value {
+        let (data, run) = (self.path("data"), self.path(name));
+        let arguments = ["evaluate", "--run-dir", &run, "--data", &data];
+        let finished = self.run(&[&arguments[..], more].concat()).success();
+        serde_json::from_str(finished.stdout.lines().last().unwrap()).unwrap()
+    }
+}
+
+/// Every kind of body, objective and input; lengths of sessions are uneven.
+const MODELS: [(&str, &str); 6] = [
+    ("gru", "[model]\nkind = \"gru\"\nhidden_width = 16\nn_layers = 2"),
+    (
+        "gru_masked",
+        "features = [\"brand-list_seq\", \"price_log_norm-list_seq\"]\n[model]\nkind = \"gru\"\nhidden_width = 16\n\
+         [model.input]\nitem_width = 8\nfeature_width = 4\n\
+         continuous = { kind = \"soft_one_hot\", n_vectors = 3, width = 2 }\nlayer_norm = true\n\
+         [model.objective]\nkind = \"masked\"\n[model.head]\ntied = false\ntemperature = 0.5",
+    ),
+    (
+        "xlnet",
+        "features = [\"category_id-list_seq\", \"et_dayofweek_sin-list_seq\", \"price_log_norm-list_seq\"]\n\
+         [model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n\
+         [model.input]\nitem_width = 8\nfeature_width = 8\naggregation = \"sum\"\n\
+         continuous = { kind = \"projected\", width = 8 }",
+    ),
+    (
+        "xlnet_permuted",
+        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\nkind = \"permutation\"",
+    ),
+    (
+        "xlnet_causal",
+        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\nkind = \"causal\"",
+    ),
+    ("xlnet_padded", "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\nattend_to_padding = true"),
+];
+
+#[test]
+fn what_is_exported_evaluates_as_what_was_trained() {
+    let shop = Shop::small();
+    let repository = shop.path("repository");
+    for (name, config) in MODELS {
+        shop.train(name, config);
+        shop.export(name, &[]).success();
+        let trained = shop.evaluate(name, &[]);
+        let exported = shop.evaluate(name, &["--exported", &repository, "--name", name]);
+        assert!(trained["n_sessions"].as_i64().unwrap() > 50);
+        for metric in ["loss", "ndcg_at_20", "recall_at_20", "coverage_at_20"] {
+            let [a, b] = [&trained, &exported].map(|record| record[metric].as_f64().unwrap());
+            assert!((a - b).abs() < 1e-5, "{name}: {metric} {a} and {b}");
+        }
+    }
+    // Half of the digits of a table's numbers cost little.
+    shop.export("gru", &["--tables", "bf16"]).success();
+    let [a, b] = [&[][..], &["--exported", &repository, "--name", "gru"]]
+        .map(|more| shop.evaluate("gru", more)["loss"].as_f64().unwrap());
+    assert!((a - b).abs() < 0.02 && a != b, "{a} and {b}");
+}
+
+/// The events of a session as a request's columns.
+type Event = HashMap<&'static str, String>;
+
+fn request(events: &[&Event]) -> Vec<Column> {
+    let shape = [events.len() as i64, 1];
+    INPUTS
+        .iter()
+        .filter(|input| events.first().is_some_and(|event| event.contains_key(input.name)))
+        .map(|input| {
+            let cells = events.iter().map(|event| event[input.name].as_str());
+            match input.datatype {
+                DataType::Int64 => {
+                    Column::ints(input.name, &shape, cells.map(|cell| cell.parse().unwrap_or_default()))
+                }
+                DataType::Fp64 => Column {
+                    name: input.name.to_owned(),
+                    datatype: DataType::Fp64,
+                    shape: shape.to_vec(),
+                    data: cells.flat_map(|cell| cell.parse::<f64>().unwrap().to_le_bytes()).collect(),
+                },
+                _ => Column::texts(input.name, &shape, cells),
+            }
+        })
+        .collect()
+}
+
+/// What the preprocessing of a repository gives to the model.
+fn prepared(etl: &Preprocessor, request: &[Column], parameters: &[(String, Parameter)]) -> Vec<Tensor> {
+    let views: Vec<_> = request.iter().map(Column::view).collect();
+    let outputs = etl.apply(&views, parameters).unwrap();
+    outputs[1..]
+        .iter()
+        .map(|tensor| match tensor.datatype {
+            DataType::Int64 => Tensor::from_slice(&tensor.view().i64s().unwrap()),
+            _ => Tensor::from_slice(&tensor.view().f32s().unwrap()),
+        })
+        .zip(&outputs[1..])
+        .map(|(values, tensor)| values.view(tensor.shape.as_slice()))
+        .collect()
+}
+
+/// The rows of a file of events by their sessions, in file order.
+fn events_by_session(path: &Path) -> HashMap<String, Vec<Event>> {
+    let text = fs::read_to_string(path).unwrap();
+    let mut lines = text.lines();
+    let header: Vec<&'static str> = (lines.next().unwrap().split(','))
+        .map(|name| INPUTS.iter().find(|input| input.name == name).unwrap().name)
+        .collect();
+    let mut sessions: HashMap<String, Vec<Event>> = HashMap::new();
+    for line in lines {
+        let event: Event = header.iter().copied().zip(line.split(',').map(str::to_owned)).collect();
+        sessions.entry(event["user_session"].clone()).or_default().push(event);
+    }
+    sessions
+}
+
+/// The events that training kept of a session, without the last: sorted, without repeats, the first twenty.
+fn known_events(events: &[Event]) -> Vec<&Event> {
+    let mut kept: Vec<&Event> = events.iter().collect();
+    kept.sort_by_key(|event| &event["event_time"]);
+    kept.dedup_by(|next, event| next["product_id"] == event["product_id"]);
+    kept.truncate(20);
+    kept.pop();
+    kept
+}
+
+/// Sessions compared of each of five days.
+const DAILY: usize = 400;
+
+#[test]
+fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
+    let Some(shared) = shared() else { return };
+    let events = shared.join("data/rees46-electronics/events.csv");
+    let shop = Shop::of_events(&events, "1..9999");
+    let features = "features = [\"brand-list_seq\", \"category_id-list_seq\", \"price_log_norm-list_seq\", \
+                    \"product_recency_days_log_norm-list_seq\", \"relative_price_to_avg_categ_id-list_seq\"]";
+    shop.train("model", &format!("{features}\n[model]\nkind = \"gru\"\nhidden_width = 32"));
+    shop.export("model", &[]).success();
+
+    // The evaluator's side: sessions as preprocessing wrote them.
+    let config = Config::load(&PathBuf::from(shop.path("model/config.toml")), &[]).unwrap();
+    let days = Days::open(Path::new(&shop.path("data")), &config.data).unwrap();
+    let workflow = Workflow::load(Path::new(&shop.path("data/workflow"))).unwrap();
+    let raw = events_by_session(&events);
+    let names = [1, 2, 3, 4, 5].map(|day| session_names(&shop, day, &workflow));
+    let neural = config.model.neural().unwrap();
+    let network = Network::new(&neural, days.features(), 20, (0, Device::Cpu)).unwrap();
+    let (_, tensors, _) = Checkpoints::new(Path::new(&shop.path("model")), 1).newest().unwrap();
+    network.parameters().assign(&network.parameters().values(), &tensors.weights).unwrap();
+    // And the server's.
+    let (repository, n_items) = (PathBuf::from(shop.path("repository")), days.features().n_items());
+    let model = ScriptedModel::load(&repository, "model", n_items, Device::Cpu).unwrap();
+    let etl = Preprocessor::load(&repository.join("model_etl/1")).unwrap();
+    let mut n_compared = 0;
+    for (day, names) in (1..).zip(&names) {
+        let file = days.file(day, Split::Train).unwrap();
+        let sessions = file.read(&file.spans(0..file.n_sessions())).unwrap();
+        for rows in (0..sessions.len().min(DAILY)).collect::<Vec<_>>().chunks(100) {
+            let batch =
+                Batch::new(&rows.iter().map(|&row| (&sessions, row)).collect::<Vec<_>>(), days.features());
+            let (known, _) = batch.split_last();
+            let expected = network.scores(&network.encode(&known), 0..n_items);
+            let events: Vec<&Event> = rows.iter().flat_map(|&row| known_events(&raw[&names[row]])).collect();
+            let outputs = model.run(prepared(&etl, &request(&events), &[])).unwrap();
+            assert!(distance(&outputs[0], &expected) < 1e-5);
+            assert!(!bool::try_from(outputs[3].any()).unwrap());
+
+            // The first of the ranking are the first of the scores, in products' ids.
+            let of_items = expected.narrow(1, 2, n_items - 2);
+            let (best, _) = of_items.topk(20, 1, true, true);
+            assert!(distance(&best, &outputs[2]) < 1e-5);
+            let index = |id: i64| i64::from(workflow.vocabulary(Coded::Product).id(Value::Int(id)));
+            let ids: Vec<i64> = outputs[1].flatten(0, -1).try_into().unwrap();
+            let items = Tensor::from_slice(&ids.into_iter().map(index).collect::<Vec<_>>()).view([-1, 20]);
+            assert!(distance(&expected.gather(1, &items, false), &best) < 1e-5);
+            n_compared += rows.len();
+        }
+    }
+    assert!(n_compared >= 1000, "{n_compared}");
+}
+
+/// The original ids of the first sessions of a day's training file.
+fn session_names(shop: &Shop, day: i64, workflow: &Workflow) -> Vec<String> {
+    let path = shop.path(&format!("data/sessions_by_day/{day}/train.parquet"));
+    let reader = SerializedFileReader::new(fs::File::open(path).unwrap()).unwrap();
+    let name = |row: Row| {
+        let (_, id) = row.get_column_iter().find(|(column, _)| *column == "user_session").unwrap();
+        let Field::Long(id) = id else { panic!("{id}") };
+        match workflow.vocabulary(Coded::Session).value(*id as u32) {
+            Some(Value::Text(text)) => text.to_owned(),
+            Some(Value::Int(int)) => int.to_string(),
+            None => panic!("session {id} has no name"),
+        }
+    };
+    reader.get_row_iter(None).unwrap().take(DAILY).map(|row| name(row.unwrap())).collect()
+}
+
+#[test]
+fn what_is_hidden_or_unknown_gets_what_is_left() {
+    let shop = Shop::small();
+    shop.train("model", MODELS[0].1);
+    shop.export("model", &[]).success();
+    let repository = PathBuf::from(shop.path("repository"));
+    let etl = Preprocessor::load(&repository.join("model_etl/1")).unwrap();
+    let products = etl.workflow().vocabulary(Coded::Product);
+    let n_items = products.cardinality() as i64;
+    let model = ScriptedModel::load(&repository, "model", n_items, Device::Cpu).unwrap();
+    let event = |second: i64, product: i64, session: &str| -> Event {
+        let cells = [
+            ("event_time", format!("2019-10-03 00:{:02}:{:02} UTC", second / 60, second % 60)),
+            ("event_type", "view".to_owned()),
+            ("product_id", product.to_string()),
+            ("category_id", "1".to_owned()),
+            ("category_code", String::new()),
+            ("brand", String::new()),
+            ("price", "1".to_owned()),
+            ("user_id", "1".to_owned()),
+            ("user_session", session.to_owned()),
+        ];
+        cells.into_iter().collect()
+    };
+    let known: Vec<i64> = (2..n_items as u32)
+        .map(|item| if let Some(Value::Int(id)) = products.value(item) { id } else { panic!("{item}") })
+        .collect();
+    // One session of unknown items, one of a single known item, one of all but three of the catalogue.
+    let mut events = vec![event(0, -5, "unknown"), event(1, -6, "unknown"), event(0, known[7], "one")];
+    let all_but_three = known[..known.len() - 3].iter().zip(0..);
+    events.extend(all_but_three.map(|(&product, second)| event(second, product, "many")));
+    let events: Vec<&Event> = events.iter().collect();
+    let mut request = request(&events);
+    request.push(Column {
+        name: "top_k".into(),
+        datatype: DataType::Int32,
+        shape: vec![1],
+        data: vec![5, 0, 0, 0],
+    });
+    let exclude = [("exclude_seen".to_owned(), Parameter::Bool(true))];
+
+    let outputs = model.run(prepared(&etl, &request, &exclude)).unwrap();
+    let (ids, fallback) = (&outputs[1], &outputs[3]);
+    assert_eq!(ids.size(), [3, 5]);
+    assert_eq!(Vec::<bool>::try_from(fallback.flatten(0, -1)).unwrap(), [true, false, false]);
+    assert!(bool::try_from(outputs[0].isfinite().all()).unwrap());
+    let row = |row: i64| Vec::<i64>::try_from(ids.get(row)).unwrap();
+    let (scores, _) = outputs[2].get(0).sort(0, true);
+    assert!(distance(&scores, &outputs[2].get(0)) == 0.0, "popular items, the most popular first");
+    assert!(!row(1).contains(&known[7]));
+    let mut left = row(2);
+    left.sort_unstable();
+    let mut expected = [vec![-1, -1], known[known.len() - 3..].to_vec()].concat();
+    expected.sort_unstable();
+    assert_eq!(left, expected, "the three that are left, then nothing");
+    // The scores of the whole catalogue know nothing of what is hidden.
+    let again = model.run(prepared(&etl, &request, &[])).unwrap();
+    assert_eq!(distance(&again[0], &outputs[0]), 0.0);
+    assert_eq!(again[2].kind(), Kind::Float);
+}
+
+#[test]
+fn exports_are_versions_and_what_cannot_be_exported_is_refused() {
+    let shop = Shop::small();
+    shop.train("model", MODELS[0].1);
+    let finished = shop.export("model", &[]).success();
+    assert!(finished.stdout.contains("version 1 of `model`"), "{}", finished.stdout);
+    let repository = PathBuf::from(shop.path("repository"));
+    let first = fs::read(repository.join("model_model/1/model.pt")).unwrap();
+    let checkpoints = fs::read_dir(shop.path("model/checkpoints")).unwrap();
+    let checkpoint = checkpoints.last().unwrap().unwrap().file_name().into_string().unwrap();
+    let finished = shop.export("model", &["--checkpoint", &checkpoint]).success();
+    assert!(finished.stdout.contains("version 2 of `model`"), "{}", finished.stdout);
+    assert!(fs::read(repository.join("model_model/2/model.pt")).unwrap() == first, "the same bytes");
+    let manifest = fs::read_to_string(repository.join("model/2/manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    assert_eq!(manifest["files"]["model_model/2/model.pt"]["bytes"], first.len());
+    assert_eq!(manifest["metrics"][0]["eval_day"], 2);
+    let left: Vec<_> = fs::read_dir(&repository).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 4, "{left:?}");
+
+    shop.train("counts", "[model]\nkind = \"markov\"");
+    let run = shop.path("model");
+    fs::rename(shop.path("model/etl/workflow"), shop.path("model/etl/moved")).unwrap();
+    let out = shop.path("elsewhere");
+    let cases: [(&[&str], &str); 5] = [
+        (&["--run-dir", &shop.path("counts"), "--python-backend"], "a Markov model, which only counts"),
+        (&["--run-dir", &run, "--python-backend"], "etl/workflow` is missing"),
+        (&["--run-dir", &run, "--python-backend", "--name", "../x"], "`../x` cannot be a model's name"),
+        (&["--run-dir", &run, "--backend-library", "/nowhere.so"], "there is no `/nowhere.so`"),
+        (&["--run-dir", "/nowhere", "--python-backend"], "/nowhere/config.toml"),
+    ];
+    for (arguments, message) in cases {
+        let finished = shop.run(&[&["export", "--out", &out], arguments].concat());
+        assert_eq!(finished.code, Some(2), "{finished:#?}");
+        assert!(finished.stderr.contains(message), "{finished:#?}");
+    }
+    assert!(!Path::new(&out).exists());
+    fs::rename(shop.path("model/etl/moved"), shop.path("model/etl/workflow")).unwrap();
+    let finished = shop.export("model", &["--checkpoint", "day-9"]);
+    assert_eq!(finished.code, Some(2), "{finished:#?}");
+    assert!(finished.stderr.contains(&format!("`day-9`, only `{checkpoint}`")), "{finished:#?}");
+}
