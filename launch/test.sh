@@ -6,6 +6,7 @@
 #   launch/test.sh                      all
 #   launch/test.sh collective           those with `collective` in their name
 #   REQUIRE_MPI=1 launch/test.sh        tests that need several processes fail instead of being skipped
+#   REQUIRE_TRITON=1 launch/test.sh     the same for tests that need Triton Inference Server
 #
 # The last line is `N passed, N failed, N skipped`, after a line with the reason of each skipped test.
 # Exit codes: those of launch/setup.sh and of `cargo test` (0 all passed).
@@ -14,6 +15,12 @@ cd "$(dirname "$0")/.."
 
 launch/setup.sh
 . launch/env.sh oversubscribe
+if ! tests/serving/install.sh; then
+    [ -z "${REQUIRE_TRITON:-}" ] || exit 1
+    echo "tests of serving will be skipped" >&2
+fi
+# Libraries that a server loads are built by this alone.
+cargo build --workspace --quiet
 
 cargo_args=() harness_args=(--show-output)
 while [ $# -gt 0 ] && [ "$1" != -- ]; do

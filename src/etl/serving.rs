@@ -16,8 +16,8 @@ use crate::sessions::Keep;
 use crate::tensor::{DataType as Type, Tensor, TensorView};
 use crate::workflow::{Settings, Workflow};
 
-/// The sessions' ids among the outputs.
-pub const SESSION: &str = event::SESSION;
+/// The sessions' ids among the outputs: BYTES `[B, 1]`. In an ensemble no output can have the name of an input.
+pub const SESSION: &str = "session";
 /// How many events each session has: INT64 `[B, 1]`.
 pub const LENGTH: &str = "length";
 /// Items that are not to be recommended to each session, 0 where there are fewer: INT64 `[B, at least L]`.

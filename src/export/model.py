@@ -101,7 +101,7 @@ class Preprocessor:
         shape = (len(numbers), max_length)
         cells = (session[last], column[last])
 
-        outputs = {"user_session": np.array([[id.encode()] for id in numbers], np.object_)}
+        outputs = {"session": np.array([[id.encode()] for id in numbers], np.object_)}
         item, first_seen = self.products.find(events["product_id"][order])
         events = {name: values[order[last]] for name, values in events.items()}
         events["item"], events["first_seen"] = item[last], first_seen[last]

@@ -159,7 +159,7 @@ fn a_request_becomes_padded_rows_in_its_own_order() {
     let mut views: Vec<_> = tensors.iter().map(Tensor::view).collect();
     let seen = [("exclude_seen".to_owned(), Parameter::Bool(true))];
     let outputs = preprocessor.apply(&views, &seen).unwrap();
-    assert_eq!(output(&outputs, "user_session").view().texts().unwrap(), ["z", "y", "x"]);
+    assert_eq!(output(&outputs, "session").view().texts().unwrap(), ["z", "y", "x"]);
     let ints = |name: &str| output(&outputs, name).view().i64s().unwrap();
     assert_eq!(ints("product_id_list_seq"), [3, 4, 5, 2, 0, 0, 1, 0, 0], "the last three events of `z`");
     assert_eq!(ints("length"), [3, 1, 1]);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bireme::checkpoint::Checkpoints;
 use bireme::config::Config;
 use bireme::data::{Batch, Days, Split};
-use bireme::etl::serving::{INPUTS, Parameter, Preprocessor};
+use bireme::etl::serving::{INPUTS, Input, Parameter, Preprocessor};
 use bireme::etl::tensor::{DataType, Tensor as Column};
 use bireme::etl::{Coded, Value, Workflow};
 use bireme::export::ScriptedModel;
@@ -23,35 +23,60 @@ use crate::mpirun::{Finished, run_within};
 use crate::train::PROGRAM;
 
 /// A folder with data, runs and a repository.
-struct Shop(tempfile::TempDir);
+pub struct Shop(tempfile::TempDir);
 
 impl Shop {
     fn of_events(events: &Path, days: &str) -> Self {
-        let shop = Self(tempfile::tempdir().unwrap());
-        let data = shop.path("data");
-        let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", &data, "--days", days];
-        shop.run(&paths).success();
-        shop
+        Self(tempfile::tempdir().unwrap()).preprocessed(events, days)
     }
 
-    fn small() -> Self {
+    fn preprocessed(self, events: &Path, days: &str) -> Self {
+        let data = self.path("data");
+        let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", &data, "--days", days];
+        self.run(&paths).success();
+        self
+    }
+
+    /// The first rows of a small shop's events, as rows and as columns.
+    pub fn first_events(&self, n: usize) -> (Vec<Event>, serde_json::Value) {
+        let sessions = events_by_session(Path::new(&self.path("events.csv")));
+        let mut events: Vec<Event> = sessions.into_values().flatten().collect();
+        events.sort_by(|a, b| {
+            (&a["event_time"], &a["user_session"]).cmp(&(&b["event_time"], &b["user_session"]))
+        });
+        events.truncate(n);
+        let column = |input: &Input| {
+            let cells = events.iter().map(|event| &event[input.name]);
+            let values: Vec<serde_json::Value> = match input.datatype {
+                DataType::Bytes => cells.map(|cell| cell.as_str().into()).collect(),
+                DataType::Fp64 => cells.map(|cell| cell.parse::<f64>().unwrap().into()).collect(),
+                _ => cells.map(|cell| cell.parse::<i64>().unwrap_or_default().into()).collect(),
+            };
+            (input.name.to_owned(), values.into())
+        };
+        let columns = INPUTS.iter().filter(|input| input.dims.len() == 2).map(column);
+        let columns = columns.collect::<serde_json::Map<_, _>>();
+        (events, columns.into())
+    }
+
+    pub fn small() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let events = dir.path().join("events.csv");
-        let shop = Self(tempfile::tempdir().unwrap());
+        let shop = Self(dir);
         let size = ["--events", "12000", "--items", "300", "--days", "2", "--seed", "5"];
         shop.run(&[&["synth", "--out", events.to_str().unwrap()], &size[..]].concat()).success();
-        Self::of_events(&events, "1..2")
+        shop.preprocessed(&events, "1..2")
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
-    fn run(&self, arguments: &[&str]) -> Finished {
+    pub fn run(&self, arguments: &[&str]) -> Finished {
         run_within(Command::new(PROGRAM).args(arguments), Duration::from_secs(240))
     }
 
-    fn train(&self, name: &str, config: &str) {
+    pub fn train(&self, name: &str, config: &str) {
         let file = self.path(&format!("{name}.toml"));
         let days = "first_day = 1\nlast_day = 2";
         let train = "[train]\nmax_steps_per_day = 8\nlearning_rate = 0.02\n";
@@ -61,8 +86,12 @@ impl Shop {
     }
 
     fn export(&self, name: &str, more: &[&str]) -> Finished {
+        self.export_with(name, &[&["--python-backend"], more].concat())
+    }
+
+    pub fn export_with(&self, name: &str, more: &[&str]) -> Finished {
         let (run, out) = (self.path(name), self.path("repository"));
-        let arguments = ["export", "--run-dir", &run, "--out", &out, "--name", name, "--python-backend"];
+        let arguments = ["export", "--run-dir", &run, "--out", &out, "--name", name];
         self.run(&[&arguments[..], more].concat())
     }
 
@@ -75,7 +104,7 @@ impl Shop {
 }
 
 /// Every kind of body, objective and input; lengths of sessions are uneven.
-const MODELS: [(&str, &str); 6] = [
+pub const MODELS: [(&str, &str); 6] = [
     ("gru", "[model]\nkind = \"gru\"\nhidden_width = 16\nn_layers = 2"),
     (
         "gru_masked",
@@ -125,7 +154,7 @@ fn what_is_exported_evaluates_as_what_was_trained() {
 }
 
 /// The events of a session as a request's columns.
-type Event = HashMap<&'static str, String>;
+pub type Event = HashMap<&'static str, String>;
 
 fn request(events: &[&Event]) -> Vec<Column> {
     let shape = [events.len() as i64, 1];
@@ -150,8 +179,20 @@ fn request(events: &[&Event]) -> Vec<Column> {
         .collect()
 }
 
+/// The same for `top_k` recommendations a session.
+pub fn request_of_rows(events: &[Event], top_k: u8) -> Vec<Column> {
+    let mut request = request(&events.iter().collect::<Vec<_>>());
+    request.push(Column {
+        name: "top_k".into(),
+        datatype: DataType::Int32,
+        shape: vec![1],
+        data: vec![top_k, 0, 0, 0],
+    });
+    request
+}
+
 /// What the preprocessing of a repository gives to the model.
-fn prepared(etl: &Preprocessor, request: &[Column], parameters: &[(String, Parameter)]) -> Vec<Tensor> {
+pub fn prepared(etl: &Preprocessor, request: &[Column], parameters: &[(String, Parameter)]) -> Vec<Tensor> {
     let views: Vec<_> = request.iter().map(Column::view).collect();
     let outputs = etl.apply(&views, parameters).unwrap();
     outputs[1..]
@@ -292,14 +333,7 @@ fn what_is_hidden_or_unknown_gets_what_is_left() {
     let mut events = vec![event(0, -5, "unknown"), event(1, -6, "unknown"), event(0, known[7], "one")];
     let all_but_three = known[..known.len() - 3].iter().zip(0..);
     events.extend(all_but_three.map(|(&product, second)| event(second, product, "many")));
-    let events: Vec<&Event> = events.iter().collect();
-    let mut request = request(&events);
-    request.push(Column {
-        name: "top_k".into(),
-        datatype: DataType::Int32,
-        shape: vec![1],
-        data: vec![5, 0, 0, 0],
-    });
+    let request = request_of_rows(&events, 5);
     let exclude = [("exclude_seen".to_owned(), Parameter::Bool(true))];
 
     let outputs = model.run(prepared(&etl, &request, &exclude)).unwrap();

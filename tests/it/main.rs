@@ -6,6 +6,7 @@ mod baselines;
 mod collective;
 mod device;
 mod export;
+mod triton;
 mod fixtures;
 mod golden;
 mod models;

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Installs what tests of serving need into `.triton/`: Triton Inference Server out of a Python package, and its client.
+#
+# usage: tests/serving/install.sh
+#
+# Exit codes: 0 all is there; 1 something failed; 2 this machine's Python has no part in the package.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+STAMP="nvidia-pytriton 0.7.0, tritonclient 2.73.0"
+[ "$(cat .triton/VERSION 2>/dev/null)" != "$STAMP" ] || exit 0
+
+python=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+echo "serving tests: to fetch $STAMP: 70 MB to download, 330 MB on disk in \`.triton\`" >&2
+rm -rf .triton
+python3 -m venv .triton || { echo "serving tests: python3 cannot make virtual environments" >&2; exit 2; }
+pip=(.triton/bin/pip --quiet --disable-pip-version-check install)
+"${pip[@]}" --no-deps nvidia-pytriton==0.7.0
+# The server's Python backend returns nothing with numpy 2.
+"${pip[@]}" 'tritonclient[http,grpc]==2.73.0' 'numpy==1.26.4'
+server=$(echo .triton/lib/python*/site-packages/pytriton/tritonserver)
+stub=$server/python_backend_stubs/$python/triton_python_backend_stub
+[ -e "$stub" ] || { echo "serving tests: the package has nothing for Python $python" >&2; exit 2; }
+cp "$stub" "$server/backends/python/"
+ln -s "$(realpath "$server")" .triton/server
+echo "$STAMP" >.triton/VERSION
