@@ -2,9 +2,13 @@
 
 use std::error::Error;
 use std::fs;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use bireme_serve::service::Limits;
+use bireme_serve::{Addresses, logs};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tch::Kind;
@@ -12,9 +16,10 @@ use tch::Kind;
 use crate::collective::{self, Collective, CollectiveError, Root};
 use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
-use crate::device;
+use crate::device::{self, DeviceChoice};
 use crate::etl;
 use crate::export::{self, ExportError, Exported};
+use crate::recommend;
 use crate::report::runs::{CONFIG, RUN};
 use crate::report::{self, Report, compare, evaluations, runs};
 use crate::synth::{self, SynthError, SynthOptions};
@@ -37,11 +42,15 @@ enum Command {
     /// Turn shop events into sessions by day, a fitted workflow and a schema
     Preprocess(PreprocessArgs),
     /// Train day by day, evaluate each day on the next; alone, or under `mpirun` or `srun`
-    Train(TrainArgs),
+    Train(TrainCommand),
     /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
     Evaluate(EvaluateArgs),
     /// Write the model of a run into a model repository, for Triton or `bireme serve`
     Export(ExportArgs),
+    /// Serve a model repository over HTTP and gRPC, as Triton does
+    Serve(ServeArgs),
+    /// Recommend for the sessions of a file, with the names of products
+    Recommend(RecommendArgs),
     /// Make a run of weights that Transformers4Rec saved
     ImportWeights(ImportArgs),
     /// Compare runs: tables, charts and a page, with confidence intervals
@@ -137,6 +146,37 @@ struct TrainArgs {
 }
 
 #[derive(Args)]
+struct TrainCommand {
+    #[command(flatten)]
+    run: TrainArgs,
+    /// At the end, export the run into this model repository, as `bireme export` does
+    #[arg(long, value_name = "REPO")]
+    export: Option<PathBuf>,
+    /// With `--export`: the model's name
+    #[arg(long, value_name = "NAME", default_value = "bireme", requires = "export")]
+    export_name: String,
+}
+
+impl TrainCommand {
+    fn export_options(&self) -> Option<export::Options> {
+        let out = self.export.clone()?;
+        Some(export::Options {
+            run_dir: self.run.run_dir(),
+            checkpoint: None,
+            out,
+            name: self.export_name.clone(),
+            tables: Kind::Float,
+            library: Some(library_beside()),
+        })
+    }
+}
+
+/// Where the build leaves the library that preprocesses in Triton.
+fn library_beside() -> PathBuf {
+    std::env::current_exe().unwrap_or_default().with_file_name(export::LIBRARY)
+}
+
+#[derive(Args)]
 struct ExportArgs {
     /// What `bireme train` wrote
     #[arg(long, value_name = "RUN")]
@@ -171,10 +211,6 @@ enum TablesArg {
 
 impl ExportArgs {
     fn options(&self) -> export::Options {
-        let beside = || {
-            let program = std::env::current_exe().unwrap_or_default();
-            program.with_file_name(export::LIBRARY)
-        };
         export::Options {
             run_dir: self.run_dir.clone(),
             checkpoint: self.checkpoint.clone(),
@@ -185,7 +221,149 @@ impl ExportArgs {
                 TablesArg::Bf16 => Kind::BFloat16,
                 TablesArg::F16 => Kind::Half,
             },
-            library: (!self.python_backend).then(|| self.backend_library.clone().unwrap_or_else(beside)),
+            library: (!self.python_backend)
+                .then(|| self.backend_library.clone().unwrap_or_else(library_beside)),
+        }
+    }
+}
+
+/// Limits are per process.
+#[derive(Args)]
+struct ServeArgs {
+    /// What `bireme export` wrote
+    #[arg(long, value_name = "REPO")]
+    repository: PathBuf,
+    /// Load this model at the start, and the steps of an ensemble; may be given several times [default: all]
+    #[arg(long = "load", value_name = "NAME")]
+    models: Vec<String>,
+    /// Where to listen for HTTP; port 0 stands for any that is free
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    http: SocketAddr,
+    /// Where to listen for gRPC
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8001")]
+    grpc: SocketAddr,
+    /// Ask for `Authorization: Bearer KEY` with a key of this file, one in a line; health checks need none
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<PathBuf>,
+    /// Where the network runs
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+    /// Threads that read requests and write answers, and that the network runs on [default: the cores, for each]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Largest body of a request, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = Limits::default().body >> 20)]
+    max_body_mib: usize,
+    /// Memory for the bodies of all requests, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = Limits::default().bodies >> 20)]
+    max_bodies_mib: usize,
+    /// Rows of events in a request at most
+    #[arg(long, value_name = "N", default_value_t = Limits::default().rows)]
+    max_rows: usize,
+    /// Requests under way at most; more are answered with 503 and `Retry-After`
+    #[arg(long, value_name = "N", default_value_t = Limits::default().requests)]
+    max_requests: usize,
+    /// Open connections at most; more are closed at once
+    #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
+    max_connections: usize,
+    /// How long a request may take, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = Limits::default().time.as_millis() as u64)]
+    timeout_ms: u64,
+    /// How long a connection may say nothing, in seconds
+    #[arg(long, value_name = "S", default_value_t = Limits::default().idle.as_secs())]
+    idle_seconds: u64,
+    /// How long requests under way have after SIGTERM, in seconds
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    drain_seconds: u64,
+    /// The form of the log; BIREME_LOG says what is logged, as `info` or `debug`
+    #[arg(long, value_enum, default_value_t = LogArg::Text)]
+    log: LogArg,
+}
+
+#[derive(Args)]
+struct RecommendArgs {
+    /// What `bireme export` wrote
+    #[arg(long, value_name = "REPO")]
+    repository: PathBuf,
+    /// The model's name
+    #[arg(long, default_value = "bireme")]
+    name: String,
+    /// Events: CSV, plain or gzip, or parquet; several files are read one after the other
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    events: Vec<PathBuf>,
+    /// Leave out rows that cannot be read
+    #[arg(long)]
+    skip_bad_rows: bool,
+    /// Look at so many events, the first by time; sessions of more than one are told
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    first: usize,
+    /// Recommendations for each session
+    #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=100))]
+    top: u8,
+    /// Leave out what the session holds
+    #[arg(long)]
+    exclude_seen: bool,
+    /// The form of the answer
+    #[arg(long, value_enum, default_value_t = FormatArg::Table)]
+    format: FormatArg,
+    /// Write to a file [default: the terminal, except for parquet]
+    #[arg(long, value_name = "FILE", required_if_eq("format", "parquet"))]
+    out: Option<PathBuf>,
+    /// Where the network runs
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+}
+
+/// As [`recommend::Format`], on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum FormatArg {
+    /// A block for each session
+    Table,
+    /// An object in a line for each session
+    Json,
+    /// A row for each product seen or recommended
+    Csv,
+    /// The rows of csv
+    Parquet,
+}
+
+/// Devices, on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum DeviceArg {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+impl DeviceArg {
+    /// Where a process without ranks computes; 0 threads stand for all cores.
+    fn place(self, n_threads: usize) -> Result<device::Place, Failure> {
+        let choice = match self {
+            Self::Auto => DeviceChoice::Auto,
+            Self::Cpu => DeviceChoice::Cpu,
+            Self::Cuda => DeviceChoice::Cuda,
+        };
+        device::place(choice, n_threads, 0, 1).map_err(|error| Failure::refused(&error, None))
+    }
+}
+
+/// Forms of logs, on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum LogArg {
+    Text,
+    Json,
+}
+
+impl ServeArgs {
+    fn limits(&self) -> Limits {
+        Limits {
+            body: self.max_body_mib << 20,
+            bodies: self.max_bodies_mib << 20,
+            rows: self.max_rows,
+            requests: self.max_requests,
+            connections: self.max_connections,
+            time: Duration::from_millis(self.timeout_ms),
+            idle: Duration::from_secs(self.idle_seconds),
         }
     }
 }
@@ -282,6 +460,8 @@ pub fn run(cli: Cli) -> i32 {
         Command::Train(args) => train(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::Export(args) => export(&args),
+        Command::Serve(args) => serve(&args),
+        Command::Recommend(args) => recommend(&args),
         Command::ImportWeights(args) => import_weights(&args),
         Command::Report(args) => report(&args),
     };
@@ -406,12 +586,16 @@ fn agree<T, E: Error>(
     })
 }
 
-fn train(args: &TrainArgs) -> Result<(), Failure> {
+fn train(command: &TrainCommand) -> Result<(), Failure> {
+    let args = &command.run;
     let job = Job::join(|| Config::load(&args.config, &args.set))?;
     let collective = &*job.collective;
     let world_size = collective.world_size();
     let data = agree(collective, RunData::open(&args.data, &job.config, world_size), |_| None)?;
     let run_dir = args.run_dir();
+    let to_export = command.export_options();
+    let exportable = to_export.as_ref().map_or(Ok(()), |options| export::check(options, &job.config));
+    agree(collective, exportable, ExportError::hint)?;
     let prepared = collective.root().map_or(Ok(()), |root| prepare_run_dir(root, &run_dir, args, &job));
     agree(collective, prepared, |_| None)?;
     let mut report = agree(collective, Report::open(collective.root(), &run_dir), |_| None)?;
@@ -427,18 +611,70 @@ fn train(args: &TrainArgs) -> Result<(), Failure> {
     ));
     job.end(train::fit(&job.config, &data, &run_dir, job.place(), &mut report))?;
     report.say(&format!("metrics, results and checkpoints are in `{}`", run_dir.display()));
-    Ok(())
+    match to_export {
+        Some(options) if collective.root().is_some() => write_export(&options),
+        _ => Ok(()),
+    }
 }
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {
-    let options = args.options();
-    let Exported { version, n_items } = export::export(&options).map_err(|error: ExportError| Failure {
+    write_export(&args.options())
+}
+
+fn write_export(options: &export::Options) -> Result<(), Failure> {
+    let Exported { version, n_items } = export::export(options).map_err(|error: ExportError| Failure {
         exit_code: error.exit_code(),
         message: Some(explain(&error, error.hint())),
     })?;
     let (name, out) = (&options.name, options.out.display());
     report::result(&format!("version {version} of `{name}`, {n_items} items, is in `{out}`"));
     Ok(())
+}
+
+fn serve(args: &ServeArgs) -> Result<(), Failure> {
+    let place = args.device.place(args.threads.unwrap_or(0))?;
+    logs::start(match args.log {
+        LogArg::Text => logs::Format::Text,
+        LogArg::Json => logs::Format::Json,
+    });
+    let options = bireme_serve::Options {
+        repository: args.repository.clone(),
+        models: args.models.clone(),
+        http: args.http,
+        grpc: args.grpc,
+        api_keys: args.api_keys.clone(),
+        limits: args.limits(),
+        drain: Duration::from_secs(args.drain_seconds),
+        device: place.device,
+        n_threads: place.n_threads,
+    };
+    let tell = |Addresses { http, grpc }| report::result(&format!("http {http}\ngrpc {grpc}"));
+    bireme_serve::serve(&options, tell)
+        .map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })
+}
+
+fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
+    let options = recommend::Options {
+        repository: args.repository.clone(),
+        name: args.name.clone(),
+        events: args.events.clone(),
+        bad_rows: if args.skip_bad_rows { etl::BadRows::Skip } else { etl::BadRows::Refuse },
+        first: args.first,
+        top: args.top.into(),
+        exclude_seen: args.exclude_seen,
+        device: args.device.place(0)?.device,
+    };
+    let format = match args.format {
+        FormatArg::Table => recommend::Format::Table,
+        FormatArg::Json => recommend::Format::Json,
+        FormatArg::Csv => recommend::Format::Csv,
+        FormatArg::Parquet => recommend::Format::Parquet,
+    };
+    let done = match &args.out {
+        Some(out) => recommend::to_file(&options, format, out),
+        None => recommend::to_terminal(&options, format),
+    };
+    done.map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })
 }
 
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {

@@ -17,6 +17,7 @@
 //! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal; runs compared |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
+//! | [`recommend`] | a model repository, events | what was seen and what is recommended, in words |
 //! | [`cli`] | arguments | an exit code |
 //!
 //! Nothing outside `collective` knows which backend runs, and nothing but `report` prints.
@@ -50,4 +51,5 @@ pub mod checkpoint;
 pub mod report;
 pub mod train;
 pub mod export;
+pub mod recommend;
 pub mod cli;

@@ -13,6 +13,7 @@
 //! | [`workflow`] | what a fit has learnt, and its application to events old and new |
 //! | `partition` | writes the sessions of each day |
 //! | [`preprocess()`] | all of it |
+//! | `first` | the earliest events of a file |
 //! | [`serving`] | the events of a request to the inputs of a model |
 //! | `numpy` | the same for those who do it in Python |
 //! | [`tensor`] | what requests and responses are made of |
@@ -23,6 +24,7 @@
 mod buckets;
 mod error;
 mod events;
+mod first;
 mod fit;
 mod numpy;
 mod partition;
@@ -36,6 +38,7 @@ pub mod workflow;
 
 pub use error::Error;
 pub use events::{BadRows, RowCounts};
+pub use first::{RawEvent, first_events};
 pub use partition::{Day, Split};
 pub use preprocess::{Options, Report, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess};
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};

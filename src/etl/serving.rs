@@ -7,10 +7,12 @@
 use std::fs;
 use std::path::Path;
 
+use chrono::DateTime;
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::first::RawEvent;
 use crate::schema::event;
 use crate::sessions::Keep;
 use crate::tensor::{DataType as Type, Tensor, TensorView};
@@ -63,6 +65,46 @@ pub const INPUTS: [Input; 11] = [
     Input { name: EXCLUDE_SEEN, datatype: Type::Bool, dims: &[1], optional: true },
 ];
 
+/// The inputs of a request for `top_k` recommendations for each session among some events.
+pub fn request(events: &[RawEvent], top_k: i32, exclude_seen: bool) -> Vec<Tensor> {
+    let shape = [events.len() as i64, 1];
+    fn text(cell: &Option<String>) -> &str {
+        cell.as_deref().unwrap_or_default()
+    }
+    let times = events.iter().map(|event| {
+        // Times that a file held are far from the ends of the calendar.
+        let time = DateTime::from_timestamp(event.time, 0).unwrap_or_default();
+        time.format("%Y-%m-%d %H:%M:%S UTC").to_string()
+    });
+    let times: Vec<String> = times.collect();
+    let texts = |name, cell: fn(&RawEvent) -> &str| Tensor::texts(name, &shape, events.iter().map(cell));
+    // What is not known has the id of what is null.
+    let ints = |name, cell: fn(&RawEvent) -> Option<i64>| {
+        Tensor::ints(name, &shape, events.iter().map(|event| cell(event).unwrap_or(i64::MIN)))
+    };
+    let prices = events.iter().flat_map(|event| event.price.to_le_bytes());
+    let scalar =
+        |name: &str, datatype, data| Tensor { name: name.to_owned(), datatype, shape: vec![1], data };
+    vec![
+        Tensor::texts(event::TIME, &shape, times.iter().map(String::as_str)),
+        texts(event::TYPE, |event| text(&event.event_type)),
+        ints(event::PRODUCT, |event| Some(event.product_id)),
+        ints(event::CATEGORY, |event| event.category_id),
+        texts(event::CATEGORY_CODE, |event| text(&event.category_code)),
+        texts(event::BRAND, |event| text(&event.brand)),
+        Tensor {
+            name: event::PRICE.to_owned(),
+            datatype: Type::Fp64,
+            shape: shape.to_vec(),
+            data: prices.collect(),
+        },
+        ints(event::USER, |event| event.user_id),
+        texts(event::SESSION, |event| &event.session),
+        scalar(TOP_K, Type::Int32, top_k.to_le_bytes().to_vec()),
+        scalar(EXCLUDE_SEEN, Type::Bool, vec![exclude_seen.into()]),
+    ]
+}
+
 /// A column of the sessions that the model reads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelColumn {
@@ -108,6 +150,7 @@ pub struct ServingSettings {
 pub enum Parameter {
     Bool(bool),
     Int(i64),
+    Float(f64),
     Text(String),
 }
 

@@ -26,6 +26,7 @@ use crate::model::Network;
 use crate::report::runs::CONFIG;
 
 pub use repository::{EtlBackend, Names};
+pub use script::{FALLBACK, ITEM_IDS, ITEM_SCORES, OUTPUT};
 pub use scripted::ScriptedModel;
 
 use script::Script;
@@ -147,6 +148,21 @@ impl ExportError {
             Self::NoWorkflow(_) => Some("train on what `bireme preprocess` wrote"),
             _ => None,
         }
+    }
+}
+
+/// Checks what can be known before there is anything to export.
+///
+/// # Errors
+/// A name that cannot be, a library that is not there, a model that only counts.
+pub fn check(options: &Options, config: &Config) -> Result<(), ExportError> {
+    checked_names(&options.name)?;
+    match options.library.as_deref().filter(|library| !library.is_file()) {
+        Some(missing) => Err(ExportError::NoLibrary(missing.to_owned())),
+        None if config.model.neural().is_none() => {
+            Err(ExportError::OnlyCounts { run_dir: options.run_dir.clone(), model: config.model.title() })
+        }
+        None => Ok(()),
     }
 }
 

@@ -9,12 +9,13 @@
 
 use std::collections::BTreeMap;
 
+use bireme_serve::model_config::number;
 use bireme_serve::protocol::model_config::SchedulingChoice;
 use bireme_serve::protocol::model_ensembling::Step;
 use bireme_serve::protocol::model_instance_group::Kind;
 use bireme_serve::protocol::{
-    DataType, ModelConfig, ModelDynamicBatching, ModelEnsembling, ModelInput, ModelInstanceGroup,
-    ModelOutput, ModelParameter,
+    ModelConfig, ModelDynamicBatching, ModelEnsembling, ModelInput, ModelInstanceGroup, ModelOutput,
+    ModelParameter,
 };
 
 use super::script::{FALLBACK, ITEM_IDS, ITEM_SCORES, OUTPUT};
@@ -73,11 +74,11 @@ pub fn configs(names: &Names, etl: &Preprocessor, backend: EtlBackend, n_items: 
 }
 
 fn input(name: &str, datatype: Type, dims: Vec<i64>) -> ModelInput {
-    ModelInput { name: name.to_owned(), data_type: proto(datatype).into(), dims, optional: false }
+    ModelInput { name: name.to_owned(), data_type: number(datatype), dims, optional: false }
 }
 
 fn output(name: &str, datatype: Type, dims: Vec<i64>) -> ModelOutput {
-    ModelOutput { name: name.to_owned(), data_type: proto(datatype).into(), dims }
+    ModelOutput { name: name.to_owned(), data_type: number(datatype), dims }
 }
 
 /// What a request holds.
@@ -169,24 +170,5 @@ fn ensemble_config(
         output: declared,
         scheduling_choice: Some(SchedulingChoice::EnsembleScheduling(ModelEnsembling { step: steps })),
         ..Default::default()
-    }
-}
-
-fn proto(datatype: Type) -> DataType {
-    match datatype {
-        Type::Bool => DataType::TypeBool,
-        Type::Uint8 => DataType::TypeUint8,
-        Type::Uint16 => DataType::TypeUint16,
-        Type::Uint32 => DataType::TypeUint32,
-        Type::Uint64 => DataType::TypeUint64,
-        Type::Int8 => DataType::TypeInt8,
-        Type::Int16 => DataType::TypeInt16,
-        Type::Int32 => DataType::TypeInt32,
-        Type::Int64 => DataType::TypeInt64,
-        Type::Fp16 => DataType::TypeFp16,
-        Type::Bf16 => DataType::TypeBf16,
-        Type::Fp32 => DataType::TypeFp32,
-        Type::Fp64 => DataType::TypeFp64,
-        Type::Bytes => DataType::TypeString,
     }
 }

@@ -115,7 +115,10 @@ pub const MODELS: [(&str, &str); 6] = [
     ),
     (
         "xlnet",
-        "features = [\"category_id-list_seq\", \"et_dayofweek_sin-list_seq\", \"price_log_norm-list_seq\"]\n\
+        "features = [\"category_id-list_seq\", \"category_code-list_seq\", \
+         \"brand-list_seq\", \"et_dayofweek_sin-list_seq\", \"et_dayofweek_cos-list_seq\", \
+         \"price_log_norm-list_seq\", \"relative_price_to_avg_categ_id-list_seq\", \
+         \"product_recency_days_log_norm-list_seq\"]\n\
          [model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n\
          [model.input]\nitem_width = 8\nfeature_width = 8\naggregation = \"sum\"\n\
          continuous = { kind = \"projected\", width = 8 }",

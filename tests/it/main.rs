@@ -6,13 +6,16 @@ mod baselines;
 mod collective;
 mod device;
 mod export;
-mod triton;
+
 mod fixtures;
 mod golden;
 mod models;
 mod mpirun;
 mod pipeline;
 mod ranking;
+mod recommend;
 mod refused;
 mod report;
+mod serve;
+mod serving;
 mod train;

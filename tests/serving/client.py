@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Asks a server of the KServe v2 protocol what Triton's own client can ask, and checks the answers.
 
-usage: client.py HTTP GRPC CASES
+usage: client.py HTTP GRPC CASES [KEY]
 
-CASES is a JSON file: `models`, the ensembles to be asked; `events`, columns of event rows; and what is expected of them:
+KEY is the API key of a server that wants one. CASES is a JSON file: `models`, the ensembles to be asked; `events`, columns of event rows; and what is expected of them:
 `sessions`, `item_ids` and `item_scores` by model. Prints a line for each check; exit code 1 if one fails.
 """
 
 import json
+import random
 import sys
 import threading
 
@@ -50,6 +51,41 @@ def inputs(module, events, top_k=None):
 def rows(events, chosen):
     """Some rows of the events."""
     return {name: [values[row] for row in chosen] for name, values in events.items()}
+
+
+class Key(tritonclient.http.InferenceServerClientPlugin):
+    """Shows an API key with every call."""
+
+    def __init__(self, key):
+        self.key = key
+
+    def __call__(self, request):
+        request.headers["authorization"] = f"Bearer {self.key}"
+
+
+def connected(module, address, key, **more):
+    """A client."""
+    client = module.InferenceServerClient(address, **more)
+    if key:
+        client.register_plugin(Key(key))
+    return client
+
+
+def check_keys(http, grpc, key):
+    """Who has no key, or another, gets no answer."""
+    for module, address, code in [(tritonclient.http, http, "401"), (tritonclient.grpc, grpc, "UNAUTHENTICATED")]:
+        for wrong in [None, key + "x"]:
+            client = connected(module, address, wrong)
+            assert client.is_server_live() and client.is_server_ready()
+            try:
+                client.get_server_metadata()
+            except InferenceServerException as error:
+                assert code in (error.status() or ""), error
+                assert "API keys" in str(error), error
+            else:
+                raise AssertionError(f"{module.__name__}: nobody asked for the key")
+            client.close()
+    print("keys: ok", flush=True)
 
 
 class Checks:
@@ -95,6 +131,30 @@ class Checks:
             self.client.get_model_metadata(model)
             self.client.get_model_config(model)
         self.client.get_model_repository_index()
+        about = self.client.get_server_metadata()
+        assert about["name"] if isinstance(about, dict) else about.name
+
+    def check_statistics(self):
+        """What was counted, once more after a request."""
+        model = self.cases["models"][0]
+
+        def count():
+            """Successful requests."""
+            said = self.client.get_inference_statistics(model)
+            if isinstance(said, dict):
+                return int(said["model_stats"][0]["inference_stats"]["success"]["count"])
+            return said.model_stats[0].inference_stats.success.count
+
+        before = count()
+        self.infer(model, self.events)
+        assert count() == before + 1
+
+    def check_parameters(self):
+        """Parameters of every kind reach the preprocessing, and one of a wrong kind is told."""
+        model, one = self.cases["models"][0], rows(self.events, [0])
+        self.infer(model, one, parameters={"of_site": "text", "number": 7, "flag": False})
+        for wrong in ["yes", 1]:
+            self.refused("exclude_seen", lambda wrong=wrong: self.infer(model, one, parameters={"exclude_seen": wrong}))
 
     def check_answers(self):
         """The answers to the events."""
@@ -160,11 +220,13 @@ class Checks:
         self.refused("price", lambda: with_price([tensor(module, "price", "FP64", [1, 2])]))
 
     def check_reload(self):
-        """Unloading and loading."""
+        """Unloading and loading, again and again."""
         model = self.cases["models"][-1]
-        self.client.unload_model(model)
-        self.client.load_model(model)
-        self.same(self.infer(model, self.events, 10), model)
+        for _ in range(5):
+            self.client.unload_model(model)
+            assert not self.client.is_model_ready(model)
+            self.client.load_model(model)
+            self.same(self.infer(model, self.events, 10), model)
 
     def run(self):
         """All checks."""
@@ -173,12 +235,81 @@ class Checks:
             print(f"{self.module.__name__} {name.removeprefix('check_')}: ok", flush=True)
 
 
-def check_concurrent(address, cases):
-    """Many clients at once, each with sessions of its own lengths."""
+def nasty(random, events):
+    """Rows of events, some of which are as no shop should write them."""
+    n = random.choice([1, 2, 3, 10, 60])
+    chosen = rows(events, [random.randrange(len(events["price"])) for _ in range(n)])
+    cells = {
+        "event_time": ["2019-10-01 00:00:00 UTC", "2019-10-01T00:00:00Z", "2019-10-01 00:00:00.999 UTC",
+                       "1970-01-01 00:00:00 UTC", "2199-12-31 23:59:59 UTC", "1969-12-31 23:59:59 UTC",
+                       "2019-10-01", "2019-02-29 00:00:00 UTC", "2019-10-01 24:00:00 UTC", ""],
+        "event_type": ["", "view", "VIEW", "никогда", "a" * 300],
+        "product_id": [0, -1, 2**63 - 1, -(2**63), 1],
+        "category_id": [0, -1, 2**63 - 1, -(2**63)],
+        "category_code": ["", "electronics", "None", "\u0000", "é.è"],
+        "brand": ["", "samsung ", "Samsung", "null"],
+        "price": [0.0, 1e-300, 1e30, 4e38, -0.0, -1.0, float("nan"), float("inf")],
+        "user_session": ["", "a", "b", " a", "7", "007", "\n"],
+    }
+    # Most requests are about sessions of a few ids, in any order; a few have one bad cell or more.
+    chosen["user_session"] = [random.choice("abc") for _ in range(n)]
+    for _ in range(random.choice([0, 0, 1, 3, n])):
+        name = random.choice(list(cells))
+        chosen[name][random.randrange(n)] = random.choice(cells[name])
+    return chosen
+
+
+def check_alike(client, cases):
+    """Preprocessing by the library and by Python gives the same, also for what makes no sense."""
+    generator = random.Random(7)
+    answered = refused = 0
+    for number in range(400):
+        events = nasty(generator, cases["events"])
+        asked = inputs(tritonclient.grpc, events, generator.choice([None, 1, 20]))
+        if generator.random() < 0.3:
+            asked = [given for given in asked if given.name() not in ("category_code", "brand")]
+        exclude = {"exclude_seen": generator.random() < 0.5}
+        answers = []
+        for model in cases["alike"]:
+            try:
+                answers.append(client.infer(model, asked, parameters=exclude))
+            except InferenceServerException as error:
+                assert error.status() == "StatusCode.INVALID_ARGUMENT" or "INVALID_ARGUMENT" in error.status(), error
+                answers.append(None)
+        one, other = answers
+        assert (one is None) == (other is None), (number, events, answers)
+        if one is None:
+            refused += 1
+            continue
+        answered += 1
+        names = [output.name for output in one.get_response().outputs]
+        assert sorted(names) == sorted(output.name for output in other.get_response().outputs)
+        for name in names:
+            a, b = one.as_numpy(name), other.as_numpy(name)
+            assert a.shape == b.shape, (number, name, a.shape, b.shape, events)
+            alike = np.allclose(a, b, rtol=1e-5, atol=1e-6) if a.dtype == np.float32 else (a == b).all()
+            assert alike, (number, name, a, b, events)
+    assert answered > 100 and refused > 20, (answered, refused)
+    print(f"preprocessing in Rust and in Python: {answered} answered alike, {refused} refused alike", flush=True)
+
+
+def check_concurrent(address, cases, key):
+    """Many clients at once, and among them some whose requests make no sense."""
     faults = []
 
+    def ask_wrongly():
+        """Faults of others are nobody's own."""
+        client = connected(tritonclient.grpc, address, key)
+        checks = Checks(tritonclient.grpc, client, cases)
+        try:
+            for _ in range(10):
+                checks.check_faults()
+        except Exception as fault:  # noqa: BLE001: told below
+            faults.append(fault)
+        client.close()
+
     def ask():
-        client = tritonclient.grpc.InferenceServerClient(address)
+        client = connected(tritonclient.grpc, address, key)
         checks = Checks(tritonclient.grpc, client, cases)
         try:
             for _ in range(10):
@@ -187,7 +318,7 @@ def check_concurrent(address, cases):
             faults.append(fault)
         client.close()
 
-    clients = [threading.Thread(target=ask) for _ in range(8)]
+    clients = [threading.Thread(target=target) for target in [ask] * 8 + [ask_wrongly] * 2]
     for client in clients:
         client.start()
     for client in clients:
@@ -198,21 +329,27 @@ def check_concurrent(address, cases):
 
 def main():
     """Arguments in, an exit code out."""
-    http, grpc, path = sys.argv[1:]
+    http, grpc, path, *key = sys.argv[1:]
+    key = key[0] if key else None
     cases = json.loads(open(path, encoding="utf-8").read())
     for config in cases["configs"]:
         parsed = text_format.Parse(open(config, encoding="utf-8").read(), model_config_pb2.ModelConfig())
         assert parsed.name in config
     print("configurations: ok", flush=True)
-    of_http = tritonclient.http.InferenceServerClient(http, concurrency=1)
-    of_grpc = tritonclient.grpc.InferenceServerClient(grpc)
+    if key:
+        check_keys(http, grpc, key)
+    of_http = connected(tritonclient.http, http, key, concurrency=1)
+    of_grpc = connected(tritonclient.grpc, grpc, key)
     for model in cases["models"]:
         of_http.load_model(model)
         of_grpc.load_model(f"{model}_scores")
     try:
         Checks(tritonclient.http, of_http, cases).run()
         Checks(tritonclient.grpc, of_grpc, cases).run()
-        check_concurrent(grpc, cases)
+        for model in cases["alike"]:
+            of_grpc.load_model(model)
+        check_alike(of_grpc, cases)
+        check_concurrent(grpc, cases, key)
     finally:
         # A server that is told to stop waits for connections that are kept.
         of_http.close()

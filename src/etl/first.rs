@@ -1,0 +1,96 @@
+//! The earliest events of files of any size.
+
+use std::path::PathBuf;
+
+use crate::error::Error;
+use crate::events::{self, BadRows, Batch, Cells, RowCounts};
+use crate::vocab::Coded;
+
+/// An event as it stands in a file.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs, reason = "the columns of `schema::event`")]
+pub struct RawEvent {
+    /// Seconds since 1970 UTC.
+    pub time: i64,
+    pub event_type: Option<String>,
+    pub product_id: i64,
+    pub category_id: Option<i64>,
+    pub category_code: Option<String>,
+    pub brand: Option<String>,
+    pub price: f64,
+    pub user_id: Option<i64>,
+    pub session: String,
+}
+
+/// The first `n` events of all files by their time, those of the same second in file order. Memory is taken for `n`
+/// events and a batch of a file.
+///
+/// # Errors
+/// A file that cannot be read, or a row that makes no sense and is not to be skipped.
+pub fn first_events(
+    files: &[PathBuf],
+    n: usize,
+    bad_rows: BadRows,
+) -> Result<(Vec<RawEvent>, RowCounts), Error> {
+    let scratch = tempfile::tempdir().map_err(|source| Error::Io {
+        action: "create a folder in",
+        path: std::env::temp_dir(),
+        source,
+    })?;
+    // By time and place in the files; up to twice as many as are wanted, so that sorting is rare.
+    let mut first: Vec<((i64, u64), RawEvent)> = Vec::new();
+    let mut latest = (i64::MAX, u64::MAX);
+    let mut counts = RowCounts::default();
+    let mut place = 0;
+    for file in files {
+        let of_file = events::read(file, bad_rows, scratch.path(), &mut |batch| {
+            for row in 0..batch.time.len() {
+                place += 1;
+                let key = (batch.time[row], place);
+                if key >= latest {
+                    continue;
+                }
+                first.push((key, raw_event(&batch, row)));
+                if first.len() >= n.saturating_mul(2).max(1) {
+                    latest = cut(&mut first, n).unwrap_or(latest);
+                }
+            }
+            Ok(())
+        })?;
+        counts.read += of_file.read;
+        counts.bad += of_file.bad;
+        counts.without_session += of_file.without_session;
+    }
+    cut(&mut first, n);
+    Ok((first.into_iter().map(|(_, event)| event).collect(), counts))
+}
+
+/// Sorts, leaves the first `n`, and says where the last of them stands if there are as many.
+fn cut(first: &mut Vec<((i64, u64), RawEvent)>, n: usize) -> Option<(i64, u64)> {
+    first.sort_unstable_by_key(|(key, _)| *key);
+    first.truncate(n);
+    if first.len() < n { None } else { Some(first.last().map_or((i64::MIN, 0), |(key, _)| *key)) }
+}
+
+fn raw_event(batch: &Batch, row: usize) -> RawEvent {
+    let int = |column: Coded| match &batch.cells[column as usize] {
+        Some(Cells::Int(cells)) => cells.get(row),
+        _ => None,
+    };
+    let text = |column: Coded| match &batch.cells[column as usize] {
+        Some(Cells::Text(cells)) => cells.get(row).filter(|text| !text.is_empty()).map(str::to_owned),
+        Some(Cells::Int(cells)) => cells.get(row).map(|int| int.to_string()),
+        None => None,
+    };
+    RawEvent {
+        time: batch.time[row],
+        event_type: text(Coded::EventType),
+        product_id: int(Coded::Product).expect("a batch holds no event without an item"),
+        category_id: int(Coded::Category),
+        category_code: text(Coded::CategoryCode),
+        brand: text(Coded::Brand),
+        price: batch.price[row],
+        user_id: int(Coded::User),
+        session: text(Coded::Session).expect("a batch holds no event without a session"),
+    }
+}

@@ -1,0 +1,258 @@
+//! The recommendations of an exported model for the sessions of a file, with names that a person can read.
+
+mod write;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::Permissions;
+use std::io::{self, BufWriter};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bireme_serve::Fault;
+use bireme_serve::repository::{Repository, RepositoryError};
+use bireme_serve::request::Request;
+use bireme_serve::statistics::Metrics;
+use serde::Serialize;
+use tch::Device;
+
+use crate::etl::serving::{self, Preprocessor, SESSION};
+use crate::etl::tensor::Tensor;
+use crate::etl::{self, BadRows, ProductInWords, RawEvent, Workflow};
+use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, Names};
+
+pub use write::{Format, Writer};
+
+/// What to recommend.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The model repository.
+    pub repository: PathBuf,
+    /// The model's name.
+    pub name: String,
+    /// Files of events.
+    pub events: Vec<PathBuf>,
+    /// What to do with a row that makes no sense.
+    pub bad_rows: BadRows,
+    /// So many events are looked at, the first by time.
+    pub first: usize,
+    /// Recommendations for each session.
+    pub top: usize,
+    /// Whether items of the session are left out.
+    pub exclude_seen: bool,
+    /// Where the network runs.
+    pub device: Device,
+}
+
+/// A session and its recommendations.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Session<'a> {
+    /// Its id.
+    pub session: &'a str,
+    /// Whether no item of it is known, so that the most popular are recommended.
+    pub fallback: bool,
+    /// Its events, in the order of their times.
+    pub seen: Vec<ProductInWords<'a>>,
+    /// The best first.
+    pub recommended: Vec<Recommendation<'a>>,
+}
+
+/// A product that is recommended.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Recommendation<'a> {
+    /// The product, as its latest event described it.
+    #[serde(flatten)]
+    pub product: ProductInWords<'a>,
+    /// Its score, a logit.
+    pub score: f32,
+}
+
+/// Why there are no recommendations.
+#[derive(Debug, thiserror::Error)]
+pub enum RecommendError {
+    /// The repository or the model.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    /// The events, or the workflow.
+    #[error(transparent)]
+    Etl(#[from] etl::Error),
+    /// The model does not take the events, or is not one of ours.
+    #[error("model `{model}`: {fault}")]
+    Model {
+        /// Its name.
+        model: String,
+        /// What it says.
+        fault: Fault,
+    },
+    /// No session is long enough.
+    #[error(
+        "the first {n_events} events hold no session of more than one event: look at more with `--first`"
+    )]
+    NoSession {
+        /// How many events were looked at.
+        n_events: usize,
+    },
+    /// The recommendations cannot be written.
+    #[error("cannot write `{path}`")]
+    Write {
+        /// Where to.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl RecommendError {
+    /// 1 where the writing failed, 2 otherwise.
+    pub fn exit_code(&self) -> i32 {
+        if matches!(self, Self::Write { .. }) { 1 } else { 2 }
+    }
+}
+
+/// Recommends into a file, which is whole when it has its name.
+///
+/// # Errors
+/// See [`RecommendError`].
+pub fn to_file(options: &Options, format: Format, path: &Path) -> Result<(), RecommendError> {
+    let at = |source| RecommendError::Write { path: path.to_owned(), source };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // As any new file, not for its owner's eyes alone.
+    let for_all = Permissions::from_mode(0o666);
+    let mut aside = tempfile::Builder::new().permissions(for_all).tempfile_in(folder).map_err(at)?;
+    let mut writer = Writer::new(format, BufWriter::new(aside.as_file_mut())).map_err(at)?;
+    recommend(options, |session| writer.write(session).map_err(at))?;
+    writer.finish().map_err(at)?;
+    aside.persist(path).map_err(|error| at(error.error))?;
+    Ok(())
+}
+
+/// Recommends on the standard output. A reader that has seen enough is no error.
+///
+/// # Errors
+/// See [`RecommendError`].
+pub fn to_terminal(options: &Options, format: Format) -> Result<(), RecommendError> {
+    let at = |source| RecommendError::Write { path: PathBuf::from("the standard output"), source };
+    let write = || {
+        let mut writer = Writer::new(format, BufWriter::new(io::stdout())).map_err(at)?;
+        recommend(options, |session| writer.write(session).map_err(at))?;
+        writer.finish().map_err(at).map(drop)
+    };
+    match write() {
+        Err(RecommendError::Write { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
+}
+
+/// Rows of events that are asked about at once, except for a session that has more.
+const ROWS: usize = 4096;
+
+/// Recommends for each session of more than one event, in the order of their first events.
+///
+/// # Errors
+/// See [`RecommendError`].
+pub fn recommend(
+    options: &Options,
+    mut each: impl FnMut(&Session<'_>) -> Result<(), RecommendError>,
+) -> Result<(), RecommendError> {
+    let Options { name, device, .. } = options;
+    let of_model = |fault| RecommendError::Model { model: name.clone(), fault };
+    let repository = Repository::open(&options.repository, *device, Arc::new(Metrics::default()))?;
+    repository.load(name)?;
+    let model = repository.model(name, "").map_err(of_model)?;
+    let etl = model.parts().find(|part| part.config.name == Names::new(name).etl);
+    let etl = etl.ok_or_else(|| of_model(Fault::invalid("it was not written by `bireme export`")))?;
+    let dir = options.repository.join(&etl.config.name).join(etl.version.to_string());
+    let etl = Preprocessor::load(&dir)?;
+
+    let (events, _) = etl::first_events(&options.events, options.first, options.bad_rows)?;
+    let mut found = false;
+    for sessions in chunks(&events, etl.settings().max_sessions) {
+        found = true;
+        let rows: Vec<RawEvent> =
+            sessions.iter().flat_map(|events| events.iter().copied().cloned()).collect();
+        let inputs = serving::request(&rows, options.top as i32, options.exclude_seen);
+        let outputs = [SESSION, ITEM_IDS, ITEM_SCORES, FALLBACK].map(str::to_owned);
+        let request = Request { inputs, outputs: outputs.into(), parameters: Vec::new() };
+        let outputs = model.infer_and_wait(request).map_err(of_model)?;
+        let answers = Answers::read(&outputs).map_err(|problem| of_model(Fault::invalid(problem)))?;
+        let by_session: HashMap<&str, &Vec<&RawEvent>> =
+            sessions.iter().map(|events| (events[0].session.as_str(), events)).collect();
+        for row in 0..answers.sessions.len() {
+            each(&answers.session(row, &by_session, etl.workflow()))?;
+        }
+    }
+    if found { Ok(()) } else { Err(RecommendError::NoSession { n_events: events.len() }) }
+}
+
+/// Sessions of more than one event, a request's worth at a time.
+fn chunks(events: &[RawEvent], max_sessions: usize) -> Vec<Vec<Vec<&RawEvent>>> {
+    let mut order = BTreeMap::new();
+    let mut places: HashMap<&str, usize> = HashMap::new();
+    for event in events {
+        let next = places.len();
+        let place = *places.entry(&event.session).or_insert(next);
+        order.entry(place).or_insert_with(Vec::new).push(event);
+    }
+    let mut chunks: Vec<Vec<Vec<&RawEvent>>> = Vec::new();
+    let mut n_rows = 0;
+    for session in order.into_values().filter(|session: &Vec<&RawEvent>| session.len() > 1) {
+        n_rows += session.len();
+        match chunks.last_mut() {
+            Some(chunk) if n_rows <= ROWS && chunk.len() < max_sessions => chunk.push(session),
+            _ => {
+                n_rows = session.len();
+                chunks.push(vec![session]);
+            }
+        }
+    }
+    chunks
+}
+
+/// What the model said of a request, row by row.
+struct Answers<'a> {
+    sessions: Vec<&'a str>,
+    ids: Vec<i64>,
+    scores: Vec<f32>,
+    fallback: Vec<bool>,
+}
+
+impl<'a> Answers<'a> {
+    fn read(outputs: &'a [Tensor]) -> Result<Self, String> {
+        let [sessions, ids, scores, fallback] = outputs else { return Err("outputs are missing".to_owned()) };
+        Ok(Self {
+            sessions: sessions.view().texts()?,
+            ids: ids.view().i64s()?,
+            scores: scores.view().f32s()?,
+            fallback: fallback.view().bools()?,
+        })
+    }
+
+    fn session(
+        &self,
+        row: usize,
+        events: &HashMap<&str, &Vec<&'a RawEvent>>,
+        workflow: &'a Workflow,
+    ) -> Session<'a> {
+        let session = self.sessions[row];
+        let seen =
+            events.get(session).into_iter().flat_map(|events| events.iter()).map(|event| ProductInWords {
+                product_id: event.product_id,
+                category_code: event.category_code.as_deref(),
+                brand: event.brand.as_deref(),
+                price: event.price,
+            });
+        let top_k = self.ids.len() / self.sessions.len();
+        let places = row * top_k..(row + 1) * top_k;
+        // −1 stands where nothing is left.
+        let products = self.ids[places.clone()].iter().map(|&id| workflow.product(id));
+        let recommended = products.zip(&self.scores[places]);
+        let recommended =
+            recommended.filter_map(|(product, &score)| Some(Recommendation { product: product?, score }));
+        Session {
+            session,
+            fallback: self.fallback[row],
+            seen: seen.collect(),
+            recommended: recommended.collect(),
+        }
+    }
+}

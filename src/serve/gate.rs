@@ -1,0 +1,175 @@
+//! What every request passes, over either protocol: the API key, the length of its body, the memory of all bodies, and
+//! the clock.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::AUTHORIZATION;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::{BoxError, Router};
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use sha2::{Digest, Sha256};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::fault::{Fault, Kind};
+use crate::service::{Service, timed_out};
+use crate::{grpc, http};
+
+/// The API keys of a file, as their SHA-256: looking one up takes no time that would tell of its letters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys(HashSet<[u8; 32]>);
+
+impl Keys {
+    /// Reads a file with a key in each line; empty lines and those that begin with `#` are left out.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds no key.
+    pub fn read(path: &Path) -> std::io::Result<Self> {
+        let text = std::fs::read_to_string(path)?;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let keys: HashSet<_> = lines.map(digest).collect();
+        if keys.is_empty() {
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "it holds no key"));
+        }
+        Ok(Self(keys))
+    }
+
+    fn allow(&self, request: &Request) -> bool {
+        let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let key = header.and_then(|header| header.strip_prefix("Bearer "));
+        key.is_some_and(|key| self.0.contains(&digest(key.trim())))
+    }
+}
+
+fn digest(key: &str) -> [u8; 32] {
+    Sha256::digest(key).into()
+}
+
+/// The gate of a server.
+pub struct Gate {
+    service: Arc<Service>,
+    keys: Option<Keys>,
+    /// Bytes that bodies may still take.
+    memory: Arc<Semaphore>,
+}
+
+impl Gate {
+    /// A gate that asks for one of `keys`, if there are any.
+    pub fn new(service: Arc<Service>, keys: Option<Keys>) -> Arc<Self> {
+        let memory = Arc::new(Semaphore::new(service.limits.bodies.min(Semaphore::MAX_PERMITS)));
+        Arc::new(Self { service, keys, memory })
+    }
+
+    /// Puts the gate in front of all that a router has.
+    pub fn in_front_of(self: &Arc<Self>, router: Router) -> Router {
+        router.layer(from_fn_with_state(self.clone(), pass))
+    }
+}
+
+async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let content_type = request.headers().get("content-type");
+    let is_grpc = content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    let refused = |fault: Fault| {
+        tracing::debug!(kind = fault.kind.name(), %fault, "refused");
+        if is_grpc { tonic::Status::from(fault).into_http() } else { fault.into_response() }
+    };
+    let is_open = path.starts_with(http::HEALTH) || grpc::HEALTH.contains(&path);
+    if !is_open && gate.keys.as_ref().is_some_and(|keys| !keys.allow(&request)) {
+        let wanted = "`Authorization: Bearer` must hold one of the server's API keys";
+        return refused(Fault::new(Kind::Unauthorized, wanted));
+    }
+    if path == grpc::STREAM {
+        // A stream lasts; what it sends at a time is limited where it is decoded.
+        return next.run(request).await;
+    }
+    let limits = &gate.service.limits;
+    let meter = Arc::new(Meter { memory: gate.memory.clone(), max: limits.body, held: Mutex::default() });
+    let request = request.map(|body| Body::new(Metered { body, meter: meter.clone() }));
+    let answered = tokio::time::timeout(limits.time, next.run(request)).await;
+    // What the meter found comes first: to the handler it was merely a body that broke off.
+    match (meter.take_fault(), answered) {
+        (Some(fault), _) => refused(fault),
+        (None, Ok(response)) => response,
+        (None, Err(_)) => refused(timed_out(limits.time)),
+    }
+}
+
+/// What the body of a request has taken.
+struct Meter {
+    memory: Arc<Semaphore>,
+    max: usize,
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    n_bytes: usize,
+    permit: Option<OwnedSemaphorePermit>,
+    fault: Option<Fault>,
+}
+
+impl Meter {
+    fn take(&self, n: usize) -> Result<(), Fault> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.n_bytes += n;
+        let fault = if held.n_bytes > self.max {
+            Fault::new(Kind::TooLarge, format!("the body of the request is longer than {} bytes", self.max))
+        } else {
+            match u32::try_from(n).ok().and_then(|n| self.memory.clone().try_acquire_many_owned(n).ok()) {
+                Some(permit) => {
+                    match &mut held.permit {
+                        Some(all) => all.merge(permit),
+                        none => *none = Some(permit),
+                    }
+                    return Ok(());
+                }
+                None => Fault::new(Kind::Full, "other requests take all of the memory for bodies: try again"),
+            }
+        };
+        held.fault = Some(fault.clone());
+        Err(fault)
+    }
+
+    fn take_fault(&self) -> Option<Fault> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).fault.take()
+    }
+}
+
+/// A body whose bytes are counted as they come.
+struct Metered {
+    body: Body,
+    meter: Arc<Meter>,
+}
+
+impl http_body::Body for Metered {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
+        Poll::Ready(frame.map(|frame| {
+            let frame = frame?;
+            self.meter.take(frame.data_ref().map_or(0, Bytes::len))?;
+            Ok(frame)
+        }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
