@@ -16,6 +16,7 @@ use bireme::export::ScriptedModel;
 use bireme::model::{Network, Recommender};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
+use serde_json::{Value as Json, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixtures::{distance, shared};
@@ -154,6 +155,48 @@ fn what_is_exported_evaluates_as_what_was_trained() {
     let [a, b] = [&[][..], &["--exported", &repository, "--name", "gru"]]
         .map(|more| shop.evaluate("gru", more)["loss"].as_f64().unwrap());
     assert!((a - b).abs() < 0.02 && a != b, "{a} and {b}");
+}
+
+#[test]
+fn the_exported_modules_give_the_same_in_python() {
+    let Some(python) = std::env::var_os("BIREME_PYTORCH") else {
+        println!("skipped: `BIREME_PYTORCH` names no Python with PyTorch");
+        return;
+    };
+    let shop = Shop::small();
+    let (events, _) = shop.first_events(300);
+    let request = request_of_rows(&events, 10);
+    let cases = MODELS.map(|(name, config)| {
+        shop.train(name, config);
+        shop.export(name, &[]).success();
+        let repository = PathBuf::from(shop.path("repository"));
+        let etl = Preprocessor::load(&repository.join(format!("{name}_etl/1"))).unwrap();
+        let inputs = prepared(&etl, &request, &[]);
+        let told = inputs.iter().map(|input| match input.kind() {
+            Kind::Int64 => {
+                let data = Vec::<i64>::try_from(input.flatten(0, -1)).unwrap();
+                json!({ "type": "int64", "shape": input.size(), "data": data })
+            }
+            _ => {
+                let data = Vec::<f32>::try_from(input.flatten(0, -1)).unwrap();
+                json!({ "type": "float32", "shape": input.size(), "data": data })
+            }
+        });
+        let told: Vec<Json> = told.collect();
+        let outputs = ScriptedModel::load(&repository, name, 0, Device::Cpu).unwrap().run(inputs).unwrap();
+        json!({
+            "path": repository.join(format!("{name}_model/1/model.pt")),
+            "inputs": told,
+            "item_ids": Vec::<Vec<i64>>::try_from(&outputs[1]).unwrap(),
+            "item_scores": Vec::<Vec<f32>>::try_from(&outputs[2]).unwrap(),
+        })
+    });
+    let path = shop.path("cases.json");
+    fs::write(&path, Json::from(cases.to_vec()).to_string()).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/serving/torchscript.py");
+    let mut command = Command::new(python);
+    let finished = run_within(command.arg(script).arg(&path), Duration::from_secs(240)).success();
+    assert_eq!(finished.stdout.matches("alike").count(), MODELS.len(), "{finished:#?}");
 }
 
 /// The events of a session as a request's columns.

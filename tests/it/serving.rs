@@ -194,6 +194,16 @@ impl Exported {
         let finished = run_within(&mut command, Duration::from_secs(240));
         assert_eq!(finished.code, Some(0), "{finished:#?}\n{}", server.log());
     }
+
+    /// Has the example for clients ask, and counts what it tells.
+    fn ask_for_names(&self, triton: &Path, server: &Server) {
+        let mut command = Command::new(triton.join("bin/python"));
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/ask.py"));
+        command.arg(&self.repository).args(["gru", &self.shop.path("events.csv"), "--http", &server.http]);
+        let finished = run_within(&mut command, Duration::from_secs(60)).success();
+        let lines = |begin: &str| finished.stdout.lines().filter(|line| line.starts_with(begin)).count();
+        assert_eq!((lines("session "), lines("  next ")), (2, 10), "{finished:#?}");
+    }
 }
 
 #[test]
@@ -210,5 +220,6 @@ fn a_real_triton_and_our_own_server_answer_alike() {
     assert!(server.end().success());
     let server = Server::triton(&triton, &exported.repository, &scratch);
     exported.ask(&triton, &server, &[]);
+    exported.ask_for_names(&triton, &server);
     assert!(server.end().success());
 }

@@ -297,28 +297,19 @@ def check_concurrent(address, cases, key):
     """Many clients at once, and among them some whose requests make no sense."""
     faults = []
 
-    def ask_wrongly():
-        """Faults of others are nobody's own."""
+    def ask(check):
+        """A client that goes on asking the same."""
         client = connected(tritonclient.grpc, address, key)
-        checks = Checks(tritonclient.grpc, client, cases)
         try:
             for _ in range(10):
-                checks.check_faults()
+                check(Checks(tritonclient.grpc, client, cases))
         except Exception as fault:  # noqa: BLE001: told below
             faults.append(fault)
         client.close()
 
-    def ask():
-        client = connected(tritonclient.grpc, address, key)
-        checks = Checks(tritonclient.grpc, client, cases)
-        try:
-            for _ in range(10):
-                checks.check_answers()
-        except Exception as fault:  # noqa: BLE001: told below
-            faults.append(fault)
-        client.close()
-
-    clients = [threading.Thread(target=target) for target in [ask] * 8 + [ask_wrongly] * 2]
+    # Faults of others are nobody's own.
+    checks = [Checks.check_answers] * 8 + [Checks.check_faults] * 2
+    clients = [threading.Thread(target=ask, args=[check]) for check in checks]
     for client in clients:
         client.start()
     for client in clients:
