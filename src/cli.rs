@@ -248,13 +248,13 @@ struct ServeArgs {
     /// Where the network runs
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     device: DeviceArg,
-    /// Threads that read requests and write answers, and that the network runs on [default: the cores, for each]
+    /// Threads that read requests and write answers, and as many that preprocess and score [default: the cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// Largest body of a request, in MiB
     #[arg(long, value_name = "MIB", default_value_t = Limits::default().body >> 20)]
     max_body_mib: usize,
-    /// Memory for the bodies of all requests, in MiB
+    /// Memory for the bodies of all requests and answers, in MiB
     #[arg(long, value_name = "MIB", default_value_t = Limits::default().bodies >> 20)]
     max_bodies_mib: usize,
     /// Rows of events in a request at most

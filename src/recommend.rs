@@ -156,7 +156,7 @@ pub fn recommend(
 ) -> Result<(), RecommendError> {
     let Options { name, device, .. } = options;
     let of_model = |fault| RecommendError::Model { model: name.clone(), fault };
-    let repository = Repository::open(&options.repository, *device, Arc::new(Metrics::default()))?;
+    let repository = Repository::open(&options.repository, (*device, 1), Arc::new(Metrics::default()))?;
     repository.load(name)?;
     let model = repository.model(name, "").map_err(of_model)?;
     let etl = model.parts().find(|part| part.config.name == Names::new(name).etl);
@@ -172,7 +172,7 @@ pub fn recommend(
             sessions.iter().flat_map(|events| events.iter().copied().cloned()).collect();
         let inputs = serving::request(&rows, options.top as i32, options.exclude_seen);
         let outputs = [SESSION, ITEM_IDS, ITEM_SCORES, FALLBACK].map(str::to_owned);
-        let request = Request { inputs, outputs: outputs.into(), parameters: Vec::new() };
+        let request = Request { inputs, outputs: outputs.into(), ..Request::default() };
         let outputs = model.infer_and_wait(request).map_err(of_model)?;
         let answers = Answers::read(&outputs).map_err(|problem| of_model(Fault::invalid(problem)))?;
         let by_session: HashMap<&str, &Vec<&RawEvent>> =

@@ -229,6 +229,11 @@ impl Fault {
 /// Faults and the rows that have them.
 type Faults = Vec<(usize, Fault)>;
 
+/// How many columns a thread takes: those of a small table all together, because to wake others takes longer.
+pub(crate) fn columns_at_once(n_rows: usize) -> usize {
+    if n_rows < 2048 { Coded::ALL.len() } else { 1 }
+}
+
 fn read_cells(frame: &DataFrame, path: &Path) -> Result<(Batch, Faults), Error> {
     let table = Table { frame, path };
     let cells = |column: &Coded| match column {
@@ -241,10 +246,12 @@ fn read_cells(frame: &DataFrame, path: &Path) -> Result<(Batch, Faults), Error> 
         }
         _ => table.text(column.name()).map(|text| (Some(Cells::Text(text)), Faults::new())),
     };
-    let (time, (price, cells)) = rayon::join(
-        || table.times(),
-        || rayon::join(|| table.prices(), || Coded::ALL.par_iter().map(cells).collect::<Result<Vec<_>, _>>()),
-    );
+    let at_once = columns_at_once(frame.height());
+    let all = || Coded::ALL.par_iter().with_min_len(at_once).map(cells).collect::<Result<Vec<_>, _>>();
+    let (time, (price, cells)) = match at_once {
+        1 => rayon::join(|| table.times(), || rayon::join(|| table.prices(), all)),
+        _ => (table.times(), (table.prices(), all())),
+    };
     let ((time, mut faults), (price, price_faults), cells) = (time?, price?, cells?);
     faults.extend(price_faults);
     let mut batch = Batch { time, price, cells: [const { None }; 7] };

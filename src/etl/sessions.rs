@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
-use crate::events::{Batch, Cells};
+use crate::events::{Batch, Cells, columns_at_once};
 use crate::vocab::{Coded, Dictionary, Value};
 
 /// One event in the form that is sorted, counted and kept on disk in between: 48 bytes whatever its texts.
@@ -46,6 +46,7 @@ impl Dictionaries {
     pub fn code(&mut self, batch: &Batch) -> Vec<Event> {
         let n_rows = batch.time.len();
         let codes: Vec<Vec<u32>> = (self.0.par_iter_mut().zip(&batch.cells))
+            .with_min_len(columns_at_once(n_rows))
             .map(|(dictionary, cells)| match cells {
                 None => vec![Dictionary::NULL; n_rows],
                 Some(Cells::Int(cells)) => cells

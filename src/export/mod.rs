@@ -66,8 +66,9 @@ pub struct Exported {
 /// Recommendations a session: unless asked for another number, and at most.
 const TOP_K: usize = 20;
 const MAX_TOP_K: usize = 100;
-/// Sessions of a request at most: the scores of so many are held at once.
+/// Sessions of a request at most, and the memory for their scores of the catalogue, which a server may hold at once.
 const MAX_SESSIONS: usize = 16_384;
+const MAX_SCORES_BYTES: usize = 2 << 30;
 
 /// Why there is no new version. The repository is then what it was before.
 #[derive(Debug, thiserror::Error)]
@@ -355,7 +356,7 @@ impl Run {
             columns: columns.map(|f| ModelColumn::new(&f.name, f.is_categorical())).collect(),
             top_k: TOP_K.min(max_top_k),
             max_top_k,
-            max_sessions: MAX_SESSIONS,
+            max_sessions: (MAX_SCORES_BYTES / (4 * self.features.n_items() as usize)).clamp(1, MAX_SESSIONS),
         };
         Ok(Preprocessor::new(self.workflow.clone(), settings))
     }

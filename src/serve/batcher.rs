@@ -22,10 +22,8 @@ pub trait Executor: Send + Sync + 'static {
 /// How requests are brought together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Rows of a batch at most; 0: requests are run one by one.
+    /// Rows of a batch of several requests at most, which are also worth waiting for; 0: requests are run one by one.
     pub max_batch: usize,
-    /// Rows that are worth waiting for.
-    pub preferred: usize,
     /// The longest that a request waits for others.
     pub max_delay: Duration,
     /// Threads that run batches.
@@ -156,7 +154,7 @@ impl Queue {
 
     /// Waits for a batch; none when the model is gone and nothing is left.
     fn next_batch(&self) -> Option<Vec<Job>> {
-        let Policy { max_batch, preferred, max_delay, .. } = self.policy;
+        let Policy { max_batch, max_delay, .. } = self.policy;
         let mut state = self.lock();
         loop {
             let Some(oldest) = state.jobs.front() else {
@@ -169,7 +167,7 @@ impl Queue {
             let waited = oldest.arrived.elapsed();
             let n_rows: usize = state.jobs.iter().map(Job::n_rows).sum();
             // Nobody waits for what is not on its way.
-            let worth_it = n_rows < preferred.min(max_batch) && self.coming.load(Ordering::Relaxed) > 0;
+            let worth_it = n_rows < max_batch && self.coming.load(Ordering::Relaxed) > 0;
             if max_batch == 0 || !worth_it || waited >= max_delay || state.is_closed {
                 break;
             }
@@ -244,7 +242,7 @@ mod tests {
     }
 
     fn batcher(max_batch: usize, max_delay: Duration, max_queue: usize) -> (Batcher, Arc<Echo>) {
-        let policy = Policy { max_batch, preferred: max_batch, max_delay, n_instances: 1, max_queue };
+        let policy = Policy { max_batch, max_delay, n_instances: 1, max_queue };
         let echo = Arc::new(Echo(Default::default()));
         (Batcher::start("test", policy, echo.clone(), Box::new(|_, _, _| {})).unwrap(), echo)
     }

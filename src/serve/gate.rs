@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::fault::{Fault, Kind};
-use crate::service::{Service, timed_out};
+use crate::service::{Held, Service, take, timed_out};
 use crate::{grpc, http};
 
 /// The API keys of a file, as their SHA-256: looking one up takes no time that would tell of its letters.
@@ -56,15 +56,12 @@ fn digest(key: &str) -> [u8; 32] {
 pub struct Gate {
     service: Arc<Service>,
     keys: Option<Keys>,
-    /// Bytes that bodies may still take.
-    memory: Arc<Semaphore>,
 }
 
 impl Gate {
     /// A gate that asks for one of `keys`, if there are any.
     pub fn new(service: Arc<Service>, keys: Option<Keys>) -> Arc<Self> {
-        let memory = Arc::new(Semaphore::new(service.limits.bodies.min(Semaphore::MAX_PERMITS)));
-        Arc::new(Self { service, keys, memory })
+        Arc::new(Self { service, keys })
     }
 
     /// Puts the gate in front of all that a router has.
@@ -91,14 +88,19 @@ async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Re
         return next.run(request).await;
     }
     let limits = &gate.service.limits;
-    let meter = Arc::new(Meter { memory: gate.memory.clone(), max: limits.body, held: Mutex::default() });
+    let memory = gate.service.memory.clone();
+    let meter = Arc::new(Meter { memory, max: limits.body, taken: Mutex::default() });
     let request = request.map(|body| Body::new(Metered { body, meter: meter.clone() }));
     let answered = tokio::time::timeout(limits.time, next.run(request)).await;
     // What the meter found comes first: to the handler it was merely a body that broke off.
-    match (meter.take_fault(), answered) {
+    let mut response = match (meter.take_fault(), answered) {
         (Some(fault), _) => refused(fault),
         (None, Ok(response)) => response,
         (None, Err(_)) => refused(timed_out(limits.time)),
+    };
+    match response.extensions_mut().remove::<Held>() {
+        Some(held) => response.map(|body| Body::new(Kept { body, _held: held })),
+        None => response,
     }
 }
 
@@ -106,11 +108,11 @@ async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Re
 struct Meter {
     memory: Arc<Semaphore>,
     max: usize,
-    held: Mutex<Held>,
+    taken: Mutex<Taken>,
 }
 
 #[derive(Default)]
-struct Held {
+struct Taken {
     n_bytes: usize,
     permit: Option<OwnedSemaphorePermit>,
     fault: Option<Fault>,
@@ -118,28 +120,28 @@ struct Held {
 
 impl Meter {
     fn take(&self, n: usize) -> Result<(), Fault> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.n_bytes += n;
-        let fault = if held.n_bytes > self.max {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.n_bytes += n;
+        let fault = if taken.n_bytes > self.max {
             Fault::new(Kind::TooLarge, format!("the body of the request is longer than {} bytes", self.max))
         } else {
-            match u32::try_from(n).ok().and_then(|n| self.memory.clone().try_acquire_many_owned(n).ok()) {
-                Some(permit) => {
-                    match &mut held.permit {
+            match take(&self.memory, n) {
+                Ok(permit) => {
+                    match &mut taken.permit {
                         Some(all) => all.merge(permit),
                         none => *none = Some(permit),
                     }
                     return Ok(());
                 }
-                None => Fault::new(Kind::Full, "other requests take all of the memory for bodies: try again"),
+                Err(fault) => fault,
             }
         };
-        held.fault = Some(fault.clone());
+        taken.fault = Some(fault.clone());
         Err(fault)
     }
 
     fn take_fault(&self) -> Option<Fault> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner).fault.take()
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).fault.take()
     }
 }
 
@@ -163,6 +165,32 @@ impl http_body::Body for Metered {
             self.meter.take(frame.data_ref().map_or(0, Bytes::len))?;
             Ok(frame)
         }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A body whose memory is kept until it has been sent.
+struct Kept {
+    body: Body,
+    _held: Held,
+}
+
+impl http_body::Body for Kept {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -32,7 +32,7 @@ use crate::protocol::{
     ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
 use crate::request::Request;
-use crate::service::{EXTENSIONS, Service};
+use crate::service::{Answered, EXTENSIONS, Held, Service};
 
 /// What may be asked without an API key.
 pub const HEALTH: [&str; 2] =
@@ -132,7 +132,7 @@ pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), F
         }
     }
     let outputs = outputs.into_iter().map(|output| output.name).collect();
-    Ok((Request { inputs, outputs, parameters: others }, timeout))
+    Ok((Request { inputs, outputs, parameters: others, max_answer: None }, timeout))
 }
 
 /// Typed contents as the protocol's bytes.
@@ -175,11 +175,12 @@ fn contained(name: &str, datatype: DataType, contents: &InferTensorContents) -> 
 }
 
 impl Calls {
-    async fn infer(&self, message: ModelInferRequest) -> Result<ModelInferResponse, Fault> {
+    async fn infer(&self, message: ModelInferRequest) -> Result<(ModelInferResponse, Held), Fault> {
         let named = (message.model_name.clone(), message.model_version.clone());
         let id = message.id.clone();
         let (request, timeout) = read(message)?;
-        let (model, outputs) = self.service.infer((&named.0, &named.1), request, timeout).await?;
+        let answered = self.service.infer((&named.0, &named.1), request, timeout).await?;
+        let Answered { model, outputs, held } = answered;
         let mut response = ModelInferResponse {
             model_name: model.config.name.clone(),
             model_version: model.version.to_string(),
@@ -191,7 +192,7 @@ impl Calls {
             response.outputs.push(InferOutputTensor { name, datatype, shape, ..Default::default() });
             response.raw_output_contents.push(data);
         }
-        Ok(response)
+        Ok((response, held))
     }
 
     fn model(&self, name: &str, version: &str) -> Result<Arc<Model>, Status> {
@@ -230,7 +231,10 @@ impl GrpcInferenceService for Calls {
     }
 
     async fn model_infer(&self, call: Call<ModelInferRequest>) -> Answer<ModelInferResponse> {
-        Ok(Response::new(self.infer(call.into_inner()).await?))
+        let (message, held) = self.infer(call.into_inner()).await?;
+        let mut response = Response::new(message);
+        response.extensions_mut().insert(held);
+        Ok(response)
     }
 
     type ModelStreamInferStream =
@@ -251,7 +255,8 @@ impl GrpcInferenceService for Calls {
             let _open = &permit;
             async move {
                 let (error_message, infer_response) = match calls.infer(message?).await {
-                    Ok(response) => (String::new(), Some(response)),
+                    // The stream takes one answer at a time.
+                    Ok((response, _)) => (String::new(), Some(response)),
                     Err(fault) => (fault.message, None),
                 };
                 Ok(ModelStreamInferResponse { error_message, infer_response })

@@ -18,7 +18,7 @@ use crate::json::{self, HEADER_LENGTH};
 use crate::model::Model;
 use crate::model_config;
 use crate::protocol::{ModelStatistics, StatisticDuration};
-use crate::service::{EXTENSIONS, RETRY_AFTER, Service};
+use crate::service::{Answered, EXTENSIONS, RETRY_AFTER, Service};
 
 type Shared = State<Arc<Service>>;
 type Answer = Result<Response, Fault>;
@@ -165,10 +165,11 @@ async fn infer(
     let mut asked = json::read(&body, header_length)?;
     drop(body);
     let request = std::mem::take(&mut asked.request);
-    let (model, outputs) = service.infer((&model, &version), request, asked.timeout).await?;
+    let Answered { model, outputs, held } = service.infer((&model, &version), request, asked.timeout).await?;
     let json::Written { body, header_length } = asked.answer(&model, &outputs)?;
     let kind = if header_length.is_some() { "application/octet-stream" } else { "application/json" };
     let mut response = Response::new(Body::from(body));
+    response.extensions_mut().insert(held);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     if let Some(length) = header_length {

@@ -295,7 +295,7 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
     }
     let parameters = parameters.into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Asked {
-        request: Request { inputs, outputs, parameters },
+        request: Request { inputs, outputs, parameters, max_answer: None },
         id: parsed.id.map(Cow::into_owned),
         timeout,
         binary: wanted_binary,

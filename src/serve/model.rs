@@ -41,7 +41,7 @@ struct Step {
 }
 
 impl Model {
-    /// A model that runs.
+    /// A model that runs, on so many threads or more if its configuration asks for them.
     ///
     /// # Errors
     /// The system gives no thread.
@@ -49,6 +49,7 @@ impl Model {
         config: ModelConfig,
         version: u64,
         executor: Arc<dyn Executor>,
+        n_threads: usize,
         metrics: Arc<Metrics>,
     ) -> Result<Self, String> {
         let statistics = Arc::new(Statistics::default());
@@ -59,7 +60,9 @@ impl Model {
                 metrics.ran(&name, queued, n_rows);
             })
         };
-        let batcher = Batcher::start(&config.name, policy(&config), executor, observe);
+        let policy = policy(&config);
+        let policy = Policy { n_instances: policy.n_instances.max(n_threads), ..policy };
+        let batcher = Batcher::start(&config.name, policy, executor, observe);
         let work = Work::Runs(batcher.map_err(|error| format!("cannot start a thread: {error}"))?);
         Ok(Self { config, version, work, statistics, metrics })
     }
@@ -140,10 +143,11 @@ impl Model {
             (true, Some(tensor)) => tensor.shape[0] as usize,
             _ => 1,
         };
-        let answer = match (&self.work, coming) {
-            (Work::Ensemble(steps), _) => self.run(steps, request).await,
-            (Work::Runs(_), Some(coming)) => coming.submit(request).await,
-            (Work::Runs(batcher), None) => batcher.announce().submit(request).await,
+        let answer = match (check_answer(&self.config, n_rows, &request), &self.work, coming) {
+            (Err(fault), ..) => Err(fault),
+            (Ok(()), Work::Ensemble(steps), _) => self.run(steps, request).await,
+            (Ok(()), Work::Runs(_), Some(coming)) => coming.submit(request).await,
+            (Ok(()), Work::Runs(batcher), None) => batcher.announce().submit(request).await,
         };
         let took = begun.elapsed();
         self.statistics.answered(took, answer.as_ref(), n_rows);
@@ -152,7 +156,7 @@ impl Model {
     }
 
     async fn run(&self, steps: &[Step], request: Request) -> Result<Answer, Fault> {
-        let Request { inputs, outputs, parameters } = request;
+        let Request { inputs, outputs, parameters, max_answer } = request;
         let wanted: Vec<&str> = match outputs.is_empty() {
             true => self.config.output.iter().map(|output| output.name.as_str()).collect(),
             false => outputs.iter().map(String::as_str).collect(),
@@ -178,7 +182,7 @@ impl Model {
             let inputs = inputs.collect();
             let outputs = step.outputs.iter().filter(|(_, tensor)| is_used_later(tensor));
             let outputs = outputs.map(|(name, _)| name.clone()).collect();
-            let request = Request { inputs, outputs, parameters: parameters.clone() };
+            let request = Request { inputs, outputs, parameters: parameters.clone(), max_answer };
             // A step is rarely an ensemble itself; then its future must have a known size.
             for made in Box::pin(step.model.answer(request, coming)).await? {
                 let of_ensemble = step.outputs.iter().find(|(name, _)| *name == made.name);
@@ -199,19 +203,38 @@ impl Model {
     }
 }
 
+/// Checks, before anything is computed, that an answer is not larger than allowed.
+fn check_answer(config: &ModelConfig, n_rows: usize, request: &Request) -> Result<(), Fault> {
+    let Some(max) = request.max_answer.filter(|_| config.max_batch_size > 0) else { return Ok(()) };
+    let is_wanted = |name: &String| request.outputs.is_empty() || request.outputs.contains(name);
+    let outputs = config.output.iter().filter(|output| is_wanted(&output.name));
+    // What depends on the request is small.
+    let of_row = outputs.map(|output| output.dims.iter().map(|&dim| dim.max(1) as usize).product::<usize>());
+    let n_bytes = of_row.sum::<usize>().saturating_mul(4).saturating_mul(n_rows);
+    if n_bytes <= max {
+        return Ok(());
+    }
+    let message = format!(
+        "the answer would take {} MiB, and at most {} are given: ask for fewer sessions at once",
+        n_bytes >> 20,
+        max >> 20
+    );
+    Err(Fault::new(Kind::TooLarge, message))
+}
+
 /// How a configuration wants its requests brought together.
 fn policy(config: &ModelConfig) -> Policy {
     let batching = match &config.scheduling_choice {
         Some(SchedulingChoice::DynamicBatching(batching)) => Some(batching),
         _ => None,
     };
-    let max_batch = batching.map_or(0, |_| config.max_batch_size.max(0) as usize);
-    let preferred = batching.and_then(|batching| batching.preferred_batch_size.iter().max());
+    // In larger batches than are preferred, those who came first would wait for the last.
+    let preferred = batching.and_then(|batching| batching.preferred_batch_size.iter().max().copied());
+    let max_batch = batching.map_or(0, |_| preferred.unwrap_or(config.max_batch_size).max(0) as usize);
     let queue = batching.and_then(|batching| batching.default_queue_policy.as_ref());
     let delay = batching.map_or(0, |batching| batching.max_queue_delay_microseconds);
     Policy {
         max_batch,
-        preferred: preferred.map_or(max_batch, |&preferred| preferred.max(0) as usize),
         max_delay: Duration::from_micros(delay),
         n_instances: config
             .instance_group

@@ -82,6 +82,7 @@ type Files = Vec<(PathBuf, u64, Option<SystemTime>)>;
 pub struct Repository {
     dir: PathBuf,
     device: Device,
+    n_threads: usize,
     metrics: Arc<Metrics>,
     models: RwLock<BTreeMap<String, Versions>>,
     /// Why models that somebody tried to load are not.
@@ -91,14 +92,19 @@ pub struct Repository {
 }
 
 impl Repository {
-    /// A repository, with nothing loaded.
+    /// A repository, with nothing loaded. What runs on the CPU runs on `n_threads` threads, a batch on each.
     ///
     /// # Errors
     /// The folder cannot be read, or holds no model.
-    pub fn open(dir: &Path, device: Device, metrics: Arc<Metrics>) -> Result<Self, RepositoryError> {
+    pub fn open(
+        dir: &Path,
+        (device, n_threads): (Device, usize),
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, RepositoryError> {
         let repository = Self {
             dir: dir.to_owned(),
             device,
+            n_threads,
             metrics,
             models: RwLock::default(),
             reasons: Mutex::default(),
@@ -293,6 +299,7 @@ impl Repository {
         if let Some(same) = before.filter(|before| before.files == files && before.model.config == *config) {
             return Ok(same);
         }
+        let is_network = config.backend == "pytorch" || config.platform == "pytorch_libtorch";
         let executor: Arc<dyn crate::batcher::Executor> =
             match (config.backend.as_str(), config.platform.as_str()) {
                 ("bireme", _) => Arc::new(Preprocessor::load(dir).map_err(chain)?),
@@ -300,7 +307,7 @@ impl Repository {
                 ("python", _) if dir.join("serving.json").is_file() => {
                     Arc::new(Preprocessor::load(dir).map_err(chain)?)
                 }
-                ("pytorch", _) | (_, "pytorch_libtorch") => {
+                _ if is_network => {
                     let file = if config.default_model_filename.is_empty() {
                         "model.pt"
                     } else {
@@ -314,7 +321,9 @@ impl Repository {
                     ));
                 }
             };
-        let model = Model::that_runs(config.clone(), version, executor, self.metrics.clone())?;
+        // A GPU runs one batch after the other anyway.
+        let n_threads = if is_network && self.device.is_cuda() { 1 } else { self.n_threads };
+        let model = Model::that_runs(config.clone(), version, executor, n_threads, self.metrics.clone())?;
         Ok(Loaded { model: Arc::new(model), files })
     }
 

@@ -16,6 +16,8 @@ pub struct Request {
     pub outputs: Vec<String>,
     /// Whatever else was said.
     pub parameters: Vec<(String, Parameter)>,
+    /// Bytes of the answer's tensors at most; none: any number.
+    pub max_answer: Option<usize>,
 }
 
 impl Request {

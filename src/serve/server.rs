@@ -40,7 +40,7 @@ pub struct Options {
     pub drain: Duration,
     /// Where networks run.
     pub device: Device,
-    /// Threads that read requests and write answers.
+    /// Threads that read requests and write answers, and as many on which what runs on the CPU runs.
     pub n_threads: usize,
 }
 
@@ -124,7 +124,11 @@ async fn run(options: &Options, listening: impl FnOnce(Addresses)) -> Result<(),
     let address = |listener: &TcpListener| listener.local_addr().map_err(ServeError::System);
     let addresses = Addresses { http: address(&of_http)?, grpc: address(&of_grpc)? };
 
-    let repository = Repository::open(&options.repository, options.device, metrics.clone())?;
+    // Threads that share a batch wait for each other: each has a batch of its own instead.
+    tch::set_num_threads(1);
+    keep_freed_memory();
+    let compute = (options.device, options.n_threads.max(1));
+    let repository = Repository::open(&options.repository, compute, metrics.clone())?;
     let names = if options.models.is_empty() { repository.names()? } else { options.models.clone() };
     for name in &names {
         repository.load(name)?;
@@ -181,6 +185,16 @@ async fn run(options: &Options, listening: impl FnOnce(Addresses)) -> Result<(),
     }
     tracing::info!("ended");
     Ok(())
+}
+
+/// The scores of a large catalogue are allocated for every batch. If they went back to the system each time, which is what
+/// glibc does from a few MiB on, fetching zeroed pages would take longer than to compute them.
+fn keep_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    for threshold in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
+        // SAFETY: `mallopt` takes numbers, changes only when memory is returned, and may be called at any time.
+        unsafe { libc::mallopt(threshold, 256 << 20) };
+    }
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {

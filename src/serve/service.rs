@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bireme_etl::tensor::Tensor;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::fault::{Fault, Kind};
 use crate::model::Model;
@@ -18,7 +18,7 @@ use crate::statistics::Metrics;
 pub struct Limits {
     /// Bytes of a request's body.
     pub body: usize,
-    /// Bytes of all bodies that are held at a time.
+    /// Bytes of all bodies that are held at a time, of requests and of answers.
     pub bodies: usize,
     /// Rows of an input.
     pub rows: usize,
@@ -54,9 +54,28 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     /// What a request may cost.
     pub limits: Limits,
+    /// Bytes that bodies may still take.
+    pub memory: Arc<Semaphore>,
     admitted: Semaphore,
     is_ending: AtomicBool,
 }
+
+/// An answer, and the memory that is kept for its body until this is dropped.
+pub struct Answered {
+    /// Who answered.
+    pub model: Arc<Model>,
+    /// The outputs.
+    pub outputs: Vec<Tensor>,
+    /// What is kept.
+    pub held: Held,
+}
+
+/// Memory that is kept for a body.
+#[derive(Clone)]
+pub struct Held(#[expect(dead_code, reason = "dropping it is what it is for")] Arc<OwnedSemaphorePermit>);
+
+/// As text a tensor takes up to so many times its bytes.
+const TEXT: usize = 4;
 
 /// The extensions of the protocol that this server has.
 pub const EXTENSIONS: [&str; 6] = [
@@ -75,7 +94,8 @@ impl Service {
     /// A service of a repository.
     pub fn new(repository: Repository, metrics: Arc<Metrics>, limits: Limits) -> Self {
         let admitted = Semaphore::new(limits.requests);
-        Self { repository, metrics, limits, admitted, is_ending: AtomicBool::new(false) }
+        let memory = Arc::new(Semaphore::new(limits.bodies.min(Semaphore::MAX_PERMITS)));
+        Self { repository, metrics, limits, memory, admitted, is_ending: AtomicBool::new(false) }
     }
 
     /// Whether requests will be answered: not while the server is ending.
@@ -88,16 +108,16 @@ impl Service {
         self.is_ending.store(true, Ordering::Relaxed);
     }
 
-    /// Answers a request with the model and its outputs.
+    /// Answers a request.
     ///
     /// # Errors
     /// What is wrong with the request or the server.
     pub async fn infer(
         &self,
         (name, version): (&str, &str),
-        request: Request,
+        mut request: Request,
         timeout: Option<Duration>,
-    ) -> Result<(Arc<Model>, Vec<Tensor>), Fault> {
+    ) -> Result<Answered, Fault> {
         let full = || {
             let n = self.limits.requests;
             Fault::new(Kind::Full, format!("{n} requests are waiting already: try again in {RETRY_AFTER} s"))
@@ -105,12 +125,19 @@ impl Service {
         let _admitted = self.admitted.try_acquire().map_err(|_| full())?;
         let model = self.repository.model(name, version)?;
         request.check(&model.config, self.limits.rows)?;
+        request.max_answer = Some(self.limits.bodies / TEXT);
         let _in_flight = InFlight::new(&self.metrics);
         let time = timeout.map_or(self.limits.time, |timeout| timeout.min(self.limits.time));
-        match tokio::time::timeout(time, model.infer(request)).await {
-            Ok(outputs) => Ok((model, outputs?)),
-            Err(_) => Err(timed_out(time)),
+        let begun = Instant::now();
+        let answer = tokio::time::timeout(time, model.infer(request)).await;
+        let outputs = answer.map_err(|_| timed_out(time))??;
+        // The runtime's clock counts in milliseconds.
+        if begun.elapsed() > time {
+            return Err(timed_out(time));
         }
+        let n_bytes = TEXT * outputs.iter().map(|tensor| tensor.data.len()).sum::<usize>();
+        let held = Held(Arc::new(take(&self.memory, n_bytes)?));
+        Ok(Answered { model, outputs, held })
     }
 
     /// Loads a model; see [`Repository::load`].
@@ -120,7 +147,7 @@ impl Service {
     pub async fn load(self: &Arc<Self>, name: String) -> Result<(), Fault> {
         let service = self.clone();
         let loading = tokio::task::spawn_blocking(move || {
-            let begun = std::time::Instant::now();
+            let begun = Instant::now();
             let loaded = service.repository.load(&name);
             match &loaded {
                 Ok(()) => tracing::info!(model = name, seconds = begun.elapsed().as_secs_f64(), "loaded"),
@@ -145,9 +172,19 @@ impl Service {
     }
 }
 
+/// Takes memory for a body, or a part of it.
+///
+/// # Errors
+/// Other bodies have it.
+pub fn take(memory: &Arc<Semaphore>, n_bytes: usize) -> Result<OwnedSemaphorePermit, Fault> {
+    let permit = u32::try_from(n_bytes).ok().and_then(|n| memory.clone().try_acquire_many_owned(n).ok());
+    let full = || Fault::new(Kind::Full, "other requests take all of the memory for bodies: try again");
+    permit.ok_or_else(full)
+}
+
 /// A request that took too long.
 pub fn timed_out(time: Duration) -> Fault {
-    Fault::new(Kind::Timeout, format!("the request took longer than {} ms", time.as_millis()))
+    Fault::new(Kind::Timeout, format!("the request took longer than {time:?}"))
 }
 
 struct InFlight<'a>(&'a Metrics);

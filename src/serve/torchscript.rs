@@ -30,6 +30,9 @@ struct Group {
     members: Vec<(usize, Vec<Torch>)>,
 }
 
+/// Rows that a module is given at once: more would not be faster, and their scores of a large catalogue take memory.
+const PIECE: i64 = 64;
+
 /// A request as a module sees it.
 #[derive(Clone, Debug)]
 pub struct Call<'a> {
@@ -84,7 +87,8 @@ impl Module {
             let answered = together.unwrap_or_else(|| {
                 // One request among them may be at fault, which the others must not feel.
                 let alone = |(place, inputs): &(usize, Vec<Torch>)| {
-                    self.answer(&self.run(inputs)?, calls[*place].wanted)
+                    let wanted = calls[*place].wanted;
+                    self.answer(&self.run_in_pieces(inputs, |name| is_wanted(wanted, name))?, wanted)
                 };
                 members.iter().map(alone).collect()
             });
@@ -121,6 +125,8 @@ impl Module {
             IValue::Tensor(tensor) => Ok(tensor),
             other => Err(format!("`forward` returned {other:?} among its outputs")),
         };
+        // Of this thread. What it would gain is little, and lost again with each new shape that it is adapted to.
+        tch::jit::f_set_graph_executor_optimize(false).map_err(one_line)?;
         let outputs: Vec<Torch> = match no_grad(|| self.module.forward_is(&inputs)).map_err(one_line)? {
             IValue::Tuple(values) => values.into_iter().map(tensor).collect::<Result<_, _>>()?,
             value => vec![tensor(value)?],
@@ -135,6 +141,29 @@ impl Module {
         Ok(outputs)
     }
 
+    /// Runs all rows, a piece at a time. Of outputs that nobody waits for, the first piece must do.
+    fn run_in_pieces(
+        &self,
+        inputs: &[Torch],
+        is_wanted: impl Fn(&str) -> bool,
+    ) -> Result<Vec<Torch>, String> {
+        let n = inputs.first().map_or(0, |input| input.size().first().copied().unwrap_or(0));
+        if !self.is_batched || n <= PIECE {
+            return self.run(inputs);
+        }
+        let mut pieces: Vec<Vec<Torch>> = self.outputs.iter().map(|_| Vec::new()).collect();
+        for start in (0..n).step_by(PIECE as usize) {
+            let rows = inputs.iter().map(|input| input.f_narrow(0, start, PIECE.min(n - start)));
+            let outputs = self.run(&rows.collect::<Result<Vec<_>, _>>().map_err(one_line)?)?;
+            for ((kept, output), (name, _)) in pieces.iter_mut().zip(outputs).zip(&self.outputs) {
+                if kept.is_empty() || is_wanted(name) {
+                    kept.push(output);
+                }
+            }
+        }
+        pieces.iter().map(|pieces| Torch::f_cat(pieces, 0).map_err(one_line)).collect()
+    }
+
     fn run_together(
         &self,
         members: &[(usize, Vec<Torch>)],
@@ -144,23 +173,35 @@ impl Module {
             let parts: Vec<&Torch> = members.iter().map(|(_, inputs)| &inputs[number]).collect();
             Torch::f_cat(&parts, 0).map_err(one_line)
         };
-        let outputs = self.run(&(0..self.inputs.len()).map(column).collect::<Result<Vec<_>, _>>()?)?;
+        let inputs = (0..self.inputs.len()).map(column).collect::<Result<Vec<_>, _>>()?;
+        let wanted = |name: &str| members.iter().any(|(place, _)| is_wanted(calls[*place].wanted, name));
+        let outputs = self.run_in_pieces(&inputs, wanted)?;
         let mut start = 0;
         let mut answers = Vec::with_capacity(members.len());
         for (place, inputs) in members {
             let n = inputs[0].size()[0];
-            let own = outputs.iter().map(|output| output.f_narrow(0, start, n).map_err(one_line));
-            answers.push(self.answer(&own.collect::<Result<Vec<_>, _>>()?, calls[*place].wanted));
+            let wanted = calls[*place].wanted;
+            let own = outputs.iter().zip(&self.outputs).map(|(output, (name, _))| {
+                if is_wanted(wanted, name) {
+                    output.f_narrow(0, start, n)
+                } else {
+                    Ok(output.shallow_clone())
+                }
+            });
+            answers.push(self.answer(&own.collect::<Result<Vec<_>, _>>().map_err(one_line)?, wanted));
             start += n;
         }
         Ok(answers)
     }
 
     fn answer(&self, outputs: &[Torch], wanted: &[String]) -> Result<Vec<Tensor>, String> {
-        let is_wanted = |name: &String| wanted.is_empty() || wanted.contains(name);
-        let outputs = self.outputs.iter().zip(outputs).filter(|((name, _), _)| is_wanted(name));
+        let outputs = self.outputs.iter().zip(outputs).filter(|((name, _), _)| is_wanted(wanted, name));
         outputs.map(|((name, datatype), output)| to_tensor(name, *datatype, output)).collect()
     }
+}
+
+fn is_wanted(wanted: &[String], name: &str) -> bool {
+    wanted.is_empty() || wanted.iter().any(|wanted| wanted == name)
 }
 
 fn to_tensor(name: &str, datatype: DataType, output: &Torch) -> Result<Tensor, String> {

@@ -93,12 +93,15 @@ fn a_new_version_takes_over_and_the_server_ends_without_a_lost_request() {
     let versions = thread::scope(|scope| {
         let client = || {
             let mut versions = Vec::new();
-            while !is_over.load(Ordering::Relaxed) {
+            loop {
+                let is_last = is_over.load(Ordering::Relaxed);
                 let answer = ask(&server.http, INFER, "", &request);
                 assert_eq!(answer.status, 200, "{answer:?}");
                 versions.push(answer.json()["model_version"].as_str().unwrap().to_owned());
+                if is_last {
+                    return versions;
+                }
             }
-            versions
         };
         let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
         shop.export_with("gru", &["--python-backend"]).success();
@@ -214,6 +217,19 @@ fn what_a_client_may_cost_is_bounded() {
         assert!(metrics.contains(line), "{metrics}");
     }
     assert_eq!(infer(&request).status, 200);
+    assert!(server.end().success());
+
+    // Scores of the whole catalogue for many sessions.
+    let server = serve(&repository, &shop, &["--max-bodies-mib", "1"]);
+    let scores = |n_events: usize| {
+        let body = self::request(&shop.first_events(n_events).0);
+        let body = body.replace("item_ids", "output").replace(",{\"name\":\"item_scores\"}", "");
+        ask(&server.http, "POST /v2/models/gru_scores/infer", "", &body)
+    };
+    assert_eq!(scores(100).status, 200);
+    let refused = scores(3000);
+    assert_eq!(refused.status, 413, "{}", refused.head);
+    assert!(refused.body.contains("ask for fewer sessions"), "{refused:?}");
     assert!(server.end().success());
 }
 

@@ -199,6 +199,11 @@ class Checks:
         many["user_session"] = [f"{name}/{row // n}" for row, name in enumerate(many["user_session"])]
         answer = self.infer(model, many, 1)
         assert len(answer.as_numpy("item_ids")) == len(set(many["user_session"]))
+        best = dict(zip(self.cases["sessions"], self.cases["expected"][model]["item_scores"]))
+        for session, scores in zip(answer.as_numpy("session").reshape(-1), answer.as_numpy("item_scores")):
+            name, number = session.decode().rsplit("/", 1)
+            # The last of them may have lost events.
+            assert int(number) == 10_000 // n or abs(scores[0] - best[name][0]) < 1e-5, (session, scores)
 
     def check_faults(self):
         """Requests that make no sense."""
