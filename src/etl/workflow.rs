@@ -4,12 +4,14 @@
 //! through the same `Encoder`, whether the events were just fitted or came in a request.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::BufWriter;
+use std::io::{BufRead, BufReader, BufWriter};
 use std::path::Path;
 
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::Error;
 use crate::events::{BadRows, RowCounts, clean};
@@ -75,7 +77,7 @@ pub struct Statistics {
 }
 
 /// The layout of the files that this version writes and reads.
-pub(crate) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 3;
 const STATISTICS: &str = "statistics.json";
 const PRODUCTS: &str = "products.parquet";
 const CATEGORIES: &str = "categories.parquet";
@@ -315,7 +317,13 @@ impl Workflow {
         let categories = self.table::<f64>(Coded::Category, &self.mean_price, mean_price)?;
         write_parquet(categories, &dir.join(CATEGORIES))?;
         let path = dir.join(STATISTICS);
-        let text = serde_json::to_string_pretty(&self.statistics).map_err(std::io::Error::from);
+        let mut files = BTreeMap::new();
+        for file in files_of_tables().filter(|file| dir.join(file).exists()) {
+            let hash = hash_of(&dir.join(&file))?;
+            files.insert(file, hash);
+        }
+        let saved = Saved { statistics: &self.statistics, files };
+        let text = serde_json::to_string_pretty(&saved).map_err(std::io::Error::from);
         text.and_then(|text| fs::write(&path, text + "\n")).map_err(Error::io("write", &path))
     }
 
@@ -355,6 +363,15 @@ impl Workflow {
             )));
         }
         let statistics = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
+        let Hashes { files } = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
+        for file in files_of_tables() {
+            let path = dir.join(&file);
+            let is_left_out = VISITORS.iter().any(|&column| file == file_of(column)) && !path.exists();
+            if !is_left_out && files.get(&file) != Some(&hash_of(&path)?) {
+                let problem = "it is not what was saved: its hash is another".to_owned();
+                return Err(Error::Workflow { path, problem });
+            }
+        }
         let mut vocabularies = Vec::with_capacity(Coded::ALL.len());
         for column in Coded::ALL {
             let path = vocabulary_path(dir, column);
@@ -434,9 +451,9 @@ fn is_left_out(vocabulary: &Vocabulary) -> bool {
 pub fn copy_without_visitors(from: &Path, to: &Path) -> Result<(), Error> {
     let vocabularies = to.join("vocabulary");
     fs::create_dir_all(&vocabularies).map_err(Error::io("create", &vocabularies))?;
-    let of_columns = Coded::ALL.into_iter().filter(|column| !VISITORS.contains(column));
-    let of_columns = of_columns.map(|column| format!("vocabulary/{}.parquet", column.name()));
-    for file in of_columns.chain([PRODUCTS, CATEGORIES, STATISTICS].map(str::to_owned)) {
+    let of_visitors = VISITORS.map(file_of);
+    let files = files_of_tables().filter(|file| !of_visitors.contains(file));
+    for file in files.chain([STATISTICS.to_owned()]) {
         fs::copy(from.join(&file), to.join(&file)).map_err(Error::io("copy", &from.join(&file)))?;
     }
     Ok(())
@@ -445,6 +462,45 @@ pub fn copy_without_visitors(from: &Path, to: &Path) -> Result<(), Error> {
 #[derive(Deserialize)]
 struct Versioned {
     format: u32,
+}
+
+/// `statistics.json`.
+#[derive(Serialize)]
+struct Saved<'a> {
+    #[serde(flatten)]
+    statistics: &'a Statistics,
+    /// Each table's hash, by its path in the folder.
+    files: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct Hashes {
+    files: BTreeMap<String, String>,
+}
+
+fn file_of(column: Coded) -> String {
+    format!("vocabulary/{}.parquet", column.name())
+}
+
+/// The paths of all tables, in the folder.
+fn files_of_tables() -> impl Iterator<Item = String> {
+    Coded::ALL.into_iter().map(file_of).chain([PRODUCTS, CATEGORIES].map(str::to_owned))
+}
+
+/// The hash (xxh3, 128 bits) of a file. What a disk or a copy has changed would be read without a word, or stop the
+/// program: the reader of parquet takes metadata on trust.
+fn hash_of(path: &Path) -> Result<String, Error> {
+    let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(Error::io("read", path))?);
+    let mut hash = Xxh3::new();
+    loop {
+        let bytes = file.fill_buf().map_err(Error::io("read", path))?;
+        if bytes.is_empty() {
+            return Ok(format!("{:032x}", hash.digest128()));
+        }
+        hash.update(bytes);
+        let n = bytes.len();
+        file.consume(n);
+    }
 }
 
 /// Spreads a table's column over the codes of its values; a value that has no id gets its code now.
@@ -459,7 +515,7 @@ fn by_code<T: Copy>(vocabulary: &mut Vocabulary, values: &[i64], known: Vec<T>, 
 }
 
 fn vocabulary_path(dir: &Path, column: Coded) -> std::path::PathBuf {
-    dir.join("vocabulary").join(format!("{}.parquet", column.name()))
+    dir.join(file_of(column))
 }
 
 fn write_parquet(mut table: DataFrame, path: &Path) -> Result<(), Error> {

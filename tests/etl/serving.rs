@@ -238,3 +238,29 @@ fn a_product_is_described_by_its_latest_event() {
     let without = workflow.without_visitors();
     assert_eq!((without.vocabulary(Coded::Session).len(), without.vocabulary(Coded::Product).len()), (0, 2));
 }
+
+#[test]
+fn a_table_with_another_byte_is_refused() {
+    let dir = scratch();
+    run(dir.path(), &shop(100), |_| {}).unwrap();
+    let workflow = dir.path().join("out").join(WORKFLOW);
+    let files = bytes(&workflow);
+    assert_eq!(files.len(), 10);
+    for (path, content) in files {
+        let path = workflow.join(path);
+        // The middle of a table holds values, its end says where they are.
+        for place in [content.len() / 2, content.len() - 6] {
+            let mut changed = content.clone();
+            changed[place] ^= 4;
+            fs::write(&path, &changed).unwrap();
+            let loaded = Workflow::load(&workflow);
+            if path.ends_with("statistics.json") {
+                continue;
+            }
+            let message = loaded.unwrap_err().to_string();
+            assert!(message.contains(path.file_name().unwrap().to_str().unwrap()), "{message}");
+        }
+        fs::write(&path, content).unwrap();
+    }
+    Workflow::load(&workflow).unwrap();
+}
