@@ -106,20 +106,20 @@ fn set_rows(x: &Tensor, chosen: &Tensor, row: &Tensor) -> Tensor {
 /// need to be sorted: the maxima are found in one pass over memory.
 struct Ranking {
     n_items: i64,
-    k: i64,
     /// Items of a block; 1: there are few enough items to sort them all.
     block: i64,
 }
 
 impl Ranking {
+    /// For up to `k` items.
     fn new(n_items: i64, k: i64) -> Self {
         let best = (n_items as f64 / k as f64).sqrt().log2().round().exp2() as i64;
         // With fewer blocks than `k` all of them would be sorted.
         let block = if best >= 8 && n_items / best > k { best } else { 1 };
-        Self { n_items, k, block }
+        Self { n_items, block }
     }
 
-    /// The items at `places: [B, K]` of each session's ranking, and their scores, by `scores: [B, V]`. What is `hidden`
+    /// The first K items of each session's ranking, and their scores, by `scores: [B, V]` and `places: [B, K]`. What is `hidden`
     /// (`[B, H]`), padding and unknown come last.
     fn best(&self, scores: &Tensor, hidden: &Tensor, places: &Tensor) -> (Tensor, Tensor) {
         let first = hidden.narrow(1, 0, 1).zeros_like();
@@ -127,21 +127,20 @@ impl Ranking {
         // Hidden in place and put back: a copy would take longer than all the rest.
         let kept = scores.gather(1, &hidden, false);
         let _ = scores.shallow_clone().scatter_value_(1, &hidden, LOWEST);
-        let (values, items) = self.top(scores);
+        let (values, items) = self.top(scores, places.size()[1]);
         let _ = scores.shallow_clone().scatter_(1, &hidden, &kept);
-        let places = places.clamp(0, self.k - 1);
-        (items.gather(1, &places, false), values.gather(1, &places, false))
+        (items, values)
     }
 
-    fn top(&self, scores: &Tensor) -> (Tensor, Tensor) {
+    fn top(&self, scores: &Tensor, k: i64) -> (Tensor, Tensor) {
         if self.block == 1 {
-            return scores.topk(self.k, 1, true, true);
+            return scores.topk(k, 1, true, true);
         }
         let n_blocks = self.n_items / self.block;
         let whole = n_blocks * self.block;
         let maxima =
             scores.narrow(1, 0, whole).view([-1, n_blocks, self.block]).amax([2i64].as_slice(), false);
-        let (_, blocks) = maxima.topk(self.k, 1, true, false);
+        let (_, blocks) = maxima.topk(k, 1, true, false);
         let inside = Tensor::arange(self.block, (Kind::Int64, Device::Cpu));
         let mut items = (blocks.unsqueeze(2) * self.block + inside).flatten(1, 2);
         if whole < self.n_items {
@@ -149,7 +148,7 @@ impl Ranking {
             let rest = rest.unsqueeze(0) + blocks.narrow(1, 0, 1).zeros_like();
             items = Tensor::cat(&[items, rest], 1);
         }
-        let (values, places) = scores.gather(1, &items, false).topk(self.k, 1, true, true);
+        let (values, places) = scores.gather(1, &items, false).topk(k, 1, true, true);
         (values, items.gather(1, &places, false))
     }
 }

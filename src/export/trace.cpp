@@ -35,12 +35,21 @@ void follow_input(torch::jit::Graph& graph) {
   }
 }
 
+// What is ranked is ranked as far as the last input is wide: a size that was read in the trace is a constant.
+void rank_as_wide(torch::jit::Graph& graph) {
+  torch::jit::WithInsertPoint at_start(graph.block()->nodes().front());
+  auto* width = graph.insert(torch::jit::aten::size, {graph.inputs().back(), int64_t{1}});
+  for (auto* node : graph.nodes()) {
+    if (node->kind() == torch::jit::aten::topk) node->replaceInput(1, width);
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
 // Ends the trace that `atm_create_for_tracing` began: `module.forward` takes arguments of these names and returns the
-// outputs as a tuple.
+// outputs as a tuple. `topk` gives as many as the last argument is wide.
 int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size_t n_outputs, const char** arguments,
                        size_t n_arguments, char* error, size_t capacity) {
   int failed = guarded(error, capacity, [&] {
@@ -55,6 +64,7 @@ int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size
     torch::jit::FixupTraceScopeBlocks(graph, module);
     torch::jit::NormalizeOps(graph);
     follow_input(*graph);
+    rank_as_wide(*graph);
     auto* forward = module->_ivalue()->compilation_unit()->create_function("forward", graph);
     module->type()->addMethod(forward);
   });
