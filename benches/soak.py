@@ -142,8 +142,16 @@ class Abuse:
 
     def mutated_head(self, body):
         data = json.dumps(body).encode()
-        self.status(mutated(self.random, self.head(len(data))) + data)
-        # A head that makes no sense may be answered with a closed connection.
+        request = mutated(self.random, self.head(len(data))) + data
+
+        def send():
+            try:
+                self.status(request)
+            except OSError:
+                # A head that makes no sense may be answered with a closed connection, one that lacks its end not at all.
+                pass
+
+        threading.Thread(target=send, daemon=True).start()
         return 400
 
     def mutated_grpc(self, body):
@@ -156,7 +164,11 @@ class Abuse:
         return 200
 
     def too_long(self, body):
-        return self.status(self.head(64 << 20) + b" " * (1 << 20))
+        if self.random.random() < 0.5:
+            return self.status(self.head(64 << 20) + b" " * (1 << 20))
+        # Without a word of how long it will be.
+        chunk = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
+        return self.status(self.head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + chunk * 20)
 
     def dies(self, body):
         data = json.dumps(body).encode()

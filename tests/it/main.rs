@@ -8,6 +8,7 @@ mod device;
 mod export;
 
 mod fixtures;
+mod fuzz;
 mod golden;
 mod models;
 mod mpirun;
