@@ -88,9 +88,6 @@ async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Re
         return next.run(request).await;
     }
     let limits = &gate.service.limits;
-    if http_body::Body::size_hint(request.body()).lower() > limits.body as u64 {
-        return refused(too_large(limits.body));
-    }
     let memory = gate.service.memory.clone();
     let meter = Arc::new(Meter { memory, max: limits.body, taken: Mutex::default() });
     let request = request.map(|body| Body::new(Metered { body, meter: meter.clone() }));
@@ -105,10 +102,6 @@ async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Re
         Some(held) => response.map(|body| Body::new(Kept { body, _held: held })),
         None => response,
     }
-}
-
-fn too_large(max: usize) -> Fault {
-    Fault::new(Kind::TooLarge, format!("the body of the request is longer than {max} bytes"))
 }
 
 /// What the body of a request has taken.
@@ -130,7 +123,7 @@ impl Meter {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         taken.n_bytes += n;
         let fault = if taken.n_bytes > self.max {
-            too_large(self.max)
+            Fault::new(Kind::TooLarge, format!("the body of the request is longer than {} bytes", self.max))
         } else {
             match take(&self.memory, n) {
                 Ok(permit) => {
