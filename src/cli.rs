@@ -448,7 +448,7 @@ impl Failure {
 }
 
 fn explain(error: &dyn Error, hint: Option<&str>) -> String {
-    let text = collective::chain(error);
+    let text = etl::chain(error);
     hint.map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
 }
 

@@ -158,7 +158,7 @@ impl dyn Collective + '_ {
         let mine = match tried {
             Ok(value) if rank == world_size => return Ok(value),
             Ok(_) => String::new(),
-            Err(error) => chain(&error),
+            Err(error) => crate::etl::chain(&error),
         };
         let message = self.broadcast_bytes(mine.into_bytes(), rank)?;
         let message = String::from_utf8_lossy(&message).into_owned();
@@ -166,14 +166,4 @@ impl dyn Collective + '_ {
             if world_size == 1 { message } else { format!("rank {rank} of {world_size}: {message}") };
         Err(CollectiveError::Rank { rank, message })
     }
-}
-
-/// An error and its sources in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let (mut text, mut source) = (error.to_string(), error.source());
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

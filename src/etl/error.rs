@@ -140,3 +140,9 @@ impl Error {
         move |source| Self::Unreadable { path: path.into(), source }
     }
 }
+
+/// An error and what is behind it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read};
+use std::ops::AddAssign;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -50,6 +51,14 @@ pub struct RowCounts {
     pub bad: u64,
     /// Rows that were left out because they belong to no session.
     pub without_session: u64,
+}
+
+impl AddAssign for RowCounts {
+    fn add_assign(&mut self, of_file: Self) {
+        self.read += of_file.read;
+        self.bad += of_file.bad;
+        self.without_session += of_file.without_session;
+    }
 }
 
 /// What to do with a row that cannot be read.

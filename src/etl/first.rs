@@ -43,7 +43,7 @@ pub fn first_events(
     let mut counts = RowCounts::default();
     let mut place = 0;
     for file in files {
-        let of_file = events::read(file, bad_rows, scratch.path(), &mut |batch| {
+        counts += events::read(file, bad_rows, scratch.path(), &mut |batch| {
             for row in 0..batch.time.len() {
                 place += 1;
                 let key = (batch.time[row], place);
@@ -57,9 +57,6 @@ pub fn first_events(
             }
             Ok(())
         })?;
-        counts.read += of_file.read;
-        counts.bad += of_file.bad;
-        counts.without_session += of_file.without_session;
     }
     cut(&mut first, n);
     Ok((first.into_iter().map(|(_, event)| event).collect(), counts))

@@ -36,7 +36,7 @@ pub mod tensor;
 pub mod vocab;
 pub mod workflow;
 
-pub use error::Error;
+pub use error::{Error, chain};
 pub use events::{BadRows, RowCounts};
 pub use first::{RawEvent, first_events};
 pub use partition::{Day, Split};

@@ -215,9 +215,7 @@ impl Read {
                 }
                 buckets.push(events)
             })?;
-            rows.read += counts.read;
-            rows.bad += counts.bad;
-            rows.without_session += counts.without_session;
+            rows += counts;
         }
         if n_events == 0 {
             return Err(Error::Nothing(format!("none of {} rows is an event of a session", rows.read)));

@@ -11,7 +11,7 @@ use chrono::DateTime;
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::first::RawEvent;
 use crate::schema::event;
 use crate::sessions::Keep;
@@ -355,10 +355,4 @@ fn padded<T: Copy + Default>(values: &[T], lengths: &[i64], width: usize) -> Vec
         padded.resize(padded.len() + width - row.len(), T::default());
     }
     padded
-}
-
-/// An error and what is behind it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -22,7 +22,7 @@ use crate::config::{Config, ConfigError};
 use crate::data::{DataError, Features};
 use crate::etl::serving::{ModelColumn, Preprocessor, ServingSettings};
 use crate::etl::{Coded, SCHEMA, Schema, Value, WORKFLOW, Workflow};
-use crate::model::Network;
+use crate::model::{Network, Neural};
 use crate::report::runs::CONFIG;
 
 pub use repository::{EtlBackend, Names};
@@ -157,14 +157,23 @@ impl ExportError {
 /// # Errors
 /// A name that cannot be, a library that is not there, a model that only counts.
 pub fn check(options: &Options, config: &Config) -> Result<(), ExportError> {
-    checked_names(&options.name)?;
+    checked_options(options)?;
+    neural(options, config).map(drop)
+}
+
+fn checked_options(options: &Options) -> Result<Names, ExportError> {
+    let names = checked_names(&options.name)?;
     match options.library.as_deref().filter(|library| !library.is_file()) {
         Some(missing) => Err(ExportError::NoLibrary(missing.to_owned())),
-        None if config.model.neural().is_none() => {
-            Err(ExportError::OnlyCounts { run_dir: options.run_dir.clone(), model: config.model.title() })
-        }
-        None => Ok(()),
+        None => Ok(names),
     }
+}
+
+/// What the network is made by.
+fn neural<'a>(options: &Options, config: &'a Config) -> Result<Neural<'a>, ExportError> {
+    let only_counts =
+        || ExportError::OnlyCounts { run_dir: options.run_dir.clone(), model: config.model.title() };
+    config.model.neural().ok_or_else(only_counts)
 }
 
 /// Writes a new version of the model `options.name` into the repository.
@@ -172,11 +181,8 @@ pub fn check(options: &Options, config: &Config) -> Result<(), ExportError> {
 /// # Errors
 /// See [`ExportError`].
 pub fn export(options: &Options) -> Result<Exported, ExportError> {
-    let names = checked_names(&options.name)?;
+    let names = checked_options(options)?;
     let library = options.library.as_deref();
-    if let Some(missing) = library.filter(|library| !library.is_file()) {
-        return Err(ExportError::NoLibrary(missing.to_owned()));
-    }
     let run = Run::open(options)?;
     let n_items = run.features.n_items();
     let etl = run.preprocessor()?;
@@ -294,9 +300,7 @@ impl Run {
     fn open(options: &Options) -> Result<Self, ExportError> {
         let dir = &options.run_dir;
         let config = Config::load(&dir.join(CONFIG), &[])?;
-        let Some(neural) = config.model.neural() else {
-            return Err(ExportError::OnlyCounts { run_dir: dir.clone(), model: config.model.title() });
-        };
+        let neural = neural(options, &config)?;
         let data = dir.join(DATA);
         let workflow_dir = data.join(WORKFLOW);
         if !workflow_dir.is_dir() {

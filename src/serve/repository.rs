@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
+use bireme_etl::chain;
 use bireme_etl::serving::Preprocessor;
 use tch::Device;
 
@@ -50,8 +51,7 @@ impl From<RepositoryError> for Fault {
     fn from(error: RepositoryError) -> Self {
         let kind =
             if matches!(error, RepositoryError::Model { .. }) { Kind::Invalid } else { Kind::Internal };
-        let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
-        Self::new(kind, format!("{error}{source}"))
+        Self::new(kind, chain(&error))
     }
 }
 
@@ -302,10 +302,10 @@ impl Repository {
         let is_network = config.backend == "pytorch" || config.platform == "pytorch_libtorch";
         let executor: Arc<dyn crate::batcher::Executor> =
             match (config.backend.as_str(), config.platform.as_str()) {
-                ("bireme", _) => Arc::new(Preprocessor::load(dir).map_err(chain)?),
+                ("bireme", _) => Arc::new(Preprocessor::load(dir).map_err(|error| chain(&error))?),
                 // Preprocessing that was exported for Python lies beside what this program reads.
                 ("python", _) if dir.join("serving.json").is_file() => {
-                    Arc::new(Preprocessor::load(dir).map_err(chain)?)
+                    Arc::new(Preprocessor::load(dir).map_err(|error| chain(&error))?)
                 }
                 _ if is_network => {
                     let file = if config.default_model_filename.is_empty() {
@@ -397,11 +397,4 @@ fn list_files(dir: &Path, files: &mut Files) -> std::io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// An error and what is behind it, in one line.
-fn chain(error: impl std::error::Error) -> String {
-    let first: &dyn std::error::Error = &error;
-    let causes = std::iter::successors(Some(first), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

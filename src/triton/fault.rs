@@ -3,9 +3,10 @@
 use std::any::Any;
 use std::error::Error;
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::iter::successors;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
+
+use bireme_etl::chain;
 
 use crate::api;
 
@@ -34,8 +35,7 @@ impl Fault {
 
     /// An error with its causes, in one line.
     pub fn of(error: &(dyn Error + 'static)) -> Self {
-        let causes = successors(Some(error), |&error| error.source());
-        Self::internal(causes.map(ToString::to_string).collect::<Vec<_>>().join(": "))
+        Self::internal(chain(error))
     }
 
     /// The server's own form of it, which the receiver must delete.
