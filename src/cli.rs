@@ -671,10 +671,15 @@ fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
         FormatArg::Parquet => recommend::Format::Parquet,
     };
     let done = match &args.out {
-        Some(out) => recommend::to_file(&options, format, out),
+        Some(out) => recommend::to_file(&options, format, out).map(Some),
         None => recommend::to_terminal(&options, format),
     };
-    done.map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })
+    let counts =
+        done.map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })?;
+    if let Some(etl::RowCounts { bad: bad @ 1.., read, .. }) = counts {
+        report::progress(&format!("warning: {bad} of {read} rows cannot be read and are left out"));
+    }
+    Ok(())
 }
 
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {

@@ -18,7 +18,7 @@ use tch::Device;
 
 use crate::etl::serving::{self, Preprocessor, SESSION};
 use crate::etl::tensor::Tensor;
-use crate::etl::{self, BadRows, ProductInWords, RawEvent, Workflow};
+use crate::etl::{self, BadRows, ProductInWords, RawEvent, RowCounts, Workflow};
 use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, Names};
 
 pub use write::{Format, Writer};
@@ -109,36 +109,38 @@ impl RecommendError {
     }
 }
 
-/// Recommends into a file, which is whole when it has its name.
+/// Recommends into a file, which is whole when it has its name. Gives back what has been read.
 ///
 /// # Errors
 /// See [`RecommendError`].
-pub fn to_file(options: &Options, format: Format, path: &Path) -> Result<(), RecommendError> {
+pub fn to_file(options: &Options, format: Format, path: &Path) -> Result<RowCounts, RecommendError> {
     let at = |source| RecommendError::Write { path: path.to_owned(), source };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // As any new file, not for its owner's eyes alone.
     let for_all = Permissions::from_mode(0o666);
     let mut aside = tempfile::Builder::new().permissions(for_all).tempfile_in(folder).map_err(at)?;
     let mut writer = Writer::new(format, BufWriter::new(aside.as_file_mut())).map_err(at)?;
-    recommend(options, |session| writer.write(session).map_err(at))?;
+    let counts = recommend(options, |session| writer.write(session).map_err(at))?;
     writer.finish().map_err(at)?;
     aside.persist(path).map_err(|error| at(error.error))?;
-    Ok(())
+    Ok(counts)
 }
 
-/// Recommends on the standard output. A reader that has seen enough is no error.
+/// Recommends on the standard output. Gives back what has been read, or nothing where the reader of the output had seen
+/// enough.
 ///
 /// # Errors
 /// See [`RecommendError`].
-pub fn to_terminal(options: &Options, format: Format) -> Result<(), RecommendError> {
+pub fn to_terminal(options: &Options, format: Format) -> Result<Option<RowCounts>, RecommendError> {
     let at = |source| RecommendError::Write { path: PathBuf::from("the standard output"), source };
     let write = || {
         let mut writer = Writer::new(format, BufWriter::new(io::stdout())).map_err(at)?;
-        recommend(options, |session| writer.write(session).map_err(at))?;
-        writer.finish().map_err(at).map(drop)
+        let counts = recommend(options, |session| writer.write(session).map_err(at))?;
+        writer.finish().map_err(at)?;
+        Ok(Some(counts))
     };
     match write() {
-        Err(RecommendError::Write { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(RecommendError::Write { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => Ok(None),
         done => done,
     }
 }
@@ -146,14 +148,14 @@ pub fn to_terminal(options: &Options, format: Format) -> Result<(), RecommendErr
 /// Rows of events that are asked about at once, except for a session that has more.
 const ROWS: usize = 4096;
 
-/// Recommends for each session of more than one event, in the order of their first events.
+/// Recommends for each session of more than one event, in the order of their first events. Gives back what has been read.
 ///
 /// # Errors
 /// See [`RecommendError`].
 pub fn recommend(
     options: &Options,
     mut each: impl FnMut(&Session<'_>) -> Result<(), RecommendError>,
-) -> Result<(), RecommendError> {
+) -> Result<RowCounts, RecommendError> {
     let Options { name, device, .. } = options;
     let of_model = |fault| RecommendError::Model { model: name.clone(), fault };
     let repository = Repository::open(&options.repository, (*device, 1), Arc::new(Metrics::default()))?;
@@ -164,7 +166,7 @@ pub fn recommend(
     let dir = options.repository.join(&etl.config.name).join(etl.version.to_string());
     let etl = Preprocessor::load(&dir)?;
 
-    let (events, _) = etl::first_events(&options.events, options.first, options.bad_rows)?;
+    let (events, counts) = etl::first_events(&options.events, options.first, options.bad_rows)?;
     let mut found = false;
     for sessions in chunks(&events, etl.settings().max_sessions) {
         found = true;
@@ -181,7 +183,7 @@ pub fn recommend(
             each(&answers.session(row, &by_session, etl.workflow()))?;
         }
     }
-    if found { Ok(()) } else { Err(RecommendError::NoSession { n_events: events.len() }) }
+    if found { Ok(counts) } else { Err(RecommendError::NoSession { n_events: events.len() }) }
 }
 
 /// Sessions of more than one event, a request's worth at a time.

@@ -354,16 +354,13 @@ impl Workflow {
         let path = dir.join(STATISTICS);
         let broken = |problem: String| Error::Workflow { path: path.clone(), problem };
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
         // The version first: another version's file may have other keys.
-        let versioned: Versioned = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
-        if versioned.format != FORMAT {
-            return Err(broken(format!(
-                "its format is {}, and this version knows {FORMAT}",
-                versioned.format
-            )));
+        let Versioned { format } = Versioned::deserialize(&json).map_err(|e| broken(e.to_string()))?;
+        if format != FORMAT {
+            return Err(broken(format!("its format is {format}, and this version knows {FORMAT}")));
         }
-        let statistics = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
-        let Hashes { files } = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
+        let Saved { statistics, files } = Saved::deserialize(json).map_err(|e| broken(e.to_string()))?;
         for file in files_of_tables() {
             let path = dir.join(&file);
             let is_left_out = VISITORS.iter().any(|&column| file == file_of(column)) && !path.exists();
@@ -465,16 +462,11 @@ struct Versioned {
 }
 
 /// `statistics.json`.
-#[derive(Serialize)]
-struct Saved<'a> {
+#[derive(Serialize, Deserialize)]
+struct Saved<S> {
     #[serde(flatten)]
-    statistics: &'a Statistics,
+    statistics: S,
     /// Each table's hash, by its path in the folder.
-    files: BTreeMap<String, String>,
-}
-
-#[derive(Deserialize)]
-struct Hashes {
     files: BTreeMap<String, String>,
 }
 

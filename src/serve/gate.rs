@@ -4,8 +4,8 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -93,7 +93,8 @@ async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Re
     let request = request.map(|body| Body::new(Metered { body, meter: meter.clone() }));
     let answered = tokio::time::timeout(limits.time, next.run(request)).await;
     // What the meter found comes first: to the handler it was merely a body that broke off.
-    let mut response = match (meter.take_fault(), answered) {
+    let fault = meter.taken().fault.take();
+    let mut response = match (fault, answered) {
         (Some(fault), _) => refused(fault),
         (None, Ok(response)) => response,
         (None, Err(_)) => refused(timed_out(limits.time)),
@@ -119,33 +120,34 @@ struct Taken {
 }
 
 impl Meter {
-    fn take(&self, n: usize) -> Result<(), Fault> {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Counts the next `n` bytes.
+    fn take(&self, n: usize) {
+        let mut taken = self.taken();
         taken.n_bytes += n;
-        let fault = if taken.n_bytes > self.max {
-            Fault::new(Kind::TooLarge, format!("the body of the request is longer than {} bytes", self.max))
-        } else {
-            match take(&self.memory, n) {
-                Ok(permit) => {
-                    match &mut taken.permit {
-                        Some(all) => all.merge(permit),
-                        none => *none = Some(permit),
-                    }
-                    return Ok(());
-                }
-                Err(fault) => fault,
-            }
-        };
-        taken.fault = Some(fault.clone());
-        Err(fault)
+        if taken.fault.is_some() {
+            return;
+        }
+        if taken.n_bytes > self.max {
+            let problem = format!("the body of the request is longer than {} bytes", self.max);
+            taken.fault = Some(Fault::new(Kind::TooLarge, problem));
+            return;
+        }
+        match take(&self.memory, n) {
+            Ok(permit) => match &mut taken.permit {
+                Some(all) => all.merge(permit),
+                none => *none = Some(permit),
+            },
+            Err(fault) => taken.fault = Some(fault),
+        }
     }
 
-    fn take_fault(&self) -> Option<Fault> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).fault.take()
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A body whose bytes are counted as they come.
+/// A body whose bytes are counted as they come. What comes after a fault is thrown away up to twice the largest body: a
+/// sender that is still writing when the connection closes would see it reset, and not the refusal.
 struct Metered {
     body: Body,
     meter: Arc<Meter>,
@@ -159,12 +161,16 @@ impl http_body::Body for Metered {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
-        Poll::Ready(frame.map(|frame| {
-            let frame = frame?;
-            self.meter.take(frame.data_ref().map_or(0, Bytes::len))?;
-            Ok(frame)
-        }))
+        loop {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(context)).transpose()?;
+            self.meter.take(frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len));
+            let taken = self.meter.taken();
+            match &taken.fault {
+                None => return Poll::Ready(frame.map(Ok)),
+                Some(_) if frame.is_some() && taken.n_bytes <= 2 * self.meter.max => {}
+                Some(fault) => return Poll::Ready(Some(Err(fault.clone().into()))),
+            }
+        }
     }
 
     fn is_end_stream(&self) -> bool {

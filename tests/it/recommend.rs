@@ -138,7 +138,8 @@ fn what_cannot_be_recommended_is_refused() {
         assert_eq!(finished.code, Some(code), "{finished:#?}");
         assert!(finished.stderr.contains(message) && finished.stdout.is_empty(), "{finished:#?}");
     }
-    recommend(&shop, "broken.csv", &["--skip-bad-rows"]).success();
+    let skipped = recommend(&shop, "broken.csv", &["--skip-bad-rows"]).success();
+    assert!(skipped.stderr.contains("warning: 1 of 12000 rows cannot be read"), "{skipped:#?}");
     // A model that only counts is refused before it is trained.
     let (config, data) = (shop.path("counts.toml"), shop.path("data"));
     fs::write(&config, "[data]\nfirst_day = 1\nlast_day = 2\n[model]\nkind = \"popularity\"\n").unwrap();

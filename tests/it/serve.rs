@@ -31,7 +31,11 @@ impl Answer {
 fn exchange(address: &str, bytes: &[u8]) -> std::io::Result<Answer> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    stream.write_all(bytes)?;
+    // Slowly, for a refusal to come before all is sent.
+    for piece in bytes.chunks(1 << 16) {
+        stream.write_all(piece)?;
+        thread::sleep(Duration::from_millis(2 * (piece.len() >> 16) as u64));
+    }
     let mut text = Vec::new();
     stream.read_to_end(&mut text)?;
     let text = String::from_utf8_lossy(&text).into_owned();
