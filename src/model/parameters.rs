@@ -181,9 +181,10 @@ impl Parameters {
         &self.leaves[index]
     }
 
-    /// Keeps a parameter as a constant of type `kind` from now on.
+    /// Keeps a parameter as a constant of type `kind` from now on, in memory of its own: a view of the flat buffer would be
+    /// saved with the whole of it.
     pub(super) fn freeze(&mut self, index: usize, kind: Kind) {
-        self.leaves[index] = self.leaves[index].detach().to_kind(kind);
+        self.leaves[index] = self.leaves[index].detach().to_dtype(kind, false, true);
     }
 
     /// The gradient of parameter number `index`, shaped like it.

@@ -155,6 +155,12 @@ fn what_is_exported_evaluates_as_what_was_trained() {
     let [a, b] = [&[][..], &["--exported", &repository, "--name", "gru"]]
         .map(|more| shop.evaluate("gru", more)["loss"].as_f64().unwrap());
     assert!((a - b).abs() < 0.02 && a != b, "{a} and {b}");
+    let bytes = |version: u32| {
+        let module = format!("{repository}/gru_model/{version}/model.pt");
+        fs::metadata(module).unwrap().len()
+    };
+    // 300 items of 64 numbers.
+    assert!(bytes(2) + 300 * 64 < bytes(1), "{} and {} bytes", bytes(1), bytes(2));
 }
 
 #[test]
