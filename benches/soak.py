@@ -164,9 +164,10 @@ class Abuse:
         return 200
 
     def too_long(self, body):
-        # Without a word of how long it will be.
+        # Without a word of how long it will be, and half of them without an end.
         chunk = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
-        return self.status(self.head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + chunk * 20)
+        end = self.random.choice([b"", b"0\r\n\r\n"])
+        return self.status(self.head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + chunk * 20 + end)
 
     def dies(self, body):
         data = json.dumps(body).encode()

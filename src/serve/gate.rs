@@ -6,6 +6,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -17,6 +18,7 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
 
 use crate::fault::{Fault, Kind};
 use crate::service::{Held, Service, take, timed_out};
@@ -90,7 +92,7 @@ async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Re
     let limits = &gate.service.limits;
     let memory = gate.service.memory.clone();
     let meter = Arc::new(Meter { memory, max: limits.body, taken: Mutex::default() });
-    let request = request.map(|body| Body::new(Metered { body, meter: meter.clone() }));
+    let request = request.map(|body| Body::new(Metered { body, meter: meter.clone(), linger: None }));
     let answered = tokio::time::timeout(limits.time, next.run(request)).await;
     // What the meter found comes first: to the handler it was merely a body that broke off.
     let fault = meter.taken().fault.take();
@@ -146,11 +148,16 @@ impl Meter {
     }
 }
 
-/// A body whose bytes are counted as they come. What comes after a fault is thrown away up to twice the largest body: a
-/// sender that is still writing when the connection closes would see it reset, and not the refusal.
+/// How long a body that is refused is still read.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// A body whose bytes are counted as they come. What comes after a fault is thrown away, up to twice the largest body and
+/// for a while: a sender that is still writing when the connection closes would see it reset, and not the refusal.
 struct Metered {
     body: Body,
     meter: Arc<Meter>,
+    /// Ends the reading after a fault.
+    linger: Option<Pin<Box<Sleep>>>,
 }
 
 impl http_body::Body for Metered {
@@ -161,13 +168,25 @@ impl http_body::Body for Metered {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let Self { body, meter, linger } = &mut *self;
         loop {
-            let frame = ready!(Pin::new(&mut self.body).poll_frame(context)).transpose()?;
-            self.meter.take(frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len));
-            let taken = self.meter.taken();
+            let frame = match Pin::new(&mut *body).poll_frame(context) {
+                Poll::Ready(frame) => frame.transpose()?,
+                Poll::Pending => match linger {
+                    Some(linger) => {
+                        ready!(linger.as_mut().poll(context));
+                        None
+                    }
+                    None => return Poll::Pending,
+                },
+            };
+            meter.take(frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len));
+            let taken = meter.taken();
             match &taken.fault {
                 None => return Poll::Ready(frame.map(Ok)),
-                Some(_) if frame.is_some() && taken.n_bytes <= 2 * self.meter.max => {}
+                Some(_) if frame.is_some() && taken.n_bytes <= 2 * meter.max => {
+                    linger.get_or_insert_with(|| Box::pin(sleep(LINGER)));
+                }
                 Some(fault) => return Poll::Ready(Some(Err(fault.clone().into()))),
             }
         }

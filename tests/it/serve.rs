@@ -162,7 +162,7 @@ fn a_new_version_takes_over_and_the_server_ends_without_a_lost_request() {
 #[test]
 fn what_a_client_may_cost_is_bounded() {
     let (shop, repository, request) = exported();
-    let more = ["--max-requests", "2", "--max-body-mib", "1", "--max-rows", "100", "--timeout-ms", "1500"];
+    let more = ["--max-requests", "2", "--max-body-mib", "1", "--max-rows", "100", "--timeout-ms", "5000"];
     let server = serve(&repository, &shop, &more);
     let http = server.http.as_str();
     let infer = |body: &str| ask(http, INFER, "", body);
@@ -198,6 +198,11 @@ fn what_a_client_may_cost_is_bounded() {
     }
     let long = infer(&" ".repeat(2 << 20));
     assert_eq!(long.status, 413, "{long:?}");
+    // Nor is more waited for than comes.
+    let head =
+        format!("{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: 1900000\r\n\r\n");
+    let half_sent = exchange(http, &[head.as_bytes(), &[b' '; 1_500_000]].concat()).unwrap();
+    assert_eq!(half_sent.status, 413, "{half_sent:?}");
     let rows = request.replace("[5,1]", "[101,1]");
     assert_ne!(infer(&rows).status, 200);
     let (events, _) = shop.first_events(101);
