@@ -134,6 +134,8 @@ impl Sums {
 /// What a fit knows before it has counted.
 #[derive(Debug)]
 pub(crate) struct Fit {
+    /// The fit that this one extends.
+    pub base: Option<Workflow>,
     pub settings: Settings,
     pub first_event: i64,
     pub days: Option<(i64, i64)>,
@@ -143,28 +145,35 @@ pub(crate) struct Fit {
 }
 
 impl Fit {
-    /// Ends the fit.
+    /// Ends the fit. An extended one keeps the ids, the means and the deviations of its base: what a model was trained with
+    /// stays what it was. New values get the ids that follow, new categories the mean of their own events.
     pub fn workflow(self, counts: Counts, sums: &Sums) -> Workflow {
         let counts = counts.into_values();
         let mean_price = counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
             let known = code as u32 != Dictionary::NULL && *count > 0;
-            if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN }
+            let mean = if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN };
+            let before = self.base.as_ref().and_then(|base| base.mean_price_of_code(code));
+            before.unwrap_or(mean)
         });
         let mean_price = mean_price.collect();
         let mut of_columns = self.dictionaries.0.into_iter().zip(counts);
         let vocabularies = Coded::ALL.map(|column| {
             let (dictionary, counts) = of_columns.next().expect("a dictionary for every column");
-            Vocabulary::fit(column, dictionary, &counts)
+            match &self.base {
+                None => Vocabulary::fit(column, dictionary, &counts),
+                Some(base) => base.vocabulary(column).extended(dictionary, &counts),
+            }
         });
+        let base = self.base.as_ref().map(|base| &base.statistics);
         let statistics = Statistics {
             format: FORMAT,
             written_by: concat!("bireme-etl ", env!("CARGO_PKG_VERSION")).into(),
             settings: self.settings,
             first_event: self.first_event,
-            days: self.days,
-            n_events: sums.n_events,
-            price_log: sums.price_log.normal(),
-            recency_log: sums.recency_log.normal(),
+            days: base.map_or(self.days, |base| base.days),
+            n_events: base.map_or(0, |base| base.n_events) + sums.n_events,
+            price_log: base.map_or_else(|| sums.price_log.normal(), |base| base.price_log),
+            recency_log: base.map_or_else(|| sums.recency_log.normal(), |base| base.recency_log),
         };
         Workflow::new(statistics, vocabularies, self.products, mean_price)
     }

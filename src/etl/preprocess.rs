@@ -49,6 +49,9 @@ pub struct Options {
     pub settings: Settings,
     /// Whether sessions that an earlier run left in `out` may be replaced.
     pub overwrite: bool,
+    /// Whether `out` holds sessions to which those of later days are added. Its workflow's settings are used, and `settings`
+    /// are not.
+    pub extend: bool,
     /// Scratch files to deal the events to; the input's size decides if there is none given.
     pub n_buckets: Option<usize>,
 }
@@ -63,6 +66,7 @@ impl Options {
             bad_rows: BadRows::Refuse,
             settings: Settings::default(),
             overwrite: false,
+            extend: false,
             n_buckets: None,
         }
     }
@@ -91,7 +95,9 @@ pub struct Report {
     pub rows: RowCounts,
     /// Events that repeat their predecessor's product.
     pub n_repeats: u64,
-    /// Events that are left, in the chosen days.
+    /// Sessions of days that were there before.
+    pub n_held: u64,
+    /// Events of the fit, in the chosen days.
     pub n_events: u64,
     /// Sessions with such events.
     pub n_sessions: u64,
@@ -112,6 +118,9 @@ impl fmt::Display for Report {
         line("unreadable, left out", &self.rows.bad)?;
         line("without a session", &self.rows.without_session)?;
         line("repeats", &self.n_repeats)?;
+        if self.n_held > 0 {
+            line("of earlier days", &self.n_held)?;
+        }
         line("events", &self.n_events)?;
         line("sessions", &self.n_sessions)?;
         line("too short, left out", &self.n_short)?;
@@ -134,13 +143,16 @@ impl fmt::Display for Report {
 /// # Errors
 /// Settings or input that are refused, and files that cannot be written: see [`Error`].
 pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report, Error> {
+    let base = if options.extend { Some(Base::open(&options.out)?) } else { None };
+    let settings = base.as_ref().map_or(&options.settings, |base| &base.workflow.statistics.settings).clone();
+    let options = &Options { settings, overwrite: options.overwrite || options.extend, ..options.clone() };
     options.check()?;
     let output = Output::new(&options.out, options.overwrite)?;
-    let read = Read::all(options, &output, progress)?;
+    let read = Read::all((options, base.as_ref()), &output, progress)?;
 
     let n_buckets = read.buckets.len();
     progress(&format!("sorting and counting {} events in {n_buckets} parts", read.n_events));
-    let (workflow, fitted) = read.fit(options, &output)?;
+    let (workflow, fitted) = read.fit((options, base.as_ref()), &output)?;
 
     let n_days = fitted.days.len();
     progress(&format!(
@@ -149,6 +161,9 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
     ));
     let sessions_by_day = output.dir().join(SESSIONS_BY_DAY);
     fs::create_dir(&sessions_by_day).map_err(Error::io("create", &sessions_by_day))?;
+    if let Some(base) = &base {
+        base.link_days(&sessions_by_day)?;
+    }
     let writer = DayWriter {
         dir: &sessions_by_day,
         kept: &fitted.kept,
@@ -163,11 +178,14 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
     let workflow_dir = output.dir().join(WORKFLOW);
     fs::create_dir(&workflow_dir).map_err(Error::io("create", &workflow_dir))?;
     workflow.save(&workflow_dir)?;
-    schema(&workflow, &days).write(output.dir().join(SCHEMA))?;
+    let schema = schema(&workflow, &days);
+    let schema = base.map_or(Ok(schema.clone()), |base| base.widen(schema))?;
+    schema.write(output.dir().join(SCHEMA))?;
     output.publish()?;
     Ok(Report {
         rows: fitted.rows,
         n_repeats: fitted.n_repeats,
+        n_held: fitted.n_held,
         n_events: workflow.statistics.n_events,
         n_sessions: fitted.n_sessions,
         n_short: fitted.n_short,
@@ -175,6 +193,53 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
         n_values: Coded::ALL.map(|column| workflow.vocabulary(column).len()),
         out: options.out.clone(),
     })
+}
+
+/// Sessions that are extended.
+struct Base {
+    dir: PathBuf,
+    workflow: Workflow,
+    last_day: i64,
+}
+
+impl Base {
+    fn open(dir: &Path) -> Result<Self, Error> {
+        let workflow = Workflow::load(&dir.join(WORKFLOW))?;
+        let days = dir.join(SESSIONS_BY_DAY);
+        let entries = fs::read_dir(&days).map_err(Error::io("read", &days))?;
+        let days = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let last_day = days.max().unwrap_or(0);
+        Ok(Self { dir: dir.to_owned(), workflow, last_day })
+    }
+
+    /// Puts the days that are there into a new folder: as links, which take no room, or as copies.
+    fn link_days(&self, into: &Path) -> Result<(), Error> {
+        let from = self.dir.join(SESSIONS_BY_DAY);
+        for day in fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
+            let to = into.join(day.file_name());
+            fs::create_dir(&to).map_err(Error::io("create", &to))?;
+            for file in fs::read_dir(day.path()).map_err(Error::io("read", &day.path()))?.flatten() {
+                let to = to.join(file.file_name());
+                let linked =
+                    fs::hard_link(file.path(), &to).or_else(|_| fs::copy(file.path(), &to).map(drop));
+                linked.map_err(Error::io("copy", &file.path()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the ranges of floats hold those of the days that were there.
+    fn widen(&self, mut schema: Schema) -> Result<Schema, Error> {
+        let before = Schema::read(self.dir.join(SCHEMA))?;
+        for feature in &mut schema.features {
+            let range = before.feature(&feature.name).map(|feature| &feature.domain);
+            if let (Domain::Float(Some(now)), Some(Domain::Float(Some(then)))) = (&mut feature.domain, range)
+            {
+                *now = FloatRange { min: now.min.min(then.min), max: now.max.max(then.max) };
+            }
+        }
+        Ok(schema)
+    }
 }
 
 /// The events after the first sweep.
@@ -189,12 +254,16 @@ struct Read {
 }
 
 impl Read {
-    fn all(options: &Options, output: &Output, progress: &mut dyn FnMut(&str)) -> Result<Self, Error> {
+    fn all(
+        (options, base): (&Options, Option<&Base>),
+        output: &Output,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Self, Error> {
         let scratch = output.scratch();
         let n_buckets = options.n_buckets.map_or_else(|| suitable_buckets(&options.events), Ok)?;
         let mut buckets = Buckets::create(scratch, n_buckets)?;
-        let mut dictionaries = Dictionaries::new();
-        let mut products = vec![Product::UNSEEN];
+        let (mut dictionaries, mut products) = base
+            .map_or_else(|| (Dictionaries::new(), vec![Product::UNSEEN]), |base| base.workflow.to_extend());
         let (mut first_event, mut n_events) = (i64::MAX, 0);
         let mut rows = RowCounts::default();
         for path in &options.events {
@@ -220,14 +289,26 @@ impl Read {
         if n_events == 0 {
             return Err(Error::Nothing(format!("none of {} rows is an event of a session", rows.read)));
         }
+        if let Some(base) = base {
+            first_event = base.workflow.statistics.first_event;
+        }
         let buckets = buckets.finish()?;
         Ok(Self { rows, n_events, dictionaries, products, first_event, buckets })
     }
 
-    fn fit(self, options: &Options, output: &Output) -> Result<(Workflow, Fitted), Error> {
+    fn fit(
+        self,
+        (options, base): (&Options, Option<&Base>),
+        output: &Output,
+    ) -> Result<(Workflow, Fitted), Error> {
         let counts = Counts::new(&self.dictionaries);
-        let sweep =
-            Sweep { options, products: &self.products, first_event: self.first_event, counts: &counts };
+        let sweep = Sweep {
+            options,
+            products: &self.products,
+            first_event: self.first_event,
+            last_day: base.map_or(i64::MIN, |base| base.last_day),
+            counts: &counts,
+        };
         let mut sums = Sums::default();
         let mut fitted = Fitted { rows: self.rows, ..Fitted::default() };
         let parts: Vec<_> = self.buckets.iter().enumerate().collect();
@@ -237,9 +318,10 @@ impl Read {
                 sweep.bucket(bucket, output.scratch().join(format!("sessions-{i}")))
             };
             let swept = parts.par_iter().map(sweep).collect::<Result<Vec<_>, _>>()?;
-            for Swept { sums: of_bucket, n_repeats, n_sessions, n_short, kept } in swept {
+            for Swept { sums: of_bucket, n_repeats, n_held, n_sessions, n_short, kept } in swept {
                 sums.merge(&of_bucket);
                 fitted.n_repeats += n_repeats;
+                fitted.n_held += n_held;
                 fitted.n_sessions += n_sessions;
                 fitted.n_short += n_short;
                 fitted.days.extend(kept.days());
@@ -254,10 +336,15 @@ impl Read {
                 Some(days) => format!(" in days {}..{}", days.start(), days.end()),
                 None => String::new(),
             };
-            return Err(Error::Nothing(format!("no session has {n} events or more{days}")));
+            let later = match base {
+                Some(base) => format!(" and begins after day {}", base.last_day),
+                None => String::new(),
+            };
+            return Err(Error::Nothing(format!("no session has {n} events or more{later}{days}")));
         }
         fitted.session_counts = counts.of(Coded::Session);
         let fit = Fit {
+            base: base.map(|base| base.workflow.clone()),
             settings: options.settings.clone(),
             first_event: self.first_event,
             days: options.days.as_ref().map(|days| (*days.start(), *days.end())),
@@ -284,6 +371,7 @@ fn suitable_buckets(events: &[PathBuf]) -> Result<usize, Error> {
 struct Fitted {
     rows: RowCounts,
     n_repeats: u64,
+    n_held: u64,
     n_sessions: u64,
     n_short: u64,
     days: Vec<i64>,
@@ -297,12 +385,15 @@ struct Sweep<'a> {
     options: &'a Options,
     products: &'a [Product],
     first_event: i64,
+    /// Sessions of this day and before are there already.
+    last_day: i64,
     counts: &'a Counts,
 }
 
 struct Swept {
     sums: Sums,
     n_repeats: u64,
+    n_held: u64,
     n_sessions: u64,
     n_short: u64,
     kept: KeptSessions,
@@ -317,22 +408,26 @@ impl Sweep<'_> {
         events.retain(|event| self.is_used(event));
 
         let mut sums = Sums::default();
-        for event in &events {
-            sums.add(event, self.products, self.counts);
-        }
         let Settings { max_length, min_length, keep, .. } = self.options.settings;
-        let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());
+        let (mut n_held, mut n_sessions, mut n_short, mut kept) = (0, 0, 0, Vec::new());
         for events in sessions(&events) {
+            let day_index = (events[0].time - self.first_event).div_euclid(DAY) + 1;
+            if day_index <= self.last_day {
+                n_held += 1;
+                continue;
+            }
+            for event in events {
+                sums.add(event, self.products, self.counts);
+            }
             n_sessions += 1;
             if events.len() < min_length {
                 n_short += 1;
             } else {
-                let day_index = (events[0].time - self.first_event) / DAY + 1;
                 kept.push((day_index, keep.cut(events, max_length)));
             }
         }
         let kept = KeptSessions::write(sessions_path, kept)?;
-        Ok(Swept { sums, n_repeats, n_sessions, n_short, kept })
+        Ok(Swept { sums, n_repeats, n_held, n_sessions, n_short, kept })
     }
 
     fn is_used(&self, event: &Event) -> bool {

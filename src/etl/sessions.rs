@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 use crate::events::{Batch, Cells, columns_at_once};
-use crate::vocab::{Coded, Dictionary, Value};
+use crate::vocab::{Coded, Dictionary, Value, Vocabulary};
 
 /// One event in the form that is sorted, counted and kept on disk in between: 48 bytes whatever its texts.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -36,6 +36,11 @@ impl Dictionaries {
     pub fn new() -> Self {
         // Session ids are kept as they stand in the files; the fit looks whether they are integers.
         Self(Coded::ALL.map(|column| Dictionary::new(column.is_int())))
+    }
+
+    /// With the values and codes of fitted vocabularies.
+    pub fn of(vocabularies: [Vocabulary; 7]) -> Self {
+        Self(vocabularies.map(Vocabulary::into_dictionary))
     }
 
     pub fn get(&self, column: Coded) -> &Dictionary {

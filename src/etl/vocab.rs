@@ -255,6 +255,37 @@ impl Vocabulary {
         Self { column, dictionary, ids, codes, counts }
     }
 
+    /// Keeps every id and gives further ones, in the same order, to values of `dictionary` that were counted now and have
+    /// none. `dictionary` must begin with this vocabulary's own values, as [`Vocabulary::into_dictionary`] gives them.
+    pub(crate) fn extended(&self, dictionary: Dictionary, counts: &[u32]) -> Self {
+        let fitted = Self::fit(self.column, dictionary, counts);
+        let has_id = |code: u32| self.ids.get(code as usize).is_some_and(|&id| id != Self::UNKNOWN);
+        let new = fitted.codes.iter().copied().filter(|&code| !has_id(code));
+        let codes: Vec<u32> = self.codes.iter().copied().chain(new).collect();
+        let mut ids = vec![Self::UNKNOWN; fitted.dictionary.len() + 1];
+        for (id, code) in (Self::FIRST..).zip(&codes) {
+            ids[*code as usize] = id;
+        }
+        let before = self.counts.iter().copied().chain(std::iter::repeat(0));
+        let counted = codes.iter().zip(before).map(|(code, before)| before + counts[*code as usize]);
+        Self { column: self.column, dictionary: fitted.dictionary, ids, counts: counted.collect(), codes }
+    }
+
+    /// A dictionary of the same codes that takes what files hold: session ids as text.
+    pub(crate) fn into_dictionary(self) -> Dictionary {
+        let is_text_in_files = !self.column.is_int();
+        match self.dictionary.values {
+            Values::Int(values) if is_text_in_files => {
+                let mut texts = Dictionary::new(false);
+                for value in values {
+                    texts.intern(Value::Text(&value.to_string()));
+                }
+                texts
+            }
+            values => Dictionary { values, table: self.dictionary.table },
+        }
+    }
+
     /// Without a value.
     pub(crate) fn empty(column: Coded) -> Self {
         Self::fit(column, Dictionary::new(column.is_int()), &[0])

@@ -6,15 +6,15 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, BufWriter};
+use std::io::BufWriter;
 use std::path::Path;
 
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::Error;
 use crate::events::{BadRows, RowCounts, clean};
+use crate::hash::hash_of;
 use crate::schema::{event, session};
 use crate::sessions::{DAY, Dictionaries, Event, Keep, sessions, sort_and_drop_repeats};
 use crate::vocab::{Coded, Dictionary, Value, Vocabulary, ints, read_parquet};
@@ -202,7 +202,17 @@ impl Workflow {
     /// The mean price of a category's events.
     pub fn mean_price(&self, category: i64) -> Option<f64> {
         let code = self.vocabulary(Coded::Category).code(Value::Int(category))?;
-        Some(self.mean_price[code as usize]).filter(|mean| !mean.is_nan())
+        self.mean_price_of_code(code as usize)
+    }
+
+    /// The same by the category's code in its vocabulary.
+    pub(crate) fn mean_price_of_code(&self, code: usize) -> Option<f64> {
+        self.mean_price.get(code).copied().filter(|mean| !mean.is_nan())
+    }
+
+    /// The dictionaries that new events are coded with to extend the fit, and the products by their codes.
+    pub(crate) fn to_extend(&self) -> (Dictionaries, Vec<Product>) {
+        (Dictionaries::of(self.vocabularies.clone()), self.products.clone())
     }
 
     /// Encodes new events: rows without a session are dropped, sessions sorted by time, repeats dropped, longer
@@ -319,7 +329,8 @@ impl Workflow {
         let path = dir.join(STATISTICS);
         let mut files = BTreeMap::new();
         for file in files_of_tables().filter(|file| dir.join(file).exists()) {
-            let hash = hash_of(&dir.join(&file))?;
+            let path = dir.join(&file);
+            let hash = hash_of(&path).map_err(Error::io("read", &path))?;
             files.insert(file, hash);
         }
         let saved = Saved { statistics: &self.statistics, files };
@@ -364,7 +375,9 @@ impl Workflow {
         for file in files_of_tables() {
             let path = dir.join(&file);
             let is_left_out = VISITORS.iter().any(|&column| file == file_of(column)) && !path.exists();
-            if !is_left_out && files.get(&file) != Some(&hash_of(&path)?) {
+            // The reader of parquet takes metadata on trust: what a disk has changed might stop the program.
+            let hash = || hash_of(&path).map_err(Error::io("read", &path));
+            if !is_left_out && files.get(&file) != Some(&hash()?) {
                 let problem = "it is not what was saved: its hash is another".to_owned();
                 return Err(Error::Workflow { path, problem });
             }
@@ -477,22 +490,6 @@ fn file_of(column: Coded) -> String {
 /// The paths of all tables, in the folder.
 fn files_of_tables() -> impl Iterator<Item = String> {
     Coded::ALL.into_iter().map(file_of).chain([PRODUCTS, CATEGORIES].map(str::to_owned))
-}
-
-/// The hash (xxh3, 128 bits) of a file. What a disk or a copy has changed would be read without a word, or stop the
-/// program: the reader of parquet takes metadata on trust.
-fn hash_of(path: &Path) -> Result<String, Error> {
-    let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(Error::io("read", path))?);
-    let mut hash = Xxh3::new();
-    loop {
-        let bytes = file.fill_buf().map_err(Error::io("read", path))?;
-        if bytes.is_empty() {
-            return Ok(format!("{:032x}", hash.digest128()));
-        }
-        hash.update(bytes);
-        let n = bytes.len();
-        file.consume(n);
-    }
 }
 
 /// Spreads a table's column over the codes of its values; a value that has no id gets its code now.
