@@ -7,6 +7,8 @@
 #   launch/test.sh collective           those with `collective` in their name
 #   REQUIRE_MPI=1 launch/test.sh        tests that need several processes fail instead of being skipped
 #   REQUIRE_TRITON=1 launch/test.sh     the same for tests that need Triton Inference Server
+#   REQUIRE_SLURM=1 launch/test.sh      and for those that need Slurm, which is then installed from apt-get; as root
+#   REQUIRE_BARE_ROOT=1 launch/test.sh  the same with debootstrap
 #
 # The last line is `N passed, N failed, N skipped`, after a line with the reason of each skipped test.
 # Exit codes: those of launch/setup.sh and of `cargo test` (0 all passed).
@@ -19,6 +21,8 @@ if ! tests/serving/install.sh; then
     [ -z "${REQUIRE_TRITON:-}" ] || exit 1
     echo "tests of serving will be skipped" >&2
 fi
+[ -z "${REQUIRE_SLURM:-}" ] || tests/slurm/cluster.sh install
+[ -z "${REQUIRE_BARE_ROOT:-}" ] || tests/bare_root.sh install
 # Libraries that a server loads are built by this alone.
 cargo build --workspace --quiet
 

@@ -3,6 +3,7 @@
 //! Each component owns its section and the defaults of its fields; here they are gathered, and every key that no
 //! component knows is refused with the nearest that one does.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -24,11 +25,22 @@ pub struct RunConfig {
     pub reduction: train::Reduction,
     /// CPU threads of each rank; 0: the host's cores divided by its ranks.
     pub threads_per_rank: usize,
+    /// Steps of the run between two comparisons of the ranks' weights; 0: never.
+    pub compare_ranks_every: usize,
+    /// How long a rank waits for the others before it ends the job; in the first step three times as long.
+    pub patience_seconds: f64,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { device: DeviceChoice::Auto, seed: 42, reduction: train::Reduction::Fast, threads_per_rank: 0 }
+        Self {
+            device: DeviceChoice::Auto,
+            seed: 42,
+            reduction: train::Reduction::Fast,
+            threads_per_rank: 0,
+            compare_ranks_every: 1000,
+            patience_seconds: 600.0,
+        }
     }
 }
 
@@ -127,6 +139,9 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let refuse =
             |section: &str, problem: String| Err(ConfigError::Value { section: section.to_owned(), problem });
+        if !(0.1..=1e9).contains(&self.run.patience_seconds) {
+            return refuse("run", format!("`patience_seconds` cannot be {}", self.run.patience_seconds));
+        }
         let data::Config { first_day, last_day, max_length, .. } = self.data;
         if last_day <= first_day {
             return refuse("data", format!("`last_day` {last_day} is not after `first_day` {first_day}"));
@@ -149,6 +164,30 @@ impl Config {
         Ok(())
     }
 
+    /// A key that is other than in `earlier` and would make the run another, with its two values; none if the run could go
+    /// on. Where and how fast it runs, what is recorded and kept, and how many days follow, may change.
+    pub fn difference(&self, earlier: &Self) -> Option<String> {
+        const MAY_CHANGE: [&str; 6] = [
+            "run.device",
+            "run.threads_per_rank",
+            "run.compare_ranks_every",
+            "run.patience_seconds",
+            "train.log_every_steps",
+            "data.last_day",
+        ];
+        let flat = |config: &Self| {
+            let mut keys = BTreeMap::new();
+            flatten("", &Value::try_from(config).expect("a configuration is TOML"), &mut keys);
+            keys.retain(|key, _| !MAY_CHANGE.contains(&key.as_str()) && !key.starts_with("checkpoint."));
+            keys
+        };
+        let (now, then) = (flat(self), flat(earlier));
+        let key = now.keys().chain(then.keys()).find(|&key| now.get(key) != then.get(key))?;
+        let value =
+            |of: &BTreeMap<String, String>| of.get(key).cloned().unwrap_or_else(|| "absent".to_owned());
+        Some(format!("`{key}` was {}, and is {} now", value(&then), value(&now)))
+    }
+
     /// The name results are reported under.
     pub fn title(&self) -> String {
         let side_information = if self.data.features.len() > 1 { " with side information" } else { "" };
@@ -158,6 +197,21 @@ impl Config {
     /// As TOML, defaults filled in.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("a configuration is TOML")
+    }
+}
+
+/// The values in `value` by their dotted keys, which begin with `prefix`.
+fn flatten(prefix: &str, value: &Value, keys: &mut BTreeMap<String, String>) {
+    match value {
+        Value::Table(table) => {
+            for (key, value) in table {
+                let dot = if prefix.is_empty() { "" } else { "." };
+                flatten(&format!("{prefix}{dot}{key}"), value, keys);
+            }
+        }
+        value => {
+            keys.insert(prefix.to_owned(), value.to_string());
+        }
     }
 }
 

@@ -13,7 +13,7 @@
 //! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
 //! | [`optim`] | summed gradients | new parameters |
 //! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue, each session's outcome |
-//! | [`checkpoint`] | a run's state | a folder to go on from |
+//! | [`checkpoint`] | a run's state | a folder to go on from, on any number of ranks |
 //! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal; runs compared |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
@@ -36,7 +36,7 @@
 //!
 //! # Exit codes
 //!
-//! 0 done; 1 the run failed; 2 refused before starting.
+//! 0 done; 1 the run failed; 2 refused before starting; 3 stopped on request after a checkpoint.
 
 pub mod synth;
 pub use bireme_etl as etl;

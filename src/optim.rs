@@ -83,6 +83,11 @@ impl Optimizer {
         self.adamw.n_steps()
     }
 
+    /// Goes on from a state of so many steps.
+    pub fn set_n_steps(&mut self, n_steps: i32) {
+        self.adamw.n_steps = n_steps;
+    }
+
     /// What is to be saved: a name, where in the flat buffers it begins, and the numbers.
     pub fn state(&self) -> Vec<(&'static str, i64, &Tensor)> {
         let mut state = vec![("m", self.first, &self.adamw.m), ("v", self.first, &self.adamw.v)];

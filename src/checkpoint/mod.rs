@@ -1,10 +1,23 @@
 //! States to go on from: `RUN/checkpoints/day-<day>-step-<step>/`.
 //!
-//! A checkpoint holds `weights.safetensors`, `optimizer.safetensors`, `occurrences.safetensors` (how often each item
-//! occurred in training so far), `state.json` with everything else, and an empty file `COMPLETE`. It is written
-//! aside, forced to disk, renamed, and only then marked complete: a reader
-//! that finds the mark finds the rest whole, whenever the writer was stopped.
+//! | file | holds |
+//! | --- | --- |
+//! | `weights.safetensors` | what the model predicts with |
+//! | `optimizer.safetensors` | what only further training needs |
+//! | `occurrences.safetensors` | how often each item occurred in training so far |
+//! | `state.json` | everything else, a [`State`] |
+//! | `manifest.json` | size and hash of each of these |
+//!
+//! A checkpoint is written aside, forced to disk, its manifest last, and then renamed: a reader that finds the manifest,
+//! and what it lists, has found it whole, whenever the writer was stopped. No generator has a state of its own: all that
+//! is random is a function of the configuration's seed and the position.
 
+mod manifest;
+mod retention;
+mod saver;
+mod share;
+
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,28 +26,49 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::collective::Root;
+use crate::metrics::Measure;
 
-const COMPLETE: &str = "COMPLETE";
+use manifest::{MANIFEST, Manifest};
+use retention::{Place, superseded};
+pub use saver::Saver;
+pub use share::share;
+
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
 const OCCURRENCES: &str = "occurrences.safetensors";
+const STATE: &str = "state.json";
+
+/// Ends the name of a folder that is being written.
+const ASIDE: &str = ".partial";
+
+/// Layout of the folder that this version writes and reads.
+const FORMAT: u32 = 2;
 
 /// Section `[checkpoint]` of a configuration. A checkpoint is written at the end of every day in any case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Also every so many steps; 0: only at the end of a day.
+    /// Also every so many steps; 0: not by steps.
     pub every_steps: usize,
+    /// Also when so many minutes have passed since the last; 0: not by time.
+    pub every_minutes: f64,
     /// How many of the newest are kept.
     pub keep_last: usize,
+    /// Also keep the last of every day.
+    pub keep_days: bool,
+    /// Also keep that of the day after which this metric was best; absent: not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_best: Option<Measure>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { every_steps: 0, keep_last: 2 }
+        Self { every_steps: 0, every_minutes: 0.0, keep_last: 2, keep_days: false, keep_best: None }
     }
 }
 
 /// Where in a run a checkpoint was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// The day being trained on.
     pub day: i64,
@@ -44,6 +78,13 @@ pub struct Position {
     pub day_steps: usize,
     /// Steps since the run began.
     pub global_step: usize,
+}
+
+impl Position {
+    /// Whether the day has been trained on to its end.
+    pub fn is_end_of_day(&self) -> bool {
+        self.day_step == self.day_steps
+    }
 }
 
 /// Everything about a checkpoint that is not a tensor.
@@ -57,19 +98,73 @@ pub struct State {
     pub position: Position,
     /// Steps that the optimizer has counted.
     pub optimizer_steps: i32,
+    /// Steps left out so far, as their gradients were not finite.
+    pub n_skipped: usize,
     /// Rows of the item table.
     pub n_items: i64,
+    /// Bytes of the run's `metrics.jsonl` until here.
+    pub log_bytes: u64,
+    /// What `checkpoint.keep_best` was after each day so far.
+    pub evaluated: BTreeMap<i64, f64>,
+    /// What the run's data files were, by day and part.
+    pub data: BTreeMap<String, String>,
     /// The resolved configuration.
     pub config: crate::config::Config,
 }
 
+impl State {
+    /// Of a run at its very beginning.
+    pub fn new(config: &crate::config::Config, n_items: i64, data: BTreeMap<String, String>) -> Self {
+        Self {
+            format: FORMAT,
+            bireme: env!("CARGO_PKG_VERSION").to_owned(),
+            position: Position::default(),
+            optimizer_steps: 0,
+            n_skipped: 0,
+            n_items,
+            log_bytes: 0,
+            evaluated: BTreeMap::new(),
+            data,
+            config: config.clone(),
+        }
+    }
+}
+
 /// Named tensors of a model and of its optimizer.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Tensors {
     /// What the model predicts with.
     pub weights: Vec<(String, Tensor)>,
     /// What only further training needs.
     pub optimizer: Vec<(String, Tensor)>,
+}
+
+/// A whole checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What is not a tensor.
+    pub state: State,
+    /// The model's and the optimizer's.
+    pub tensors: Tensors,
+    /// How often each item occurred in training so far, `[V]`.
+    pub occurrences: Vec<i64>,
+}
+
+impl Checkpoint {
+    /// Whether it is of a catalogue whose item table has `n_items` rows.
+    ///
+    /// # Errors
+    /// Says that it is not.
+    pub fn check_items(&self, n_items: i64) -> Result<(), CheckpointError> {
+        let counted = self.occurrences.len();
+        if counted as i64 == n_items {
+            return Ok(());
+        }
+        let problem = format!("it counts {counted} items, the schema has {n_items}");
+        Err(CheckpointError::Mismatch { path: self.path.clone(), problem })
+    }
 }
 
 /// What can go wrong with a checkpoint.
@@ -96,7 +191,7 @@ pub enum CheckpointError {
         source: tch::TchError,
     },
     /// The state is not what it should be.
-    #[error("`{path}` is not the state of a checkpoint")]
+    #[error("`{path}` is not the state of a checkpoint of this version")]
     State {
         /// The file.
         path: PathBuf,
@@ -104,8 +199,13 @@ pub enum CheckpointError {
         source: serde_json::Error,
     },
     /// No complete checkpoint.
-    #[error("`{0}` holds no complete checkpoint")]
-    None(PathBuf),
+    #[error("`{dir}` holds no complete checkpoint{}", skipped.iter().map(|s| format!("; {s}")).collect::<String>())]
+    None {
+        /// Where it was looked for.
+        dir: PathBuf,
+        /// The others there, and what is wrong with each.
+        skipped: Vec<String>,
+    },
     /// None of that name.
     #[error("`{dir}` holds no complete checkpoint `{name}`, only {have}")]
     Unknown {
@@ -124,22 +224,24 @@ pub enum CheckpointError {
         /// What differs.
         problem: String,
     },
+    /// The thread that writes could not be started, or panicked.
+    #[error("checkpoints cannot be written in the background: {0}")]
+    Background(String),
 }
 
 /// The checkpoints of a run.
+#[derive(Clone)]
 pub struct Checkpoints {
     dir: PathBuf,
-    keep_last: usize,
 }
 
 impl Checkpoints {
     /// Those under `run_dir`.
-    pub fn new(run_dir: &Path, keep_last: usize) -> Self {
-        Self { dir: run_dir.join("checkpoints"), keep_last: keep_last.max(1) }
+    pub fn of(run_dir: &Path) -> Self {
+        Self { dir: run_dir.join("checkpoints") }
     }
 
-    /// Writes one and then removes those that are no longer kept. Returns its folder. `occurrences`: of each item in
-    /// training so far, `[V]`.
+    /// Writes one and then removes those that are no longer kept.
     ///
     /// # Errors
     /// What the file system says; the earlier checkpoints are then still there.
@@ -149,10 +251,12 @@ impl Checkpoints {
         state: &State,
         tensors: &Tensors,
         occurrences: &[i64],
-    ) -> Result<PathBuf, CheckpointError> {
-        let Position { day, global_step, .. } = state.position;
-        let name = format!("day-{day:04}-step-{global_step:08}");
-        let (aside, path) = (self.dir.join(format!(".{name}.partial")), self.dir.join(name));
+    ) -> Result<(), CheckpointError> {
+        let place = (state.position.day, state.position.global_step);
+        let path = self.path(place);
+        let mut aside = path.clone().into_os_string();
+        aside.push(ASIDE);
+        let aside = PathBuf::from(aside);
         // A folder of that name is what an interrupted run left: complete or not, this one replaces it.
         for stale in [&aside, &path] {
             if stale.exists() {
@@ -160,69 +264,47 @@ impl Checkpoints {
             }
         }
         io_at("create", &aside, fs::create_dir_all(&aside))?;
-        let written = self.write_aside(&aside, state, tensors, occurrences);
+        let written = write_into(&aside, state, tensors, occurrences);
         if written.is_err() {
+            // What cannot be removed now was not worth more either.
             let _ = fs::remove_dir_all(&aside);
         }
         written?;
         io_at("rename", &aside, fs::rename(&aside, &path))?;
         sync(&self.dir)?;
-        let mark = path.join(COMPLETE);
-        io_at("create", &mark, File::create(&mark).and_then(|file| file.sync_all()))?;
-        sync(&path)?;
-        for superseded in superseded(&self.complete()?, self.keep_last) {
-            io_at("remove", superseded, fs::remove_dir_all(superseded))?;
+        let have: Vec<Place> = self.folders()?.into_iter().map(|(place, _)| place).collect();
+        for place in superseded(&have, &state.config.checkpoint, &state.evaluated) {
+            let path = self.path(place);
+            io_at("remove", &path, fs::remove_dir_all(&path))?;
         }
-        Ok(path)
+        Ok(())
     }
 
-    fn write_aside(
-        &self,
-        aside: &Path,
-        state: &State,
-        tensors: &Tensors,
-        occurrences: &[i64],
-    ) -> Result<(), CheckpointError> {
-        let occurrences = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
-        let files = [
-            ("weights.safetensors", &tensors.weights),
-            ("optimizer.safetensors", &tensors.optimizer),
-            (OCCURRENCES, &occurrences),
-        ];
-        for (file, named) in files {
-            let path = aside.join(file);
-            Tensor::write_safetensors(named, &path).map_err(|source| CheckpointError::Tensors {
-                action: "write",
-                path: path.clone(),
-                source,
-            })?;
-            sync(&path)?;
-        }
-        let path = aside.join("state.json");
-        let text = serde_json::to_string_pretty(state).expect("a state is JSON");
-        io_at("write", &path, fs::write(&path, text))?;
-        sync(&path)?;
-        sync(aside)
-    }
-
-    /// The newest complete one.
+    /// The newest complete one, and what is wrong with each newer one.
     ///
     /// # Errors
     /// There is none, or it cannot be read.
-    pub fn newest(&self) -> Result<(State, Tensors, PathBuf), CheckpointError> {
-        let path = self.complete()?.pop().ok_or_else(|| CheckpointError::None(self.dir.clone()))?;
-        Self::read(path)
+    pub fn newest(&self) -> Result<(Checkpoint, Vec<String>), CheckpointError> {
+        let mut skipped = Vec::new();
+        for (_, path) in self.folders()?.into_iter().rev() {
+            match Manifest::problem(&path) {
+                Some(problem) => skipped.push(format!("`{}`: {problem}", path.display())),
+                None => return Ok((read(path)?, skipped)),
+            }
+        }
+        Err(CheckpointError::None { dir: self.dir.clone(), skipped })
     }
 
     /// The complete one whose folder has this name.
     ///
     /// # Errors
     /// There is none, or it cannot be read.
-    pub fn named(&self, name: &str) -> Result<(State, Tensors, PathBuf), CheckpointError> {
-        let complete = self.complete()?;
+    pub fn named(&self, name: &str) -> Result<Checkpoint, CheckpointError> {
+        let complete = self.folders()?.into_iter().map(|(_, path)| path);
+        let complete: Vec<PathBuf> = complete.filter(|path| Manifest::problem(path).is_none()).collect();
         let is_named = |path: &PathBuf| path.file_name().is_some_and(|file| file == name);
         match complete.iter().find(|path| is_named(path)) {
-            Some(path) => Self::read(path.clone()),
+            Some(path) => read(path.clone()),
             None => {
                 let names = complete.iter().filter_map(|path| path.file_name());
                 let have = names.map(|name| format!("`{}`", name.display())).collect::<Vec<_>>().join(", ");
@@ -231,44 +313,84 @@ impl Checkpoints {
         }
     }
 
-    fn read(path: PathBuf) -> Result<(State, Tensors, PathBuf), CheckpointError> {
-        let state_path = path.join("state.json");
-        let text = io_at("read", &state_path, fs::read_to_string(&state_path))?;
-        let state: State = serde_json::from_str(&text)
-            .map_err(|source| CheckpointError::State { path: state_path.clone(), source })?;
-        let read = |file: &str| read_tensors(&path.join(file));
-        let tensors =
-            Tensors { weights: read("weights.safetensors")?, optimizer: read("optimizer.safetensors")? };
-        Ok((state, tensors, path))
+    /// Removes what a writer that was stopped has left half done.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn clear_partial(&self, _: Root) -> Result<(), CheckpointError> {
+        for path in self.entries()? {
+            if path.as_os_str().to_string_lossy().ends_with(ASIDE) {
+                io_at("remove", &path, fs::remove_dir_all(&path))?;
+            }
+        }
+        Ok(())
     }
 
-    /// The complete ones, oldest first.
-    fn complete(&self) -> Result<Vec<PathBuf>, CheckpointError> {
-        if !self.dir.exists() {
-            return Ok(Vec::new());
+    fn path(&self, (day, global_step): Place) -> PathBuf {
+        self.dir.join(format!("day-{day:04}-step-{global_step:08}"))
+    }
+
+    /// Folders with the name of a checkpoint, oldest first.
+    fn folders(&self) -> Result<Vec<(Place, PathBuf)>, CheckpointError> {
+        let place = |path: PathBuf| {
+            let (day, step) = path.file_name()?.to_str()?.strip_prefix("day-")?.split_once("-step-")?;
+            Some(((day.parse().ok()?, step.parse().ok()?), path))
+        };
+        let mut folders: Vec<_> = self.entries()?.into_iter().filter_map(place).collect();
+        folders.sort_unstable();
+        Ok(folders)
+    }
+
+    fn entries(&self) -> Result<Vec<PathBuf>, CheckpointError> {
+        match fs::read_dir(&self.dir) {
+            Ok(entries) => Ok(entries.filter_map(Result::ok).map(|entry| entry.path()).collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(source) => Err(CheckpointError::Io { action: "read", path: self.dir.clone(), source }),
         }
-        let entries = io_at("read", &self.dir, fs::read_dir(&self.dir))?;
-        let mut paths: Vec<PathBuf> =
-            entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.join(COMPLETE).exists()).collect();
-        paths.sort();
-        Ok(paths)
     }
 }
 
-/// How often each item occurred in what the run had been trained on by a checkpoint, `[V]`.
-///
-/// # Errors
-/// It cannot be read, or is of another catalogue than one of `n_items` rows.
-pub fn read_occurrences(checkpoint: &Path, n_items: i64) -> Result<Vec<i64>, CheckpointError> {
-    let path = checkpoint.join(OCCURRENCES);
-    let tensors = read_tensors(&path)?;
-    let found = tensors.into_iter().find(|(name, _)| name == "occurrences");
-    let occurrences = found.and_then(|(_, tensor)| Vec::<i64>::try_from(tensor).ok()).unwrap_or_default();
-    if occurrences.len() as i64 != n_items {
-        let problem = format!("it counts {} items, the schema has {n_items}", occurrences.len());
-        return Err(CheckpointError::Mismatch { path, problem });
+fn write_into(
+    folder: &Path,
+    state: &State,
+    tensors: &Tensors,
+    occurrences: &[i64],
+) -> Result<(), CheckpointError> {
+    let occurrences = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
+    for (file, named) in
+        [(WEIGHTS, &tensors.weights), (OPTIMIZER, &tensors.optimizer), (OCCURRENCES, &occurrences)]
+    {
+        let path = folder.join(file);
+        Tensor::write_safetensors(named, &path).map_err(|source| CheckpointError::Tensors {
+            action: "write",
+            path: path.clone(),
+            source,
+        })?;
+        sync(&path)?;
     }
-    Ok(occurrences)
+    write_json(&folder.join(STATE), state)?;
+    let path = folder.join(MANIFEST);
+    let manifest = Manifest::of(folder, &[WEIGHTS, OPTIMIZER, OCCURRENCES, STATE]);
+    write_json(&path, &io_at("write", &path, manifest)?)?;
+    sync(folder)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CheckpointError> {
+    let text = serde_json::to_string_pretty(value).expect("a state is JSON");
+    io_at("write", path, fs::write(path, text))?;
+    sync(path)
+}
+
+fn read(path: PathBuf) -> Result<Checkpoint, CheckpointError> {
+    let state_path = path.join(STATE);
+    let text = io_at("read", &state_path, fs::read_to_string(&state_path))?;
+    let state: State = serde_json::from_str(&text)
+        .map_err(|source| CheckpointError::State { path: state_path.clone(), source })?;
+    let tensors = |file: &str| read_tensors(&path.join(file));
+    let found = tensors(OCCURRENCES)?.into_iter().find(|(name, _)| name == "occurrences");
+    let occurrences = found.and_then(|(_, tensor)| Vec::try_from(tensor).ok()).unwrap_or_default();
+    let tensors = Tensors { weights: tensors(WEIGHTS)?, optimizer: tensors(OPTIMIZER)? };
+    Ok(Checkpoint { path, state, tensors, occurrences })
 }
 
 /// The named tensors of a safetensors file.
@@ -278,11 +400,6 @@ pub fn read_occurrences(checkpoint: &Path, n_items: i64) -> Result<Vec<i64>, Che
 pub fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointError> {
     let read = Tensor::read_safetensors(path);
     read.map_err(|source| CheckpointError::Tensors { action: "read", path: path.to_owned(), source })
-}
-
-/// Which of these, oldest first, are not among the last `keep_last`.
-fn superseded(complete: &[PathBuf], keep_last: usize) -> &[PathBuf] {
-    &complete[..complete.len().saturating_sub(keep_last)]
 }
 
 fn io_at<T>(action: &'static str, path: &Path, result: io::Result<T>) -> Result<T, CheckpointError> {

@@ -1,5 +1,7 @@
 //! The command line: one subcommand a stage.
 
+mod run_dir;
+
 use std::error::Error;
 use std::fs;
 use std::net::SocketAddr;
@@ -13,21 +15,24 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tch::Kind;
 
-use crate::collective::{self, Collective, CollectiveError, Root};
+use crate::checkpoint::{self, Position};
+use crate::collective::{self, Collective, CollectiveError, Reduce};
 use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
-use crate::device::{self, DeviceChoice};
+use crate::device::{self, DeviceChoice, seats};
 use crate::etl;
 use crate::export::{self, ExportError, Exported};
 use crate::recommend;
-use crate::report::runs::{CONFIG, RUN};
-use crate::report::{self, Report, compare, evaluations, runs};
+use crate::report::runs::CONFIG;
+use crate::report::{self, Report, compare, runs};
 use crate::synth::{self, SynthError, SynthOptions};
-use crate::train::{self, ImportedWeights, Place, RunData, TrainError, TrainedRun};
+use crate::train::{self, Ended, ImportedWeights, Place, RunData, Signals, TrainError, TrainedRun};
+
+use run_dir::{Opened, RunDirError, open_run, prepare_run_dir};
 
 /// Trains session-based recommenders on many GPUs.
 ///
-/// Exit codes: 0 done; 1 the run failed; 2 refused before starting.
+/// Exit codes: 0 done; 1 the run failed; 2 refused before starting; 3 stopped on request after a checkpoint.
 #[derive(Parser)]
 #[command(version)]
 pub struct Cli {
@@ -82,8 +87,16 @@ struct PreprocessArgs {
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     events: Vec<PathBuf>,
     /// The folder to write
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "extend")]
+    out: Option<PathBuf>,
+    /// Add the sessions of later days to this folder, which an earlier run wrote: ids stay and new values get those that
+    /// follow, means and deviations stay, sessions are made as before
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["out", "max_length", "min_length", "keep", "seed", "overwrite"]
+    )]
+    extend: Option<PathBuf>,
     /// Use the events of these days only: calendar days in UTC, 1 being that of the first event
     #[arg(long, value_name = "A..B", value_parser = parse_days)]
     days: Option<RangeInclusive<i64>>,
@@ -149,12 +162,26 @@ struct TrainArgs {
 struct TrainCommand {
     #[command(flatten)]
     run: TrainArgs,
+    /// What to do where RUN holds a run already
+    #[arg(long, value_enum, num_args = 0..=1, default_value_t, default_missing_value = "auto")]
+    resume: ResumeArg,
     /// At the end, export the run into this model repository, as `bireme export` does
     #[arg(long, value_name = "REPO")]
     export: Option<PathBuf>,
     /// With `--export`: the model's name
     #[arg(long, value_name = "NAME", default_value = "bireme", requires = "export")]
     export_name: String,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum ResumeArg {
+    /// Go on with it, if configuration and data are the same
+    #[default]
+    Auto,
+    /// Go on with it, though configuration or data are others
+    Anyway,
+    /// Refuse
+    Never,
 }
 
 impl TrainCommand {
@@ -502,6 +529,7 @@ fn synth(args: &SynthArgs) -> Result<(), Failure> {
 }
 
 fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
+    let out = args.extend.as_ref().or(args.out.as_ref()).expect("clap asks for one of them");
     let options = etl::Options {
         days: args.days.clone(),
         bad_rows: if args.skip_bad_rows { etl::BadRows::Skip } else { etl::BadRows::Refuse },
@@ -515,7 +543,8 @@ fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
             seed: args.seed,
         },
         overwrite: args.overwrite,
-        ..etl::Options::new(args.events.clone(), args.out.clone())
+        extend: args.extend.is_some(),
+        ..etl::Options::new(args.events.clone(), out.clone())
     };
     let report = etl::preprocess(&options, &mut report::progress).map_err(|error| Failure {
         exit_code: error.exit_code().into(),
@@ -547,6 +576,9 @@ impl Job {
         let place = agree(&*host, placed, |error| Some(error.hint()))?;
         let collective = collective::on_device(host, place.device)
             .map_err(|error| Failure::refused(&error, error.hint()))?;
+        if let Some(watch) = collective.watch() {
+            watch.set_limit(Duration::from_secs_f64(config.run.patience_seconds));
+        }
         Ok(Self { collective, config, place })
     }
 
@@ -560,14 +592,18 @@ impl Job {
         worked.map_err(|error| {
             let known_to_all = matches!(
                 &error,
-                TrainError::NotFinite { .. } | TrainError::Collective(CollectiveError::Rank { .. })
+                TrainError::NotFinite { .. }
+                    | TrainError::Desync { .. }
+                    | TrainError::Collective(CollectiveError::Rank { .. })
             );
             let message = explain(&error, None);
             if known_to_all || self.collective.world_size() == 1 {
                 let message = self.collective.root().map(|_| message);
                 return Failure { exit_code: 1, message };
             }
-            report::error(&format!("rank {}: {message}", self.collective.rank()));
+            let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
+            let host = collective::host_name();
+            report::error(&format!("rank {rank} of {world_size} on {host}: {message}"));
             self.collective.abort(1)
         })
     }
@@ -592,15 +628,30 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     let collective = &*job.collective;
     let world_size = collective.world_size();
     let data = agree(collective, RunData::open(&args.data, &job.config, world_size), |_| None)?;
+    agree(collective, data.compare_ranks(collective), |_| None)?;
     let run_dir = args.run_dir();
     let to_export = command.export_options();
     let exportable = to_export.as_ref().map_or(Ok(()), |options| export::check(options, &job.config));
     agree(collective, exportable, ExportError::hint)?;
-    let prepared = collective.root().map_or(Ok(()), |root| prepare_run_dir(root, &run_dir, args, &job));
-    agree(collective, prepared, |_| None)?;
-    let mut report = agree(collective, Report::open(collective.root(), &run_dir), |_| None)?;
-    for warning in &job.place.warnings {
+    let opened = collective.root().map(|root| open_run(root, command, &job, &data)).transpose();
+    let Opened { from, skipped, is_done } = agree(collective, opened, |_| None)?.unwrap_or_default();
+    let shared = |error: CollectiveError| Failure { exit_code: 1, message: Some(explain(&error, None)) };
+    let from = checkpoint::share(from, collective).map_err(shared)?;
+    let mut is_done = [u8::from(is_done)];
+    collective.reduce(&mut is_done, Reduce::Max).map_err(shared)?;
+    let n_bytes = from.as_ref().map_or(0, |from| from.state.log_bytes);
+    let mut report = agree(collective, Report::open(collective.root(), &run_dir, n_bytes), |_| None)?;
+    warn_of(&skipped);
+    if is_done == [1] {
+        report.say(&format!("`{}` holds this run, and it is done", run_dir.display()));
+        return export_on_root(collective, to_export);
+    }
+    let seats = seats::seats(&job.place, collective).map_err(shared)?;
+    for warning in job.place.warnings.iter().chain(&seats::warnings(&seats)) {
         report.say(&format!("warning: {warning}"));
+    }
+    if world_size > 1 {
+        seats::table(&seats).iter().for_each(|line| report.say(line));
     }
     report.say(&format!(
         "{}: ranks {world_size} ({}), device {}, threads a rank {}",
@@ -609,9 +660,29 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         job.place.device_name(),
         job.place.n_threads,
     ));
-    job.end(train::fit(&job.config, &data, &run_dir, job.place(), &mut report))?;
-    report.say(&format!("metrics, results and checkpoints are in `{}`", run_dir.display()));
-    match to_export {
+    if let Some(from) = &from {
+        let Position { day, day_step, day_steps, .. } = from.state.position;
+        let path = from.path.display();
+        report.say(&format!("going on from `{path}`: day {day}, {day_step} of {day_steps} steps done"));
+    }
+    let signals = agree(collective, Signals::listen(), |_| None)?;
+    let fitted = train::fit(&job.config, &data, &run_dir, job.place(), (&mut report, &signals), from);
+    match job.end(fitted)? {
+        Ended::Done => {
+            report.say(&format!("metrics, results and checkpoints are in `{}`", run_dir.display()));
+            export_on_root(collective, to_export)
+        }
+        Ended::Stopped(Position { day, day_step, .. }) => {
+            report.say(&format!(
+                "stopped on request after day {day}, step {day_step}: the same command goes on from there"
+            ));
+            Err(Failure { exit_code: 3, message: None })
+        }
+    }
+}
+
+fn export_on_root(collective: &dyn Collective, options: Option<export::Options>) -> Result<(), Failure> {
+    match options {
         Some(options) if collective.root().is_some() => write_export(&options),
         _ => Ok(()),
     }
@@ -622,13 +693,20 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
 }
 
 fn write_export(options: &export::Options) -> Result<(), Failure> {
-    let Exported { version, n_items } = export::export(options).map_err(|error: ExportError| Failure {
-        exit_code: error.exit_code(),
-        message: Some(explain(&error, error.hint())),
+    let Exported { version, n_items, skipped } = export::export(options).map_err(|error: ExportError| {
+        Failure { exit_code: error.exit_code(), message: Some(explain(&error, error.hint())) }
     })?;
+    warn_of(&skipped);
     let (name, out) = (&options.name, options.out.display());
     report::result(&format!("version {version} of `{name}`, {n_items} items, is in `{out}`"));
     Ok(())
+}
+
+/// Checkpoints that are not whole.
+fn warn_of(skipped: &[String]) {
+    for skipped in skipped {
+        report::progress(&format!("warning: a checkpoint that is not whole is left aside: {skipped}"));
+    }
 }
 
 fn serve(args: &ServeArgs) -> Result<(), Failure> {
@@ -693,6 +771,9 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
         None => opened,
     };
     let run = agree(collective, opened, |_| None)?;
+    if collective.root().is_some() {
+        warn_of(run.skipped());
+    }
     let file = run.evaluation_file(&args.run_dir);
     let taken = args.save && !args.overwrite && collective.root().is_some() && file.exists();
     agree(collective, if taken { Err(RunDirError::Evaluated(file)) } else { Ok(()) }, |_| None)?;
@@ -730,55 +811,5 @@ fn report(args: &ReportArgs) -> Result<(), Failure> {
         report::progress(&format!("warning: {warning}"));
     }
     report::result(&args.out.join(report::PAGE).display().to_string());
-    Ok(())
-}
-
-/// A run directory that cannot be used.
-#[derive(Debug, thiserror::Error)]
-enum RunDirError {
-    #[error("`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`")]
-    Taken(PathBuf),
-    #[error("`{0}` exists: replace it with `--overwrite`")]
-    Evaluated(PathBuf),
-    #[error("cannot write to the run directory `{path}`")]
-    Io { path: PathBuf, source: std::io::Error },
-    #[error(transparent)]
-    Workflow(#[from] etl::Error),
-}
-
-/// Makes the run directory and writes into it what runs: the resolved configuration, and with what and on what.
-fn prepare_run_dir(_: Root, run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
-    let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
-    fs::create_dir_all(run_dir).map_err(at)?;
-    let evaluations = evaluations::EVALUATIONS;
-    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations, export::DATA, "checkpoints"] {
-        let path = run_dir.join(left);
-        if path.exists() && !args.overwrite {
-            return Err(RunDirError::Taken(run_dir.to_owned()));
-        }
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
-    }
-    let run = serde_json::json!({
-        "bireme": env!("CARGO_PKG_VERSION"),
-        "libtorch": device::LIBTORCH,
-        "world_size": job.collective.world_size(),
-        "backend": job.collective.backend(),
-        "device": job.place.device_name(),
-        "threads_per_rank": job.place.n_threads,
-        "config": args.config,
-        "data": args.data,
-    });
-    fs::write(run_dir.join(CONFIG), job.config.to_toml()).map_err(at)?;
-    fs::write(run_dir.join(RUN), format!("{run:#}\n")).map_err(at)?;
-    // What serving needs of the data, so that a run is whole by itself.
-    let kept = run_dir.join(export::DATA);
-    fs::create_dir(&kept).map_err(at)?;
-    fs::copy(args.data.join(etl::SCHEMA), kept.join(etl::SCHEMA)).map_err(at)?;
-    let (workflow, copy) = (args.data.join(etl::WORKFLOW), kept.join(etl::WORKFLOW));
-    if workflow.is_dir() {
-        fs::create_dir(&copy).map_err(at)?;
-        etl::copy_without_visitors(&workflow, &copy)?;
-    }
     Ok(())
 }

@@ -22,6 +22,7 @@ pub mod mpi;
 pub mod nccl;
 pub mod solo;
 pub mod threads;
+pub mod watch;
 mod world;
 
 use std::error::Error;
@@ -31,6 +32,7 @@ use tch::kind::Element;
 
 use call::Call;
 pub use error::CollectiveError;
+use watch::Watch;
 pub use world::{join, on_device};
 
 /// How the values of all ranks become one. Sums of integers wrap; a NaN makes a minimum or maximum undefined.
@@ -81,8 +83,19 @@ pub trait Collective {
     /// *All ranks.* Returns when every rank has come here.
     fn barrier(&self) -> Result<(), CollectiveError>;
 
+    /// The clock on this rank's calls; none where no process could keep others waiting.
+    fn watch(&self) -> Option<&Watch> {
+        None
+    }
+
     /// Ends the whole job at once with exit code `code`, whatever the other ranks are doing.
     fn abort(&self, code: i32) -> !;
+}
+
+/// The name of this host.
+pub fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    name.map_or_else(|_| "unknown host".to_owned(), |name| name.trim().to_owned())
 }
 
 /// Held by rank 0 alone: work that one rank does for all takes a `Root`.

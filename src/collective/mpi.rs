@@ -1,22 +1,32 @@
 //! Ranks as processes: MPI moves tensors between host memories.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt::Debug;
 use std::io::Write;
 use std::panic::PanicHookInfo;
+use std::thread;
+use std::time::Duration;
 
 use mpi::datatype::Equivalence;
 use mpi::environment::{Universe, processor_name};
 use mpi::ffi;
 use mpi::topology::{Communicator, SimpleCommunicator};
-use mpi::traits::AsRaw;
+use mpi::traits::{AsRaw, CommunicatorCollectives};
 use tch::{Device, Kind, Tensor};
 
+use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce};
 
 /// Bytes in which a rank says what it came for; the longest call needs fewer.
 const WORDS_BYTES: usize = 96;
+
+/// Bytes of a host's name.
+const HOST_BYTES: usize = 64;
+
+/// Marks what a rank came for among other messages.
+const TAG: c_int = 1;
 
 /// Elements in one MPI call: MPI counts with a 32-bit integer.
 const MOST_ELEMENTS: usize = 1 << 30;
@@ -28,6 +38,9 @@ pub struct Mpi {
     local_rank: usize,
     local_size: usize,
     host: String,
+    watch: Watch,
+    /// On rank 0: what the ranks came for, [`WORDS_BYTES`] each. As long-lived as any receive into it.
+    inbox: RefCell<Vec<u8>>,
     most_elements: usize,
     // Freed before the universe ends, as fields drop in order.
     world: SimpleCommunicator,
@@ -48,12 +61,19 @@ impl Mpi {
         // SAFETY: the communicator lives in `world`; both handles are what MPI_Init has set up.
         unsafe { ffi::MPI_Comm_set_errhandler(world.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
         let shared = world.split_shared(world.rank());
+        let (rank, world_size) = (world.rank() as usize, world.size() as usize);
+        let host = processor_name().unwrap_or_else(|_| "unknown host".to_owned());
+        let mut hosts = vec![0_u8; HOST_BYTES * world_size];
+        world.all_gather_into(&padded::<HOST_BYTES>(&host)[..], &mut hosts[..]);
+        let hosts = hosts.chunks_exact(HOST_BYTES).map(|host| unpadded(host).to_owned()).collect();
         let mpi = Self {
-            rank: world.rank() as usize,
-            world_size: world.size() as usize,
+            rank,
+            world_size,
             local_rank: shared.rank() as usize,
             local_size: shared.size() as usize,
-            host: processor_name().unwrap_or_else(|_| "unknown host".to_owned()),
+            host,
+            watch: Watch::start(rank, hosts, end_late_job),
+            inbox: RefCell::new(vec![b' '; WORDS_BYTES * world_size]),
             most_elements: MOST_ELEMENTS,
             world,
             _universe: universe,
@@ -79,23 +99,77 @@ impl Mpi {
         Ok(())
     }
 
-    /// *All ranks.* Makes sure that all came to the same call. MPI itself does not: given unequal sizes, Open MPI
-    /// wrote past the end of the shorter buffer.
-    fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<(), CollectiveError> {
+    /// *All ranks.* Makes sure that all came to the same call, which is over when what this returns is dropped. MPI itself
+    /// does not: given unequal sizes, Open MPI wrote past the end of the shorter buffer. Rank 0 takes all that the ranks
+    /// came for, so that it knows who is missing, and tells it to all.
+    fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<Watched<'_>, CollectiveError> {
         let words = call.words(tensor, detail);
-        let mut mine = words.clone().into_bytes();
-        mine.resize(WORDS_BYTES, b' ');
-        let mut all = vec![0_u8; WORDS_BYTES * self.world_size];
+        let watched = self.watch.begin(words.clone());
+        let mine = padded::<WORDS_BYTES>(&words);
+        let mut inbox = self.inbox.borrow_mut();
+        if self.rank == 0 {
+            inbox[..WORDS_BYTES].copy_from_slice(&mine);
+            self.await_others(&mut inbox)?;
+        } else {
+            let (n, datatype) = (WORDS_BYTES as c_int, u8::equivalent_datatype().as_raw());
+            // SAFETY: `mine` holds `n` bytes; rank 0 receives as many.
+            let code =
+                unsafe { ffi::MPI_Send(mine.as_ptr().cast(), n, datatype, 0, TAG, self.world.as_raw()) };
+            self.done("MPI_Send", n, code)?;
+        }
+        let n = inbox.len();
+        let start = inbox.as_mut_ptr().cast();
+        self.broadcast_elements(
+            Buffer { start, element_bytes: 1, datatype: u8::equivalent_datatype().as_raw() },
+            0,
+            n,
+            0,
+        )?;
+        call.check_words(&words, inbox.chunks_exact(WORDS_BYTES).map(unpadded))?;
+        Ok(watched)
+    }
+
+    /// On rank 0: takes what every other rank came for.
+    fn await_others(&self, inbox: &mut [u8]) -> Result<(), CollectiveError> {
+        let mut missing: Vec<usize> = (1..self.world_size).collect();
         let (n, datatype) = (WORDS_BYTES as c_int, u8::equivalent_datatype().as_raw());
-        // SAFETY: `mine` and `all` hold `n` and `world_size * n` bytes, the same n on every rank.
-        let code = unsafe {
-            let (from, to) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
-            ffi::MPI_Allgather(from, n, datatype, to, n, datatype, self.world.as_raw())
-        };
-        self.done("MPI_Allgather", n, code)?;
-        let all =
-            all.chunks_exact(WORDS_BYTES).map(|words| str::from_utf8(words).unwrap_or_default().trim_end());
-        call.check_words(&words, all)
+        let mut requests = Vec::with_capacity(missing.len());
+        for &rank in &missing {
+            let slot = inbox[rank * WORDS_BYTES..].as_mut_ptr().cast();
+            // SAFETY: MPI initialises the request; the slot holds `n` bytes, nobody else touches it until the request is
+            // done, and it lives as long as `self`, also if this returns early.
+            let code = unsafe {
+                let mut request = ffi::RSMPI_REQUEST_NULL;
+                let code =
+                    ffi::MPI_Irecv(slot, n, datatype, rank as c_int, TAG, self.world.as_raw(), &mut request);
+                requests.push(request);
+                code
+            };
+            self.done("MPI_Irecv", n, code)?;
+        }
+        self.watch.set_missing(&missing);
+        let n_requests = requests.len();
+        let mut indices: Vec<c_int> = vec![0; n_requests];
+        let mut statuses = Vec::with_capacity(n_requests);
+        while !missing.is_empty() {
+            let mut n_done = 0;
+            // SAFETY: all four arrays have room for `n_requests`; finished requests become null ones, which MPI passes over.
+            let code = unsafe {
+                let (requests, indices) = (requests.as_mut_ptr(), indices.as_mut_ptr());
+                ffi::MPI_Testsome(n_requests as c_int, requests, &mut n_done, indices, statuses.as_mut_ptr())
+            };
+            self.done("MPI_Testsome", n, code)?;
+            match usize::try_from(n_done) {
+                Ok(n_done) if n_done > 0 => {
+                    let came = &indices[..n_done.min(n_requests)];
+                    missing.retain(|&rank| !came.contains(&(rank as c_int - 1)));
+                    self.watch.set_missing(&missing);
+                }
+                // Ranks that share this core may need it to come.
+                _ => thread::yield_now(),
+            }
+        }
+        Ok(())
     }
 
     /// First element and number of elements of each call for `n_elements`.
@@ -145,9 +219,20 @@ impl Mpi {
     }
 }
 
+/// The end of the job when a call lasts too long.
+fn end_late_job() -> ! {
+    // MPI may be stuck as well.
+    thread::spawn(|| {
+        thread::sleep(Duration::from_secs(10));
+        // SAFETY: ends the process without running anything of it.
+        unsafe { libc::_exit(1) }
+    });
+    abort(1)
+}
+
 /// The end of the job after a panic: dropping [`Mpi`] would wait for ranks that wait for this one.
 fn end_job(rank: &str, panic: &PanicHookInfo) {
-    let thread = std::thread::current();
+    let thread = thread::current();
     let thread = thread.name().unwrap_or("unnamed");
     let backtrace = Backtrace::capture();
     let backtrace = match backtrace.status() {
@@ -164,6 +249,17 @@ fn end_job(rank: &str, panic: &PanicHookInfo) {
 fn abort(code: i32) -> ! {
     let _ = std::io::stdout().flush();
     SimpleCommunicator::world().abort(code)
+}
+
+/// A text as all ranks exchange it: cut, or filled up with blanks.
+fn padded<const N: usize>(text: &str) -> [u8; N] {
+    let mut bytes = [b' '; N];
+    bytes.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    bytes
+}
+
+fn unpadded(bytes: &[u8]) -> &str {
+    str::from_utf8(bytes).unwrap_or_default().trim_end()
 }
 
 /// A checked tensor as MPI takes it.
@@ -228,7 +324,7 @@ impl Collective for Mpi {
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
         self.check_host(call, tensor)?;
-        self.meet(call, tensor, op)?;
+        let _call = self.meet(call, tensor, op)?;
         // MPI_IN_PLACE is a macro of the C header that rsmpi does not carry.
         let mine = call.snapshot(tensor)?;
         let (from, to) = (Buffer::of(&mine), Buffer::of(tensor));
@@ -247,7 +343,7 @@ impl Collective for Mpi {
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
         self.check_host(call, tensor)?;
-        self.meet(call, tensor, root)?;
+        let _call = self.meet(call, tensor, root)?;
         self.broadcast_elements(Buffer::of(tensor), 0, tensor.numel(), root)
     }
 
@@ -255,7 +351,7 @@ impl Collective for Mpi {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
         self.check_host(call, part)?;
-        self.meet(call, part, ())?;
+        let _call = self.meet(call, part, ())?;
         let n_elements = part.numel();
         if whole.numel() > self.most_elements {
             // Cuts of a part do not lie together in the whole, so every rank sends its part by itself.
@@ -278,7 +374,7 @@ impl Collective for Mpi {
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
         self.check_host(call, whole)?;
-        self.meet(call, whole, op)?;
+        let _call = self.meet(call, whole, op)?;
         let n_elements = part.numel();
         let (from, to, world) = (Buffer::of(whole), Buffer::of(part), self.world.as_raw());
         if whole.numel() > self.most_elements {
@@ -302,7 +398,11 @@ impl Collective for Mpi {
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.meet(Call::new("barrier", self), &Tensor::from_slice::<u8>(&[]), ())
+        self.meet(Call::new("barrier", self), &Tensor::from_slice::<u8>(&[]), ()).map(drop)
+    }
+
+    fn watch(&self) -> Option<&Watch> {
+        Some(&self.watch)
     }
 
     fn abort(&self, code: i32) -> ! {

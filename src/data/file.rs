@@ -1,6 +1,7 @@
 //! Rows of one session file, read column by column without going through another in-memory format.
 
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::DataType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::plan::spans_in_order;
 use super::{DataError, Features};
@@ -152,6 +154,23 @@ impl SessionFile {
     /// Sessions in each row group.
     pub fn group_rows(&self) -> &[usize] {
         &self.group_rows
+    }
+
+    /// What tells this file from another: its size, and a hash (xxh3) of its end, where parquet keeps the size and the
+    /// smallest and largest value of each part of a column.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn fingerprint(&self) -> Result<String, DataError> {
+        let read = || -> std::io::Result<String> {
+            let mut file = File::open(&self.path)?;
+            let n_bytes = file.metadata()?.len();
+            file.seek(SeekFrom::Start(n_bytes.saturating_sub(1 << 16)))?;
+            let mut end = Vec::new();
+            file.read_to_end(&mut end)?;
+            Ok(format!("{n_bytes}-{:016x}", xxh3_64(&end)))
+        };
+        read().map_err(|source| DataError::Open { path: self.path.clone(), source })
     }
 
     /// Reads the given rows of the given row groups, in this order.

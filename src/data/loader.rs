@@ -52,15 +52,22 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Starts reading the lanes that `rank` owns.
-    pub fn start(plan: &DayPlan, features: &Features, rank: usize, world_size: usize) -> Self {
+    /// Starts reading the lanes that `rank` owns, for the steps of the day from `first_step` on.
+    pub fn start(
+        plan: &DayPlan,
+        features: &Features,
+        (rank, world_size): (usize, usize),
+        first_step: usize,
+    ) -> Self {
         let (ready, steps) = sync_channel(READY_STEPS);
         let (plan, features) = (plan.clone(), features.clone());
         thread::spawn(move || {
             let n_steps = plan.n_steps();
             let group_rows = plan.window.group_rows();
             let steps_per_epoch = plan.steps_per_epoch();
-            for epoch in (0..plan.n_epochs).take_while(|epoch| epoch * steps_per_epoch < n_steps) {
+            let first_epoch = first_step.checked_div(steps_per_epoch).unwrap_or(0);
+            let epochs = (first_epoch..plan.n_epochs).take_while(|epoch| epoch * steps_per_epoch < n_steps);
+            for epoch in epochs {
                 let place = (plan.seed, plan.day, epoch);
                 let lanes = lanes_of_rank(&group_rows, plan.shape, place, (rank, world_size));
                 let sessions: Result<Vec<Sessions>, _> =
@@ -70,7 +77,8 @@ impl Loader {
                     // The receiver may be gone after an error of its own: then nobody is left to tell.
                     Err(error) => return drop(ready.send(Err(error))),
                 };
-                for step in 0..steps_per_epoch.min(n_steps - epoch * steps_per_epoch) {
+                let before = epoch * steps_per_epoch;
+                for step in first_step.saturating_sub(before)..steps_per_epoch.min(n_steps - before) {
                     let at = |stream, place: &[u64]| {
                         let place = [&[plan.day as u64, epoch as u64], place].concat();
                         derive_seed(plan.seed, stream, &place)

@@ -4,6 +4,8 @@
 //! at run time, where an NVIDIA driver is: libtorch looks for it once, at the first tensor or the first question for a
 //! GPU, so [`place`] comes before both.
 
+pub mod seats;
+
 use std::fs;
 use std::thread::available_parallelism;
 
@@ -79,10 +81,7 @@ pub fn place(
     let device = match choice {
         DeviceChoice::Cpu => Device::Cpu,
         DeviceChoice::Auto | DeviceChoice::Cuda => match find_gpus() {
-            Ok(n_gpus) => {
-                warnings.extend(shared_gpus(local_size, n_gpus));
-                Device::Cuda(local_rank % n_gpus)
-            }
+            Ok(n_gpus) => Device::Cuda(local_rank % n_gpus),
             Err(missing) if choice == DeviceChoice::Cuda => {
                 return Err(NoGpu { reason: missing.into_reason() });
             }
@@ -139,12 +138,6 @@ fn load(name: &str) -> Result<(), libloading::Error> {
     Ok(())
 }
 
-fn shared_gpus(local_size: usize, n_gpus: usize) -> Option<String> {
-    (local_size > n_gpus).then(|| {
-        format!("{local_size} ranks share the {n_gpus} GPU(s) of this host: NCCL refuses that unless told otherwise")
-    })
-}
-
 /// Threads for one of `local_size` ranks that may use `usable` of the host's `cores`.
 fn share_of_cores(usable: usize, cores: usize, local_size: usize) -> (usize, Option<String>) {
     // Fewer cores than ranks, on a host with more: the launcher has bound every rank to cores of its own.
@@ -179,12 +172,6 @@ mod tests {
         let (share, warning) = share_of_cores(1, 64, 2);
         assert_eq!(share, 1);
         assert!(warning.unwrap().starts_with("each rank is bound to 1 of this host's 64 cores"));
-    }
-
-    #[test]
-    fn more_ranks_than_gpus_are_worth_a_word() {
-        assert_eq!(shared_gpus(4, 4), None);
-        assert!(shared_gpus(2, 1).unwrap().starts_with("2 ranks share the 1 GPU(s)"));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
-use crate::checkpoint::{CheckpointError, Checkpoints, State, Tensors, read_occurrences};
+use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, State};
 use crate::config::{Config, ConfigError};
 use crate::data::{DataError, Features};
 use crate::etl::serving::{ModelColumn, Preprocessor, ServingSettings};
@@ -61,6 +61,8 @@ pub struct Exported {
     pub version: u64,
     /// Rows of the catalogue.
     pub n_items: i64,
+    /// Newer checkpoints that are not whole, and what is wrong with each.
+    pub skipped: Vec<String>,
 }
 
 /// Recommendations a session: unless asked for another number, and at most.
@@ -230,7 +232,7 @@ pub fn export(options: &Options) -> Result<Exported, ExportError> {
     fs::write(&path, format!("See {}/{version}/{}\n", names.ensemble, manifest::FILE))
         .map_err(io("write", &path))?;
     publish(aside.path(), &options.out, &configs, version).map_err(io("write", &options.out))?;
-    Ok(Exported { version, n_items })
+    Ok(Exported { version, n_items, skipped: run.skipped })
 }
 
 fn checked_names(name: &str) -> Result<Names, ExportError> {
@@ -286,6 +288,7 @@ struct Run {
     config: Config,
     state: State,
     checkpoint: PathBuf,
+    skipped: Vec<String>,
     network: Network,
     features: Features,
     occurrences: Vec<i64>,
@@ -308,11 +311,13 @@ impl Run {
         }
         let features = Features::select(&Schema::read(data.join(SCHEMA))?, &config.data.features)?;
         let workflow = Workflow::load(&workflow_dir)?;
-        let checkpoints = Checkpoints::new(dir, 1);
-        let (state, Tensors { weights, .. }, checkpoint) = match &options.checkpoint {
-            Some(name) => checkpoints.named(name)?,
+        let checkpoints = Checkpoints::of(dir);
+        let (checkpoint, skipped) = match &options.checkpoint {
+            Some(name) => (checkpoints.named(name)?, Vec::new()),
             None => checkpoints.newest()?,
         };
+        checkpoint.check_items(features.n_items())?;
+        let Checkpoint { path: checkpoint, state, tensors, occurrences } = checkpoint;
         let mismatch = |path: &Path| {
             let path = path.to_owned();
             move |problem| ExportError::Mismatch { path, problem }
@@ -320,9 +325,8 @@ impl Run {
         let (max_length, seed) = (config.data.max_length, (config.run.seed, Device::Cpu));
         let mut network = Network::new(&neural, &features, max_length, seed).map_err(mismatch(dir))?;
         let values = network.parameters().values();
-        network.parameters().assign(&values, &weights).map_err(mismatch(&checkpoint))?;
+        network.parameters().assign(&values, &tensors.weights, &[]).map_err(mismatch(&checkpoint))?;
         network.serve_with_tables_in(options.tables);
-        let occurrences = read_occurrences(&checkpoint, features.n_items())?;
         let products = workflow.vocabulary(Coded::Product);
         if products.cardinality() as i64 != features.n_items() {
             let problem =
@@ -340,6 +344,7 @@ impl Run {
             dir: dir.clone(),
             state,
             checkpoint,
+            skipped,
             network,
             occurrences,
             workflow,

@@ -8,6 +8,7 @@
 //! The catalogue coverage at K is the share of the items that may be recommended that are among the K best of at
 //! least one session: 1 for a model that finds a use for every item, near 0 for one that always says the same.
 
+mod measure;
 mod outcomes;
 mod ranking;
 
@@ -18,6 +19,7 @@ use crate::collective::{Collective, CollectiveError, Reduce};
 use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
 use crate::model::Recommender;
 
+pub use measure::Measure;
 use outcomes::Outcomes;
 pub use outcomes::{Outcome, deciles};
 pub(crate) use ranking::FIRST_ITEM;

@@ -121,8 +121,10 @@ impl Counts {
         };
         let n_items = self.items.len();
         let of_each_item = |name: &str| {
-            let counts = numbers(name)?;
-            if counts.len() == n_items {
+            let mut counts = numbers(name)?;
+            // A catalogue may have grown since.
+            if counts.len() <= n_items {
+                counts.resize(n_items, 0);
                 return Ok(counts);
             }
             Err(format!("`{name}` counts {} items, the schema has {n_items}", counts.len()))

@@ -114,14 +114,30 @@ impl View {
 pub struct Parameters {
     views: Vec<View>,
     values: Tensor,
-    /// Gradients, and behind them the loss and the number of targets: see [`Parameters::reduced`].
+    /// Gradients, and behind them what travels with them: see [`Parameters::reduced`].
     gradients: Tensor,
     /// One leaf a view, sharing memory with `values`.
     leaves: Vec<Tensor>,
 }
 
-/// Numbers that travel with the gradients: the summed loss and the number of targets.
-const TAIL: i64 = 2;
+/// Copies `from` into `to`, which must be as large, or may have more rows if it `may_grow`.
+///
+/// # Errors
+/// Says what `name` is and should be.
+pub fn copy_rows(name: &str, from: &Tensor, to: &Tensor, may_grow: bool) -> Result<(), String> {
+    let (size, wanted) = (from.size(), to.size());
+    let is_grown = may_grow && size.len() == wanted.len() && size[1..] == wanted[1..] && size[0] < wanted[0];
+    if size != wanted && !is_grown {
+        return Err(format!("parameter `{name}` has the shape {size:?}, the model's is {wanted:?}"));
+    }
+    let mut rows = if is_grown { to.narrow(0, 0, size[0]) } else { to.shallow_clone() };
+    tch::no_grad(|| rows.copy_(from));
+    Ok(())
+}
+
+/// Numbers that travel with the gradients: the summed loss, the number of targets, and how many ranks were asked to stop
+/// and to save.
+const TAIL: i64 = 4;
 
 impl Parameters {
     /// Lays the given tensors out one after the other.
@@ -166,12 +182,12 @@ impl Parameters {
         self.gradients.narrow(0, 0, self.len())
     }
 
-    /// What the ranks sum after a backward pass: `[gradients, loss, n_targets]`.
+    /// What the ranks sum after a backward pass: `[gradients, loss, n_targets, n_stop, n_save]`.
     pub fn reduced(&self) -> Tensor {
         self.gradients.shallow_clone()
     }
 
-    /// The summed loss and the number of targets, `[2]`.
+    /// `[loss, n_targets, n_stop, n_save]`: `[4]`.
     pub fn tail(&self) -> Tensor {
         self.gradients.narrow(0, self.len(), TAIL)
     }
@@ -213,11 +229,12 @@ impl Parameters {
         self.views.iter().filter(inside).map(named).collect()
     }
 
-    /// Copies named tensors into a flat tensor as long as [`Parameters::values`].
+    /// Copies named tensors into a flat tensor as long as [`Parameters::values`]. Those of `growing` may have fewer rows; what
+    /// is behind these stays.
     ///
     /// # Errors
     /// Names the first parameter that is missing, unknown or of another shape.
-    pub fn assign(&self, flat: &Tensor, named: &[(String, Tensor)]) -> Result<(), String> {
+    pub fn assign(&self, flat: &Tensor, named: &[(String, Tensor)], growing: &[View]) -> Result<(), String> {
         if let Some((name, _)) =
             named.iter().find(|(name, _)| self.views.iter().all(|view| view.name != *name))
         {
@@ -228,15 +245,7 @@ impl Parameters {
                 .iter()
                 .find(|(name, _)| *name == view.name)
                 .ok_or_else(|| format!("parameter `{}` is missing", view.name))?;
-            if tensor.size() != view.shape {
-                return Err(format!(
-                    "parameter `{}` has the shape {:?}, the model's is {:?}",
-                    view.name,
-                    tensor.size(),
-                    view.shape
-                ));
-            }
-            tch::no_grad(|| view.of(flat).copy_(tensor));
+            copy_rows(&view.name, tensor, &view.of(flat), growing.contains(view))?;
         }
         Ok(())
     }

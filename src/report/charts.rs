@@ -14,8 +14,9 @@ use plotters::prelude::*;
 use plotters::style::register_font;
 
 use super::bootstrap::Estimate;
-use super::compare::{Comparison, Group, Measure};
+use super::compare::{Comparison, Group};
 use crate::data::Split;
+use crate::metrics::Measure;
 
 /// Drawn pixels for one of the size that a picture is seen at.
 const SCALE: i32 = 4;

@@ -9,66 +9,13 @@ use super::bootstrap::{CONFIDENCE, Estimate, bootstrap};
 use super::evaluations::Facts;
 use super::runs::{Run, Step, TrainedDay};
 use crate::data::Split;
-use crate::metrics::{K_MAX, Metrics, Outcome, Tally, rank_bin};
+use crate::metrics::{K_MAX, Measure, Outcome, Tally, rank_bin};
 
 /// Points of a learning curve at most; of more steps neighbours are averaged.
 const MAX_CURVE_POINTS: usize = 400;
 
 /// Events known of a session, from and to, by which sessions are grouped.
 const LENGTHS: [(i64, i64); 6] = [(1, 1), (2, 2), (3, 3), (4, 5), (6, 10), (11, i64::MAX)];
-
-/// A metric of a report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Measure {
-    /// NDCG@10.
-    NdcgAt10,
-    /// NDCG@20.
-    NdcgAt20,
-    /// Recall@10.
-    RecallAt10,
-    /// Recall@20.
-    RecallAt20,
-    /// MRR@20.
-    MrrAt20,
-}
-
-impl Measure {
-    /// All of them, in the order of tables.
-    pub const ALL: [Self; 5] =
-        [Self::NdcgAt10, Self::NdcgAt20, Self::RecallAt10, Self::RecallAt20, Self::MrrAt20];
-
-    /// Its name in JSON, as in `metrics.jsonl`.
-    pub fn key(self) -> &'static str {
-        match self {
-            Self::NdcgAt10 => "ndcg_at_10",
-            Self::NdcgAt20 => "ndcg_at_20",
-            Self::RecallAt10 => "recall_at_10",
-            Self::RecallAt20 => "recall_at_20",
-            Self::MrrAt20 => "mrr_at_20",
-        }
-    }
-
-    /// Its name for people.
-    pub fn title(self) -> &'static str {
-        match self {
-            Self::NdcgAt10 => "NDCG@10",
-            Self::NdcgAt20 => "NDCG@20",
-            Self::RecallAt10 => "Recall@10",
-            Self::RecallAt20 => "Recall@20",
-            Self::MrrAt20 => "MRR@20",
-        }
-    }
-
-    fn of(self, metrics: &Metrics) -> f64 {
-        match self {
-            Self::NdcgAt10 => metrics.ndcg_at_10,
-            Self::NdcgAt20 => metrics.ndcg_at_20,
-            Self::RecallAt10 => metrics.recall_at_10,
-            Self::RecallAt20 => metrics.recall_at_20,
-            Self::MrrAt20 => metrics.mrr_at_20,
-        }
-    }
-}
 
 /// An estimate of each [`Measure`].
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -66,6 +66,26 @@ pub enum Record {
         /// Sessions of all ranks a second.
         sessions_per_s: f64,
     },
+    /// A step whose loss or gradient was not finite, and which was left out.
+    Skipped {
+        /// The day trained on.
+        day: i64,
+        /// The step of the day, from 1.
+        step: usize,
+        /// Its mean loss.
+        loss: f64,
+        /// Norm of its gradient.
+        norm: f64,
+    },
+    /// A checkpoint was begun.
+    Checkpoint {
+        /// The day trained on.
+        day: i64,
+        /// Steps of the day that are done.
+        step: usize,
+        /// How long training waited for it.
+        waited_seconds: f64,
+    },
     /// After every day.
     Eval {
         /// The day trained on last.
@@ -101,28 +121,47 @@ struct RootReport {
     path: PathBuf,
     records: File,
     bar: Option<ProgressBar>,
-    /// When the day began, and its steps.
-    day: (Instant, usize),
+    /// When the day began here, the steps done then, and all its steps.
+    day: (Instant, usize, usize),
 }
 
 impl Report {
-    /// Opens `run_dir/metrics.jsonl` on the root; silent elsewhere.
+    /// Opens `run_dir/metrics.jsonl` on the root and leaves the first `n_bytes` of it; silent elsewhere.
     ///
     /// # Errors
-    /// The file cannot be opened.
-    pub fn open(root: Option<Root>, run_dir: &Path) -> Result<Self, ReportError> {
+    /// The file cannot be opened, or is shorter.
+    pub fn open(root: Option<Root>, run_dir: &Path, n_bytes: u64) -> Result<Self, ReportError> {
         let Some(_) = root else { return Ok(Self { root: None }) };
         let path = run_dir.join(METRICS);
-        let records = OpenOptions::new().create(true).append(true).open(&path);
-        let records = records.map_err(|source| ReportError { path: path.clone(), source })?;
-        Ok(Self { root: Some(RootReport { path, records, bar: None, day: (Instant::now(), 0) }) })
+        let open = || {
+            let records = OpenOptions::new().create(true).append(true).open(&path)?;
+            if records.metadata()?.len() < n_bytes {
+                let problem = format!("the checkpoint was written after {n_bytes} bytes of it, it has fewer");
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, problem));
+            }
+            records.set_len(n_bytes).map(|()| records)
+        };
+        let records = open().map_err(|source| ReportError { path: path.clone(), source })?;
+        Ok(Self { root: Some(RootReport { path, records, bar: None, day: (Instant::now(), 0, 0) }) })
     }
 
-    /// A day of `n_steps` steps begins.
-    pub fn begin_day(&mut self, day: i64, n_steps: usize, n_sessions: usize) {
-        self.say(&format!("day {day}: {n_sessions} sessions, {n_steps} steps"));
+    /// Forces the records to disk, and returns how many bytes they are; 0 where there are none.
+    ///
+    /// # Errors
+    /// The disk is full, say.
+    pub fn sync(&self) -> Result<u64, ReportError> {
+        let Some(root) = &self.root else { return Ok(0) };
+        let synced = root.records.sync_all().and_then(|()| root.records.metadata());
+        let metadata = synced.map_err(|source| ReportError { path: root.path.clone(), source })?;
+        Ok(metadata.len())
+    }
+
+    /// A day begins, of whose `n_steps` steps `n_done` are done.
+    pub fn begin_day(&mut self, day: i64, (n_done, n_steps): (usize, usize), n_sessions: usize) {
+        let done = if n_done > 0 { format!(", {n_done} of them done") } else { String::new() };
+        self.say(&format!("day {day}: {n_sessions} sessions, {n_steps} steps{done}"));
         let Some(root) = &mut self.root else { return };
-        root.day = (Instant::now(), n_steps);
+        root.day = (Instant::now(), n_done, n_steps);
         if io::stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
             let style =
@@ -131,6 +170,8 @@ impl Report {
             bar.set_style(style);
             bar.set_prefix(day.to_string());
             bar.enable_steady_tick(Duration::from_secs(1));
+            bar.set_position(n_done as u64);
+            bar.reset_eta();
             root.bar = Some(bar);
         }
     }
@@ -165,8 +206,9 @@ impl Report {
                 if let Some(bar) = &root.bar {
                     bar.set_message(figures);
                 } else {
-                    let (begun, n_steps) = root.day;
-                    let left = begun.elapsed().as_secs_f64() / *step as f64 * (n_steps - step) as f64;
+                    let (begun, n_before, n_steps) = root.day;
+                    let seconds_a_step = begun.elapsed().as_secs_f64() / (step - n_before) as f64;
+                    let left = seconds_a_step * (n_steps - step) as f64;
                     self.say(&format!(
                         "day {day}  epoch {epoch}  step {step:5}  {figures}  {left:5.0} s left"
                     ));
@@ -177,6 +219,12 @@ impl Report {
                     "day {day}: trained on {n_sessions} sessions in {seconds:.1} s, {sessions_per_s:.0} sessions/s"
                 ));
             }
+            Record::Skipped { day, step, loss, norm } => {
+                self.say(&format!(
+                    "day {day}  step {step:5}  left out: loss {loss}, norm of its gradient {norm}"
+                ));
+            }
+            Record::Checkpoint { .. } => {}
             Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds } => {
                 self.say(&format!(
                     "after day {train_day}, on day {eval_day} ({}): {}  coverage@20 {coverage_at_20:.4}  {seconds:.1} s",

@@ -3,9 +3,9 @@
 use std::fmt::Write;
 
 use super::charts::Chart;
-use super::compare::{Comparison, Measure};
+use super::compare::Comparison;
 use super::tables::{self, Table};
-use crate::metrics::Metrics;
+use crate::metrics::{Measure, Metrics};
 
 const TITLE: &str = "Comparison of runs";
 

@@ -1,7 +1,8 @@
 //! Figures as tables of text, for every page alike.
 
 use super::bootstrap::Estimate;
-use super::compare::{Comparison, EvaluatedPart, Figures, Group, Measure};
+use super::compare::{Comparison, EvaluatedPart, Figures, Group};
+use crate::metrics::Measure;
 
 /// A table; its first column names its rows.
 pub(super) struct Table {

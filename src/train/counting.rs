@@ -1,9 +1,11 @@
 //! Learning by counting, over the same days.
 
+use std::ops::ControlFlow;
+
 use tch::Tensor;
 
 use super::{Day, Learner, TrainError};
-use crate::checkpoint::Tensors;
+use crate::checkpoint::{Checkpoint, Tensors};
 use crate::model::{Counts, Recommender};
 
 /// Counts that grow day by day.
@@ -19,11 +21,11 @@ impl Learner for CountLearner {
     }
 
     /// Each session counts once, whatever the epochs and steps of the configuration.
-    fn learn_day(&mut self, day: &mut Day<'_>) -> Result<(), TrainError> {
+    fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
         let file = day.plan.window.today();
         let sessions = file.read(&file.spans(0..file.n_sessions()))?;
         self.0.add_day((0..sessions.len()).map(|row| sessions.ids(0, row)));
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     }
 
     fn tensors(&self) -> Tensors {
@@ -36,5 +38,9 @@ impl Learner for CountLearner {
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
         self.0.load(weights)
+    }
+
+    fn go_on(&mut self, from: &Checkpoint) -> Result<(), String> {
+        self.load_weights(&from.tensors.weights)
     }
 }

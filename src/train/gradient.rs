@@ -1,14 +1,18 @@
 //! Learning by gradients: the step that one rank and many, CPU and GPU share.
 
-use tch::{Device, Tensor};
+use std::ops::ControlFlow;
 
+use tch::{Device, Kind, Tensor};
+
+use super::fault::{self, Fault};
 use super::reduction::{ExactSum, Reduction};
-use super::{Day, Learner, TrainError};
-use crate::checkpoint::Tensors;
+use super::{Day, Learner, NonFinite, Status, TrainError};
+use crate::checkpoint::{Checkpoint, Tensors};
 use crate::collective::Reduce;
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
 use crate::model::head::{Rivals, Sampler};
+use crate::model::parameters::copy_rows;
 use crate::model::{LossConfig, LossSum, Network, Neural, Recommender};
 use crate::optim::{Optimizer, average_and_clip};
 
@@ -16,6 +20,7 @@ use crate::optim::{Optimizer, average_and_clip};
 pub(super) struct GradientLearner {
     network: Network,
     optimizer: Optimizer,
+    fault: Option<Fault>,
 }
 
 impl GradientLearner {
@@ -29,30 +34,38 @@ impl GradientLearner {
         let rates = (config.train.learning_rate, config.train.weight_decay);
         let values = network.parameters().values();
         let optimizer = Optimizer::new(&values, network.tables(), config.train.tables, rates);
-        Ok(Self { network, optimizer })
+        Ok(Self { network, optimizer, fault: Fault::planted() })
     }
 
-    /// *All ranks.* One step: gradients of this rank's micro-batches, summed over ranks, averaged over all
-    /// targets, clipped, applied. Returns the summed loss and number of targets of the global batch, `[2]`.
+    /// *All ranks.* One step: gradients of this rank's micro-batches, summed over ranks, averaged over all targets,
+    /// clipped, applied.
     fn train_step(
         &mut self,
         passes: &[Batch],
         day: &Day<'_>,
         rivals: &Rivals,
         share: f64,
-    ) -> Result<Tensor, TrainError> {
+    ) -> Result<Status, TrainError> {
         let config = &day.config.train;
+        let device = day.place.device;
         let mut exact = match day.config.run.reduction {
             Reduction::Fast => None,
             Reduction::Reproducible => Some(ExactSum::new(&self.network.parameters().reduced())),
         };
         self.network.parameters_mut().zero_gradients();
+        let own_loss = Tensor::zeros([1], (Kind::Float, device));
+        // Told once in a step, with its first pass.
+        let mut wishes =
+            [day.signals.stop(), day.signals.take_save()].map(|asked| f64::from(u8::from(asked)));
         for batch in passes {
             let mut noise = Noise::new(batch, day.config.data.max_length);
             let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals);
+            let _ = own_loss.shallow_clone().g_add_(&loss);
+            let [stop, save] = std::mem::take(&mut wishes);
+            let counts = Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]).to_device(device);
             let parameters = self.network.parameters_mut();
             let mut tail = parameters.tail();
-            tail += Tensor::stack(&[loss, Tensor::from(n_targets as f64).to_device(day.place.device)], 0);
+            tail += Tensor::cat(&[loss.view([1]), counts], 0);
             if let Some(exact) = &mut exact {
                 exact.add(&parameters.reduced());
                 parameters.zero_gradients();
@@ -61,15 +74,52 @@ impl GradientLearner {
 
         let parameters = self.network.parameters_mut();
         let mut sums = parameters.reduced();
+        let fault =
+            self.fault.as_ref().and_then(|fault| fault.strike(day.rank(), day.state.position.global_step));
+        if fault == Some(fault::Kind::Nan) {
+            let _ = own_loss.shallow_clone().fill_(f64::NAN);
+            let _ = sums.fill_(f64::NAN);
+            exact = exact.map(|mut exact| {
+                exact.add(&sums);
+                exact
+            });
+        }
         match exact {
             None => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
             Some(exact) => sums.copy_(&exact.all_reduce(day.place.collective)?),
         }
         let tail = parameters.tail();
         let gradients = parameters.gradients();
-        let (scale, _) = average_and_clip(&gradients, &tail.get(1), config.clip_norm);
-        self.optimizer.step(&parameters.values(), &gradients, &scale, share);
-        Ok(tail)
+        let (scale, norm) = average_and_clip(&gradients, &tail.get(1), config.clip_norm);
+        let status = Status::new(&tail, &norm, &own_loss);
+        if config.non_finite == NonFinite::Stop || status.read().is_finite() {
+            self.optimizer.step(&parameters.values(), &gradients, &scale, share);
+        }
+        if fault == Some(fault::Kind::Desync) {
+            let _ = parameters.values().get(7).g_add_scalar_(1e-3);
+        }
+        Ok(status)
+    }
+
+    /// *All ranks.* Whether all have the same weights to the last bit.
+    fn compare_ranks(&self, day: &Day<'_>, n_done: usize) -> Result<(), TrainError> {
+        let bits = self.network.parameters().values().view_dtype(Kind::Int).to_kind(Kind::Int64);
+        let sums = [bits.sum(Kind::Int64), (&bits * &bits).sum(Kind::Int64)];
+        let mine = sums.map(|sum| sum.int64_value(&[]));
+        let all = day.place.collective.gather(&mine)?;
+        let all: Vec<&[i64]> = all.chunks_exact(2).collect();
+        let n_like = |sums: &[i64]| all.iter().filter(|other| **other == sums).count();
+        // Of two groups that are equally large, that of the lowest rank is taken for the right one.
+        let most = all.iter().map(|sums| n_like(sums)).max().unwrap_or(0);
+        let right = all.iter().find(|sums| n_like(sums) == most).copied().unwrap_or_default();
+        if most == all.len() {
+            return Ok(());
+        }
+        let hosts = day.place.collective.gather_bytes(crate::collective::host_name().as_bytes())?;
+        let differing = (0..all.len()).filter(|&rank| all[rank] != right);
+        let ranks = differing.map(|rank| (rank, String::from_utf8_lossy(&hosts[rank]).into_owned()));
+        let is_tie = 2 * most <= all.len();
+        Err(TrainError::Desync { day: day.plan.day, step: n_done, ranks: ranks.collect(), is_tie })
     }
 }
 
@@ -78,10 +128,12 @@ impl Learner for GradientLearner {
         &self.network
     }
 
-    fn learn_day(&mut self, day: &mut Day<'_>) -> Result<(), TrainError> {
+    fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
-        let steps = Loader::start(&day.plan, day.features, collective.rank(), collective.world_size());
+        let mut n_done = day.state.position.day_step;
+        let ranks = (collective.rank(), collective.world_size());
+        let steps = Loader::start(&day.plan, day.features, ranks, n_done);
         let train = &day.config.train;
         let rivals: Box<dyn Fn(u64) -> Rivals> = match train.loss {
             LossConfig::Softmax { label_smoothing } => {
@@ -93,21 +145,27 @@ impl Learner for GradientLearner {
                 Box::new(move |step_seed| sampler.draw(step_seed))
             }
         };
-        let mut n_done = 0;
         for passes in steps {
+            if let Some(watch) = collective.watch() {
+                watch.at(day.plan.day, n_done + 1);
+            }
             let passes: Vec<Batch> = passes?.iter().map(|batch| batch.to_device(day.place.device)).collect();
             let share = train.schedule.share(n_done, n_steps);
             // All micro-batches of a step have its seed, and every rank owns one at least.
-            let sums = self.train_step(&passes, day, &rivals(passes[0].step_seed), share)?;
-            let lr = train.learning_rate * share;
-            let mean = || sums.double_value(&[0]) / sums.double_value(&[1]);
-            day.step_done(self, n_done, lr, mean)?;
+            let status = self.train_step(&passes, day, &rivals(passes[0].step_seed), share)?;
             n_done += 1;
+            let every = day.config.run.compare_ranks_every;
+            if every > 0 && (day.state.position.global_step + 1).is_multiple_of(every) {
+                self.compare_ranks(day, n_done)?;
+            }
+            if day.step_done(self, train.learning_rate * share, &status)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
         }
         if n_done < n_steps {
             return Err(TrainError::LoaderEnded { day: day.plan.day, n_done, n_steps });
         }
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     }
 
     fn tensors(&self) -> Tensors {
@@ -125,6 +183,24 @@ impl Learner for GradientLearner {
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
         let parameters = self.network.parameters();
-        parameters.assign(&parameters.values(), weights)
+        parameters.assign(&parameters.values(), weights, &[])
+    }
+
+    fn go_on(&mut self, from: &Checkpoint) -> Result<(), String> {
+        let parameters = self.network.parameters();
+        // A catalogue may have grown: its new rows are as they were made, without a past.
+        let tables = self.network.tables();
+        parameters.assign(&parameters.values(), &from.tensors.weights, tables)?;
+        for (of, first, flat) in self.optimizer.state() {
+            for (name, tensor) in parameters.named_from(flat, first) {
+                let may_grow = tables.iter().any(|table| table.name == name);
+                let name = format!("{of}.{name}");
+                let saved = from.tensors.optimizer.iter().find(|(other, _)| *other == name);
+                let (_, saved) = saved.ok_or_else(|| format!("`{name}` is missing"))?;
+                copy_rows(&name, saved, &tensor, may_grow)?;
+            }
+        }
+        self.optimizer.set_n_steps(from.state.optimizer_steps);
+        Ok(())
     }
 }

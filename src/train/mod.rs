@@ -1,19 +1,22 @@
 //! The day loop: train on day t, evaluate on day t + 1.
 
 mod counting;
+mod fault;
 mod gradient;
 mod reduction;
+mod signals;
 mod trained;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Tensor};
 
-use crate::checkpoint::{CheckpointError, Checkpoints, Position, State, Tensors};
+use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, Saver, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
@@ -26,6 +29,7 @@ use crate::report::{Record, Report, ReportError, write_results};
 use counting::CountLearner;
 use gradient::GradientLearner;
 pub use reduction::Reduction;
+pub use signals::Signals;
 use trained::EvaluationTask;
 pub use trained::{ImportedWeights, TrainedRun};
 
@@ -54,6 +58,8 @@ pub struct Config {
     /// At most so many steps a day; absent: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps_per_day: Option<usize>,
+    /// What becomes of a step whose loss or gradient is not finite.
+    pub non_finite: NonFinite,
     /// Steps between two records.
     pub log_every_steps: usize,
     /// Memory for logits, in MiB: the softmax is computed for as many targets at a time as this holds.
@@ -73,10 +79,25 @@ impl Default for Config {
             weight_decay: 0.0,
             clip_norm: 1.0,
             max_steps_per_day: None,
+            non_finite: NonFinite::default(),
             log_every_steps: 10,
             logits_mib: 64,
         }
     }
+}
+
+/// `train.non_finite`: what becomes of a step whose loss or gradient is NaN or infinite, on all ranks alike.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum NonFinite {
+    /// The run ends. On a GPU this shows at the next record.
+    #[default]
+    Stop,
+    /// The step is left out; a run that leaves out more than so many ends. On a GPU every step is waited for.
+    Skip {
+        /// Steps that may be left out.
+        limit: usize,
+    },
 }
 
 impl Config {
@@ -146,15 +167,47 @@ pub enum TrainError {
     /// Writing the log.
     #[error(transparent)]
     Report(#[from] ReportError),
-    /// The loss is NaN or infinite, on all ranks alike.
-    #[error("the loss is {loss} at day {day}, step {step}")]
+    /// The loss or its gradient is NaN or infinite, on all ranks alike.
+    #[error(
+        "the loss is {loss} and the norm of its gradient {norm} at day {day}, step {step}{}{}",
+        ranks.iter().map(|rank| format!(", from rank {rank}")).collect::<String>(),
+        if *n_skipped > 0 { format!(", after {n_skipped} steps that were left out") } else { String::new() }
+    )]
     NotFinite {
         /// As logged.
         loss: f64,
+        /// Before clipping.
+        norm: f64,
+        /// The day trained on.
+        day: i64,
+        /// The step of the day, from 1.
+        step: usize,
+        /// Whose own losses are not finite.
+        ranks: Vec<usize>,
+        /// Steps left out before.
+        n_skipped: usize,
+    },
+    /// Ranks whose weights are no longer the same, on all ranks alike.
+    #[error("after day {day}, step {step}, the weights of {} are not those of the others: run again from the last checkpoint{}",
+        ranks.iter().map(|(rank, host)| format!("rank {rank} on {host}")).collect::<Vec<_>>().join(" and "),
+        if *is_tie { ", or theirs are wrong" } else { "" })]
+    Desync {
         /// The day trained on.
         day: i64,
         /// Steps of the day that are done.
         step: usize,
+        /// The ranks that differ from most, and their hosts.
+        ranks: Vec<(usize, String)>,
+        /// Whether no more ranks agree with each other than differ.
+        is_tie: bool,
+    },
+    /// Ranks whose data files are not the same.
+    #[error(
+        "rank {rank} sees other data than rank 0: all need the same files, on a shared file system or copied whole"
+    )]
+    OtherData {
+        /// The first that differs.
+        rank: usize,
     },
     /// A model that does not fit the data's features.
     #[error("section `[model]` of the configuration: {0}")]
@@ -176,8 +229,8 @@ trait Learner {
     /// What it predicts with.
     fn recommender(&self) -> &dyn Recommender;
 
-    /// *All ranks.* Learns from one day.
-    fn learn_day(&mut self, day: &mut Day<'_>) -> Result<(), TrainError>;
+    /// *All ranks.* Learns from what is left of a day; breaks off where it was asked to.
+    fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError>;
 
     /// Its state.
     fn tensors(&self) -> Tensors;
@@ -185,8 +238,11 @@ trait Learner {
     /// Steps that the optimizer has counted.
     fn optimizer_steps(&self) -> i32;
 
-    /// Takes what [`Learner::tensors`] of another run gave; the error says what does not fit.
-    fn load_weights(&mut self, weights: &[(String, tch::Tensor)]) -> Result<(), String>;
+    /// Takes the weights of what [`Learner::tensors`] of another run gave; the error says what does not fit.
+    fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String>;
+
+    /// Takes all that a checkpoint holds of it; the error says what does not fit.
+    fn go_on(&mut self, from: &Checkpoint) -> Result<(), String>;
 }
 
 fn learner(
@@ -224,6 +280,8 @@ pub struct RunData {
     features: Features,
     /// (day, the train files up to it, the next day's valid file).
     days: Vec<(i64, Window, SessionFile)>,
+    /// What each of these files is, by day and part.
+    fingerprints: BTreeMap<String, String>,
 }
 
 impl RunData {
@@ -244,10 +302,16 @@ impl RunData {
         }
         let mut trained = Vec::new();
         let mut steps = Vec::new();
+        let mut fingerprints = BTreeMap::new();
+        let mut open = |day, split: Split| {
+            let file = days.file(day, split)?;
+            fingerprints.insert(format!("{day}/{}", split.name()), file.fingerprint()?);
+            Ok::<_, DataError>(file)
+        };
         for day in config.data.first_day..config.data.last_day {
-            trained.push(Arc::new(days.file(day, Split::Train)?));
+            trained.push(Arc::new(open(day, Split::Train)?));
             let window = trained[trained.len().saturating_sub(config.data.window_days)..].to_vec();
-            steps.push((day, Window::new(window), days.file(day + 1, Split::Valid)?));
+            steps.push((day, Window::new(window), open(day + 1, Split::Valid)?));
         }
         let n_sessions: usize = trained.iter().map(|file| file.n_sessions()).sum();
         if world_size > n_sessions {
@@ -258,11 +322,42 @@ impl RunData {
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        Ok(Self { features: days.features().clone(), days: steps })
+        Ok(Self { features: days.features().clone(), days: steps, fingerprints })
+    }
+
+    /// *All ranks.* Whether all of them see the same data.
+    ///
+    /// # Errors
+    /// Names the first rank that sees other data than rank 0.
+    pub fn compare_ranks(&self, collective: &dyn Collective) -> Result<(), TrainError> {
+        let mine = serde_json::to_vec(&self.fingerprints).expect("texts are JSON");
+        let all = collective.gather_bytes(&mine)?;
+        match all.iter().position(|other| *other != all[0]) {
+            Some(rank) => Err(TrainError::OtherData { rank }),
+            None => Ok(()),
+        }
+    }
+
+    /// A file that is another than when a checkpoint was written, by day and part, if one is.
+    pub fn changed_since<'s>(&self, state: &'s State) -> Option<&'s str> {
+        let is_other =
+            |(file, then): (&String, &String)| self.fingerprints.get(file).is_some_and(|now| now != then);
+        let changed = state.data.iter().find(|&entry| is_other(entry));
+        changed.map(|(file, _)| file.as_str())
     }
 }
 
-/// *All ranks.* Trains on every day, evaluates each on the next; rank 0 leaves checkpoints and results.
+/// How a run ended that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It has trained on all days.
+    Done,
+    /// It was asked to stop, and a checkpoint holds all it had done.
+    Stopped(Position),
+}
+
+/// *All ranks.* Trains on every day, evaluates each on the next; rank 0 leaves checkpoints and results. `from`: where
+/// an earlier part of the run left off.
 ///
 /// # Errors
 /// See [`TrainError`].
@@ -271,15 +366,32 @@ pub fn fit(
     data: &RunData,
     run_dir: &Path,
     place: Place<'_>,
-    report: &mut Report,
-) -> Result<(), TrainError> {
+    (report, signals): (&mut Report, &Signals),
+    from: Option<Checkpoint>,
+) -> Result<Ended, TrainError> {
+    let root = place.collective.root();
+    let n_items = data.features.n_items();
     let mut learner = learner(config, &data.features, place.device)?;
-    let checkpoints = Checkpoints::new(run_dir, config.checkpoint.keep_last);
-    let mut global_step = 0;
+    let mut state = State::new(config, n_items, data.fingerprints.clone());
+    let mut occurred = vec![0; n_items as usize];
+    let begin = from.as_ref().map(|checkpoint| checkpoint.state.position);
+    if let Some(from) = from {
+        let n_counted = from.occurrences.len();
+        // A catalogue may have grown.
+        if n_counted as i64 > n_items {
+            from.check_items(n_items)?;
+        }
+        let mismatch = |problem| CheckpointError::Mismatch { path: from.path.clone(), problem };
+        learner.go_on(&from).map_err(mismatch)?;
+        occurred[..n_counted].copy_from_slice(&from.occurrences);
+        let State { position, n_skipped, evaluated, .. } = from.state;
+        state = State { position, n_skipped, evaluated, ..state };
+    }
+    let mut saver = root.map(|root| Saver::new(root, Checkpoints::of(run_dir))).transpose()?;
     let mut last_metrics = None;
-    let mut occurred = vec![0; data.features.n_items() as usize];
-    for (day, window, valid) in &data.days {
-        add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
+    for (day, window, valid) in
+        data.days.iter().filter(|(day, ..)| begin.is_none_or(|begin| begin.day <= *day))
+    {
         let plan = DayPlan {
             window: window.clone(),
             day: *day,
@@ -289,28 +401,33 @@ pub fn fit(
             max_steps: config.train.max_steps_per_day,
             pass_by_pass: config.run.reduction == Reduction::Reproducible,
         };
-        report.begin_day(*day, plan.n_steps(), window.n_sessions());
-        let mut context = Day {
-            config,
-            plan,
-            features: &data.features,
-            place,
-            report: &mut *report,
-            checkpoints: &checkpoints,
-            occurrences: &occurred,
-            global_step: &mut global_step,
-            n_trained: 0,
-            last_log: (Instant::now(), 0),
-        };
-        let begun = Instant::now();
-        learner.learn_day(&mut context)?;
-        let seconds = begun.elapsed().as_secs_f64();
-        // A learner without steps counts each session once.
-        let n_sessions = if context.n_trained > 0 { context.n_trained } else { window.today().n_sessions() };
-        context.save(&*learner, context.plan.n_steps())?;
-        report.end_day();
-        let sessions_per_s = n_sessions as f64 / seconds;
-        report.record(&Record::Day { day: *day, n_sessions, seconds, sessions_per_s })?;
+        if begin.is_none_or(|begin| begin.day != *day) {
+            add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
+            let global_step = state.position.global_step;
+            state.position = Position { day: *day, day_step: 0, day_steps: plan.n_steps(), global_step };
+        }
+        let is_trained = begin.is_some_and(|begin| begin.day == *day && begin.is_end_of_day());
+        if !is_trained {
+            let mut context = Day {
+                config,
+                plan,
+                features: &data.features,
+                place,
+                report: &mut *report,
+                signals,
+                saver: &mut saver,
+                occurrences: &occurred,
+                n_trained: 0,
+                last_log: (Instant::now(), state.position.day_step),
+                state: &mut state,
+            };
+            if context.train(&mut *learner)?.is_break() {
+                if let Some(saver) = &mut saver {
+                    saver.finish()?;
+                }
+                return Ok(Ended::Stopped(state.position));
+            }
+        }
 
         let task = EvaluationTask {
             file: valid,
@@ -323,12 +440,17 @@ pub fn fit(
         let (record, evaluation) = task.evaluate(learner.recommender(), config, place.collective)?;
         report.record(&record)?;
         task.save(run_dir, config, &evaluation, place.collective)?;
+        let value = config.checkpoint.keep_best.map(|measure| measure.of(&evaluation.metrics));
+        state.evaluated.extend(value.filter(|value| value.is_finite()).map(|value| (*day, value)));
         last_metrics = Some(evaluation.metrics);
     }
-    if let (Some(root), Some(metrics)) = (place.collective.root(), last_metrics) {
+    if let Some(saver) = &mut saver {
+        saver.finish()?;
+    }
+    if let (Some(root), Some(metrics)) = (root, last_metrics) {
         write_results(root, run_dir, &config.title(), &metrics)?;
     }
-    Ok(())
+    Ok(Ended::Done)
 }
 
 /// *All ranks.* Adds the occurrences of the items of a whole file, `[V]`.
@@ -344,14 +466,41 @@ fn add_occurrences(
     Ok(())
 }
 
-fn state(config: &config::Config, features: &Features, learner: &dyn Learner, position: Position) -> State {
-    State {
-        format: 1,
-        bireme: env!("CARGO_PKG_VERSION").to_owned(),
-        position,
-        optimizer_steps: learner.optimizer_steps(),
-        n_items: features.n_items(),
-        config: config.clone(),
+/// What all ranks know after a step, where it is to be read: `[loss, n_targets, n_stop, n_save, norm]`; and this rank's
+/// own summed loss, `[1]`. On a GPU, reading waits for the step.
+struct Status {
+    of_all: Tensor,
+    own_loss: Tensor,
+}
+
+impl Status {
+    /// Of sums `[loss, n_targets, n_stop, n_save]` over ranks, which the next step overwrites.
+    fn new(tail: &Tensor, norm: &Tensor, own_loss: &Tensor) -> Self {
+        Self { of_all: Tensor::cat(&[tail, &norm.view([1])], 0), own_loss: own_loss.shallow_clone() }
+    }
+
+    fn read(&self) -> Read {
+        let numbers = Vec::<f64>::try_from(self.of_all.to_kind(tch::Kind::Double)).expect("five numbers");
+        let [loss, n_targets, n_stop, n_save, norm] = numbers[..] else { unreachable!("five numbers") };
+        Read { loss: loss / n_targets, norm, is_stop: n_stop > 0.0, is_save: n_save > 0.0 }
+    }
+}
+
+/// A [`Status`] that has been read.
+struct Read {
+    /// Of a target, on average.
+    loss: f64,
+    /// Of the mean loss's gradient, before clipping.
+    norm: f64,
+    /// Whether a rank was asked to stop.
+    is_stop: bool,
+    /// Whether a rank was asked for a checkpoint.
+    is_save: bool,
+}
+
+impl Read {
+    fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.norm.is_finite()
     }
 }
 
@@ -362,36 +511,88 @@ struct Day<'a> {
     features: &'a Features,
     place: Place<'a>,
     report: &'a mut Report,
-    checkpoints: &'a Checkpoints,
+    signals: &'a Signals,
+    /// On rank 0.
+    saver: &'a mut Option<Saver>,
     /// How often each item occurred in training so far, this day included, on all ranks: `[V]`.
     occurrences: &'a [i64],
-    global_step: &'a mut usize,
-    /// Sessions of the steps done today, over all ranks.
+    /// Of the run as far as it has come.
+    state: &'a mut State,
+    /// Sessions of the steps done today by this process, over all ranks.
     n_trained: usize,
     /// When the last record was written, and how many steps were done then.
     last_log: (Instant, usize),
 }
 
 impl Day<'_> {
-    /// Step number `step` (from 0) is done: `loss` reads its mean loss, which waits for the device, so it is asked
-    /// for only where it is logged.
+    fn rank(&self) -> usize {
+        self.place.collective.rank()
+    }
+
+    /// *All ranks.* Trains on what is left of the day; breaks off where a rank was asked to. Either way a checkpoint holds
+    /// what was done.
+    fn train(&mut self, learner: &mut dyn Learner) -> Result<ControlFlow<()>, TrainError> {
+        let (day, n_steps) = (self.plan.day, self.plan.n_steps());
+        let Position { day_step, day_steps, .. } = self.state.position;
+        if day_steps != n_steps {
+            let problem = format!("its day {day} has {day_steps} steps, that of the data {n_steps}");
+            return Err(TrainError::Model(problem));
+        }
+        self.report.begin_day(day, (day_step, n_steps), self.plan.window.n_sessions());
+        let begun = Instant::now();
+        let went = learner.learn_day(self)?;
+        if went.is_break() {
+            return Ok(went);
+        }
+        let seconds = begun.elapsed().as_secs_f64();
+        // A learner without steps counts each session once.
+        let n_sessions =
+            if self.n_trained > 0 { self.n_trained } else { self.plan.window.today().n_sessions() };
+        self.report.end_day();
+        let sessions_per_s = n_sessions as f64 / seconds;
+        self.report.record(&Record::Day { day, n_sessions, seconds, sessions_per_s })?;
+        self.state.position.day_step = n_steps;
+        self.save(learner)?;
+        // An evaluation may take longer than whoever asked will wait.
+        let mut is_stop = [i64::from(self.signals.stop())];
+        self.place.collective.sum_i64(&mut is_stop)?;
+        Ok(if is_stop[0] > 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    /// *All ranks.* The next step is done, at this learning rate. Breaks where a rank was asked to stop.
+    ///
+    /// On a GPU the status is read only where it is needed, as that waits for the device.
     fn step_done(
         &mut self,
         learner: &dyn Learner,
-        step: usize,
         lr: f64,
-        loss: impl FnOnce() -> f64,
-    ) -> Result<(), TrainError> {
-        *self.global_step += 1;
+        status: &Status,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let config = self.config;
+        let step = self.state.position.day_step;
+        let (done, n_steps) = (step + 1, self.plan.n_steps());
+        self.state.position.day_step = done;
+        self.state.position.global_step += 1;
         self.n_trained += self.plan.sessions_in_step(step);
         self.report.tick();
-        let (done, n_steps) = (step + 1, self.plan.n_steps());
-        if done.is_multiple_of(self.config.train.log_every_steps) || done == n_steps {
-            let (loss, day) = (loss(), self.plan.day);
-            if !loss.is_finite() {
-                return Err(TrainError::NotFinite { loss, day, step: done });
-            }
-            let (since, logged) = self.last_log;
+        let is_logged = done.is_multiple_of(config.train.log_every_steps) || done == n_steps;
+        let every = config.checkpoint.every_steps;
+        let is_due = every > 0 && done.is_multiple_of(every);
+        let may_skip = config.train.non_finite != NonFinite::Stop;
+        if !(is_logged || is_due || may_skip || self.place.device == Device::Cpu) {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let read = {
+            let _wait =
+                self.place.collective.watch().map(|watch| watch.begin("the end of a step".to_owned()));
+            status.read()
+        };
+        if !read.is_finite() {
+            self.not_finite(&read, status, done)?;
+        }
+        let Read { loss, is_stop, is_save, .. } = read;
+        if is_logged {
+            let (day, (since, logged)) = (self.plan.day, self.last_log);
             let seconds = since.elapsed().as_secs_f64();
             let n_sessions: usize = (logged..done).map(|step| self.plan.sessions_in_step(step)).sum();
             self.last_log = (Instant::now(), done);
@@ -399,24 +600,48 @@ impl Day<'_> {
             let sessions_per_s = n_sessions as f64 / seconds;
             self.report.record(&Record::Step { day, epoch, step: done, loss, lr, sessions_per_s })?;
         }
-        let every = self.config.checkpoint.every_steps;
-        if every > 0 && done.is_multiple_of(every) && done < n_steps {
-            self.save(learner, done)?;
+        // Rank 0 alone knows the time: nobody else has a part in a checkpoint.
+        let minutes = self.saver.as_ref().map_or(0.0, |saver| saver.since_last().as_secs_f64() / 60.0);
+        let is_time = config.checkpoint.every_minutes > 0.0 && minutes >= config.checkpoint.every_minutes;
+        // At its end the day saves itself.
+        if done < n_steps && (is_due || is_time || is_save || is_stop) {
+            self.save(learner)?;
         }
-        Ok(())
+        match self.saver {
+            Some(saver) if saver.has_failed() => saver.finish()?,
+            _ => {}
+        }
+        Ok(if is_stop && done < n_steps { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    /// Writes a checkpoint on rank 0.
-    fn save(&self, learner: &dyn Learner, day_step: usize) -> Result<(), TrainError> {
-        let Some(root) = self.place.collective.root() else { return Ok(()) };
-        let position = Position {
-            day: self.plan.day,
-            day_step,
-            day_steps: self.plan.n_steps(),
-            global_step: *self.global_step,
+    /// *All ranks.* A step whose loss or gradient is not finite: left out, or the end.
+    fn not_finite(&mut self, read: &Read, status: &Status, step: usize) -> Result<(), TrainError> {
+        let (n_skipped, day) = (self.state.n_skipped, self.plan.day);
+        let &Read { loss, norm, .. } = read;
+        match self.config.train.non_finite {
+            NonFinite::Skip { limit } if n_skipped < limit => {
+                self.state.n_skipped += 1;
+                Ok(self.report.record(&Record::Skipped { day, step, loss, norm })?)
+            }
+            NonFinite::Skip { .. } | NonFinite::Stop => {
+                let is_mine = u8::from(!status.own_loss.double_value(&[0]).is_finite());
+                let all = self.place.collective.gather(&[is_mine])?;
+                let ranks = (0..all.len()).filter(|&rank| all[rank] == 1).collect();
+                Err(TrainError::NotFinite { loss, norm, day, step, ranks, n_skipped })
+            }
+        }
+    }
+
+    /// Begins a checkpoint on rank 0.
+    fn save(&mut self, learner: &dyn Learner) -> Result<(), TrainError> {
+        let Some(saver) = &mut self.saver else { return Ok(()) };
+        let state = State {
+            optimizer_steps: learner.optimizer_steps(),
+            log_bytes: self.report.sync()?,
+            ..self.state.clone()
         };
-        let state = state(self.config, self.features, learner, position);
-        self.checkpoints.write(root, &state, &learner.tensors(), self.occurrences)?;
-        Ok(())
+        let waited = saver.save(state, &learner.tensors(), self.occurrences)?;
+        let Position { day, day_step: step, .. } = self.state.position;
+        Ok(self.report.record(&Record::Checkpoint { day, step, waited_seconds: waited.as_secs_f64() })?)
     }
 }

@@ -1,14 +1,13 @@
 //! Models that have been trained: evaluated, read from a run, taken from elsewhere.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tch::Device;
 
-use super::{Learner, TrainError, learner, state};
-use crate::checkpoint::{
-    CheckpointError, Checkpoints, Position, State, Tensors, read_occurrences, read_tensors,
-};
+use super::{Learner, TrainError, learner};
+use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, State, Tensors, read_tensors};
 use crate::collective::{Collective, Root};
 use crate::config;
 use crate::data::{Days, Features, SessionFile, Split, occurrences};
@@ -91,8 +90,8 @@ impl ImportedWeights {
             let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
             occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
         }
-        let position = Position { day, day_step: 0, day_steps: 0, global_step: 0 };
-        let state = state(config, features, &*learner, position);
+        let mut state = State::new(config, features.n_items(), BTreeMap::new());
+        state.position = Position { day, ..Position::default() };
         Ok(Self { state, tensors: learner.tensors(), occurrences: occurred })
     }
 
@@ -101,8 +100,7 @@ impl ImportedWeights {
     /// # Errors
     /// See [`Checkpoints::write`].
     pub fn write(&self, root: Root, run_dir: &Path) -> Result<(), CheckpointError> {
-        let checkpoints = Checkpoints::new(run_dir, self.state.config.checkpoint.keep_last);
-        checkpoints.write(root, &self.state, &self.tensors, &self.occurrences).map(|_| ())
+        Checkpoints::of(run_dir).write(root, &self.state, &self.tensors, &self.occurrences)
     }
 }
 
@@ -111,6 +109,7 @@ pub struct TrainedRun {
     learner: Box<dyn Learner>,
     /// What is evaluated in the learner's place.
     exported: Option<ScriptedModel>,
+    skipped: Vec<String>,
     features: Features,
     file: SessionFile,
     occurrences: Vec<i64>,
@@ -132,16 +131,17 @@ impl TrainedRun {
         device: Device,
     ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
-        let (state, tensors, path) = Checkpoints::new(run_dir, 1).newest()?;
+        let (checkpoint, skipped) = Checkpoints::of(run_dir).newest()?;
+        checkpoint.check_items(days.features().n_items())?;
+        let Checkpoint { state, tensors, path, occurrences } = checkpoint;
         let train_day = state.position.day;
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
         let mut learner = learner(config, days.features(), device)?;
         let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
         learner.load_weights(&tensors.weights).map_err(mismatch)?;
-        let occurrences = read_occurrences(&path, days.features().n_items())?;
         let features = days.features().clone();
-        Ok(Self { learner, exported: None, features, file, occurrences, train_day, eval_day, split })
+        Ok(Self { learner, exported: None, skipped, features, file, occurrences, train_day, eval_day, split })
     }
 
     /// Evaluates the newest version of the model `name` in a repository in place of the checkpoint.
@@ -159,6 +159,11 @@ impl TrainedRun {
         let mismatch = |problem| CheckpointError::Mismatch { path: repository.to_owned(), problem };
         self.exported = Some(loaded.map_err(mismatch)?);
         Ok(self)
+    }
+
+    /// Newer checkpoints that are not whole, and what is wrong with each.
+    pub fn skipped(&self) -> &[String] {
+        &self.skipped
     }
 
     /// Where `save` of [`TrainedRun::evaluate`] leaves the outcomes.

@@ -1,6 +1,6 @@
 //! What is exported scores, ranks and prepares as what was trained.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,7 +20,7 @@ use serde_json::{Value as Json, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixtures::{distance, shared};
-use crate::mpirun::{Finished, run_within};
+use crate::mpirun::{Finished, mpirun, run_within};
 use crate::train::PROGRAM;
 
 /// A folder with data, runs and a repository.
@@ -161,6 +161,60 @@ fn what_is_exported_evaluates_as_what_was_trained() {
     };
     // 300 items of 64 numbers.
     assert!(bytes(2) + 300 * 64 < bytes(1), "{} and {} bytes", bytes(1), bytes(2));
+}
+
+/// Every file of a folder, by its path in it.
+fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let below = entries.flat_map(|path| {
+        let name = PathBuf::from(path.file_name().unwrap());
+        match path.is_dir() {
+            true => files(&path).into_iter().map(|(inner, bytes)| (name.join(inner), bytes)).collect(),
+            false => vec![(name, fs::read(&path).unwrap())],
+        }
+    });
+    below.collect()
+}
+
+#[test]
+fn reproducible_exports_are_the_same_files_on_any_number_of_ranks() {
+    let shop = Shop::small();
+    let models = MODELS.into_iter().filter(|(name, _)| ["gru", "xlnet"].contains(name));
+    for (name, config) in models {
+        let (config_file, data) = (shop.path(&format!("{name}.toml")), shop.path("data"));
+        let run = "[run]\nreduction = \"reproducible\"\nthreads_per_rank = 1\n[train]\nmax_steps_per_day = 6";
+        fs::write(&config_file, format!("[data]\nfirst_day = 1\nlast_day = 2\n{config}\n{run}")).unwrap();
+        let mut of_one = None;
+        for n_ranks in 1..=4 {
+            let (run, out) =
+                (shop.path(&format!("{name} {n_ranks}")), shop.path(&format!("{name} {n_ranks}.out")));
+            let arguments =
+                ["train", "--config", &config_file, "--data", &data, "--run-dir", &run, "--export", &out];
+            let arguments =
+                [&arguments[..], &["--set", "model.dropout=0.2", "--set", "run.device=cpu"]].concat();
+            let limit = Duration::from_secs(240);
+            let Some(finished) = mpirun(n_ranks, Path::new(PROGRAM), &arguments, &[], limit) else { return };
+            finished.success();
+            let mut files = files(Path::new(&out));
+            // It says where the run was.
+            files.retain(|path, _| !path.ends_with("manifest.json"));
+            assert!(files.keys().any(|path| path.ends_with("model.pt")) && files.len() > 8);
+            match &of_one {
+                None => of_one = Some(files),
+                Some(of_one) => {
+                    let differing: Vec<_> = files
+                        .iter()
+                        .filter(|(path, bytes)| of_one.get(*path) != Some(bytes))
+                        .map(|(path, _)| path)
+                        .collect();
+                    assert!(
+                        differing.is_empty() && files.len() == of_one.len(),
+                        "{name}, {n_ranks} ranks: {differing:?}"
+                    );
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -304,8 +358,8 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
     let names = [1, 2, 3, 4, 5].map(|day| session_names(&shop, day, &workflow));
     let neural = config.model.neural().unwrap();
     let network = Network::new(&neural, days.features(), 20, (0, Device::Cpu)).unwrap();
-    let (_, tensors, _) = Checkpoints::new(Path::new(&shop.path("model")), 1).newest().unwrap();
-    network.parameters().assign(&network.parameters().values(), &tensors.weights).unwrap();
+    let tensors = Checkpoints::of(Path::new(&shop.path("model"))).newest().unwrap().0.tensors;
+    network.parameters().assign(&network.parameters().values(), &tensors.weights, &[]).unwrap();
     // And the server's.
     let (repository, n_items) = (PathBuf::from(shop.path("repository")), days.features().n_items());
     let model = ScriptedModel::load(&repository, "model", n_items, Device::Cpu).unwrap();

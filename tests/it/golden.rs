@@ -67,7 +67,7 @@ fn batch_of(golden: &Named) -> Batch {
 fn load(network: &Network, weights: Vec<(String, Tensor)>) {
     let wanted = |name: &str| network.parameters().views().iter().any(|view| view.name == name);
     let weights = import::rename(weights, ITEM, wanted).unwrap();
-    network.parameters().assign(&network.parameters().values(), &weights).unwrap();
+    network.parameters().assign(&network.parameters().values(), &weights, &[]).unwrap();
 }
 
 fn stored_weights(golden: &Named) -> Vec<(String, Tensor)> {

@@ -3,9 +3,11 @@
 #![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod baselines;
+mod bundle;
 mod collective;
 mod device;
 mod export;
+mod faults;
 
 mod fixtures;
 mod fuzz;
@@ -17,6 +19,8 @@ mod ranking;
 mod recommend;
 mod refused;
 mod report;
+mod resume;
 mod serve;
 mod serving;
+mod slurm;
 mod train;

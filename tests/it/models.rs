@@ -215,7 +215,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
         };
         let mut hidden: Vec<(usize, Vec<i64>, Vec<i64>)> = Vec::new();
         for rank in 0..world_size {
-            for (step, passes) in Loader::start(&plan, days.features(), rank, world_size).enumerate() {
+            for (step, passes) in Loader::start(&plan, days.features(), (rank, world_size), 0).enumerate() {
                 for batch in passes.unwrap() {
                     let plan = objective.training(&batch, true);
                     let (mut first, mut reads) = (0, plan.targets.as_slice());

@@ -81,7 +81,7 @@ impl Shop {
         self.dir.path().join(name)
     }
 
-    fn arguments(&self, run: &str, more: &[&str]) -> Vec<String> {
+    pub fn arguments(&self, run: &str, more: &[&str]) -> Vec<String> {
         let (config, data, run) = (self.config(), self.data(), self.run_dir(run));
         let paths = [config.to_str().unwrap(), data.to_str().unwrap(), run.to_str().unwrap()];
         let [config, data, run] = paths;
@@ -97,9 +97,20 @@ impl Shop {
 
     /// `bireme train` under `mpirun`; `None` where there is none.
     pub fn train_on(&self, n_ranks: usize, run: &str, more: &[&str]) -> Option<Finished> {
+        self.train_with(n_ranks, run, more, &[])
+    }
+
+    /// The same with these variables in the environment.
+    pub fn train_with(
+        &self,
+        n_ranks: usize,
+        run: &str,
+        more: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Option<Finished> {
         let arguments = self.arguments(run, more);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        mpirun(n_ranks, Path::new(PROGRAM), &arguments, &[], LIMIT)
+        mpirun(n_ranks, Path::new(PROGRAM), &arguments, variables, LIMIT)
     }
 
     /// The records of a run, of one kind.
@@ -261,7 +272,7 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
     assert_eq!(steps, ["02", "04", "06", "08", "10", "12"]);
     let newest = run.join("checkpoints").join(&names[5]);
     let tensors = ["weights.safetensors", "optimizer.safetensors", "occurrences.safetensors"];
-    for file in tensors.iter().chain(&["state.json", "COMPLETE"]) {
+    for file in tensors.iter().chain(&["state.json", "manifest.json"]) {
         assert!(newest.join(file).exists(), "{file}");
     }
     let state: Value = serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();

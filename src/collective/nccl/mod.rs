@@ -8,7 +8,6 @@ mod library;
 
 use std::ffi::{c_int, c_void};
 use std::fmt::Debug;
-use std::fs;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -19,6 +18,7 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 use libloading::os::unix::Library;
 use tch::{Device, Kind, Tensor};
 
+use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce};
 
 /// How often the watchdog asks NCCL whether the communicator still works.
@@ -74,7 +74,7 @@ impl Nccl {
         // with the same id and a rank of its own.
         let code = unsafe { (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank) };
         let communicator = Communicator(comm);
-        let host_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
+        let host_name = super::host_name();
         let mut joined =
             Self { nccl, communicator, gpu, host_name, context, get_current_stream, watchdog: None, host };
         let started = joined.done("ncclCommInitRank", 0, code);
@@ -107,13 +107,18 @@ impl Nccl {
 
     /// *All ranks.* Makes sure, in builds with debug assertions, that all came to the same call: NCCL would wait for
     /// ever. In the others the hosts may run ahead of their GPUs.
-    fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<(), CollectiveError> {
-        if !cfg!(debug_assertions) {
-            return Ok(());
-        }
+    fn meet(
+        &self,
+        call: Call,
+        tensor: &Tensor,
+        detail: impl Debug,
+    ) -> Result<Option<Watched<'_>>, CollectiveError> {
         let words = call.words(tensor, detail);
-        let all = self.host.gather_bytes(words.as_bytes())?;
-        call.check_words(&words, all.iter().map(|words| str::from_utf8(words).unwrap_or_default()))
+        if cfg!(debug_assertions) {
+            let all = self.host.gather_bytes(words.as_bytes())?;
+            call.check_words(&words, all.iter().map(|words| str::from_utf8(words).unwrap_or_default()))?;
+        }
+        Ok(self.watch().map(|watch| watch.begin(words)))
     }
 
     /// Turns NCCL's return code into an error that names this rank.
@@ -230,7 +235,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
-        self.meet(call, tensor, op)?;
+        let _call = self.meet(call, tensor, op)?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: `data` is device memory of `n` elements, which NCCL may reduce in place; work that touches it again
@@ -245,7 +250,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
-        self.meet(call, tensor, root)?;
+        let _call = self.meet(call, tensor, root)?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: as in `all_reduce`; `root` is a rank of the communicator.
@@ -259,7 +264,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
-        self.meet(call, part, ())?;
+        let _call = self.meet(call, part, ())?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, part)?);
         // SAFETY: device memory of `n` and `world_size * n` elements, apart; later work is behind this on the stream.
@@ -274,13 +279,18 @@ impl Collective for Nccl {
         }
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
-        self.meet(call, whole, op)?;
+        let _call = self.meet(call, whole, op)?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, whole)?);
         let (from, to) = (whole.data_ptr(), part.data_ptr());
         // SAFETY: device memory of `world_size * n` and `n` elements, apart; later work is behind this on the stream.
         let code = unsafe { (self.nccl.reduce_scatter)(from, to, n, kind, op.nccl(), comm, stream) };
         self.done("ncclReduceScatter", n, code)
+    }
+
+    /// The host's; a call on a GPU ends when it is queued, and what waits for the GPU is watched where it waits.
+    fn watch(&self) -> Option<&Watch> {
+        self.host.watch()
     }
 
     /// The host's: what is queued on the GPUs is ordered by their streams.

@@ -1,0 +1,62 @@
+//! What a checkpoint's folder must hold to be whole.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::etl;
+
+/// The file that is written last.
+pub(super) const MANIFEST: &str = "manifest.json";
+
+/// `manifest.json`: the other files by name.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Manifest {
+    files: BTreeMap<String, Entry>,
+}
+
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Entry {
+    bytes: u64,
+    xxh3: String,
+}
+
+impl Entry {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { bytes: fs::metadata(path)?.len(), xxh3: etl::hash_of(path)? })
+    }
+}
+
+impl Manifest {
+    /// Of these files of a folder, as they are now.
+    pub fn of(folder: &Path, files: &[&str]) -> io::Result<Self> {
+        let entry = |file: &&str| Ok(((*file).to_owned(), Entry::of(&folder.join(file))?));
+        Ok(Self { files: files.iter().map(entry).collect::<io::Result<_>>()? })
+    }
+
+    /// What is wrong with a folder, if anything is.
+    pub fn problem(folder: &Path) -> Option<String> {
+        let text = match fs::read(folder.join(MANIFEST)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Some(format!("it has no `{MANIFEST}`"));
+            }
+            Err(error) => return Some(format!("`{MANIFEST}`: {error}")),
+        };
+        let manifest: Self = match serde_json::from_slice(&text) {
+            Ok(manifest) => manifest,
+            Err(error) => return Some(format!("`{MANIFEST}`: {error}")),
+        };
+        manifest.files.iter().find_map(|(file, written)| match Entry::of(&folder.join(file)) {
+            Ok(found) if found == *written => None,
+            Ok(Entry { bytes, .. }) if bytes != written.bytes => {
+                Some(format!("`{file}` has {bytes} bytes, {} were written", written.bytes))
+            }
+            Ok(_) => Some(format!("`{file}` is not what was written: its hash is another")),
+            Err(error) => Some(format!("`{file}`: {error}")),
+        })
+    }
+}

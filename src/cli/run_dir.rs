@@ -1,0 +1,173 @@
+//! The directory of a run: made, found again, told apart from that of another run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{Job, ResumeArg, TrainArgs, TrainCommand};
+use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position};
+use crate::collective::Root;
+use crate::config::{Config, ConfigError};
+use crate::device;
+use crate::etl;
+use crate::export;
+use crate::report::runs::{CONFIG, RUN};
+use crate::report::{self, evaluations};
+use crate::train::RunData;
+
+/// A run directory that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RunDirError {
+    #[error("`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`")]
+    Taken(PathBuf),
+    #[error(
+        "`{path}` holds a run of another configuration: {difference}; choose another `--run-dir`, replace the run with \
+         `--overwrite`, or go on with it by `--resume=anyway`"
+    )]
+    OtherConfig { path: PathBuf, difference: String },
+    #[error(
+        "`{path}` holds a run on other data: the file of day and part `{file}` has changed; choose another `--run-dir`, \
+         replace the run with `--overwrite`, or go on with it by `--resume=anyway`"
+    )]
+    OtherData { path: PathBuf, file: String },
+    #[error("`{0}` exists: replace it with `--overwrite`")]
+    Evaluated(PathBuf),
+    #[error("cannot write to the run directory `{path}`")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Workflow(#[from] etl::Error),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+/// A run directory that is ready to be trained in.
+#[derive(Default)]
+pub(super) struct Opened {
+    /// Where to go on from, if not from the beginning.
+    pub from: Option<Checkpoint>,
+    /// Checkpoints that are not whole, and what is wrong with each.
+    pub skipped: Vec<String>,
+    /// Whether there is nothing left to do.
+    pub is_done: bool,
+}
+
+/// Makes the run directory, or opens the run that it holds.
+pub(super) fn open_run(
+    root: Root,
+    command: &TrainCommand,
+    job: &Job,
+    data: &RunData,
+) -> Result<Opened, RunDirError> {
+    let args = &command.run;
+    let path = args.run_dir();
+    let holds_run = path.join(CONFIG).exists() && path.join(RUN).exists();
+    if args.overwrite || command.resume == ResumeArg::Never || !holds_run {
+        prepare_run_dir(root, &path, args, job)?;
+        return Ok(Opened::default());
+    }
+    let earlier = Config::load(&path.join(CONFIG), &[])?;
+    let is_strict = command.resume == ResumeArg::Auto;
+    if let Some(difference) = job.config.difference(&earlier).filter(|_| is_strict) {
+        return Err(RunDirError::OtherConfig { path, difference });
+    }
+    let checkpoints = Checkpoints::of(&path);
+    let (from, skipped) = match checkpoints.newest() {
+        Ok((from, skipped)) => (Some(from), skipped),
+        Err(CheckpointError::None { skipped, .. }) => (None, skipped),
+        Err(error) => return Err(error.into()),
+    };
+    let changed = from.as_ref().and_then(|from| data.changed_since(&from.state)).filter(|_| is_strict);
+    if let Some(file) = changed {
+        return Err(RunDirError::OtherData { path, file: file.to_owned() });
+    }
+    let is_end = |Position { day, day_step, day_steps, .. }| {
+        day + 1 == job.config.data.last_day && day_step == day_steps
+    };
+    let is_done =
+        path.join(report::RESULTS).exists() && from.as_ref().is_some_and(|from| is_end(from.state.position));
+    if !is_done {
+        checkpoints.clear_partial(root)?;
+        // The catalogue may have grown.
+        keep_data(&path, &args.data)?;
+        write_facts(&path, args, job)?;
+    }
+    Ok(Opened { from, skipped, is_done })
+}
+
+/// Makes the run directory and writes into it what runs: the resolved configuration, and with what and on what.
+pub(super) fn prepare_run_dir(
+    _: Root,
+    run_dir: &Path,
+    args: &TrainArgs,
+    job: &Job,
+) -> Result<(), RunDirError> {
+    let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
+    fs::create_dir_all(run_dir).map_err(at)?;
+    let evaluations = evaluations::EVALUATIONS;
+    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations, export::DATA, "checkpoints"] {
+        let path = run_dir.join(left);
+        if path.exists() && !args.overwrite {
+            return Err(RunDirError::Taken(run_dir.to_owned()));
+        }
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
+    }
+    keep_data(run_dir, &args.data)?;
+    write_facts(run_dir, args, job)
+}
+
+/// Keeps what serving needs of the data, so that a run is whole by itself.
+fn keep_data(run_dir: &Path, data: &Path) -> Result<(), RunDirError> {
+    let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
+    let kept = run_dir.join(export::DATA);
+    let same = |file: &Path| fs::read(data.join(file)).ok() == fs::read(kept.join(file)).ok();
+    if kept.is_dir() && same(Path::new(etl::SCHEMA)) {
+        return Ok(());
+    }
+    let aside = run_dir.join(".data.partial");
+    for path in [&aside, &kept] {
+        let removed = fs::remove_dir_all(path);
+        removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
+    }
+    fs::create_dir(&aside).map_err(at)?;
+    fs::copy(data.join(etl::SCHEMA), aside.join(etl::SCHEMA)).map_err(at)?;
+    let (workflow, copy) = (data.join(etl::WORKFLOW), aside.join(etl::WORKFLOW));
+    if workflow.is_dir() {
+        fs::create_dir(&copy).map_err(at)?;
+        etl::copy_without_visitors(&workflow, &copy)?;
+    }
+    fs::rename(&aside, &kept).map_err(at)
+}
+
+/// Writes the resolved configuration, and `run.json`: with what and on what the run goes on, and did before.
+fn write_facts(run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
+    let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
+    let path = run_dir.join(RUN);
+    let before =
+        fs::read(&path).ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+    let before = before.map(|mut before| {
+        let mut earlier = before["earlier"].take().as_array().cloned().unwrap_or_default();
+        before.as_object_mut().map(|facts| facts.remove("earlier"));
+        earlier.push(before);
+        earlier
+    });
+    let run = serde_json::json!({
+        "bireme": env!("CARGO_PKG_VERSION"),
+        "libtorch": device::LIBTORCH,
+        "world_size": job.collective.world_size(),
+        "backend": job.collective.backend(),
+        "device": job.place.device_name(),
+        "threads_per_rank": job.place.n_threads,
+        "config": args.config,
+        "data": args.data,
+        "earlier": before.unwrap_or_default(),
+    });
+    let aside = run_dir.join(".partial");
+    let write_whole = |path: &Path, text: String| {
+        fs::write(&aside, text).and_then(|()| fs::rename(&aside, path)).map_err(at)
+    };
+    // The configuration last: a directory without it holds no run yet.
+    write_whole(&path, format!("{run:#}\n"))?;
+    write_whole(&run_dir.join(CONFIG), job.config.to_toml())
+}

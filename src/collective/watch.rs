@@ -1,0 +1,244 @@
+//! A clock on the calls of a rank: when one lasts too long, it says which rank is missing, what was called last, and ends
+//! the job.
+//!
+//! A rank that hangs, or is stopped, takes part in nothing, and the others would wait for it for ever.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Calls that are remembered.
+const N_REMEMBERED: usize = 16;
+
+/// How often the clock looks.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How much longer than rank 0, which knows who is missing, the others wait. Rank 0 ends the job later still, so that all
+/// have told what they know.
+const DEFERENCE: Duration = Duration::from_secs(1);
+
+/// How often the limit the first step may take: files are opened, memory is taken, kernels are chosen.
+const FIRST_STEP: u32 = 3;
+
+/// Limit until the configuration has set one.
+const AT_FIRST: Duration = Duration::from_secs(600);
+
+/// The calls of this rank, and how long they may last.
+#[derive(Clone)]
+pub struct Watch(Arc<Shared>);
+
+struct Shared {
+    rank: usize,
+    /// The host of each rank.
+    hosts: Vec<String>,
+    log: Mutex<Log>,
+}
+
+struct Log {
+    calls: VecDeque<Call>,
+    n_calls: u64,
+    limit: Duration,
+    /// Day and step (from 1) that calls belong to now.
+    place: Option<(i64, usize)>,
+    n_steps: usize,
+    /// On rank 0: who has not come to the call.
+    missing: Vec<usize>,
+}
+
+struct Call {
+    number: u64,
+    words: String,
+    place: Option<(i64, usize)>,
+    begun: Instant,
+    took: Option<Duration>,
+}
+
+/// A call under way. It ends when this is dropped.
+pub struct Watched<'a>(&'a Watch);
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        if let Some(call) = self.0.log().calls.back_mut() {
+            call.took = Some(call.begun.elapsed());
+        }
+    }
+}
+
+impl Watch {
+    /// Begins to watch rank `rank` of those on `hosts`; `end_job` is called on another thread when a call lasts too long.
+    pub fn start(rank: usize, hosts: Vec<String>, end_job: fn() -> !) -> Self {
+        let log = Log {
+            calls: VecDeque::new(),
+            n_calls: 0,
+            limit: AT_FIRST,
+            place: None,
+            n_steps: 0,
+            missing: Vec::new(),
+        };
+        let shared = Arc::new(Shared { rank, hosts, log: Mutex::new(log) });
+        let watched = Arc::downgrade(&shared);
+        let clock = move || {
+            while let Some(shared) = watched.upgrade() {
+                if let Some(text) = shared.late() {
+                    // Nobody is left to tell if it fails.
+                    let _ = std::io::stderr().write_all(text.as_bytes());
+                    thread::sleep(if shared.rank == 0 { 2 * DEFERENCE } else { DEFERENCE });
+                    end_job();
+                }
+                drop(shared);
+                thread::sleep(TICK);
+            }
+        };
+        let clock = thread::Builder::new().name("watchdog".to_owned()).spawn(clock);
+        clock.expect("a process that trains can start one more thread");
+        Self(shared)
+    }
+
+    /// How long a call may last from now on; the first step, three times as long.
+    pub fn set_limit(&self, limit: Duration) {
+        self.log().limit = limit;
+    }
+
+    /// The calls that follow belong to step `step` (from 1) of `day`.
+    pub fn at(&self, day: i64, step: usize) {
+        let mut log = self.log();
+        log.place = Some((day, step));
+        log.n_steps += 1;
+    }
+
+    /// A call begins.
+    pub fn begin(&self, words: String) -> Watched<'_> {
+        let mut log = self.log();
+        log.n_calls += 1;
+        if log.calls.len() == N_REMEMBERED {
+            log.calls.pop_front();
+        }
+        let (number, place) = (log.n_calls, log.place);
+        log.calls.push_back(Call { number, words, place, begun: Instant::now(), took: None });
+        drop(log);
+        Watched(self)
+    }
+
+    /// Rank 0 now waits for these.
+    pub(super) fn set_missing(&self, missing: &[usize]) {
+        let mut log = self.log();
+        log.missing.clear();
+        log.missing.extend_from_slice(missing);
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.0.log()
+    }
+}
+
+impl Shared {
+    // No code that can panic runs under the lock, so a poisoned one is whole.
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What there is to say if the call under way has lasted too long.
+    fn late(&self) -> Option<String> {
+        let log = self.log();
+        let call = log.calls.back().filter(|call| call.took.is_none())?;
+        let limit = if log.n_steps > 1 { log.limit } else { FIRST_STEP * log.limit };
+        let limit = if self.rank == 0 { limit } else { limit + DEFERENCE };
+        (call.begun.elapsed() > limit).then(|| self.tell(&log, call))
+    }
+
+    fn tell(&self, log: &Log, late: &Call) -> String {
+        let name = |rank: usize| format!("rank {rank} on {}", self.hosts[rank]);
+        let missing: Vec<String> = match self.rank {
+            0 => log.missing.iter().map(|&rank| name(rank)).collect(),
+            _ => vec![name(0)],
+        };
+        let what = match (self.rank, missing.is_empty()) {
+            (_, true) => "all ranks came, but it does not end".to_owned(),
+            (0, _) => format!("{} did not come", missing.join(" and ")),
+            _ => format!("{} does not answer", missing.join(" and ")),
+        };
+        let (rank, world_size, seconds) = (self.rank, self.hosts.len(), late.begun.elapsed().as_secs());
+        let mut text = format!(
+            "error: rank {rank} of {world_size} on {}: {what}: {}, waited {seconds} s; the last calls were\n",
+            self.hosts[rank], late
+        );
+        for call in &log.calls {
+            let took =
+                call.took.map_or("not over".to_owned(), |took| format!("{:.1} ms", 1e3 * took.as_secs_f64()));
+            let _ = writeln!(text, "  rank {rank}: {call}: {took}");
+        }
+        text
+    }
+}
+
+impl std::fmt::Display for Call {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { number, words, place, .. } = self;
+        write!(f, "call {number}, {words}")?;
+        place.map_or(Ok(()), |(day, step)| write!(f, ", day {day}, step {step}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watch(rank: usize) -> Watch {
+        let hosts = ["ship", "ship", "boat"].map(str::to_owned).into();
+        let watch = Watch::start(rank, hosts, || unreachable!("no call lasts for minutes"));
+        watch.at(1, 1);
+        watch.at(3, 7);
+        watch
+    }
+
+    /// What a watch would say when a call has lasted for 2 s.
+    fn late(watch: &Watch) -> Option<String> {
+        if let Some(call) = watch.log().calls.back_mut() {
+            call.begun -= Duration::from_secs(2);
+        }
+        watch.set_limit(Duration::from_millis(800));
+        let late = watch.0.late();
+        watch.set_limit(AT_FIRST);
+        late
+    }
+
+    #[test]
+    fn who_is_missing_is_told_with_the_last_calls() {
+        let watch = watch(0);
+        drop(watch.begin("`barrier`".to_owned()));
+        let call = watch.begin("`all_reduce` (Sum) of 5 Float elements".to_owned());
+        watch.set_missing(&[1, 2]);
+        watch.set_missing(&[2]);
+        let told = late(&watch).unwrap();
+        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not come: call 2, `all_reduce` (Sum) of 5 Float \
+                    elements, day 3, step 7, waited 2 s; the last calls were\n";
+        assert!(told.starts_with(head), "{told}");
+        assert!(told.contains("  rank 0: call 1, `barrier`, day 3, step 7: 0.0 ms\n"), "{told}");
+        watch.set_missing(&[]);
+        assert!(late(&watch).unwrap().contains("all ranks came, but it does not end"));
+        drop(call);
+        assert_eq!(late(&watch), None);
+    }
+
+    #[test]
+    fn other_ranks_name_rank_0_and_remember_no_more_than_they_should() {
+        let watch = watch(1);
+        (0..100).for_each(|i| drop(watch.begin(format!("call {i}"))));
+        let _call = watch.begin("the last".to_owned());
+        let told = late(&watch).unwrap();
+        assert!(told.contains("rank 0 on ship does not answer: call 101, the last"), "{told}");
+        assert_eq!(told.lines().count(), 1 + N_REMEMBERED);
+    }
+
+    #[test]
+    fn the_first_step_may_take_longer() {
+        let watch = watch(0);
+        watch.log().n_steps = 1;
+        let _call = watch.begin("a call".to_owned());
+        assert_eq!(late(&watch), None);
+        assert!(late(&watch).is_some());
+    }
+}

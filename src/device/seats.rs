@@ -1,0 +1,176 @@
+//! Which rank sits where: the table that a job begins with, and what is wrong with it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+use super::Place;
+use crate::collective::{Collective, CollectiveError, host_name};
+
+/// Where one rank computes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seat {
+    /// Its host.
+    pub host: String,
+    /// `cpu`, or `cuda:` and the GPU's number on its host.
+    pub device: String,
+    /// The cores that it may use.
+    pub cores: BTreeSet<usize>,
+    /// The NUMA domains of these cores; none where the system does not tell.
+    pub domains: BTreeSet<usize>,
+    /// Its threads for CPU work.
+    pub n_threads: usize,
+}
+
+impl Seat {
+    fn of(place: &Place) -> Self {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        let cores = parse_list(cores.unwrap_or_default());
+        let domains = (0..)
+            .map_while(|node| {
+                let list = fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist")).ok()?;
+                Some((node, parse_list(&list)))
+            })
+            .filter(|(_, of_node)| !of_node.is_disjoint(&cores))
+            .map(|(node, _)| node)
+            .collect();
+        let n_threads = place.n_threads;
+        Self { host: host_name(), device: place.device_name(), cores, domains, n_threads }
+    }
+}
+
+/// *All ranks.* The seats of all ranks, in rank order.
+///
+/// # Errors
+/// Those of the collective.
+pub fn seats(place: &Place, collective: &dyn Collective) -> Result<Vec<Seat>, CollectiveError> {
+    let mine = serde_json::to_vec(&Seat::of(place)).expect("a seat is JSON");
+    let all = collective.gather_bytes(&mine)?;
+    let read = |bytes: &Vec<u8>| {
+        serde_json::from_slice(bytes).expect("what a rank of this program has just written")
+    };
+    Ok(all.iter().map(read).collect())
+}
+
+/// A line for each rank.
+pub fn table(seats: &[Seat]) -> Vec<String> {
+    let width = seats.iter().map(|seat| seat.host.len()).max().unwrap_or(0).max("host".len());
+    let head = format!("rank  {:width$}  device   threads  cores", "host");
+    let row = |(rank, seat): (usize, &Seat)| {
+        let Seat { host, device, cores, domains, n_threads } = seat;
+        let domains = if domains.is_empty() { String::new() } else { format!(" (NUMA {})", list(domains)) };
+        format!("{rank:4}  {host:width$}  {device:7}  {n_threads:7}  {}{domains}", list(cores))
+    };
+    std::iter::once(head).chain(seats.iter().enumerate().map(row)).collect()
+}
+
+/// Ranks that share a GPU, and threads that share cores.
+pub fn warnings(seats: &[Seat]) -> Vec<String> {
+    let mut by_device: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
+    let mut by_host: BTreeMap<&str, (usize, BTreeSet<usize>)> = BTreeMap::new();
+    for (rank, seat) in seats.iter().enumerate() {
+        if seat.device != "cpu" {
+            by_device.entry((&seat.host, &seat.device)).or_default().push(rank);
+        }
+        let (n_threads, cores) = by_host.entry(&seat.host).or_default();
+        *n_threads += seat.n_threads;
+        cores.extend(&seat.cores);
+    }
+    let shared = by_device.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, device), ranks)| {
+        let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
+        let ranks = ranks.join(", ");
+        format!("ranks {ranks} share {device} of {host}: NCCL refuses that unless told otherwise")
+    });
+    let crowded = by_host.iter().filter(|(_, (n_threads, cores))| *n_threads > cores.len()).map(
+        |(host, (n_threads, cores))| {
+            format!(
+                "the ranks on {host} have {n_threads} threads for {} cores: start fewer, or lower `run.threads_per_rank`",
+                cores.len()
+            )
+        },
+    );
+    let bound =
+        seats.iter().enumerate().filter(|(_, seat)| seat.n_threads > seat.cores.len()).map(|(rank, seat)| {
+            let (n_threads, n_cores) = (seat.n_threads, seat.cores.len());
+            format!("rank {rank} has {n_threads} threads and is bound to {n_cores} cores")
+        });
+    shared.chain(crowded).chain(bound).collect()
+}
+
+/// Numbers as the kernel lists them, `0-3,8`.
+fn parse_list(text: &str) -> BTreeSet<usize> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.trim().parse::<usize>().ok()?..=last.trim().parse::<usize>().ok()?)
+    };
+    text.split(',').filter_map(range).flatten().collect()
+}
+
+fn list(numbers: &BTreeSet<usize>) -> String {
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => ranges.push((number, number)),
+        }
+    }
+    let range = |&(first, last): &(usize, usize)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    ranges.iter().map(range).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seat(host: &str, device: &str, cores: &str, n_threads: usize) -> Seat {
+        let (host, device) = (host.to_owned(), device.to_owned());
+        Seat { host, device, cores: parse_list(cores), domains: [0].into(), n_threads }
+    }
+
+    #[test]
+    fn lists_are_the_kernels() {
+        for text in ["0", "0-3", "0-3,8", "1,3,5-7"] {
+            assert_eq!(list(&parse_list(&format!("\t{text}\n"))), text);
+        }
+        assert_eq!(list(&parse_list("")), "");
+    }
+
+    #[test]
+    fn the_table_has_a_line_for_each_rank() {
+        let seats = [seat("bow", "cuda:0", "0-7", 8), seat("stern", "cpu", "8-15", 4)];
+        assert_eq!(
+            table(&seats),
+            [
+                "rank  host   device   threads  cores",
+                "   0  bow    cuda:0         8  0-7 (NUMA 0)",
+                "   1  stern  cpu            4  8-15 (NUMA 0)"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_shared_is_worth_a_word() {
+        let good = [
+            seat("bow", "cuda:0", "0-7", 4),
+            seat("bow", "cuda:1", "0-7", 4),
+            seat("stern", "cuda:0", "0", 1),
+        ];
+        assert_eq!(warnings(&good), [""; 0]);
+        let bad =
+            [seat("bow", "cuda:0", "0-1", 2), seat("stern", "cpu", "0", 2), seat("bow", "cuda:0", "0-1", 2)];
+        assert_eq!(
+            warnings(&bad),
+            [
+                "ranks 0, 2 share cuda:0 of bow: NCCL refuses that unless told otherwise",
+                "the ranks on bow have 4 threads for 2 cores: start fewer, or lower `run.threads_per_rank`",
+                "the ranks on stern have 2 threads for 1 cores: start fewer, or lower `run.threads_per_rank`",
+                "rank 1 has 2 threads and is bound to 1 cores",
+            ]
+        );
+    }
+}

@@ -1,0 +1,64 @@
+//! The metrics by name.
+
+use serde::{Deserialize, Serialize};
+
+use super::Metrics;
+
+/// One of the [`Metrics`] of how well items are ranked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Measure {
+    /// NDCG@10.
+    #[serde(rename = "ndcg_at_10")]
+    NdcgAt10,
+    /// NDCG@20.
+    #[serde(rename = "ndcg_at_20")]
+    NdcgAt20,
+    /// Recall@10.
+    #[serde(rename = "recall_at_10")]
+    RecallAt10,
+    /// Recall@20.
+    #[serde(rename = "recall_at_20")]
+    RecallAt20,
+    /// MRR@20.
+    #[serde(rename = "mrr_at_20")]
+    MrrAt20,
+}
+
+impl Measure {
+    /// All of them, in the order of tables.
+    pub const ALL: [Self; 5] =
+        [Self::NdcgAt10, Self::NdcgAt20, Self::RecallAt10, Self::RecallAt20, Self::MrrAt20];
+
+    /// Its name in JSON, as in `metrics.jsonl`.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::NdcgAt10 => "ndcg_at_10",
+            Self::NdcgAt20 => "ndcg_at_20",
+            Self::RecallAt10 => "recall_at_10",
+            Self::RecallAt20 => "recall_at_20",
+            Self::MrrAt20 => "mrr_at_20",
+        }
+    }
+
+    /// Its name for people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::NdcgAt10 => "NDCG@10",
+            Self::NdcgAt20 => "NDCG@20",
+            Self::RecallAt10 => "Recall@10",
+            Self::RecallAt20 => "Recall@20",
+            Self::MrrAt20 => "MRR@20",
+        }
+    }
+
+    /// Its value.
+    pub fn of(self, metrics: &Metrics) -> f64 {
+        match self {
+            Self::NdcgAt10 => metrics.ndcg_at_10,
+            Self::NdcgAt20 => metrics.ndcg_at_20,
+            Self::RecallAt10 => metrics.recall_at_10,
+            Self::RecallAt20 => metrics.recall_at_20,
+            Self::MrrAt20 => metrics.mrr_at_20,
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What goes wrong in a run ends it with its exit code, in time, with a message that says what, where and on which rank,
+//! and leaves the last complete checkpoint to go on from.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::mpirun::run_within;
+use crate::resume::{EXACT, checkpoints, met_by, shop};
+use crate::train::{PROGRAM, Shop};
+
+#[test]
+fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
+    let shop = shop();
+    let nan = [("BIREME_FAULT", "nan@1:12")];
+    for reduction in ["run.reduction=fast", "run.reduction=reproducible"] {
+        let set = ["--set", reduction];
+        let Some(ended) = shop.train_with(2, reduction, &set, &nan) else { return };
+        assert_eq!(ended.code, Some(1), "{ended:#?}");
+        let told = "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
+        assert!(ended.stderr.contains(told), "{ended:#?}");
+        // What was saved before is whole, and the run goes on from it.
+        shop.train_on(2, reduction, &set).unwrap().success();
+
+        let skipping = format!("{reduction} skipping");
+        let set = [&set[..], &["--set", "train.non_finite={kind = \"skip\", limit = 1}"]].concat();
+        shop.train_with(2, &skipping, &set, &nan).unwrap().success();
+        let skipped = shop.records(&skipping, "skipped");
+        assert_eq!(skipped.len(), 1);
+        assert_eq!((skipped[0]["day"].as_i64(), skipped[0]["step"].as_i64()), (Some(2), Some(3)));
+        let state = checkpoints(&shop, &skipping).pop().unwrap().join("state.json");
+        let state: Value = serde_json::from_str(&fs::read_to_string(state).unwrap()).unwrap();
+        assert_eq!((state["n_skipped"].as_u64(), state["optimizer_steps"].as_u64()), (Some(1), Some(19)));
+
+        let none = format!("{reduction} none");
+        let set = ["--set", reduction, "--set", "train.non_finite={kind = \"skip\", limit = 0}"];
+        let ended = shop.train_with(2, &none, &set, &nan).unwrap();
+        assert_eq!(ended.code, Some(1), "{ended:#?}");
+    }
+}
+
+#[test]
+fn a_rank_whose_weights_go_astray_is_named() {
+    let shop = shop();
+    for (n_ranks, told) in [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")] {
+        let set = ["--set", "run.compare_ranks_every=4"];
+        let run = format!("{n_ranks}");
+        let Some(ended) = shop.train_with(n_ranks, &run, &set, &[("BIREME_FAULT", "desync@1:5")]) else {
+            return;
+        };
+        assert_eq!(ended.code, Some(1), "{ended:#?}");
+        assert!(ended.stderr.contains("after day 1, step 8, the weights of rank 1 on "), "{ended:#?}");
+        assert!(ended.stderr.contains(told), "{ended:#?}");
+    }
+}
+
+#[test]
+fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_stay() {
+    let shop = shop();
+    for (fault, told) in [("panic@1:14", "a planted panic"), ("memory@1:14", "alloc")] {
+        let Some(ended) = shop.train_with(2, fault, &EXACT, &[("BIREME_FAULT", fault)]) else { return };
+        assert_eq!(ended.code, Some(1), "{ended:#?}");
+        assert!(ended.took < Duration::from_secs(60), "{ended:#?}");
+        assert!(ended.stderr.contains("rank 1 of 2 on ") && ended.stderr.contains(told), "{ended:#?}");
+        let on: &Path = &checkpoints(&shop, fault).pop().unwrap();
+        assert!(on.join("manifest.json").exists());
+        shop.train(fault, &EXACT).success();
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
+    let shop = shop();
+    let set = [&EXACT[..], &["--set", "run.patience_seconds=3"]].concat();
+    for (fault, told) in [
+        ("hang@2:14", "rank 0 of 3 on "),
+        ("stop@2:14", "rank 0 of 3 on "),
+        ("hang@0:14", "rank 1 of 3 on "),
+        ("stop@0:14", "rank 1 of 3 on "),
+    ] {
+        let Some(ended) = shop.train_with(3, fault, &set, &[("BIREME_FAULT", fault)]) else { return };
+        assert_eq!(ended.code, Some(1), "{ended:#?}");
+        assert!(ended.took < Duration::from_secs(40), "{ended:#?}");
+        let line =
+            ended.stderr.lines().find(|line| line.contains(told) && line.contains("waited")).unwrap_or("");
+        let (missing, how) =
+            if told.contains("rank 0") { (2, "did not come") } else { (0, "does not answer") };
+        assert!(line.contains(&format!("rank {missing} on ")) && line.contains(how), "{ended:#?}");
+        assert!(line.contains("`all_reduce` (Sum) of ") && line.contains("day 2, step 5"), "{ended:#?}");
+        assert!(ended.stderr.contains("  rank 0: call ") || missing == 0, "{ended:#?}");
+        assert!(checkpoints(&shop, fault).pop().unwrap().join("manifest.json").exists());
+        shop.train(fault, &set).success();
+    }
+}
+
+#[test]
+fn a_run_directory_that_cannot_be_written_is_refused() {
+    let shop = shop();
+    let config = shop.config();
+    let (config, data) = (config.to_str().unwrap().to_owned(), shop.data().to_str().unwrap().to_owned());
+    let train = ["train", "--config", &config, "--data", &data, "--run-dir", "/proc/run"];
+    let refused = run_within(Command::new(PROGRAM).args(train), Duration::from_secs(60));
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("cannot write to the run directory `/proc/run`"), "{refused:#?}");
+}
+
+#[test]
+fn a_data_file_that_is_cut_off_in_the_middle_of_a_run_ends_it() {
+    let shop = shop();
+    let set = [&EXACT[..4], &["--set", "train.epochs_per_day=30"]].concat();
+    let file = shop.data().join("2/train.parquet");
+    let whole = fs::read(&file).unwrap();
+    let (code, stderr) = met_by(&shop, "run", &set, |_| fs::write(&file, &whole[..whole.len() / 2]).unwrap());
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains("2/train.parquet` is not a readable parquet file"), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    // It is refused before the next start, and with the whole file all goes on.
+    let refused = shop.train("run", &set);
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    fs::write(&file, &whole).unwrap();
+    let on = shop.train("run", &set).success();
+    assert!(on.stderr.contains("going on from") && on.stderr.contains("day-0001"), "{on:#?}");
+}
+
+/// Runs a script with a file system of 300 KiB in `folder`, which is gone afterwards.
+fn on_a_small_disk(shop: &Shop, script: &str) -> Option<crate::mpirun::Finished> {
+    let may = Command::new("unshare").args(["--mount", "true"]).output();
+    if !may.is_ok_and(|may| may.status.success()) {
+        println!("skipped: no file system can be mounted here");
+        return None;
+    }
+    let folder = shop.dir.path().join("small");
+    fs::create_dir(&folder).unwrap();
+    let script = format!("mount -t tmpfs -o size=300k none '{}' && {script}", folder.display());
+    Some(run_within(Command::new("unshare").args(["--mount", "sh", "-c", &script]), Duration::from_secs(120)))
+}
+
+#[test]
+fn a_full_disk_ends_the_run_and_leaves_what_was_there() {
+    let shop = shop();
+    let more = ["--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep_last=1000"];
+    let arguments = shop.arguments("small/run", &[&EXACT[..4], &more].concat());
+    let quoted: Vec<String> = arguments.iter().map(|word| format!("'{word}'")).collect();
+    let train = format!("{PROGRAM} {}", quoted.join(" "));
+    let folder = shop.dir.path().join("small");
+    let folder = folder.display();
+    let script = format!(
+        "{train}; echo \"full: $?\"; ls -A '{folder}/run/checkpoints'; \
+         mount -o remount,size=64m '{folder}' && {train} && echo done"
+    );
+    let Some(finished) = on_a_small_disk(&shop, &script) else { return };
+    let finished = finished.success();
+    let (before, _) = finished.stdout.split_once("done").unwrap();
+    assert!(before.contains("full: 1\n") && !before.contains("partial"), "{finished:#?}");
+    assert!(finished.stderr.contains("No space left on device"), "{finished:#?}");
+    assert!(
+        finished.stderr.contains("/small/run/") && !finished.stderr.contains("panicked"),
+        "{finished:#?}"
+    );
+    assert!(finished.stderr.contains("going on from "), "{finished:#?}");
+}

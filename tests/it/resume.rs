@@ -1,0 +1,238 @@
+//! A run that was stopped, whenever and however, goes on as if it had not been.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::fixtures;
+use crate::mpirun::Finished;
+use crate::train::{ALL_FEATURES, PROGRAM, Shop, XLNET, config_with};
+
+/// Everything that makes a run's course a matter of bits, a checkpoint after every third step, and dropout.
+pub const EXACT: [&str; 6] = [
+    "--set",
+    "run.reduction=reproducible",
+    "--set",
+    "model.dropout=0.2",
+    "--set",
+    "checkpoint.every_steps=3",
+];
+
+/// 200 sessions in steps of 48, two epochs: ten steps a day, twenty in all.
+pub fn shop() -> Shop {
+    Shop::new(200)
+}
+
+pub fn checkpoints(shop: &Shop, run: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(shop.run_dir(run).join("checkpoints")).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+/// What a run has come to, without how long it took: records but for times and checkpoints, and every bit of the rest.
+fn came_to(shop: &Shop, run: &str) -> (Vec<Value>, Vec<Vec<u8>>) {
+    let records = ["step", "eval"].iter().flat_map(|kind| shop.records(run, kind));
+    let timeless = records.map(|mut record| {
+        for key in ["seconds", "sessions_per_s"] {
+            record.as_object_mut().unwrap().remove(key);
+        }
+        record
+    });
+    let newest = checkpoints(shop, run).pop().unwrap();
+    let tensors = ["weights", "optimizer", "occurrences"];
+    let tensors = tensors.map(|file| newest.join(format!("{file}.safetensors")));
+    let run_dir = shop.run_dir(run);
+    let outcomes = [2, 3].map(|day| run_dir.join(format!("evaluations/day-{day}-valid.parquet")));
+    let files = tensors.into_iter().chain(outcomes).chain([run_dir.join("results.txt")]);
+    (timeless.collect(), files.map(|file| fs::read(file).unwrap()).collect())
+}
+
+#[track_caller]
+pub fn assert_came_to_the_same(shop: &Shop, run: &str, unbroken: &str) {
+    let ((records, files), (expected, expected_files)) = (came_to(shop, run), came_to(shop, unbroken));
+    assert_eq!(records, expected);
+    assert!(files == expected_files, "{run}: weights, optimizer, occurrences, outcomes or results differ");
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
+    let shop = shop();
+    let with_features = [&EXACT[..], &ALL_FEATURES].concat();
+    for (model, config, set) in
+        [("gru", crate::train::CONFIG.to_owned(), &EXACT[..]), ("xlnet", config_with(XLNET), &with_features)]
+    {
+        fs::write(shop.config(), config).unwrap();
+        let unbroken = format!("{model} unbroken");
+        shop.train(&unbroken, set).success();
+        // In the middle of an epoch, at the end of a day, before the first checkpoint, and not at all.
+        let run = format!("{model} killed");
+        for (n_ranks, fault) in [(2, "kill@1:1"), (3, "kill@0:7"), (1, "kill@0:10"), (4, "kill@2:19")] {
+            let Some(killed) = shop.train_with(n_ranks, &run, set, &[("BIREME_FAULT", fault)]) else {
+                return;
+            };
+            // By mpirun's own account of a rank that a signal ended.
+            assert_eq!(killed.code, Some(137), "{killed:#?}");
+            assert!(!shop.run_dir(&run).join("results.txt").exists());
+        }
+        let last = shop.train_on(2, &run, set).unwrap().success();
+        assert!(last.stderr.contains("going on from"), "{last:#?}");
+        assert_came_to_the_same(&shop, &run, &unbroken);
+        let again = shop.train_on(2, &run, set).unwrap().success();
+        assert!(again.stderr.contains("holds this run, and it is done"), "{again:#?}");
+        let facts = fs::read_to_string(shop.run_dir(&run).join("run.json")).unwrap();
+        let facts: Value = serde_json::from_str(&facts).unwrap();
+        let ranks = |facts: &Value| facts["world_size"].as_u64().unwrap();
+        let earlier: Vec<u64> = facts["earlier"].as_array().unwrap().iter().map(ranks).collect();
+        assert_eq!((earlier, ranks(&facts)), (vec![2, 3, 1, 4], 2));
+    }
+}
+
+/// Starts a run, and does something to its process when it has said a step's loss.
+pub fn met_by(shop: &Shop, run: &str, more: &[&str], what: impl FnOnce(u32)) -> (Option<i32>, String) {
+    let stderr = shop.dir.path().join(format!("{run}.stderr"));
+    let mut command = Command::new(PROGRAM);
+    command.args(shop.arguments(run, more)).stdout(Stdio::null()).stderr(fs::File::create(&stderr).unwrap());
+    let mut child = command.spawn().unwrap();
+    let begun = Instant::now();
+    while !fs::read_to_string(&stderr).unwrap().contains("  loss ") {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no step in a minute");
+        sleep(Duration::from_millis(5));
+    }
+    what(child.id());
+    let code = child.wait().unwrap().code();
+    (code, fs::read_to_string(stderr).unwrap())
+}
+
+#[test]
+fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later() {
+    let shop = shop();
+    // Long enough to be met by a signal.
+    let set = [&EXACT[..4], &["--set", "train.epochs_per_day=30"]].concat();
+    shop.train("unbroken", &set).success();
+    let signalled = |signal: &str| {
+        let kill = |pid: u32| {
+            let kill = format!("kill -s {signal} {pid}");
+            assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+        };
+        met_by(&shop, "run", &set, kill)
+    };
+    for signal in ["USR2", "TERM"] {
+        let (code, stderr) = signalled(signal);
+        assert_eq!(code, Some(3), "{stderr}");
+        assert!(stderr.contains("stopped on request after day "), "{stderr}");
+    }
+    // This one asks for a checkpoint, and the run goes on.
+    let (code, stderr) = signalled("USR1");
+    assert_eq!(code, Some(0), "{stderr}");
+    let days: Vec<i64> =
+        shop.records("run", "checkpoint").iter().map(|record| record["day"].as_i64().unwrap()).collect();
+    assert!(days.len() >= 3, "{days:?}");
+    assert_came_to_the_same(&shop, "run", "unbroken");
+}
+
+#[test]
+fn a_broken_checkpoint_is_left_aside_for_an_older_one() {
+    let shop = shop();
+    let set = [&EXACT[..], &["--set", "checkpoint.keep_last=3"]].concat();
+    shop.train("unbroken", &set).success();
+    let Some(killed) = shop.train_with(1, "run", &set, &[("BIREME_FAULT", "kill@0:17")]) else { return };
+    assert_eq!(killed.code, Some(137), "{killed:#?}");
+    let [.., older, newest] = &checkpoints(&shop, "run")[..] else { panic!("two checkpoints") };
+    let weights = newest.join("weights.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, &bytes).unwrap();
+    let optimizer = older.join("optimizer.safetensors");
+    fs::File::options().write(true).open(&optimizer).unwrap().set_len(100).unwrap();
+    // What a writer leaves that was stopped halfway.
+    let partial = shop.run_dir("run").join("checkpoints/day-0002-step-00000018.partial");
+    fs::create_dir(&partial).unwrap();
+    let last = shop.train("run", &set).success();
+    for told in ["`weights.safetensors` is not what was written", "`optimizer.safetensors` has 100 bytes"] {
+        assert!(last.stderr.contains(told), "{last:#?}");
+    }
+    assert!(!partial.exists());
+    assert_came_to_the_same(&shop, "run", "unbroken");
+}
+
+#[test]
+fn a_run_goes_on_with_the_same_configuration_and_data_only() {
+    let shop = shop();
+    let one_day = [&EXACT[..], &["--set", "data.last_day=2"]].concat();
+    shop.train("run", &one_day).success();
+    let refused = |finished: Finished, told: &str| {
+        assert_eq!(finished.code, Some(2), "{finished:#?}");
+        assert!(finished.stderr.contains(told) && !finished.stderr.contains("panicked"), "{finished:#?}");
+    };
+    let other = [&one_day[..], &["--set", "train.learning_rate=0.02"]].concat();
+    refused(shop.train("run", &other), "`train.learning_rate` was 0.01, and is 0.02 now");
+    // More days may follow, as when they were not over yet.
+    shop.train("run", &EXACT).success();
+    shop.train("unbroken", &EXACT).success();
+    assert_came_to_the_same(&shop, "run", "unbroken");
+
+    let sessions = fixtures::sessions(200, 40, 77);
+    fixtures::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
+    refused(shop.train("run", &EXACT), "the file of day and part `1/train` has changed");
+    shop.train("run", &[&EXACT[..], &["--resume=anyway"]].concat()).success();
+}
+
+#[test]
+fn the_best_day_and_every_days_last_checkpoint_can_be_kept() {
+    let shop = shop();
+    let days = ["--set", "checkpoint.keep_days=true", "--set", "checkpoint.keep_last=1"];
+    shop.train("days", &[&EXACT[..], &days].concat()).success();
+    let names = |run: &str| -> Vec<String> {
+        let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+        checkpoints(&shop, run).iter().map(name).collect()
+    };
+    assert_eq!(names("days"), ["day-0001-step-00000010", "day-0002-step-00000020"]);
+    let best = ["--set", "checkpoint.keep_best=recall_at_20", "--set", "checkpoint.keep_last=1"];
+    shop.train("best", &[&EXACT[..], &best].concat()).success();
+    assert_eq!(names("best"), ["day-0001-step-00000010", "day-0002-step-00000020"]);
+    let minutes = ["--set", "checkpoint.every_minutes=1e-9", "--set", "checkpoint.keep_last=100"];
+    shop.train("minutes", &[&EXACT[..4], &minutes].concat()).success();
+    assert_eq!(names("minutes").len(), 20);
+}
+
+#[test]
+fn a_run_goes_on_when_later_days_have_brought_new_items() {
+    let shop = crate::export::Shop::small();
+    let [more, data, run, out] = ["more.csv", "data", "run", "repository"].map(|name| shop.path(name));
+    // A shop with more items, of whose days the first two are there already.
+    let synth =
+        ["synth", "--events", "30000", "--items", "900", "--days", "4", "--seed", "9", "--out", &more];
+    shop.run(&synth).success();
+    let config = shop.path("config.toml");
+    let model =
+        "[model]\nkind = \"gru\"\nhidden_width = 16\n[train]\nmax_steps_per_day = 6\nglobal_batch = 64\n";
+    let tables = "tables = { kind = \"adagrad\", learning_rate = 0.1 }\n";
+    let days = |last_day: i64| format!("[data]\nfirst_day = 1\nlast_day = {last_day}\n{model}{tables}");
+    fs::write(&config, days(2)).unwrap();
+    let train = ["train", "--config", &config, "--data", &data, "--run-dir", &run, "--set", "run.device=cpu"];
+    shop.run(&train).success();
+    let state = |day: i64| -> Value {
+        let checkpoints = PathBuf::from(&run).join("checkpoints");
+        let newest = fs::read_dir(checkpoints).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+        let state: Value =
+            serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();
+        assert_eq!(state["position"]["day"].as_i64(), Some(day));
+        state
+    };
+    let before = state(1)["n_items"].as_i64().unwrap();
+    let extended = shop.run(&["preprocess", "--events", &more, "--extend", &data]).success();
+    assert!(extended.stdout.contains("of earlier days"), "{extended:#?}");
+    fs::write(&config, days(3)).unwrap();
+    let on = shop.run(&train).success();
+    assert!(on.stderr.contains("going on from"), "{on:#?}");
+    let after = state(2);
+    assert!(after["n_items"].as_i64().unwrap() > before + 100, "{before} and {after}");
+    // What serving needs of the data has grown too.
+    let exported = shop.run(&["export", "--run-dir", &run, "--out", &out, "--python-backend"]).success();
+    assert!(exported.stdout.contains(&format!("{} items", after["n_items"])), "{exported:#?}");
+}
