@@ -41,7 +41,7 @@ n_heads = 4
 dropout = 0.2
 input = { item_width = 32, feature_width = 8 }
 [train]
-epochs_per_day = 4
+epochs_per_day = 40
 learning_rate = 0.002
 log_every_steps = 1
 [checkpoint]
@@ -62,6 +62,11 @@ def ranks_of(launcher, world_size):
         if int(rest.split()[1]) == launcher.pid and name.endswith("(bireme"):
             pids.append(int(stat.parent.name))
     return sorted(pids)
+
+
+def partial(run):
+    """Whether a checkpoint is being written, or was when the writer was killed."""
+    return any((run / "checkpoints").glob("*.partial"))
 
 
 def sha256(path):
@@ -114,21 +119,24 @@ def main():
         with (folder / "stderr").open("wb") as stderr:
             started = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
             begun = time.monotonic()
-            moment = chance.uniform(0, 2 * unbroken_seconds / options.kills) + 1.5
-            in_checkpoint = kill % 3 == 0
-            partial = lambda: any((run / "checkpoints").glob("*.partial")) if (run / "checkpoints").is_dir() else False
-            while started.poll() is None and (time.monotonic() - begun < moment or in_checkpoint and not partial()):
+            # A start takes about a second; all of them together are to come to some two thirds of the training.
+            moment = 1 + chance.uniform(0, 1.3 * unbroken_seconds / options.kills)
+            while started.poll() is None and time.monotonic() - begun < moment:
                 time.sleep(0.001)
-            pids = ranks_of(started, world_size)
+            pids, rank = ranks_of(started, world_size), chance.randrange(world_size)
+            if kill % 3 == 0:
+                # Rank 0 writes the checkpoints.
+                rank = 0
+                while started.poll() is None and not partial(run):
+                    time.sleep(0.0001)
             if started.poll() is not None or len(pids) != world_size:
                 sys.exit(f"kill {kill}: the start ended by itself: {(folder / 'stderr').read_text()[-2000:]}")
-            rank = chance.randrange(world_size)
             os.kill(pids[rank], signal.SIGKILL)
             code = started.wait(60)
         told = (folder / "stderr").read_text()
         begun_at = [line for line in told.splitlines() if line.startswith("going on from")]
         position = begun_at[0].split("checkpoints/")[1] if begun_at else "the beginning"
-        while_writing = ", while a checkpoint was written" if partial() else ""
+        while_writing = ", while a checkpoint was written" if partial(run) else ""
         print(f"kill {kill:2}: rank {rank} of {world_size} after {moment:.1f} s{while_writing}; exit code {code}; it had begun at {position}", flush=True)
     world_size = chance.randint(1, 4)
     subprocess.run(["mpirun", "--bind-to", "none", "-np", str(world_size), *train, "killed"], **quiet)
