@@ -20,6 +20,8 @@ use crate::optim::{Optimizer, average_and_clip};
 pub(super) struct GradientLearner {
     network: Network,
     optimizer: Optimizer,
+    /// What gradients of micro-batches are added up in, if in whole numbers.
+    exact: Option<ExactSum>,
     fault: Option<Fault>,
 }
 
@@ -34,7 +36,11 @@ impl GradientLearner {
         let rates = (config.train.learning_rate, config.train.weight_decay);
         let values = network.parameters().values();
         let optimizer = Optimizer::new(&values, network.tables(), config.train.tables, rates);
-        Ok(Self { network, optimizer, fault: Fault::planted() })
+        let exact = match config.run.reduction {
+            Reduction::Fast => None,
+            Reduction::Reproducible => Some(ExactSum::new(&network.parameters().reduced())),
+        };
+        Ok(Self { network, optimizer, exact, fault: Fault::planted() })
     }
 
     /// *All ranks.* One step: gradients of this rank's micro-batches, summed over ranks, averaged over all targets,
@@ -48,10 +54,6 @@ impl GradientLearner {
     ) -> Result<Status, TrainError> {
         let config = &day.config.train;
         let device = day.place.device;
-        let mut exact = match day.config.run.reduction {
-            Reduction::Fast => None,
-            Reduction::Reproducible => Some(ExactSum::new(&self.network.parameters().reduced())),
-        };
         self.network.parameters_mut().zero_gradients();
         let own_loss = Tensor::zeros([1], (Kind::Float, device));
         // Told once in a step, with its first pass.
@@ -66,9 +68,8 @@ impl GradientLearner {
             let parameters = self.network.parameters_mut();
             let mut tail = parameters.tail();
             tail += Tensor::cat(&[loss.view([1]), counts], 0);
-            if let Some(exact) = &mut exact {
-                exact.add(&parameters.reduced());
-                parameters.zero_gradients();
+            if let Some(exact) = &mut self.exact {
+                exact.take(&mut parameters.reduced());
             }
         }
 
@@ -79,14 +80,13 @@ impl GradientLearner {
         if fault == Some(fault::Kind::Nan) {
             let _ = own_loss.shallow_clone().fill_(f64::NAN);
             let _ = sums.fill_(f64::NAN);
-            exact = exact.map(|mut exact| {
-                exact.add(&sums);
-                exact
-            });
+            if let Some(exact) = &mut self.exact {
+                exact.take(&mut sums);
+            }
         }
-        match exact {
+        match &mut self.exact {
             None => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
-            Some(exact) => sums.copy_(&exact.all_reduce(day.place.collective)?),
+            Some(exact) => exact.reduce_into(&mut sums, day.place.collective)?,
         }
         let tail = parameters.tail();
         let gradients = parameters.gradients();

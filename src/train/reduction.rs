@@ -1,7 +1,10 @@
 //! How gradients of micro-batches are added up over ranks.
 
+use std::thread;
+
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::kind::Element;
+use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
 
@@ -25,37 +28,107 @@ const UNIT: f64 = 1.0 / (1u64 << 36) as f64;
 const MOST: f64 = (1u64 << 20) as f64;
 
 /// A sum that does not depend on the order of its terms.
+///
+/// It is kept from step to step, and zero in between: a buffer as long as all parameters takes longer to be made than to be
+/// filled. Most terms are zero, as a micro-batch touches few rows of the tables, and cost no more than a look.
 pub(super) struct ExactSum {
-    /// Multiples of [`UNIT`], i64 `[n]`.
+    /// Multiples of [`UNIT`], and behind them how many terms were NaN, infinite or beyond [`MOST`]: i64 `[n + 1]`.
     total: Tensor,
-    /// 1 once a term was NaN, infinite or beyond [`MOST`]: i64 `[1]`.
-    overflow: Tensor,
 }
 
 impl ExactSum {
     /// Zero, for terms like `like: [n]`.
     pub(super) fn new(like: &Tensor) -> Self {
-        let on = (Kind::Int64, like.device());
-        Self { total: Tensor::zeros(like.size(), on), overflow: Tensor::zeros([1], on) }
+        Self { total: Tensor::zeros([like.size()[0] + 1], (Kind::Int64, like.device())) }
     }
 
-    /// Adds `terms: [n]`.
-    pub(super) fn add(&mut self, terms: &Tensor) {
-        // Not `>`: a NaN is neither larger nor smaller than anything.
-        let within = terms.abs().le(MOST).all().to_kind(Kind::Int64);
-        self.overflow += 1 - within;
-        self.total += (terms.to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
+    /// Adds `terms: [n]`, which are zero afterwards.
+    pub(super) fn take(&mut self, terms: &mut Tensor) {
+        let n = terms.size()[0];
+        if terms.device() != Device::Cpu {
+            // Not `>`: a NaN is neither larger nor smaller than anything.
+            let mut n_bad = self.total.narrow(0, n, 1);
+            n_bad += n - terms.abs().le(MOST).sum(Kind::Int64);
+            let mut total = self.total.narrow(0, 0, n);
+            total += (terms.to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
+            let _ = terms.zero_();
+            return;
+        }
+        let (total, terms) = (numbers::<i64>(&mut self.total), numbers::<f32>(terms));
+        let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
+        let n_each = terms.len().div_ceil(tch::get_num_threads().max(1) as usize).max(1);
+        thread::scope(|scope| {
+            let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
+            let (mut others, mut first) = (Vec::new(), None);
+            for (total, terms) in parts {
+                match first {
+                    None => first = Some((total, terms)),
+                    Some(_) => others.push(scope.spawn(|| take(total, terms))),
+                }
+            }
+            *n_bad += first.map_or(0, |(total, terms)| take(total, terms));
+            for other in others {
+                *n_bad += other.join().expect("additions do not panic");
+            }
+        });
     }
 
-    /// *All ranks.* The sum over ranks, f32 `[n]`; NaN throughout if any term was out of range.
-    pub(super) fn all_reduce(self, collective: &dyn Collective) -> Result<Tensor, CollectiveError> {
-        let mut sum = Tensor::cat(&[self.total, self.overflow], 0);
-        collective.all_reduce(&mut sum, Reduce::Sum)?;
-        let n = sum.size()[0] - 1;
-        let total = (sum.narrow(0, 0, n).to_kind(Kind::Double) * UNIT).to_kind(Kind::Float);
-        let overflow = sum.narrow(0, n, 1).ne(0);
-        Ok(total.masked_fill(&overflow, f64::NAN))
+    /// *All ranks.* Moves the sum over ranks to `sums: [n]`; NaN throughout if any term was out of range.
+    pub(super) fn reduce_into(
+        &mut self,
+        sums: &mut Tensor,
+        collective: &dyn Collective,
+    ) -> Result<(), CollectiveError> {
+        collective.all_reduce(&mut self.total, Reduce::Sum)?;
+        let n = sums.size()[0];
+        if sums.device() != Device::Cpu {
+            let total = (self.total.narrow(0, 0, n).to_kind(Kind::Double) * UNIT).to_kind(Kind::Float);
+            let is_bad = self.total.narrow(0, n, 1).ne(0);
+            sums.copy_(&total.masked_fill(&is_bad, f64::NAN));
+            let _ = self.total.zero_();
+            return Ok(());
+        }
+        let (total, sums) = (numbers::<i64>(&mut self.total), numbers::<f32>(sums));
+        let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
+        let unit = if *n_bad == 0 { UNIT } else { f64::NAN };
+        *n_bad = 0;
+        for (sum, total) in sums.iter_mut().zip(total) {
+            *sum = (*total as f64 * unit) as f32;
+            *total = 0;
+        }
+        Ok(())
     }
+}
+
+/// Adds terms to multiples of [`UNIT`] and sets them to zero. Returns how many were out of range.
+fn take(total: &mut [i64], terms: &mut [f32]) -> i64 {
+    // Added and taken away again, this rounds to whole numbers, ties to even: what is large enough to lose by it is whole
+    // already, as an f32 has 24 digits.
+    const ROUNDING: f64 = 1.5 * (1u64 << 52) as f64;
+    let mut n_bad = 0;
+    for (total, term) in total.iter_mut().zip(terms).filter(|(_, term)| **term != 0.0) {
+        let multiple = f64::from(*term) / UNIT;
+        // A NaN is not within anything.
+        let is_within = f64::from(term.abs()) <= MOST;
+        n_bad += i64::from(!is_within);
+        let is_whole = multiple.abs() >= (1u64 << 50) as f64;
+        let whole = if is_whole { multiple } else { (multiple + ROUNDING) - ROUNDING };
+        *total = total.wrapping_add(whole as i64);
+        *term = 0.0;
+    }
+    n_bad
+}
+
+/// The numbers of a contiguous tensor on the CPU.
+///
+/// # Panics
+/// It is another tensor.
+fn numbers<T: Element>(tensor: &mut Tensor) -> &mut [T] {
+    let is_fit = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
+    assert!(is_fit, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
+    // SAFETY: the memory holds `numel` numbers of this type, initialised, and lives as long as the tensor. Nobody else
+    // reads or writes it meanwhile: views of it belong to this thread, which does nothing else.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
 #[cfg(test)]
@@ -69,8 +142,8 @@ mod tests {
         let on_ranks = |world_size: usize| {
             threads::spawn(world_size, |collective| {
                 let mut sum = ExactSum::new(&term(0));
-                (0..12).skip(collective.rank()).step_by(world_size).for_each(|i| sum.add(&term(i)));
-                Vec::<f32>::try_from(sum.all_reduce(collective).unwrap()).unwrap()
+                (0..12).skip(collective.rank()).step_by(world_size).for_each(|i| sum.take(&mut term(i)));
+                reduced(&mut sum, collective)
             })
             .remove(0)
         };
@@ -88,10 +161,34 @@ mod tests {
             let sums = threads::spawn(2, |collective| {
                 let mut sum = ExactSum::new(&Tensor::from_slice(&[0f32, 0.0]));
                 let mine = if collective.rank() == 1 { bad } else { 1.0 };
-                sum.add(&Tensor::from_slice(&[1.0, mine]));
-                Vec::<f32>::try_from(sum.all_reduce(collective).unwrap()).unwrap()
+                sum.take(&mut Tensor::from_slice(&[1.0, mine]));
+                let first = reduced(&mut sum, collective);
+                // The next step knows nothing of it.
+                sum.take(&mut Tensor::from_slice(&[1f32, 0.0]));
+                assert_eq!(reduced(&mut sum, collective), [2.0, 0.0]);
+                first
             });
             assert!(sums.iter().flatten().all(|value| value.is_nan()));
         }
+    }
+
+    fn reduced(sum: &mut ExactSum, collective: &dyn Collective) -> Vec<f32> {
+        let mut sums = Tensor::zeros([sum.total.size()[0] - 1], (Kind::Float, Device::Cpu));
+        sum.reduce_into(&mut sums, collective).unwrap();
+        Vec::try_from(sums).unwrap()
+    }
+
+    #[test]
+    fn terms_are_rounded_as_libtorch_rounds_them_and_taken_away() {
+        let unit = UNIT as f32;
+        let terms = [0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 1.4999, 1e3].map(|n: f32| n * unit);
+        let large =
+            [0.1f32, -3.7e-3, 2.0f32.powi(-12), 2.0f32.powi(-13) * 1.000_001, 123.456, -1e6, 1_048_576.0];
+        let terms: Vec<f32> = terms.into_iter().chain(large).cycle().take(100_000).collect();
+        let expected = (Tensor::from_slice(&terms).to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
+        let (mut sum, mut taken) = (ExactSum::new(&Tensor::from_slice(&terms)), Tensor::from_slice(&terms));
+        sum.take(&mut taken);
+        assert!(sum.total.narrow(0, 0, 100_000).equal(&expected));
+        assert_eq!((sum.total.int64_value(&[100_000]), taken.count_nonzero(None).int64_value(&[])), (0, 0));
     }
 }
