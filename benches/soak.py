@@ -248,6 +248,14 @@ def main():
     print(f"server ready, {resident_mib(server):.0f} MiB; log in {scratch}", flush=True)
 
     abuse = Abuse(options, http, grpc_port, bodies)
+    # The allocator keeps what the worst moment took: let that be over before memory is watched.
+    crowd = [threading.Thread(target=abuse.too_long, args=[bodies[0]]) for _ in range(16)]
+    crowd += [threading.Thread(target=abuse.mutated_json, args=[body]) for body in (bodies * 2)[:512]]
+    for client in crowd:
+        client.start()
+    for client in crowd:
+        client.join()
+    print(f"after a crowd: {resident_mib(server):.0f} MiB", flush=True)
     abuser = threading.Thread(target=abuse.run, args=[options.wrong])
     abuser.start()
     seconds = round(60 * options.minutes)

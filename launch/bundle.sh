@@ -15,6 +15,7 @@ out=${1:-}
 case $out in
     "" | -*) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac
+out=${out%/}
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=${BIREME_BIN:-$root/target/release/bireme}
 [ -x "$bin" ] || { echo "bundle.sh: there is no \`$bin\`: run \`launch/setup.sh && cargo build --release\`" >&2; exit 2; }

@@ -175,10 +175,14 @@ impl Config {
             "train.log_every_steps",
             "data.last_day",
         ];
+        let is_less = self.data.last_day < earlier.data.last_day;
         let flat = |config: &Self| {
             let mut keys = BTreeMap::new();
             flatten("", &Value::try_from(config).expect("a configuration is TOML"), &mut keys);
-            keys.retain(|key, _| !MAY_CHANGE.contains(&key.as_str()) && !key.starts_with("checkpoint."));
+            keys.retain(|key, _| {
+                is_less && key == "data.last_day"
+                    || !MAY_CHANGE.contains(&key.as_str()) && !key.starts_with("checkpoint.")
+            });
             keys
         };
         let (now, then) = (flat(self), flat(earlier));

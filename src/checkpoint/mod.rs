@@ -272,7 +272,9 @@ impl Checkpoints {
         written?;
         io_at("rename", &aside, fs::rename(&aside, &path))?;
         sync(&self.dir)?;
-        let have: Vec<Place> = self.folders()?.into_iter().map(|(place, _)| place).collect();
+        // Later ones are of a past that this run has left: not whole, or it would have gone on from there.
+        let have = self.folders()?.into_iter().map(|(other, _)| other).filter(|&other| other <= place);
+        let have: Vec<Place> = have.collect();
         for place in superseded(&have, &state.config.checkpoint, &state.evaluated) {
             let path = self.path(place);
             io_at("remove", &path, fs::remove_dir_all(&path))?;
@@ -386,6 +388,10 @@ fn read(path: PathBuf) -> Result<Checkpoint, CheckpointError> {
     let text = io_at("read", &state_path, fs::read_to_string(&state_path))?;
     let state: State = serde_json::from_str(&text)
         .map_err(|source| CheckpointError::State { path: state_path.clone(), source })?;
+    if state.format != FORMAT {
+        let problem = format!("its format is {}, and this version knows {FORMAT}", state.format);
+        return Err(CheckpointError::Mismatch { path, problem });
+    }
     let tensors = |file: &str| read_tensors(&path.join(file));
     let found = tensors(OCCURRENCES)?.into_iter().find(|(name, _)| name == "occurrences");
     let occurrences = found.and_then(|(_, tensor)| Vec::try_from(tensor).ok()).unwrap_or_default();

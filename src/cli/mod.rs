@@ -26,9 +26,9 @@ use crate::recommend;
 use crate::report::runs::CONFIG;
 use crate::report::{self, Report, compare, runs};
 use crate::synth::{self, SynthError, SynthOptions};
-use crate::train::{self, Ended, ImportedWeights, Place, RunData, Signals, TrainError, TrainedRun};
+use crate::train::{Ended, ImportedWeights, Place, RunData, Signals, TrainError, TrainedRun, Training};
 
-use run_dir::{Opened, RunDirError, open_run, prepare_run_dir};
+use run_dir::{Opened, RunDirError, begin_run, open_run, prepare_run_dir};
 
 /// Trains session-based recommenders on many GPUs.
 ///
@@ -603,7 +603,9 @@ impl Job {
             }
             let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
             let host = collective::host_name();
-            report::error(&format!("rank {rank} of {world_size} on {host}: {message}"));
+            let at =
+                self.collective.watch().map_or(String::new(), |watch| format!(", {}", watch.whereabouts()));
+            report::error(&format!("rank {rank} of {world_size} on {host}{at}: {message}"));
             self.collective.abort(1)
         })
     }
@@ -623,29 +625,40 @@ fn agree<T, E: Error>(
 }
 
 fn train(command: &TrainCommand) -> Result<(), Failure> {
+    // First of all: a job that is told to stop while it starts stops after its first step.
+    let signals = Signals::listen();
     let args = &command.run;
     let job = Job::join(|| Config::load(&args.config, &args.set))?;
     let collective = &*job.collective;
     let world_size = collective.world_size();
+    let signals = agree(collective, signals, |_| None)?;
     let data = agree(collective, RunData::open(&args.data, &job.config, world_size), |_| None)?;
     agree(collective, data.compare_ranks(collective), |_| None)?;
     let run_dir = args.run_dir();
     let to_export = command.export_options();
     let exportable = to_export.as_ref().map_or(Ok(()), |options| export::check(options, &job.config));
     agree(collective, exportable, ExportError::hint)?;
-    let opened = collective.root().map(|root| open_run(root, command, &job, &data)).transpose();
-    let Opened { from, skipped, is_done } = agree(collective, opened, |_| None)?.unwrap_or_default();
-    let shared = |error: CollectiveError| Failure { exit_code: 1, message: Some(explain(&error, None)) };
-    let from = checkpoint::share(from, collective).map_err(shared)?;
-    let mut is_done = [u8::from(is_done)];
-    collective.reduce(&mut is_done, Reduce::Max).map_err(shared)?;
-    let n_bytes = from.as_ref().map_or(0, |from| from.state.log_bytes);
-    let mut report = agree(collective, Report::open(collective.root(), &run_dir, n_bytes), |_| None)?;
+    let opened = collective.root().map(|_| open_run(command, &job, &data)).transpose();
+    let Opened { from, skipped, is_done, is_new } = agree(collective, opened, |_| None)?.unwrap_or_default();
     warn_of(&skipped);
-    if is_done == [1] {
-        report.say(&format!("`{}` holds this run, and it is done", run_dir.display()));
+    let shared = |error: CollectiveError| Failure { exit_code: 1, message: Some(explain(&error, None)) };
+    let mut done_on_root = [u8::from(is_done)];
+    collective.reduce(&mut done_on_root, Reduce::Max).map_err(shared)?;
+    if done_on_root == [1] {
+        if collective.root().is_some() {
+            report::progress(&format!("`{}` holds this run, and it is done", run_dir.display()));
+        }
         return export_on_root(collective, to_export);
     }
+    let from = checkpoint::share(from, collective).map_err(shared)?;
+    let going_on = from.as_ref().map(|from| (from.path.clone(), from.state.position, from.state.log_bytes));
+    // What does not fit is known before anything is changed.
+    let training = Training::new(&job.config, &data, job.place(), from);
+    let training = agree(collective, training, |_| None)?;
+    let begun = collective.root().map_or(Ok(()), |root| begin_run(root, is_new, args, &job));
+    agree(collective, begun, |_| None)?;
+    let n_bytes = going_on.as_ref().map_or(0, |(_, _, n_bytes)| *n_bytes);
+    let mut report = agree(collective, Report::open(collective.root(), &run_dir, n_bytes), |_| None)?;
     let seats = seats::seats(&job.place, collective).map_err(shared)?;
     for warning in job.place.warnings.iter().chain(&seats::warnings(&seats)) {
         report.say(&format!("warning: {warning}"));
@@ -660,13 +673,11 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         job.place.device_name(),
         job.place.n_threads,
     ));
-    if let Some(from) = &from {
-        let Position { day, day_step, day_steps, .. } = from.state.position;
-        let path = from.path.display();
+    if let Some((path, Position { day, day_step, day_steps, .. }, _)) = &going_on {
+        let path = path.display();
         report.say(&format!("going on from `{path}`: day {day}, {day_step} of {day_steps} steps done"));
     }
-    let signals = agree(collective, Signals::listen(), |_| None)?;
-    let fitted = train::fit(&job.config, &data, &run_dir, job.place(), (&mut report, &signals), from);
+    let fitted = training.fit(&run_dir, &mut report, &signals);
     match job.end(fitted)? {
         Ended::Done => {
             report.say(&format!("metrics, results and checkpoints are in `{}`", run_dir.display()));
@@ -674,7 +685,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         }
         Ended::Stopped(Position { day, day_step, .. }) => {
             report.say(&format!(
-                "stopped on request after day {day}, step {day_step}: the same command goes on from there"
+                "stopped on request after day {day}, step {day_step}: the same command, without `--overwrite`, goes on"
             ));
             Err(Failure { exit_code: 3, message: None })
         }

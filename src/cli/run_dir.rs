@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Job, ResumeArg, TrainArgs, TrainCommand};
-use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position};
+use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints};
 use crate::collective::Root;
 use crate::config::{Config, ConfigError};
 use crate::device;
@@ -41,7 +41,7 @@ pub(super) enum RunDirError {
     Checkpoint(#[from] CheckpointError),
 }
 
-/// A run directory that is ready to be trained in.
+/// A run directory that has been looked at.
 #[derive(Default)]
 pub(super) struct Opened {
     /// Where to go on from, if not from the beginning.
@@ -50,29 +50,25 @@ pub(super) struct Opened {
     pub skipped: Vec<String>,
     /// Whether there is nothing left to do.
     pub is_done: bool,
+    /// Whether it holds no run, or one that is to be replaced.
+    pub is_new: bool,
 }
 
-/// Makes the run directory, or opens the run that it holds.
-pub(super) fn open_run(
-    root: Root,
-    command: &TrainCommand,
-    job: &Job,
-    data: &RunData,
-) -> Result<Opened, RunDirError> {
+/// Looks for the run that the directory holds, and changes nothing.
+pub(super) fn open_run(command: &TrainCommand, job: &Job, data: &RunData) -> Result<Opened, RunDirError> {
     let args = &command.run;
     let path = args.run_dir();
-    let holds_run = path.join(CONFIG).exists() && path.join(RUN).exists();
+    let holds_run = path.join(CONFIG).exists();
     if args.overwrite || command.resume == ResumeArg::Never || !holds_run {
-        prepare_run_dir(root, &path, args, job)?;
-        return Ok(Opened::default());
+        check_free(&path, args.overwrite)?;
+        return Ok(Opened { is_new: true, ..Opened::default() });
     }
     let earlier = Config::load(&path.join(CONFIG), &[])?;
     let is_strict = command.resume == ResumeArg::Auto;
     if let Some(difference) = job.config.difference(&earlier).filter(|_| is_strict) {
         return Err(RunDirError::OtherConfig { path, difference });
     }
-    let checkpoints = Checkpoints::of(&path);
-    let (from, skipped) = match checkpoints.newest() {
+    let (from, skipped) = match Checkpoints::of(&path).newest() {
         Ok((from, skipped)) => (Some(from), skipped),
         Err(CheckpointError::None { skipped, .. }) => (None, skipped),
         Err(error) => return Err(error.into()),
@@ -81,18 +77,39 @@ pub(super) fn open_run(
     if let Some(file) = changed {
         return Err(RunDirError::OtherData { path, file: file.to_owned() });
     }
-    let is_end = |Position { day, day_step, day_steps, .. }| {
-        day + 1 == job.config.data.last_day && day_step == day_steps
-    };
-    let is_done =
-        path.join(report::RESULTS).exists() && from.as_ref().is_some_and(|from| is_end(from.state.position));
-    if !is_done {
-        checkpoints.clear_partial(root)?;
-        // The catalogue may have grown.
-        keep_data(&path, &args.data)?;
-        write_facts(&path, args, job)?;
+    let position = from.as_ref().map(|from| from.state.position);
+    let is_end = position.is_some_and(|at| at.day + 1 == job.config.data.last_day && at.is_end_of_day());
+    let is_done = is_end && path.join(report::RESULTS).exists();
+    Ok(Opened { from, skipped, is_done, is_new: false })
+}
+
+/// Makes the run directory, or readies the run that it holds to go on.
+pub(super) fn begin_run(root: Root, is_new: bool, args: &TrainArgs, job: &Job) -> Result<(), RunDirError> {
+    let path = args.run_dir();
+    if is_new {
+        return prepare_run_dir(root, &path, args, job);
     }
-    Ok(Opened { from, skipped, is_done })
+    // They are of an end that is none any more.
+    let results = path.join(report::RESULTS);
+    if results.exists() {
+        fs::remove_file(&results).map_err(|source| RunDirError::Io { path: path.clone(), source })?;
+    }
+    Checkpoints::of(&path).clear_partial(root)?;
+    // The catalogue may have grown.
+    keep_data(&path, &args.data)?;
+    write_facts(&path, args, job)
+}
+
+/// What only a run leaves behind, and what a start that was cut short may have.
+const OF_A_RUN: [&str; 5] =
+    [CONFIG, report::METRICS, report::RESULTS, evaluations::EVALUATIONS, "checkpoints"];
+const OF_A_START: [&str; 2] = [RUN, export::DATA];
+
+fn check_free(run_dir: &Path, overwrite: bool) -> Result<(), RunDirError> {
+    match OF_A_RUN.iter().any(|left| run_dir.join(left).exists()) && !overwrite {
+        true => Err(RunDirError::Taken(run_dir.to_owned())),
+        false => Ok(()),
+    }
 }
 
 /// Makes the run directory and writes into it what runs: the resolved configuration, and with what and on what.
@@ -104,12 +121,9 @@ pub(super) fn prepare_run_dir(
 ) -> Result<(), RunDirError> {
     let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
     fs::create_dir_all(run_dir).map_err(at)?;
-    let evaluations = evaluations::EVALUATIONS;
-    for left in [CONFIG, RUN, report::METRICS, report::RESULTS, evaluations, export::DATA, "checkpoints"] {
+    check_free(run_dir, args.overwrite)?;
+    for left in OF_A_RUN.iter().chain(&OF_A_START) {
         let path = run_dir.join(left);
-        if path.exists() && !args.overwrite {
-            return Err(RunDirError::Taken(run_dir.to_owned()));
-        }
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
     }

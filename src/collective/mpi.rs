@@ -79,7 +79,8 @@ impl Mpi {
             _universe: universe,
         };
         let name = format!("rank {} of {} on {}", mpi.rank, mpi.world_size, mpi.host);
-        std::panic::set_hook(Box::new(move |panic| end_job(&name, panic)));
+        let watch = mpi.watch.clone();
+        std::panic::set_hook(Box::new(move |panic| end_job(&name, &watch, panic)));
         Ok(mpi)
     }
 
@@ -104,7 +105,7 @@ impl Mpi {
     /// came for, so that it knows who is missing, and tells it to all.
     fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<Watched<'_>, CollectiveError> {
         let words = call.words(tensor, detail);
-        let watched = self.watch.begin(words.clone());
+        let watched = self.watch.begin_met(words.clone());
         let mine = padded::<WORDS_BYTES>(&words);
         let mut inbox = self.inbox.borrow_mut();
         if self.rank == 0 {
@@ -231,7 +232,7 @@ fn end_late_job() -> ! {
 }
 
 /// The end of the job after a panic: dropping [`Mpi`] would wait for ranks that wait for this one.
-fn end_job(rank: &str, panic: &PanicHookInfo) {
+fn end_job(rank: &str, watch: &Watch, panic: &PanicHookInfo) {
     let thread = thread::current();
     let thread = thread.name().unwrap_or("unnamed");
     let backtrace = Backtrace::capture();
@@ -240,7 +241,7 @@ fn end_job(rank: &str, panic: &PanicHookInfo) {
         _ => String::new(),
     };
     // One write, so that the lines of several ranks do not mix; nobody is left to tell if it fails.
-    let text = format!("{rank}, thread `{thread}`, {panic}{backtrace}\n");
+    let text = format!("{rank}, thread `{thread}`, {}: {panic}{backtrace}\n", watch.whereabouts());
     let _ = std::io::stderr().write_all(text.as_bytes());
     abort(1)
 }

@@ -51,17 +51,23 @@ struct Log {
 struct Call {
     number: u64,
     words: String,
+    /// Whether rank 0 knows who has come to it.
+    is_met: bool,
     place: Option<(i64, usize)>,
     begun: Instant,
     took: Option<Duration>,
 }
 
 /// A call under way. It ends when this is dropped.
-pub struct Watched<'a>(&'a Watch);
+pub struct Watched<'a> {
+    watch: &'a Watch,
+    number: u64,
+}
 
 impl Drop for Watched<'_> {
     fn drop(&mut self) {
-        if let Some(call) = self.0.log().calls.back_mut() {
+        let mut log = self.watch.log();
+        if let Some(call) = log.calls.iter_mut().find(|call| call.number == self.number) {
             call.took = Some(call.begun.elapsed());
         }
     }
@@ -109,17 +115,39 @@ impl Watch {
         log.n_steps += 1;
     }
 
-    /// A call begins.
+    /// Where in the run this rank is, for whoever fails: day and step, and the last call.
+    pub fn whereabouts(&self) -> String {
+        let log = self.log();
+        let place = log.place.map_or(String::new(), |(day, step)| format!("day {day}, step {step}, "));
+        match log.calls.iter().rev().find(|call| call.is_met) {
+            Some(Call { number, words, took, .. }) => {
+                let when = if took.is_none() { "in" } else { "after" };
+                format!("{place}{when} call {number}, {words}")
+            }
+            None => format!("{place}before the first call"),
+        }
+    }
+
+    /// Something begins that may wait for other ranks.
     pub fn begin(&self, words: String) -> Watched<'_> {
+        self.begin_call(words, false)
+    }
+
+    /// A call begins for which rank 0 waits by [`Watch::set_missing`], and the others for rank 0.
+    pub(super) fn begin_met(&self, words: String) -> Watched<'_> {
+        self.begin_call(words, true)
+    }
+
+    fn begin_call(&self, words: String, is_met: bool) -> Watched<'_> {
         let mut log = self.log();
         log.n_calls += 1;
         if log.calls.len() == N_REMEMBERED {
             log.calls.pop_front();
         }
         let (number, place) = (log.n_calls, log.place);
-        log.calls.push_back(Call { number, words, place, begun: Instant::now(), took: None });
+        log.calls.push_back(Call { number, words, is_met, place, begun: Instant::now(), took: None });
         drop(log);
-        Watched(self)
+        Watched { watch: self, number }
     }
 
     /// Rank 0 now waits for these.
@@ -143,7 +171,8 @@ impl Shared {
     /// What there is to say if the call under way has lasted too long.
     fn late(&self) -> Option<String> {
         let log = self.log();
-        let call = log.calls.back().filter(|call| call.took.is_none())?;
+        // The innermost that is not over.
+        let call = log.calls.iter().rev().find(|call| call.took.is_none())?;
         let limit = if log.n_steps > 1 { log.limit } else { FIRST_STEP * log.limit };
         let limit = if self.rank == 0 { limit } else { limit + DEFERENCE };
         (call.begun.elapsed() > limit).then(|| self.tell(&log, call))
@@ -151,14 +180,12 @@ impl Shared {
 
     fn tell(&self, log: &Log, late: &Call) -> String {
         let name = |rank: usize| format!("rank {rank} on {}", self.hosts[rank]);
-        let missing: Vec<String> = match self.rank {
-            0 => log.missing.iter().map(|&rank| name(rank)).collect(),
-            _ => vec![name(0)],
-        };
-        let what = match (self.rank, missing.is_empty()) {
-            (_, true) => "all ranks came, but it does not end".to_owned(),
-            (0, _) => format!("{} did not come", missing.join(" and ")),
-            _ => format!("{} does not answer", missing.join(" and ")),
+        let missing: Vec<String> = log.missing.iter().map(|&rank| name(rank)).collect();
+        let what = match self.rank {
+            _ if !late.is_met => "it does not end, here or for want of another rank".to_owned(),
+            0 if missing.is_empty() => "all ranks came, but it does not end".to_owned(),
+            0 => format!("{} did not come", missing.join(" and ")),
+            _ => format!("{} does not answer, or waits for another", name(0)),
         };
         let (rank, world_size, seconds) = (self.rank, self.hosts.len(), late.begun.elapsed().as_secs());
         let mut text = format!(
@@ -209,27 +236,37 @@ mod tests {
     fn who_is_missing_is_told_with_the_last_calls() {
         let watch = watch(0);
         drop(watch.begin("`barrier`".to_owned()));
-        let call = watch.begin("`all_reduce` (Sum) of 5 Float elements".to_owned());
+        let step = watch.begin("a step".to_owned());
+        let call = watch.begin_met("`all_reduce` (Sum) of 5 Float elements".to_owned());
         watch.set_missing(&[1, 2]);
         watch.set_missing(&[2]);
         let told = late(&watch).unwrap();
-        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not come: call 2, `all_reduce` (Sum) of 5 Float \
+        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not come: call 3, `all_reduce` (Sum) of 5 Float \
                     elements, day 3, step 7, waited 2 s; the last calls were\n";
         assert!(told.starts_with(head), "{told}");
         assert!(told.contains("  rank 0: call 1, `barrier`, day 3, step 7: 0.0 ms\n"), "{told}");
+        let whereabouts = "day 3, step 7, in call 3, `all_reduce` (Sum) of 5 Float elements";
+        assert_eq!(watch.whereabouts(), whereabouts);
         watch.set_missing(&[]);
         assert!(late(&watch).unwrap().contains("all ranks came, but it does not end"));
         drop(call);
+        watch.log().calls[1].begun -= Duration::from_secs(2);
+        let told = late(&watch).unwrap();
+        assert!(told.contains("it does not end, here or for want of another rank: call 2, a step"), "{told}");
+        drop(step);
         assert_eq!(late(&watch), None);
     }
 
     #[test]
     fn other_ranks_name_rank_0_and_remember_no_more_than_they_should() {
         let watch = watch(1);
-        (0..100).for_each(|i| drop(watch.begin(format!("call {i}"))));
-        let _call = watch.begin("the last".to_owned());
+        (0..100).for_each(|i| drop(watch.begin_met(format!("call {i}"))));
+        let _call = watch.begin_met("the last".to_owned());
         let told = late(&watch).unwrap();
-        assert!(told.contains("rank 0 on ship does not answer: call 101, the last"), "{told}");
+        assert!(
+            told.contains("rank 0 on ship does not answer, or waits for another: call 101, the last"),
+            "{told}"
+        );
         assert_eq!(told.lines().count(), 1 + N_REMEMBERED);
     }
 

@@ -23,7 +23,7 @@ use crate::fit::{Counts, Fit, Sums};
 use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
 use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
-use crate::vocab::Coded;
+use crate::vocab::{Coded, Vocabulary};
 use crate::workflow::{Product, Settings, Workflow};
 
 /// The folder of the days, in the output.
@@ -97,6 +97,8 @@ pub struct Report {
     pub n_repeats: u64,
     /// Sessions of days that were there before.
     pub n_held: u64,
+    /// Of these, sessions that were not.
+    pub n_late: u64,
     /// Events of the fit, in the chosen days.
     pub n_events: u64,
     /// Sessions with such events.
@@ -120,6 +122,7 @@ impl fmt::Display for Report {
         line("repeats", &self.n_repeats)?;
         if self.n_held > 0 {
             line("of earlier days", &self.n_held)?;
+            line("of these, not there", &self.n_late)?;
         }
         line("events", &self.n_events)?;
         line("sessions", &self.n_sessions)?;
@@ -186,6 +189,7 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
         rows: fitted.rows,
         n_repeats: fitted.n_repeats,
         n_held: fitted.n_held,
+        n_late: fitted.n_late,
         n_events: workflow.statistics.n_events,
         n_sessions: fitted.n_sessions,
         n_short: fitted.n_short,
@@ -307,6 +311,7 @@ impl Read {
             products: &self.products,
             first_event: self.first_event,
             last_day: base.map_or(i64::MIN, |base| base.last_day),
+            session_ids: base.map_or(&[], |base| base.workflow.vocabulary(Coded::Session).ids()),
             counts: &counts,
         };
         let mut sums = Sums::default();
@@ -318,10 +323,11 @@ impl Read {
                 sweep.bucket(bucket, output.scratch().join(format!("sessions-{i}")))
             };
             let swept = parts.par_iter().map(sweep).collect::<Result<Vec<_>, _>>()?;
-            for Swept { sums: of_bucket, n_repeats, n_held, n_sessions, n_short, kept } in swept {
+            for Swept { sums: of_bucket, n_repeats, n_held, n_late, n_sessions, n_short, kept } in swept {
                 sums.merge(&of_bucket);
                 fitted.n_repeats += n_repeats;
                 fitted.n_held += n_held;
+                fitted.n_late += n_late;
                 fitted.n_sessions += n_sessions;
                 fitted.n_short += n_short;
                 fitted.days.extend(kept.days());
@@ -372,6 +378,7 @@ struct Fitted {
     rows: RowCounts,
     n_repeats: u64,
     n_held: u64,
+    n_late: u64,
     n_sessions: u64,
     n_short: u64,
     days: Vec<i64>,
@@ -387,6 +394,8 @@ struct Sweep<'a> {
     first_event: i64,
     /// Sessions of this day and before are there already.
     last_day: i64,
+    /// The ids of those, by code.
+    session_ids: &'a [u32],
     counts: &'a Counts,
 }
 
@@ -394,6 +403,7 @@ struct Swept {
     sums: Sums,
     n_repeats: u64,
     n_held: u64,
+    n_late: u64,
     n_sessions: u64,
     n_short: u64,
     kept: KeptSessions,
@@ -409,11 +419,14 @@ impl Sweep<'_> {
 
         let mut sums = Sums::default();
         let Settings { max_length, min_length, keep, .. } = self.options.settings;
-        let (mut n_held, mut n_sessions, mut n_short, mut kept) = (0, 0, 0, Vec::new());
+        let (mut n_held, mut n_late) = (0, 0);
+        let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());
         for events in sessions(&events) {
             let day_index = (events[0].time - self.first_event).div_euclid(DAY) + 1;
             if day_index <= self.last_day {
                 n_held += 1;
+                let id = self.session_ids.get(events[0].code(Coded::Session) as usize);
+                n_late += u64::from(id.is_none_or(|&id| id == Vocabulary::UNKNOWN));
                 continue;
             }
             for event in events {
@@ -427,7 +440,7 @@ impl Sweep<'_> {
             }
         }
         let kept = KeptSessions::write(sessions_path, kept)?;
-        Ok(Swept { sums, n_repeats, n_held, n_sessions, n_short, kept })
+        Ok(Swept { sums, n_repeats, n_held, n_late, n_sessions, n_short, kept })
     }
 
     fn is_used(&self, event: &Event) -> bool {

@@ -250,3 +250,26 @@ impl Parameters {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_takes_fewer_rows_where_it_may_have_grown() {
+        let saved =
+            |rows: i64| vec![("table".to_owned(), Tensor::full([rows, 2], 5.0, (Kind::Float, Device::Cpu)))];
+        let mut initial = Initial::default();
+        initial.constant("table", &[3, 2], 1.0);
+        let parameters = Parameters::new(initial, Device::Cpu);
+        let values = parameters.values();
+        let growing = parameters.views();
+        let refused = parameters.assign(&values, &saved(2), &[]).unwrap_err();
+        assert_eq!(refused, "parameter `table` has the shape [2, 2], the model's is [3, 2]");
+        assert!(parameters.assign(&values, &saved(4), growing).is_err());
+        parameters.assign(&values, &saved(2), growing).unwrap();
+        assert_eq!(Vec::<f32>::try_from(&values).unwrap(), [5.0, 5.0, 5.0, 5.0, 1.0, 1.0]);
+        parameters.assign(&values, &saved(3), &[]).unwrap();
+        assert_eq!(Vec::<f32>::try_from(&values).unwrap(), [5.0; 6]);
+    }
+}

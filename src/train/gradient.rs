@@ -57,8 +57,7 @@ impl GradientLearner {
         self.network.parameters_mut().zero_gradients();
         let own_loss = Tensor::zeros([1], (Kind::Float, device));
         // Told once in a step, with its first pass.
-        let mut wishes =
-            [day.signals.stop(), day.signals.take_save()].map(|asked| f64::from(u8::from(asked)));
+        let mut wishes = [day.signals.stop(), day.signals.save()].map(|asked| f64::from(u8::from(asked)));
         for batch in passes {
             let mut noise = Noise::new(batch, day.config.data.max_length);
             let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals);
@@ -149,7 +148,10 @@ impl Learner for GradientLearner {
             if let Some(watch) = collective.watch() {
                 watch.at(day.plan.day, n_done + 1);
             }
-            let passes: Vec<Batch> = passes?.iter().map(|batch| batch.to_device(day.place.device)).collect();
+            let passes = passes?;
+            // On a GPU, what waits for the device may wait for another rank.
+            let _step = collective.watch().map(|watch| watch.begin("a step".to_owned()));
+            let passes: Vec<Batch> = passes.iter().map(|batch| batch.to_device(day.place.device)).collect();
             let share = train.schedule.share(n_done, n_steps);
             // All micro-batches of a step have its seed, and every rank owns one at least.
             let status = self.train_step(&passes, day, &rivals(passes[0].step_seed), share)?;

@@ -356,101 +356,139 @@ pub enum Ended {
     Stopped(Position),
 }
 
-/// *All ranks.* Trains on every day, evaluates each on the next; rank 0 leaves checkpoints and results. `from`: where
-/// an earlier part of the run left off.
-///
-/// # Errors
-/// See [`TrainError`].
-pub fn fit(
-    config: &config::Config,
-    data: &RunData,
-    run_dir: &Path,
-    place: Place<'_>,
-    (report, signals): (&mut Report, &Signals),
-    from: Option<Checkpoint>,
-) -> Result<Ended, TrainError> {
-    let root = place.collective.root();
-    let n_items = data.features.n_items();
-    let mut learner = learner(config, &data.features, place.device)?;
-    let mut state = State::new(config, n_items, data.fingerprints.clone());
-    let mut occurred = vec![0; n_items as usize];
-    let begin = from.as_ref().map(|checkpoint| checkpoint.state.position);
-    if let Some(from) = from {
-        let n_counted = from.occurrences.len();
-        // A catalogue may have grown.
-        if n_counted as i64 > n_items {
-            from.check_items(n_items)?;
-        }
-        let mismatch = |problem| CheckpointError::Mismatch { path: from.path.clone(), problem };
-        learner.go_on(&from).map_err(mismatch)?;
-        occurred[..n_counted].copy_from_slice(&from.occurrences);
-        let State { position, n_skipped, evaluated, .. } = from.state;
-        state = State { position, n_skipped, evaluated, ..state };
-    }
-    let mut saver = root.map(|root| Saver::new(root, Checkpoints::of(run_dir))).transpose()?;
-    let mut last_metrics = None;
-    for (day, window, valid) in
-        data.days.iter().filter(|(day, ..)| begin.is_none_or(|begin| begin.day <= *day))
-    {
-        let plan = DayPlan {
-            window: window.clone(),
-            day: *day,
-            n_epochs: config.train.epochs_per_day,
-            shape: config.train.shape(),
-            seed: config.run.seed,
-            max_steps: config.train.max_steps_per_day,
-            pass_by_pass: config.run.reduction == Reduction::Reproducible,
-        };
-        if begin.is_none_or(|begin| begin.day != *day) {
-            add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
-            let global_step = state.position.global_step;
-            state.position = Position { day: *day, day_step: 0, day_steps: plan.n_steps(), global_step };
-        }
-        let is_trained = begin.is_some_and(|begin| begin.day == *day && begin.is_end_of_day());
-        if !is_trained {
-            let mut context = Day {
-                config,
-                plan,
-                features: &data.features,
-                place,
-                report: &mut *report,
-                signals,
-                saver: &mut saver,
-                occurrences: &occurred,
-                n_trained: 0,
-                last_log: (Instant::now(), state.position.day_step),
-                state: &mut state,
-            };
-            if context.train(&mut *learner)?.is_break() {
-                if let Some(saver) = &mut saver {
-                    saver.finish()?;
-                }
-                return Ok(Ended::Stopped(state.position));
-            }
-        }
+/// A run that is ready to go: at its beginning, or where an earlier part of it left off.
+pub struct Training<'a> {
+    config: &'a config::Config,
+    data: &'a RunData,
+    place: Place<'a>,
+    learner: Box<dyn Learner>,
+    state: State,
+    /// How often each item occurred in training so far, on all ranks: `[V]`.
+    occurred: Vec<i64>,
+    /// Where the earlier part left off.
+    begin: Option<Position>,
+}
 
-        let task = EvaluationTask {
-            file: valid,
-            features: &data.features,
-            occurrences: &occurred,
-            train_day: *day,
-            eval_day: day + 1,
-            split: Split::Valid,
-        };
-        let (record, evaluation) = task.evaluate(learner.recommender(), config, place.collective)?;
-        report.record(&record)?;
-        task.save(run_dir, config, &evaluation, place.collective)?;
-        let value = config.checkpoint.keep_best.map(|measure| measure.of(&evaluation.metrics));
-        state.evaluated.extend(value.filter(|value| value.is_finite()).map(|value| (*day, value)));
-        last_metrics = Some(evaluation.metrics);
+impl<'a> Training<'a> {
+    /// A run of this configuration on this data. `from`: where an earlier part of it left off. The catalogue may have grown
+    /// since.
+    ///
+    /// # Errors
+    /// The model does not fit the data, or the checkpoint does not fit the model or the data.
+    pub fn new(
+        config: &'a config::Config,
+        data: &'a RunData,
+        place: Place<'a>,
+        from: Option<Checkpoint>,
+    ) -> Result<Self, TrainError> {
+        let n_items = data.features.n_items();
+        let mut learner = learner(config, &data.features, place.device)?;
+        let mut state = State::new(config, n_items, data.fingerprints.clone());
+        let mut occurred = vec![0; n_items as usize];
+        let begin = from.as_ref().map(|checkpoint| checkpoint.state.position);
+        if let Some(from) = from {
+            let n_counted = from.occurrences.len();
+            if n_counted as i64 > n_items {
+                from.check_items(n_items)?;
+            }
+            let mismatch = |problem| CheckpointError::Mismatch { path: from.path.clone(), problem };
+            let State { position, n_skipped, .. } = from.state;
+            let Position { day, day_steps, .. } = position;
+            let Some((_, window, _)) = data.days.iter().find(|(other, ..)| *other == day) else {
+                let problem = format!("it is of day {day}, which the configuration does not train on");
+                return Err(mismatch(problem).into());
+            };
+            let n_steps = plan(config, day, window).n_steps();
+            if !position.is_end_of_day() && day_steps != n_steps {
+                let problem = format!("its day {day} has {day_steps} steps, and now it would have {n_steps}");
+                return Err(mismatch(problem).into());
+            }
+            learner.go_on(&from).map_err(mismatch)?;
+            occurred[..n_counted].copy_from_slice(&from.occurrences);
+            // Another metric's values are none of this one's.
+            let is_same_metric = from.state.config.checkpoint.keep_best == config.checkpoint.keep_best;
+            let evaluated = if is_same_metric { from.state.evaluated } else { BTreeMap::new() };
+            state = State { position, n_skipped, evaluated, ..state };
+        }
+        Ok(Self { config, data, place, learner, state, occurred, begin })
     }
-    if let Some(saver) = &mut saver {
-        saver.finish()?;
+
+    /// *All ranks.* Trains on every day, evaluates each on the next; rank 0 leaves checkpoints and results.
+    ///
+    /// # Errors
+    /// See [`TrainError`].
+    pub fn fit(self, run_dir: &Path, report: &mut Report, signals: &Signals) -> Result<Ended, TrainError> {
+        let Self { config, data, place, mut learner, mut state, mut occurred, begin } = self;
+        let root = place.collective.root();
+        let mut saver = root.map(|root| Saver::new(root, Checkpoints::of(run_dir))).transpose()?;
+        let mut last_metrics = None;
+        for (day, window, valid) in
+            data.days.iter().filter(|(day, ..)| begin.is_none_or(|begin| begin.day <= *day))
+        {
+            let plan = plan(config, *day, window);
+            if begin.is_none_or(|begin| begin.day != *day) {
+                add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
+                let global_step = state.position.global_step;
+                state.position = Position { day: *day, day_step: 0, day_steps: plan.n_steps(), global_step };
+            }
+            let is_trained = begin.is_some_and(|begin| begin.day == *day && begin.is_end_of_day());
+            if !is_trained {
+                let mut context = Day {
+                    config,
+                    plan,
+                    features: &data.features,
+                    place,
+                    report: &mut *report,
+                    signals,
+                    saver: &mut saver,
+                    occurrences: &occurred,
+                    n_trained: 0,
+                    last_log: (Instant::now(), state.position.day_step),
+                    state: &mut state,
+                };
+                if context.train(&mut *learner)?.is_break() {
+                    if let Some(saver) = &mut saver {
+                        saver.finish()?;
+                    }
+                    return Ok(Ended::Stopped(state.position));
+                }
+            }
+
+            let task = EvaluationTask {
+                file: valid,
+                features: &data.features,
+                occurrences: &occurred,
+                train_day: *day,
+                eval_day: day + 1,
+                split: Split::Valid,
+            };
+            let (record, evaluation) = task.evaluate(learner.recommender(), config, place.collective)?;
+            report.record(&record)?;
+            task.save(run_dir, config, &evaluation, place.collective)?;
+            let value = config.checkpoint.keep_best.map(|measure| measure.of(&evaluation.metrics));
+            state.evaluated.extend(value.filter(|value| value.is_finite()).map(|value| (*day, value)));
+            last_metrics = Some(evaluation.metrics);
+        }
+        if let Some(saver) = &mut saver {
+            saver.finish()?;
+        }
+        if let (Some(root), Some(metrics)) = (root, last_metrics) {
+            write_results(root, run_dir, &config.title(), &metrics)?;
+        }
+        Ok(Ended::Done)
     }
-    if let (Some(root), Some(metrics)) = (root, last_metrics) {
-        write_results(root, run_dir, &config.title(), &metrics)?;
+}
+
+fn plan(config: &config::Config, day: i64, window: &Window) -> DayPlan {
+    DayPlan {
+        window: window.clone(),
+        day,
+        n_epochs: config.train.epochs_per_day,
+        shape: config.train.shape(),
+        seed: config.run.seed,
+        max_steps: config.train.max_steps_per_day,
+        pass_by_pass: config.run.reduction == Reduction::Reproducible,
     }
-    Ok(Ended::Done)
 }
 
 /// *All ranks.* Adds the occurrences of the items of a whole file, `[V]`.
@@ -533,11 +571,7 @@ impl Day<'_> {
     /// what was done.
     fn train(&mut self, learner: &mut dyn Learner) -> Result<ControlFlow<()>, TrainError> {
         let (day, n_steps) = (self.plan.day, self.plan.n_steps());
-        let Position { day_step, day_steps, .. } = self.state.position;
-        if day_steps != n_steps {
-            let problem = format!("its day {day} has {day_steps} steps, that of the data {n_steps}");
-            return Err(TrainError::Model(problem));
-        }
+        let day_step = self.state.position.day_step;
         self.report.begin_day(day, (day_step, n_steps), self.plan.window.n_sessions());
         let begun = Instant::now();
         let went = learner.learn_day(self)?;
@@ -546,10 +580,12 @@ impl Day<'_> {
         }
         let seconds = begun.elapsed().as_secs_f64();
         // A learner without steps counts each session once.
-        let n_sessions =
-            if self.n_trained > 0 { self.n_trained } else { self.plan.window.today().n_sessions() };
+        let (n_sessions, n_here) = match self.n_trained {
+            0 => (self.plan.window.today().n_sessions(), self.plan.window.today().n_sessions()),
+            n_here => ((0..n_steps).map(|step| self.plan.sessions_in_step(step)).sum(), n_here),
+        };
         self.report.end_day();
-        let sessions_per_s = n_sessions as f64 / seconds;
+        let sessions_per_s = n_here as f64 / seconds;
         self.report.record(&Record::Day { day, n_sessions, seconds, sessions_per_s })?;
         self.state.position.day_step = n_steps;
         self.save(learner)?;
@@ -582,11 +618,10 @@ impl Day<'_> {
         if !(is_logged || is_due || may_skip || self.place.device == Device::Cpu) {
             return Ok(ControlFlow::Continue(()));
         }
-        let read = {
-            let _wait =
-                self.place.collective.watch().map(|watch| watch.begin("the end of a step".to_owned()));
-            status.read()
-        };
+        let read = status.read();
+        if read.is_save {
+            self.signals.saved();
+        }
         if !read.is_finite() {
             self.not_finite(&read, status, done)?;
         }

@@ -30,9 +30,14 @@ impl Signals {
         Ok(signals)
     }
 
-    /// Whether a checkpoint was asked for since this was last asked.
-    pub(super) fn take_save(&self) -> bool {
-        self.save.swap(false, Ordering::Relaxed)
+    /// Whether a checkpoint was asked for.
+    pub(super) fn save(&self) -> bool {
+        self.save.load(Ordering::Relaxed)
+    }
+
+    /// The checkpoint that was asked for is made.
+    pub(super) fn saved(&self) {
+        self.save.store(false, Ordering::Relaxed);
     }
 
     /// Whether the end was asked for.

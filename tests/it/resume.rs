@@ -84,6 +84,7 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
         assert_came_to_the_same(&shop, &run, &unbroken);
         let again = shop.train_on(2, &run, set).unwrap().success();
         assert!(again.stderr.contains("holds this run, and it is done"), "{again:#?}");
+        assert_came_to_the_same(&shop, &run, &unbroken);
         let facts = fs::read_to_string(shop.run_dir(&run).join("run.json")).unwrap();
         let facts: Value = serde_json::from_str(&facts).unwrap();
         let ranks = |facts: &Value| facts["world_size"].as_u64().unwrap();
@@ -171,6 +172,12 @@ fn a_run_goes_on_with_the_same_configuration_and_data_only() {
     };
     let other = [&one_day[..], &["--set", "train.learning_rate=0.02"]].concat();
     refused(shop.train("run", &other), "`train.learning_rate` was 0.01, and is 0.02 now");
+    refused(
+        shop.train("run", &[&EXACT[..], &["--set", "data.last_day=4", "--set", "run.seed=1"]].concat()),
+        "no day 4",
+    );
+    let none_left = [&EXACT[..], &["--set", "data.first_day=2", "--resume=anyway"]].concat();
+    refused(shop.train("run", &none_left), "it is of day 1, which the configuration does not train on");
     // More days may follow, as when they were not over yet.
     shop.train("run", &EXACT).success();
     shop.train("unbroken", &EXACT).success();
