@@ -144,14 +144,15 @@ fn assert_same_runs(shop: &Shop, run: &str, other: &str) {
             (&b["day"], &b["epoch"], &b["step"], &b["lr"])
         );
         let (a, b) = (a["loss"].as_f64().unwrap(), b["loss"].as_f64().unwrap());
-        assert!((a - b).abs() < 1e-5, "{run} {a}, {other} {b}");
+        assert!((a - b).abs() <= 1e-6 * a, "{run} {a}, {other} {b}");
     }
     let (evals, others) = (shop.evaluations(run), shop.evaluations(other));
     assert_eq!(evals.len(), 2);
     for (mut a, mut b) in evals.into_iter().zip(others) {
         let [loss_a, loss_b] = [&mut a, &mut b].map(|record| record["loss"].take().as_f64());
         assert_eq!(a, b);
-        assert!((loss_a.unwrap_or(0.0) - loss_b.unwrap_or(0.0)).abs() < 1e-5);
+        let [a, b] = [loss_a, loss_b].map(|loss| loss.unwrap_or(0.0));
+        assert!((a - b).abs() <= 1e-6 * a, "{run} {a}, {other} {b}");
     }
 }
 
