@@ -41,7 +41,7 @@ n_heads = 4
 dropout = 0.2
 input = { item_width = 32, feature_width = 8 }
 [train]
-epochs_per_day = 40
+epochs_per_day = 120
 learning_rate = 0.002
 log_every_steps = 1
 [checkpoint]
@@ -120,7 +120,7 @@ def main():
             started = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
             begun = time.monotonic()
             # A start takes about a second; all of them together are to come to some two thirds of the training.
-            moment = 1 + chance.uniform(0, 1.3 * unbroken_seconds / options.kills)
+            moment = 1 + chance.uniform(0, unbroken_seconds / options.kills)
             while started.poll() is None and time.monotonic() - begun < moment:
                 time.sleep(0.001)
             pids, rank = ranks_of(started, world_size), chance.randrange(world_size)

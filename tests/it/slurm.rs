@@ -49,7 +49,7 @@ impl Cluster {
         let begun = Instant::now();
         while !self.job(id).split_whitespace().any(|other| other == word) {
             let log = || fs::read_to_string(self.0.path().join("slurmctld.log")).unwrap();
-            assert!(begun.elapsed() < Duration::from_secs(240), "no {word}: {}\n{}", self.job(id), log());
+            assert!(begun.elapsed() < Duration::from_secs(480), "no {word}: {}\n{}", self.job(id), log());
             sleep(Duration::from_millis(200));
         }
     }
@@ -70,8 +70,9 @@ fn cluster(action: &str, folder: &Path) -> Output {
 fn a_job_that_is_preempted_goes_back_into_the_queue_and_on_to_the_same_bits() {
     let Some(cluster) = Cluster::start() else { return };
     let shop = Shop::new(200);
-    // Long enough to be preempted.
-    let set = [&EXACT[..], &["--set", "train.epochs_per_day=100"]].concat();
+    // Long enough to be preempted on a fast machine too.
+    let long = ["--set", "train.epochs_per_day=400", "--set", "checkpoint.every_steps=100"];
+    let set = [&EXACT[..4], &long, &["--set", "train.log_every_steps=20"]].concat();
     shop.train("unbroken", &set).success();
     let dir = shop.dir.path();
     std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch"), dir.join("launch"))
