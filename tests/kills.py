@@ -119,8 +119,8 @@ def main():
         with (folder / "stderr").open("wb") as stderr:
             started = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
             begun = time.monotonic()
-            # A start takes about a second; all of them together are to come to some two thirds of the training.
-            moment = 1 + chance.uniform(0, unbroken_seconds / options.kills)
+            # A start takes about a second; all of them together are to come to a part of the training only.
+            moment = 1 + chance.uniform(0, 0.6 * unbroken_seconds / options.kills)
             while started.poll() is None and time.monotonic() - begun < moment:
                 time.sleep(0.001)
             pids, rank = ranks_of(started, world_size), chance.randrange(world_size)
