@@ -302,13 +302,14 @@ impl Checkpoints {
     /// # Errors
     /// There is none, or it cannot be read.
     pub fn named(&self, name: &str) -> Result<Checkpoint, CheckpointError> {
-        let complete = self.folders()?.into_iter().map(|(_, path)| path);
-        let complete: Vec<PathBuf> = complete.filter(|path| Manifest::problem(path).is_none()).collect();
-        let is_named = |path: &PathBuf| path.file_name().is_some_and(|file| file == name);
-        match complete.iter().find(|path| is_named(path)) {
+        let folders = self.folders()?.into_iter().map(|(_, path)| path);
+        let (named, others): (Vec<_>, Vec<_>) =
+            folders.partition(|path| path.file_name().is_some_and(|file| file == name));
+        let is_complete = |path: &&PathBuf| Manifest::problem(path).is_none();
+        match named.iter().find(is_complete) {
             Some(path) => read(path.clone()),
             None => {
-                let names = complete.iter().filter_map(|path| path.file_name());
+                let names = others.iter().filter(is_complete).filter_map(|path| path.file_name());
                 let have = names.map(|name| format!("`{}`", name.display())).collect::<Vec<_>>().join(", ");
                 Err(CheckpointError::Unknown { name: name.to_owned(), dir: self.dir.clone(), have })
             }

@@ -1,6 +1,7 @@
 //! The directory of a run: made, found again, told apart from that of another run.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Job, ResumeArg, TrainArgs, TrainCommand};
@@ -32,7 +33,7 @@ pub(super) enum RunDirError {
     #[error("`{0}` exists: replace it with `--overwrite`")]
     Evaluated(PathBuf),
     #[error("cannot write to the run directory `{path}`")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Workflow(#[from] etl::Error),
     #[error(transparent)]
@@ -90,10 +91,8 @@ pub(super) fn begin_run(root: Root, is_new: bool, args: &TrainArgs, job: &Job) -
         return prepare_run_dir(root, &path, args, job);
     }
     // They are of an end that is none any more.
-    let results = path.join(report::RESULTS);
-    if results.exists() {
-        fs::remove_file(&results).map_err(|source| RunDirError::Io { path: path.clone(), source })?;
-    }
+    let removed = remove(&path.join(report::RESULTS));
+    removed.map_err(|source| RunDirError::Io { path: path.clone(), source })?;
     Checkpoints::of(&path).clear_partial(root)?;
     // The catalogue may have grown.
     keep_data(&path, &args.data)?;
@@ -123,12 +122,16 @@ pub(super) fn prepare_run_dir(
     fs::create_dir_all(run_dir).map_err(at)?;
     check_free(run_dir, args.overwrite)?;
     for left in OF_A_RUN.iter().chain(&OF_A_START) {
-        let path = run_dir.join(left);
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
+        remove(&run_dir.join(left)).map_err(at)?;
     }
     keep_data(run_dir, &args.data)?;
     write_facts(run_dir, args, job)
+}
+
+/// Removes a file or a folder, if it is there.
+fn remove(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) })
 }
 
 /// Keeps what serving needs of the data, so that a run is whole by itself.
@@ -141,8 +144,7 @@ fn keep_data(run_dir: &Path, data: &Path) -> Result<(), RunDirError> {
     }
     let aside = run_dir.join(".data.partial");
     for path in [&aside, &kept] {
-        let removed = fs::remove_dir_all(path);
-        removed.or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).map_err(at)?;
+        remove(path).map_err(at)?;
     }
     fs::create_dir(&aside).map_err(at)?;
     fs::copy(data.join(etl::SCHEMA), aside.join(etl::SCHEMA)).map_err(at)?;

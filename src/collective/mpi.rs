@@ -10,14 +10,14 @@ use std::thread;
 use std::time::Duration;
 
 use mpi::datatype::Equivalence;
-use mpi::environment::{Universe, processor_name};
+use mpi::environment::Universe;
 use mpi::ffi;
 use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::traits::{AsRaw, CommunicatorCollectives};
 use tch::{Device, Kind, Tensor};
 
 use super::watch::{Watch, Watched};
-use super::{Call, Collective, CollectiveError, Reduce};
+use super::{Call, Collective, CollectiveError, Reduce, host_name};
 
 /// Bytes in which a rank says what it came for; the longest call needs fewer.
 const WORDS_BYTES: usize = 96;
@@ -62,7 +62,7 @@ impl Mpi {
         unsafe { ffi::MPI_Comm_set_errhandler(world.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
         let shared = world.split_shared(world.rank());
         let (rank, world_size) = (world.rank() as usize, world.size() as usize);
-        let host = processor_name().unwrap_or_else(|_| "unknown host".to_owned());
+        let host = host_name();
         let mut hosts = vec![0_u8; HOST_BYTES * world_size];
         world.all_gather_into(&padded::<HOST_BYTES>(&host)[..], &mut hosts[..]);
         let hosts = hosts.chunks_exact(HOST_BYTES).map(|host| unpadded(host).to_owned()).collect();

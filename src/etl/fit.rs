@@ -133,9 +133,9 @@ impl Sums {
 
 /// What a fit knows before it has counted.
 #[derive(Debug)]
-pub(crate) struct Fit {
+pub(crate) struct Fit<'a> {
     /// The fit that this one extends.
-    pub base: Option<Workflow>,
+    pub base: Option<&'a Workflow>,
     pub settings: Settings,
     pub first_event: i64,
     pub days: Option<(i64, i64)>,
@@ -144,7 +144,7 @@ pub(crate) struct Fit {
     pub products: Vec<Product>,
 }
 
-impl Fit {
+impl Fit<'_> {
     /// Ends the fit. An extended one keeps the ids, the means and the deviations of its base: what a model was trained with
     /// stays what it was. New values get the ids that follow, new categories the mean of their own events.
     pub fn workflow(self, counts: Counts, sums: &Sums) -> Workflow {
@@ -152,19 +152,19 @@ impl Fit {
         let mean_price = counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
             let known = code as u32 != Dictionary::NULL && *count > 0;
             let mean = if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN };
-            let before = self.base.as_ref().and_then(|base| base.mean_price_of_code(code));
+            let before = self.base.and_then(|base| base.mean_price_of_code(code));
             before.unwrap_or(mean)
         });
         let mean_price = mean_price.collect();
         let mut of_columns = self.dictionaries.0.into_iter().zip(counts);
         let vocabularies = Coded::ALL.map(|column| {
             let (dictionary, counts) = of_columns.next().expect("a dictionary for every column");
-            match &self.base {
+            match self.base {
                 None => Vocabulary::fit(column, dictionary, &counts),
                 Some(base) => base.vocabulary(column).extended(dictionary, &counts),
             }
         });
-        let base = self.base.as_ref().map(|base| &base.statistics);
+        let base = self.base.map(|base| &base.statistics);
         let statistics = Statistics {
             format: FORMAT,
             written_by: concat!("bireme-etl ", env!("CARGO_PKG_VERSION")).into(),

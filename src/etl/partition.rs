@@ -175,8 +175,8 @@ impl DayWriter<'_> {
             for (range, column) in ranges.iter_mut().zip(FLOAT_COLUMNS) {
                 let values = table.column(column)?.list()?.get_inner();
                 if let (Some(min), Some(max)) = (values.min::<f64>()?, values.max::<f64>()?) {
-                    let known = range.unwrap_or(FloatRange { min, max });
-                    *range = Some(FloatRange { min: known.min.min(min), max: known.max.max(max) });
+                    let of_group = FloatRange { min, max };
+                    *range = Some(range.map_or(of_group, |known| known.with(of_group)));
                 }
             }
             writer.write_batch(&table).map_err(Error::parquet("write", path))?;

@@ -181,8 +181,10 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
     let workflow_dir = output.dir().join(WORKFLOW);
     fs::create_dir(&workflow_dir).map_err(Error::io("create", &workflow_dir))?;
     workflow.save(&workflow_dir)?;
-    let schema = schema(&workflow, &days);
-    let schema = base.map_or(Ok(schema.clone()), |base| base.widen(schema))?;
+    let mut schema = schema(&workflow, &days);
+    if let Some(base) = &base {
+        base.widen(&mut schema)?;
+    }
     schema.write(output.dir().join(SCHEMA))?;
     output.publish()?;
     Ok(Report {
@@ -233,16 +235,16 @@ impl Base {
     }
 
     /// Lets the ranges of floats hold those of the days that were there.
-    fn widen(&self, mut schema: Schema) -> Result<Schema, Error> {
+    fn widen(&self, schema: &mut Schema) -> Result<(), Error> {
         let before = Schema::read(self.dir.join(SCHEMA))?;
         for feature in &mut schema.features {
             let range = before.feature(&feature.name).map(|feature| &feature.domain);
             if let (Domain::Float(Some(now)), Some(Domain::Float(Some(then)))) = (&mut feature.domain, range)
             {
-                *now = FloatRange { min: now.min.min(then.min), max: now.max.max(then.max) };
+                *now = now.with(*then);
             }
         }
-        Ok(schema)
+        Ok(())
     }
 }
 
@@ -350,7 +352,7 @@ impl Read {
         }
         fitted.session_counts = counts.of(Coded::Session);
         let fit = Fit {
-            base: base.map(|base| base.workflow.clone()),
+            base: base.map(|base| &base.workflow),
             settings: options.settings.clone(),
             first_event: self.first_event,
             days: options.days.as_ref().map(|days| (*days.start(), *days.end())),
@@ -467,7 +469,7 @@ fn schema(workflow: &Workflow, days: &[Day]) -> Schema {
     let floats = |name: &str, of: &[&str]| {
         let place = FLOAT_COLUMNS.iter().position(|column| *column == name);
         let ranges = days.iter().filter_map(|day| day.ranges[place?]);
-        let range = ranges.reduce(|a, b| FloatRange { min: a.min.min(b.min), max: a.max.max(b.max) });
+        let range = ranges.reduce(FloatRange::with);
         Feature { name: name.into(), value_count, domain: Domain::Float(range), tags: tags(of) }
     };
     Schema {

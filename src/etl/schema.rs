@@ -159,6 +159,13 @@ pub struct FloatRange {
     pub max: f64,
 }
 
+impl FloatRange {
+    /// What holds the values of both.
+    pub(crate) fn with(self, other: Self) -> Self {
+        Self { min: self.min.min(other.min), max: self.max.max(other.max) }
+    }
+}
+
 impl Feature {
     /// Whether a row holds one value per event, and not one for the session.
     pub fn is_list(&self) -> bool {

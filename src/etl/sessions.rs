@@ -39,8 +39,8 @@ impl Dictionaries {
     }
 
     /// With the values and codes of fitted vocabularies.
-    pub fn of(vocabularies: [Vocabulary; 7]) -> Self {
-        Self(vocabularies.map(Vocabulary::into_dictionary))
+    pub fn of(vocabularies: &[Vocabulary; 7]) -> Self {
+        Self(vocabularies.each_ref().map(Vocabulary::dictionary_of_files))
     }
 
     pub fn get(&self, column: Coded) -> &Dictionary {

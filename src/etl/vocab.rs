@@ -256,7 +256,7 @@ impl Vocabulary {
     }
 
     /// Keeps every id and gives further ones, in the same order, to values of `dictionary` that were counted now and have
-    /// none. `dictionary` must begin with this vocabulary's own values, as [`Vocabulary::into_dictionary`] gives them.
+    /// none. `dictionary` must begin with this vocabulary's own values, as [`Vocabulary::dictionary_of_files`] gives them.
     pub(crate) fn extended(&self, dictionary: Dictionary, counts: &[u32]) -> Self {
         let fitted = Self::fit(self.column, dictionary, counts);
         let has_id = |code: u32| self.ids.get(code as usize).is_some_and(|&id| id != Self::UNKNOWN);
@@ -272,9 +272,9 @@ impl Vocabulary {
     }
 
     /// A dictionary of the same codes that takes what files hold: session ids as text.
-    pub(crate) fn into_dictionary(self) -> Dictionary {
+    pub(crate) fn dictionary_of_files(&self) -> Dictionary {
         let is_text_in_files = !self.column.is_int();
-        match self.dictionary.values {
+        match &self.dictionary.values {
             Values::Int(values) if is_text_in_files => {
                 let mut texts = Dictionary::new(false);
                 for value in values {
@@ -282,7 +282,7 @@ impl Vocabulary {
                 }
                 texts
             }
-            values => Dictionary { values, table: self.dictionary.table },
+            _ => self.dictionary.clone(),
         }
     }
 

@@ -212,7 +212,7 @@ impl Workflow {
 
     /// The dictionaries that new events are coded with to extend the fit, and the products by their codes.
     pub(crate) fn to_extend(&self) -> (Dictionaries, Vec<Product>) {
-        (Dictionaries::of(self.vocabularies.clone()), self.products.clone())
+        (Dictionaries::of(&self.vocabularies), self.products.clone())
     }
 
     /// Encodes new events: rows without a session are dropped, sessions sorted by time, repeats dropped, longer
