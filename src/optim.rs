@@ -1,8 +1,9 @@
 //! From summed gradients to new parameters: clipping, AdamW, Adagrad for tables, the learning rate's schedule.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::device::host::{in_parallel, numbers, part_len};
 use crate::model::View;
 
 /// `train.tables`: how the tables learn, of which a step touches few rows. Everything else is left to AdamW.
@@ -12,6 +13,10 @@ pub enum TableOptimizer {
     /// As everything else does.
     #[default]
     Adamw,
+    /// The same, but a row without a gradient stays as it is, and so do its moments, which AdamW would let decay and move the
+    /// row by: other results, at the price of the rows that a step touches (TensorFlow's LazyAdam). Worth it with sampled
+    /// losses only, as a softmax over the catalogue touches every row.
+    LazyAdamw,
     /// Adagrad (Duchi et al. 2011), whose steps shrink with what a row has already learnt.
     Adagrad {
         /// Learning rate that each day starts with; it follows the same schedule.
@@ -57,22 +62,23 @@ impl Optimizer {
         optimizer: TableOptimizer,
         (learning_rate, weight_decay): (f64, f64),
     ) -> Self {
-        let (first, adagrad) = match optimizer {
-            TableOptimizer::Adamw => (0, None),
+        let (first, lazy, adagrad) = match optimizer {
+            TableOptimizer::Adamw => (0, &[][..], None),
+            TableOptimizer::LazyAdamw => (0, tables, None),
             TableOptimizer::Adagrad { learning_rate } => {
                 let adagrad = Adagrad::new(values, tables);
-                (adagrad.sum.size()[0], Some((adagrad, learning_rate)))
+                (adagrad.sum.size()[0], &[][..], Some((adagrad, learning_rate)))
             }
         };
-        let adamw = AdamW::new(&values.narrow(0, first, values.size()[0] - first), weight_decay);
+        let adamw = AdamW::new(&values.narrow(0, first, values.size()[0] - first), lazy, weight_decay);
         Self { adamw, learning_rate, first, adagrad }
     }
 
     /// Changes `values: [n]` by one step against `gradients: [n]` times `scale: []`, at this share of the learning rates.
+    /// The gradients are zero afterwards.
     pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, share: f64) {
         let rest = |flat: &Tensor| flat.narrow(0, self.first, flat.size()[0] - self.first);
-        let _ = rest(gradients).g_mul_(scale);
-        self.adamw.step(&mut rest(values), &rest(gradients), share * self.learning_rate);
+        self.adamw.step(&rest(values), &rest(gradients), scale, share * self.learning_rate);
         if let Some((adagrad, learning_rate)) = &mut self.adagrad {
             adagrad.step(values, gradients, scale, share * *learning_rate);
         }
@@ -113,32 +119,43 @@ impl Adagrad {
         Self { tables: tables.to_vec(), sum: values.narrow(0, 0, n).zeros_like() }
     }
 
-    /// Changes the tables in `values: [n]` by one step against `gradients: [n]` times `scale: []`.
+    /// Changes the tables in `values: [n]` by one step against `gradients: [n]` times `scale: []`, which are zero
+    /// afterwards.
     pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, learning_rate: f64) {
         tch::no_grad(|| {
             for table in &self.tables {
-                let [mut values, gradients, mut sum] =
-                    [values, gradients, &self.sum].map(|flat| table.of(flat).view([table.shape[0], -1]));
-                let size = gradients.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
-                // A NaN is not zero either, so that nothing hides it.
-                let rows = size.nonzero().squeeze_dim(1);
+                let [mut values, mut gradients, mut sum] =
+                    [values, gradients, &self.sum].map(|flat| matrix(table, flat));
+                let rows = rows_with_gradient(&gradients);
                 let gradient = gradients.index_select(0, &rows) * scale;
                 let squares = sum.index_select(0, &rows) + &gradient * &gradient;
                 let change = gradient * -learning_rate / (squares.sqrt() + 1e-10);
-                let _ = values.index_add_(0, &rows, &change);
+                let _ = values.index_copy_(0, &rows, &(values.index_select(0, &rows) + change));
                 let _ = sum.index_copy_(0, &rows, &squares);
+                let _ = gradients.index_fill_(0, &rows, 0.0);
             }
         });
     }
+}
+
+/// A table in a flat buffer as `[rows, numbers of a row]`.
+fn matrix(table: &View, flat: &Tensor) -> Tensor {
+    table.of(flat).view([table.shape[0], -1])
+}
+
+/// The rows of `gradients: [rows, D]` that are not zero, i64. On a GPU, asking waits for it.
+fn rows_with_gradient(gradients: &Tensor) -> Tensor {
+    // A NaN is not zero either, so that nothing hides it.
+    gradients.norm_scalaropt_dim(2.0, [1i64].as_slice(), false).nonzero().squeeze_dim(1)
 }
 
 /// AdamW over one flat buffer, as Hugging Face's `AdamW` computes it (Loshchilov & Hutter 2019):
 /// `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`, `p ← p − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε)`,
 /// with ε added to the root of the uncorrected `v`, unlike `torch.optim.AdamW`. Weight decay is decoupled.
 pub struct AdamW {
-    betas: (f64, f64),
-    epsilon: f64,
     weight_decay: f64,
+    /// Tables at the beginning of which only rows with a gradient are touched.
+    lazy: Vec<View>,
     /// First moments `[n]`.
     m: Tensor,
     /// Second moments `[n]`.
@@ -146,11 +163,23 @@ pub struct AdamW {
     n_steps: i32,
 }
 
+const BETAS: (f64, f64) = (0.9, 0.999);
+const EPSILON: f64 = 1e-8;
+
+/// What a step multiplies by.
+#[derive(Clone, Copy)]
+struct Rates {
+    /// The learning rate, with what corrects the moments for having begun at zero.
+    corrected: f64,
+    /// What is left of a parameter after decay.
+    kept: f64,
+}
+
 impl AdamW {
-    /// Zero moments for parameters like `values: [n]`.
-    pub fn new(values: &Tensor, weight_decay: f64) -> Self {
+    /// Zero moments for parameters like `values: [n]`. `lazy`: see [`TableOptimizer::LazyAdamw`].
+    pub fn new(values: &Tensor, lazy: &[View], weight_decay: f64) -> Self {
         let zeros = || Tensor::zeros_like(values);
-        Self { betas: (0.9, 0.999), epsilon: 1e-8, weight_decay, m: zeros(), v: zeros(), n_steps: 0 }
+        Self { weight_decay, lazy: lazy.to_vec(), m: zeros(), v: zeros(), n_steps: 0 }
     }
 
     /// Steps taken since the moments were zero.
@@ -158,20 +187,86 @@ impl AdamW {
         self.n_steps
     }
 
-    /// Changes `values: [n]` by one step against `gradients: [n]`.
-    pub fn step(&mut self, values: &mut Tensor, gradients: &Tensor, learning_rate: f64) {
+    /// Changes `values: [n]` by one step against `gradients: [n]` times `scale: []`, which are zero afterwards.
+    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, learning_rate: f64) {
         self.n_steps += 1;
-        let (b1, b2) = self.betas;
+        let (b1, b2) = BETAS;
         let corrected = learning_rate * (1.0 - b2.powi(self.n_steps)).sqrt() / (1.0 - b1.powi(self.n_steps));
+        let rates = Rates { corrected, kept: 1.0 - learning_rate * self.weight_decay };
         tch::no_grad(|| {
-            let _ = self.m.lerp_(gradients, 1.0 - b1);
-            let _ = self.v.g_mul_scalar_(b2).addcmul_(&(gradients * (1.0 - b2)), gradients);
-            let denominator = self.v.sqrt().g_add_scalar_(self.epsilon);
-            let _ = values.addcdiv_(&(&self.m * -corrected), &denominator);
-            if self.weight_decay > 0.0 {
-                let _ = values.g_mul_scalar_(1.0 - learning_rate * self.weight_decay);
+            let mut first = 0;
+            for table in &self.lazy {
+                let [mut values, mut gradients, mut m, mut v] =
+                    [values, gradients, &self.m, &self.v].map(|flat| matrix(table, flat));
+                let rows = rows_with_gradient(&gradients);
+                let touched = [&values, &gradients, &m, &v].map(|of| of.index_select(0, &rows));
+                update(&touched, scale, rates);
+                let [of_values, _, of_m, of_v] = touched;
+                for (whole, rows_of) in [(&mut values, of_values), (&mut m, of_m), (&mut v, of_v)] {
+                    let _ = whole.index_copy_(0, &rows, &rows_of);
+                }
+                let _ = gradients.index_fill_(0, &rows, 0.0);
+                first += values.numel() as i64;
             }
+            let rest = |flat: &Tensor| flat.narrow(0, first, flat.size()[0] - first);
+            update(&[values, gradients, &self.m, &self.v].map(rest), scale, rates);
         });
+    }
+}
+
+/// One step of `[values, gradients, m, v]`, all contiguous and equally large; the gradients are zero afterwards.
+fn update(of: &[Tensor; 4], scale: &Tensor, rates: Rates) {
+    let [mut values, mut gradients, mut m, mut v] = of.each_ref().map(Tensor::shallow_clone);
+    let (b1, b2) = BETAS;
+    if values.device() != Device::Cpu {
+        let _ = gradients.g_mul_(scale);
+        let _ = m.lerp_(&gradients, 1.0 - b1);
+        let _ = v.g_mul_scalar_(b2).addcmul_(&(&gradients * (1.0 - b2)), &gradients);
+        let denominator = v.sqrt().g_add_scalar_(EPSILON);
+        let _ = values.addcdiv_(&(&m * -rates.corrected), &denominator);
+        if rates.kept < 1.0 {
+            let _ = values.g_mul_scalar_(rates.kept);
+        }
+        let _ = gradients.zero_();
+        return;
+    }
+    // In one pass: eight would read and write six times as much memory.
+    let scale = scale.double_value(&[]) as f32;
+    let n_each = part_len(values.numel(), BLOCK);
+    let [values, gradients, m, v] = [&mut values, &mut gradients, &mut m, &mut v].map(numbers::<f32>);
+    let moments = m.chunks_mut(n_each).zip(v.chunks_mut(n_each));
+    let parts = values.chunks_mut(n_each).zip(gradients.chunks_mut(n_each)).zip(moments);
+    in_parallel(parts, |((values, gradients), (m, v))| update_here(values, gradients, (m, v), scale, rates));
+}
+
+/// Numbers that are looked at together: a row of a table, usually.
+const BLOCK: usize = 64;
+
+fn update_here(
+    values: &mut [f32],
+    gradients: &mut [f32],
+    (m, v): (&mut [f32], &mut [f32]),
+    scale: f32,
+    Rates { corrected, kept }: Rates,
+) {
+    let (b1, b2) = BETAS;
+    let (rest_1, b2, rest_2) = ((1.0 - b1) as f32, b2 as f32, (1.0 - b2) as f32);
+    let (corrected, kept) = (corrected as f32, kept as f32);
+    let blocks = values.chunks_mut(BLOCK).zip(gradients.chunks_mut(BLOCK));
+    let moments = m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK));
+    for ((values, gradients), (m, v)) in blocks.zip(moments) {
+        // Rows that no step has touched yet are many in a large table, and stay as they are.
+        let is_zero = |numbers: &[f32]| numbers.iter().all(|&number| number == 0.0);
+        if kept == 1.0 && is_zero(gradients) && is_zero(m) && is_zero(v) {
+            continue;
+        }
+        for (((value, gradient), m), v) in values.iter_mut().zip(gradients).zip(m).zip(v) {
+            let g = *gradient * scale;
+            *m += rest_1 * (g - *m);
+            *v = b2 * *v + rest_2 * g * g;
+            *value = (*value - corrected * *m / (v.sqrt() + EPSILON as f32)) * kept;
+            *gradient = 0.0;
+        }
     }
 }
 
@@ -192,9 +287,9 @@ mod tests {
 
     #[test]
     fn first_step_is_as_long_as_the_learning_rate() {
-        let mut values = Tensor::from_slice(&[1f32, -2.0]);
-        let mut adamw = AdamW::new(&values, 0.0);
-        adamw.step(&mut values, &Tensor::from_slice(&[0.5f32, -3.0]), 0.1);
+        let values = Tensor::from_slice(&[1f32, -2.0]);
+        let mut adamw = AdamW::new(&values, &[], 0.0);
+        adamw.step(&values, &Tensor::from_slice(&[0.5f32, -3.0]), &Tensor::from(1f32), 0.1);
         let moved: Vec<f32> = Vec::try_from(values).unwrap();
         assert!((moved[0] - 0.9).abs() < 1e-5 && (moved[1] + 1.9).abs() < 1e-5, "{moved:?}");
     }
@@ -202,13 +297,15 @@ mod tests {
     #[test]
     fn steps_follow_the_formula() {
         let (b1, b2, epsilon, lr, decay) = (0.9f64, 0.999f64, 1e-8, 0.01, 0.1);
-        let mut values = Tensor::from_slice(&[0.3f32, -0.7, 1e-4]);
-        let mut adamw = AdamW::new(&values, decay);
+        let values = Tensor::from_slice(&[0.3f32, -0.7, 1e-4]);
+        let mut adamw = AdamW::new(&values, &[], decay);
         let (mut p, mut m, mut v) = ([0.3f64, -0.7, 1e-4], [0.0; 3], [0.0; 3]);
         for t in 1..=6 {
             let g: Vec<f64> = (0..3).map(|i| (f64::from(t) * 0.7 + f64::from(i)).sin() * 1e-3).collect();
-            let gradients = Tensor::from_slice(&g).to_kind(Kind::Float);
-            adamw.step(&mut values, &gradients, lr);
+            // Clipping is folded in.
+            let gradients = Tensor::from_slice(&g).to_kind(Kind::Float) * 4.0;
+            adamw.step(&values, &gradients, &Tensor::from(0.25f32), lr);
+            assert_eq!(gradients.count_nonzero(None).int64_value(&[]), 0);
             for i in 0..3 {
                 m[i] = b1 * m[i] + (1.0 - b1) * g[i];
                 v[i] = b2 * v[i] + (1.0 - b2) * g[i] * g[i];
@@ -241,7 +338,7 @@ mod tests {
         for (name, size) in [("table", &[2, 2][..]), ("bias", &[2]), ("rest", &[2])] {
             initial.constant(name, size, 1.0);
         }
-        let parameters = Parameters::new(initial, tch::Device::Cpu);
+        let parameters = Parameters::new(initial, Device::Cpu);
         let values = parameters.values();
         (parameters, values)
     }
@@ -250,9 +347,11 @@ mod tests {
     fn adagrad_steps_shrink_and_leave_other_rows_alone() {
         let (parameters, values) = parameters();
         let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
-        let gradients = Tensor::from_slice(&[0.0f32, 0.0, 1.0, 0.0, 2.0, 0.0, 7.0, 7.0]);
         for _ in 0..2 {
+            let gradients = Tensor::from_slice(&[0.0f32, 0.0, 1.0, 0.0, 2.0, 0.0, 7.0, 7.0]);
             adagrad.step(&values, &gradients, &Tensor::from(0.5f32), 0.1);
+            // Only what it has learnt from is used up.
+            assert_eq!(Vec::<f32>::try_from(&gradients).unwrap(), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 7.0]);
         }
         // 0.5 / √0.25, then 0.5 / √0.5; what has no gradient stays, as does what is no table.
         let moved = 1.0 - 0.1 - 0.1 * 0.5f32.sqrt();
@@ -278,6 +377,27 @@ mod tests {
         let names: Vec<_> =
             optimizer.state().iter().map(|(name, first, t)| (*name, *first, t.numel())).collect();
         assert_eq!(names, [("m", 6, 2), ("v", 6, 2), ("sum", 0, 6)]);
+    }
+
+    #[test]
+    fn lazy_adamw_leaves_rows_without_gradient_alone_and_others_to_adamw() {
+        let (parameters, values) = parameters();
+        let dense = values.copy();
+        let mut lazy = AdamW::new(&values, &parameters.views()[..2], 0.0);
+        let mut adamw = AdamW::new(&values, &[], 0.0);
+        let numbers = |of: &Tensor| Vec::<f32>::try_from(of).unwrap();
+        for (step, gradients) in [[0.5f32, 0.1, 0.0, 0.0, 0.0, 2.0, 0.3, 0.0], [0.0; 8]].iter().enumerate() {
+            for (optimizer, values) in [(&mut lazy, &values), (&mut adamw, &dense)] {
+                let gradients = Tensor::from_slice(gradients);
+                optimizer.step(values, &gradients, &Tensor::from(1f32), 0.1);
+                assert_eq!(numbers(&gradients), [0.0; 8]);
+            }
+            let is_like_dense: Vec<bool> =
+                numbers(&values).iter().zip(numbers(&dense)).map(|(a, b)| *a == b).collect();
+            // After the second step, those of the tables that have moments.
+            let table = step == 0;
+            assert_eq!(is_like_dense, [table, table, true, true, true, table, true, true]);
+        }
     }
 
     #[test]

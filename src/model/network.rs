@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::body::{Body, Layout};
-use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, cross_entropy};
+use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, Workspace, add_rows, cross_entropy};
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
@@ -45,6 +45,7 @@ pub struct Network {
     n_items: i64,
     /// Length that sessions are padded to where the padding is attended to.
     padded_length: Option<usize>,
+    workspace: Workspace,
 }
 
 impl Network {
@@ -104,6 +105,7 @@ impl Network {
             n_tables,
             n_items,
             padded_length: attends_to_padding.then_some(max_length),
+            workspace: Workspace::default(),
         })
     }
 
@@ -156,7 +158,8 @@ impl Network {
                 table_gradient: self.parameters.gradient(self.scored_table),
                 bias_gradient: self.parameters.gradient(ITEM_BIAS),
             };
-            cross_entropy(&sessions.detach(), &targets, &mut scored, rivals, uniform.as_ref())
+            let (states, workspace) = (sessions.detach(), &mut self.workspace);
+            cross_entropy(&states, &targets, &mut scored, rivals, uniform.as_ref(), workspace)
         });
         self.backward_from((&sessions * &state_gradient).sum(Kind::Float), &lookups);
         if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
@@ -208,7 +211,7 @@ impl Network {
             for (lookup, gradient) in lookups.iter().zip(of_lookups) {
                 // The padding row is read but never learnt from reading it.
                 let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
-                let _ = self.parameters.gradient(lookup.table).index_add_(0, &lookup.rows, &read);
+                add_rows(&mut self.parameters.gradient(lookup.table), &lookup.rows, &read);
             }
         });
     }

@@ -54,7 +54,8 @@ impl GradientLearner {
     ) -> Result<Status, TrainError> {
         let config = &day.config.train;
         let device = day.place.device;
-        self.network.parameters_mut().zero_gradients();
+        // The optimizer has left the gradients zero.
+        let _ = self.network.parameters().tail().zero_();
         let own_loss = Tensor::zeros([1], (Kind::Float, device));
         // Told once in a step, with its first pass.
         let mut wishes = [day.signals.stop(), day.signals.save()].map(|asked| f64::from(u8::from(asked)));
@@ -93,6 +94,8 @@ impl GradientLearner {
         let status = Status::new(&tail, &norm, &own_loss);
         if config.non_finite == NonFinite::Stop || status.read().is_finite() {
             self.optimizer.step(&parameters.values(), &gradients, &scale, share);
+        } else {
+            parameters.zero_gradients();
         }
         if fault == Some(fault::Kind::Desync) {
             let _ = parameters.values().get(7).g_add_scalar_(1e-3);

@@ -125,7 +125,7 @@ impl Config {
         }
         self.loss.check()?;
         let of_tables = match self.tables {
-            TableOptimizer::Adamw => 0.0,
+            TableOptimizer::Adamw | TableOptimizer::LazyAdamw => 0.0,
             TableOptimizer::Adagrad { learning_rate } => learning_rate,
         };
         let finite = [

@@ -1,12 +1,10 @@
 //! How gradients of micro-batches are added up over ranks.
 
-use std::thread;
-
 use serde::{Deserialize, Serialize};
-use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
+use crate::device::host::{in_parallel, numbers, part_len};
 
 /// `run.reduction`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,21 +54,9 @@ impl ExactSum {
         }
         let (total, terms) = (numbers::<i64>(&mut self.total), numbers::<f32>(terms));
         let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
-        let n_each = terms.len().div_ceil(tch::get_num_threads().max(1) as usize).max(1);
-        thread::scope(|scope| {
-            let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
-            let (mut others, mut first) = (Vec::new(), None);
-            for (total, terms) in parts {
-                match first {
-                    None => first = Some((total, terms)),
-                    Some(_) => others.push(scope.spawn(|| take(total, terms))),
-                }
-            }
-            *n_bad += first.map_or(0, |(total, terms)| take(total, terms));
-            for other in others {
-                *n_bad += other.join().expect("additions do not panic");
-            }
-        });
+        let n_each = part_len(terms.len(), 1);
+        let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
+        *n_bad += in_parallel(parts, |(total, terms)| take(total, terms)).into_iter().sum::<i64>();
     }
 
     /// *All ranks.* Moves the sum over ranks to `sums: [n]`; NaN throughout if any term was out of range.
@@ -117,18 +103,6 @@ fn take(total: &mut [i64], terms: &mut [f32]) -> i64 {
         *term = 0.0;
     }
     n_bad
-}
-
-/// The numbers of a contiguous tensor on the CPU.
-///
-/// # Panics
-/// It is another tensor.
-fn numbers<T: Element>(tensor: &mut Tensor) -> &mut [T] {
-    let is_fit = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
-    assert!(is_fit, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
-    // SAFETY: the memory holds `numel` numbers of this type, initialised, and lives as long as the tensor. Nobody else
-    // reads or writes it meanwhile: views of it belong to this thread, which does nothing else.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bireme::config::Config;
 use bireme::data::plan::Shape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
-use bireme::model::head::{Rivals, Sampler, Scored, cross_entropy};
+use bireme::model::head::{Rivals, Sampler, Scored, Workspace, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
 use bireme::model::{self, GruConfig, InputConfig, Network, Neural, Objective, Recommender, XlnetConfig};
@@ -320,7 +320,7 @@ fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
         table_gradient: table.zeros_like(),
         bias_gradient: bias.zeros_like(),
     };
-    let done = cross_entropy(&states, &targets, &mut scored, rivals, None);
+    let done = cross_entropy(&states, &targets, &mut scored, rivals, None, &mut Workspace::default());
     let Scored { table_gradient, bias_gradient, .. } = scored;
     (done.loss.double_value(&[]), [done.state_gradient, table_gradient, bias_gradient])
 }

@@ -1,16 +1,21 @@
-//! The softmax over the catalogue and its gradients, some targets at a time.
+//! From states to a loss over the catalogue, with its gradients.
 //!
 //! With states `h: [N, D]`, item table `E: [V, D]` and bias `b: [V]`, logits are `z = h Eᵀ + b` and the loss is
 //! the sum over targets of `logsumexp(z) − z[target]`. Its gradients are known in closed form: with
 //! `p = softmax(z) − onehot(target)`, they are `p E` for the states, `pᵀ h` for the table and the column sums of
-//! `p` for the bias. Computing them right where `z` is at hand needs one `[n, V]` buffer for a few rows `n`
-//! instead of about four for all `N` that autograd keeps, and no second pass (the idea of Liger and of "Cut Your
-//! Losses", Wijmans et al. 2024). Autograd then goes on below from `(h · ∂h).sum()`, whose gradient is ∂h.
+//! `p` for the bias. They are computed right where `z` is at hand, without autograd, which would keep about four
+//! `[N, V]` buffers. Autograd then goes on below from `(h · ∂h).sum()`, whose gradient is ∂h.
+
+mod sampled;
+mod tiles;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::with_seed;
+
+use sampled::sampled;
+pub use tiles::Workspace;
 
 /// `[model.head]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -158,28 +163,11 @@ pub fn cross_entropy(
     scored: &mut Scored<'_>,
     rivals: &Rivals,
     uniform: Option<&Tensor>,
+    workspace: &mut Workspace,
 ) -> CrossEntropy {
     match rivals {
-        Rivals::All { label_smoothing, max_logits } => {
-            let n_items = scored.table.size()[0];
-            let n_targets = targets.size()[0];
-            let rows = (max_logits / n_items).clamp(1, n_targets.max(1));
-            let mut loss = Tensor::zeros([], (Kind::Double, states.device()));
-            let (mut state_gradients, mut drawn) = (Vec::new(), Vec::new());
-            for first in (0..n_targets).step_by(rows as usize) {
-                let of = |x: &Tensor| x.narrow(0, first, rows.min(n_targets - first));
-                let part =
-                    full(&of(states), &of(targets), scored, *label_smoothing, uniform.map(of).as_ref());
-                loss += part.loss;
-                state_gradients.push(part.state_gradient);
-                drawn.extend(part.drawn);
-            }
-            if state_gradients.is_empty() {
-                return CrossEntropy { loss, state_gradient: states.zeros_like(), drawn: None };
-            }
-            let state_gradient = Tensor::cat(&state_gradients, 0);
-            let drawn = uniform.map(|_| Tensor::cat(&drawn, 0));
-            CrossEntropy { loss, state_gradient, drawn }
+        &Rivals::All { label_smoothing, max_logits } => {
+            tiles::full(states, targets, scored, (label_smoothing, max_logits), uniform, workspace)
         }
         Rivals::Drawn { items, log_expected } => {
             sampled(states, targets, scored, (items, log_expected), uniform)
@@ -187,70 +175,14 @@ pub fn cross_entropy(
     }
 }
 
-fn full(
-    h: &Tensor,
-    targets: &Tensor,
-    Scored { table, bias, table_gradient, bias_gradient }: &mut Scored<'_>,
-    label_smoothing: f64,
-    uniform: Option<&Tensor>,
-) -> CrossEntropy {
-    let target = targets.unsqueeze(1);
-    let mut p = bias.addmm(h, &table.tr());
-    let max = p.amax([1i64].as_slice(), true);
-    let _ = p.subtract_(&max);
-    let mut wanted = p.gather(1, &target, false);
-    if label_smoothing > 0.0 {
-        let mean = p.mean_dim([1i64].as_slice(), true, Kind::Float);
-        wanted = wanted * (1.0 - label_smoothing) + mean * label_smoothing;
-    }
-    let _ = p.exp_();
-    let sum = p.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
-    let loss = (sum.log() - wanted).sum(Kind::Double);
-    let _ = p.divide_(&sum);
-    let drawn = uniform.map(|uniform| draw(&p, uniform));
-    let n = targets.size()[0];
-    let minus_target = Tensor::full([n, 1], label_smoothing - 1.0, (p.kind(), p.device()));
-    let _ = p.scatter_add_(1, &target, &minus_target);
-    if label_smoothing > 0.0 {
-        let _ = p.g_sub_scalar_(label_smoothing / table.size()[0] as f64);
-    }
-    let _ = table_gradient.addmm_(&p.tr(), h);
-    *bias_gradient += p.sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
-    CrossEntropy { loss, state_gradient: p.matmul(table), drawn }
-}
-
-/// The same over the target and the drawn items: `z` of a drawn item is lowered by the logarithm of how often it was
-/// expected, so that its share of the sum stands for all that it was drawn from; drawn items that are the target itself
-/// are left out.
-fn sampled(
-    h: &Tensor,
-    targets: &Tensor,
-    Scored { table, bias, table_gradient, bias_gradient }: &mut Scored<'_>,
-    (items, log_expected): (&Tensor, &Tensor),
-    uniform: Option<&Tensor>,
-) -> CrossEntropy {
-    let (rivals, wanted) = (table.index_select(0, items), table.index_select(0, targets));
-    let rival_logits = (bias.index_select(0, items) - log_expected).addmm(h, &rivals.tr());
-    let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0));
-    let rival_logits = rival_logits.masked_fill(&itself, f64::NEG_INFINITY);
-    let target_logits = (h * &wanted).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
-        + bias.index_select(0, targets).unsqueeze(1);
-    let logits = Tensor::cat(&[&target_logits, &rival_logits], 1);
-    let p = logits.log_softmax(1, Kind::Float);
-    let loss = -p.narrow(1, 0, 1).sum(Kind::Double);
-    let p = p.exp();
-    let drawn = uniform.map(|uniform| {
-        let place = draw(&p, uniform);
-        let rival = items.index_select(0, &(&place - 1).clamp_min(0));
-        rival.where_self(&place.gt(0), targets)
-    });
-    let (p_target, p_rivals) = (p.narrow(1, 0, 1) - 1.0, p.narrow(1, 1, items.size()[0]));
-    let _ = table_gradient.index_add_(0, items, &p_rivals.tr().matmul(h));
-    let _ = table_gradient.index_add_(0, targets, &(&p_target * h));
-    let _ =
-        bias_gradient.index_add_(0, items, &p_rivals.sum_dim_intlist([0i64].as_slice(), false, Kind::Float));
-    let _ = bias_gradient.index_add_(0, targets, &p_target.squeeze_dim(1));
-    CrossEntropy { loss, state_gradient: p_rivals.matmul(&rivals) + p_target * wanted, drawn }
+/// Adds rows `of: [N, ..]` to the rows `to: [N]` of `table: [V, ..]`, of which some may be the same.
+pub(super) fn add_rows(table: &mut Tensor, to: &Tensor, of: &Tensor) {
+    // Not `index_add_`, which on the CPU goes from row to row, each an operation of its own.
+    let to = match of.dim() {
+        1 => to.shallow_clone(),
+        _ => to.unsqueeze(1).expand_as(of),
+    };
+    let _ = table.scatter_add_(0, &to, of);
 }
 
 /// A column of each row of probabilities `p: [n, C]`, by the uniform numbers `[n]`: i64 `[n]`.

@@ -1,0 +1,43 @@
+//! Loops of our own over tensors in host memory, where libtorch has no operation that does all in one pass.
+
+use std::thread;
+
+use tch::kind::Element;
+use tch::{Device, Tensor};
+
+/// The numbers of a contiguous tensor on the CPU.
+///
+/// # Panics
+/// It is another tensor.
+pub fn numbers<T: Element>(tensor: &mut Tensor) -> &mut [T] {
+    let is_fit = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
+    assert!(is_fit, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
+    if tensor.numel() == 0 {
+        // Of which libtorch gives no address.
+        return &mut [];
+    }
+    // SAFETY: the memory holds `numel` numbers of this type, initialised, and lives as long as the tensor. Nobody else
+    // reads or writes it meanwhile: views of it belong to this thread, which does nothing else.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+/// How many of `n` numbers are a part, so that there are as many parts as libtorch has threads. Parts are whole multiples of
+/// `block`.
+pub fn part_len(n: usize, block: usize) -> usize {
+    let n_threads = tch::get_num_threads().max(1) as usize;
+    n.div_ceil(n_threads).next_multiple_of(block).max(block)
+}
+
+/// Works on all parts at once, and returns what came of each, in order.
+pub fn in_parallel<P: Send, R: Send>(parts: impl Iterator<Item = P>, work: impl Fn(P) -> R + Sync) -> Vec<R> {
+    let mut parts = parts;
+    let Some(first) = parts.next() else { return Vec::new() };
+    let work = &work;
+    thread::scope(|scope| {
+        let others: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
+        let mut results = vec![work(first)];
+        results
+            .extend(others.into_iter().map(|other| other.join().expect("loops over numbers do not panic")));
+        results
+    })
+}
