@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::device::DeviceChoice;
+use crate::train::{ItemTable, Reduction};
 use crate::{checkpoint, data, metrics, model, train};
 
 /// Section `[run]`.
@@ -22,7 +23,7 @@ pub struct RunConfig {
     /// Everything random follows from it.
     pub seed: u64,
     /// Whether sums over ranks are fast, or the same to the last bit on any number of ranks.
-    pub reduction: train::Reduction,
+    pub reduction: Reduction,
     /// CPU threads of each rank; 0: the host's cores divided by its ranks.
     pub threads_per_rank: usize,
     /// Steps of the run between two comparisons of the ranks' weights; 0: never.
@@ -36,7 +37,7 @@ impl Default for RunConfig {
         Self {
             device: DeviceChoice::Auto,
             seed: 42,
-            reduction: train::Reduction::Fast,
+            reduction: Reduction::Fast,
             threads_per_rank: 0,
             compare_ranks_every: 1000,
             patience_seconds: 600.0,
@@ -52,6 +53,8 @@ pub struct Config {
     pub run: RunConfig,
     /// Which days and columns.
     pub data: data::Config,
+    /// What ranks share out among them.
+    pub parallel: train::Parallel,
     /// Which model.
     pub model: model::Config,
     /// How it learns.
@@ -123,13 +126,14 @@ impl Config {
         let config = Self {
             run: section(&mut table, "run")?,
             data: section(&mut table, "data")?,
+            parallel: section(&mut table, "parallel")?,
             model: section(&mut table, "model")?,
             train: section(&mut table, "train")?,
             evaluate: section(&mut table, "evaluate")?,
             checkpoint: section(&mut table, "checkpoint")?,
         };
         if let Some(key) = table.keys().next() {
-            let sections = ["run", "data", "model", "train", "evaluate", "checkpoint"];
+            let sections = ["run", "data", "parallel", "model", "train", "evaluate", "checkpoint"];
             return Err(ConfigError::UnknownKey { key: key.clone(), nearest: nearest(key, sections) });
         }
         config.check()?;
@@ -152,6 +156,12 @@ impl Config {
         if self.data.window_days == 0 {
             return refuse("data", "`window_days` must be at least 1".to_owned());
         }
+        if self.parallel.item_table == ItemTable::Sharded && self.run.reduction == Reduction::Reproducible {
+            return refuse(
+                "parallel",
+                "`item_table` cannot be `sharded` where `run.reduction` is `reproducible`".to_owned(),
+            );
+        }
         if let Err(problem) = self.train.check() {
             return refuse("train", problem);
         }
@@ -167,11 +177,12 @@ impl Config {
     /// A key that is other than in `earlier` and would make the run another, with its two values; none if the run could go
     /// on. Where and how fast it runs, what is recorded and kept, and how many days follow, may change.
     pub fn difference(&self, earlier: &Self) -> Option<String> {
-        const MAY_CHANGE: [&str; 6] = [
+        const MAY_CHANGE: [&str; 7] = [
             "run.device",
             "run.threads_per_rank",
             "run.compare_ranks_every",
             "run.patience_seconds",
+            "parallel.item_table",
             "train.log_every_steps",
             "data.last_day",
         ];

@@ -8,9 +8,9 @@
 //! | [`synth`] | a seed | events of a made-up shop |
 //! | [`etl`] | events | `sessions_by_day/<day_index>/{train,valid,test}.parquet`, a workflow, a schema |
 //! | [`config`] | a TOML file and `--set` | a run as resolved |
+//! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
 //! | [`data`] | day partitions | batches of sessions, the same for any number of ranks |
 //! | [`model`] | batches | scores over the catalogue, a summed loss, gradients |
-//! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
 //! | [`optim`] | summed gradients | new parameters |
 //! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue, each session's outcome |
 //! | [`checkpoint`] | a run's state | a folder to go on from, on any number of ranks |
@@ -41,10 +41,10 @@
 pub mod synth;
 pub use bireme_etl as etl;
 pub mod config;
-pub mod data;
-pub mod model;
 pub mod device;
 pub mod collective;
+pub mod data;
+pub mod model;
 pub mod optim;
 pub mod metrics;
 pub mod checkpoint;

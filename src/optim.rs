@@ -270,13 +270,23 @@ fn update_here(
     }
 }
 
-/// What summed gradients `[n]` are to be multiplied by, so that they are those of the mean over `n_targets: []` and at
-/// most `max_norm` long in all (the coefficient of `torch.nn.utils.clip_grad_norm_`); and their norm before clipping.
-/// Nothing waits for the device.
-pub fn average_and_clip(gradients: &Tensor, n_targets: &Tensor, max_norm: f64) -> (Tensor, Tensor) {
-    let norm = gradients.norm_scalaropt_dtype(2.0, Kind::Float) / n_targets;
+/// What summed gradients are to be multiplied by, so that they are those of the mean over `n_targets: []` and at most
+/// `max_norm` long in all (the coefficient of `torch.nn.utils.clip_grad_norm_`); and their norm before clipping. They are
+/// `gradients: [n]`, and those whose squares add up to `others: []`. Nothing waits for the device.
+pub fn average_and_clip(
+    gradients: &Tensor,
+    others: &Tensor,
+    n_targets: &Tensor,
+    max_norm: f64,
+) -> (Tensor, Tensor) {
+    let norm = (squares(gradients) + others).sqrt() / n_targets;
     let clip = ((&norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);
     (clip / n_targets, norm)
+}
+
+/// The sum of squares of `[n]`: `[]`.
+pub fn squares(numbers: &Tensor) -> Tensor {
+    numbers.norm_scalaropt_dtype(2.0, Kind::Float).square()
 }
 
 #[cfg(test)]
@@ -322,13 +332,16 @@ mod tests {
 
     #[test]
     fn clipping_acts_on_the_mean_and_only_above_the_norm() {
-        let n = Tensor::from(2f32);
+        let (n, none) = (Tensor::from(2f32), Tensor::from(0f32));
         let long = Tensor::from_slice(&[6f32, 8.0]);
-        let (scale, norm) = average_and_clip(&long, &n, 1.0);
+        let (scale, norm) = average_and_clip(&long, &none, &n, 1.0);
         assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
         assert!(((long * scale).norm().double_value(&[]) - 1.0).abs() < 1e-5);
         let short = Tensor::from_slice(&[0.6f32, 0.8]);
-        let (scale, _) = average_and_clip(&short, &n, 1.0);
+        let (scale, norm) = average_and_clip(&short, &Tensor::from(3f32), &n, 1.0);
+        assert!((norm.double_value(&[]) - 1.0).abs() < 1e-6);
+        assert!(((short.copy() * scale).norm().double_value(&[]) - 0.5).abs() < 1e-6);
+        let (scale, _) = average_and_clip(&short, &none, &n, 1.0);
         assert!(((short * scale).norm().double_value(&[]) - 0.5).abs() < 1e-6);
     }
 

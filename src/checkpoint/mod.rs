@@ -16,6 +16,7 @@ mod manifest;
 mod retention;
 mod saver;
 mod share;
+mod tensor_file;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,13 +26,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::collective::Root;
+use crate::collective::{Collective, CollectiveError, Root};
 use crate::metrics::Measure;
+use crate::model::Share;
 
 use manifest::{MANIFEST, Manifest};
 use retention::{Place, superseded};
 pub use saver::Saver;
 pub use share::share;
+use tensor_file::{TensorFile, stream};
 
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -247,39 +250,39 @@ impl Checkpoints {
     /// What the file system says; the earlier checkpoints are then still there.
     pub fn write(
         &self,
-        _: Root,
+        root: Root,
         state: &State,
         tensors: &Tensors,
         occurrences: &[i64],
     ) -> Result<(), CheckpointError> {
-        let place = (state.position.day, state.position.global_step);
-        let path = self.path(place);
-        let mut aside = path.clone().into_os_string();
-        aside.push(ASIDE);
-        let aside = PathBuf::from(aside);
-        // A folder of that name is what an interrupted run left: complete or not, this one replaces it.
-        for stale in [&aside, &path] {
-            if stale.exists() {
-                io_at("remove", stale, fs::remove_dir_all(stale))?;
-            }
+        let mut writing = Writing::begin(self, root, state, tensors, &Share::whole(state.n_items))?;
+        for (file, named) in writing.files.iter_mut().zip([&tensors.weights, &tensors.optimizer]) {
+            named.iter().for_each(|(_, tensor)| file.put(tensor));
         }
-        io_at("create", &aside, fs::create_dir_all(&aside))?;
-        let written = write_into(&aside, state, tensors, occurrences);
-        if written.is_err() {
-            // What cannot be removed now was not worth more either.
-            let _ = fs::remove_dir_all(&aside);
+        writing.finish(occurrences)
+    }
+
+    /// *All ranks.* Writes one of tensors that are shared out, on rank 0.
+    ///
+    /// # Errors
+    /// What the file system says to rank 0, on all ranks, or those of the collective.
+    pub fn write_shared(
+        &self,
+        state: &State,
+        tensors: &Tensors,
+        occurrences: &[i64],
+        share: &Share<'_>,
+        collective: &dyn Collective,
+    ) -> Result<(), CollectiveError> {
+        let begun =
+            collective.root().map(|root| Writing::begin(self, root, state, tensors, share)).transpose();
+        let mut writing = collective.agree(begun)?;
+        for (which, named) in [&tensors.weights, &tensors.optimizer].into_iter().enumerate() {
+            stream(named, share, |numbers| {
+                writing.iter_mut().for_each(|writing| writing.files[which].put(numbers));
+            })?;
         }
-        written?;
-        io_at("rename", &aside, fs::rename(&aside, &path))?;
-        sync(&self.dir)?;
-        // Later ones are of a past that this run has left: not whole, or it would have gone on from there.
-        let have = self.folders()?.into_iter().map(|(other, _)| other).filter(|&other| other <= place);
-        let have: Vec<Place> = have.collect();
-        for place in superseded(&have, &state.config.checkpoint, &state.evaluated) {
-            let path = self.path(place);
-            io_at("remove", &path, fs::remove_dir_all(&path))?;
-        }
-        Ok(())
+        collective.agree(writing.map_or(Ok(()), |writing| writing.finish(occurrences)))
     }
 
     /// The newest complete one, and what is wrong with each newer one.
@@ -353,29 +356,85 @@ impl Checkpoints {
     }
 }
 
-fn write_into(
-    folder: &Path,
-    state: &State,
-    tensors: &Tensors,
-    occurrences: &[i64],
-) -> Result<(), CheckpointError> {
-    let occurrences = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
-    for (file, named) in
-        [(WEIGHTS, &tensors.weights), (OPTIMIZER, &tensors.optimizer), (OCCURRENCES, &occurrences)]
-    {
-        let path = folder.join(file);
-        Tensor::write_safetensors(named, &path).map_err(|source| CheckpointError::Tensors {
-            action: "write",
-            path: path.clone(),
-            source,
-        })?;
-        sync(&path)?;
+/// A checkpoint that is being written aside.
+struct Writing<'a> {
+    checkpoints: &'a Checkpoints,
+    state: &'a State,
+    aside: Aside,
+    path: PathBuf,
+    /// Weights and optimizer.
+    files: [TensorFile; 2],
+}
+
+/// A folder that is removed if it comes to nothing.
+struct Aside(PathBuf);
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // Renamed, it is not there any more; what cannot be removed now was not worth more either.
+        let _ = fs::remove_dir_all(&self.0);
     }
-    write_json(&folder.join(STATE), state)?;
-    let path = folder.join(MANIFEST);
-    let manifest = Manifest::of(folder, &[WEIGHTS, OPTIMIZER, OCCURRENCES, STATE]);
-    write_json(&path, &io_at("write", &path, manifest)?)?;
-    sync(folder)
+}
+
+impl<'a> Writing<'a> {
+    fn begin(
+        checkpoints: &'a Checkpoints,
+        _: Root,
+        state: &'a State,
+        tensors: &Tensors,
+        share: &Share<'_>,
+    ) -> Result<Self, CheckpointError> {
+        let path = checkpoints.path((state.position.day, state.position.global_step));
+        let mut aside = path.clone().into_os_string();
+        aside.push(ASIDE);
+        let aside = PathBuf::from(aside);
+        // A folder of that name is what an interrupted run left: complete or not, this one replaces it.
+        for stale in [&aside, &path] {
+            if stale.exists() {
+                io_at("remove", stale, fs::remove_dir_all(stale))?;
+            }
+        }
+        io_at("create", &aside, fs::create_dir_all(&aside))?;
+        let aside = Aside(aside);
+        let create = |file: &str, named| {
+            let path = aside.0.join(file);
+            io_at("write", &path, TensorFile::create(&path, named, share))
+        };
+        let files = [create(WEIGHTS, &tensors.weights)?, create(OPTIMIZER, &tensors.optimizer)?];
+        Ok(Self { checkpoints, state, aside, path, files })
+    }
+
+    fn finish(self, occurrences: &[i64]) -> Result<(), CheckpointError> {
+        let Self { checkpoints, state, aside, path, files } = self;
+        let folder = &aside.0;
+        for (name, file) in [WEIGHTS, OPTIMIZER].into_iter().zip(files) {
+            io_at("write", &folder.join(name), file.finish())?;
+        }
+        let of_items = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
+        let path_of = folder.join(OCCURRENCES);
+        let written =
+            TensorFile::create(&path_of, &of_items, &Share::whole(state.n_items)).and_then(|mut file| {
+                file.put(&of_items[0].1);
+                file.finish()
+            });
+        io_at("write", &path_of, written)?;
+        write_json(&folder.join(STATE), state)?;
+        let manifest_path = folder.join(MANIFEST);
+        let manifest = Manifest::of(folder, &[WEIGHTS, OPTIMIZER, OCCURRENCES, STATE]);
+        write_json(&manifest_path, &io_at("write", &manifest_path, manifest)?)?;
+        sync(folder)?;
+        io_at("rename", folder, fs::rename(folder, &path))?;
+        sync(&checkpoints.dir)?;
+        // Later ones are of a past that this run has left: not whole, or it would have gone on from there.
+        let place = (state.position.day, state.position.global_step);
+        let have = checkpoints.folders()?.into_iter().map(|(other, _)| other).filter(|&other| other <= place);
+        let have: Vec<Place> = have.collect();
+        for place in superseded(&have, &state.config.checkpoint, &state.evaluated) {
+            let path = checkpoints.path(place);
+            io_at("remove", &path, fs::remove_dir_all(&path))?;
+        }
+        Ok(())
+    }
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CheckpointError> {

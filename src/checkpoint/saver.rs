@@ -45,8 +45,12 @@ impl Saver {
         self.last.elapsed()
     }
 
-    /// Begins a checkpoint of what is given, as it is now. Returns how long that took: the wait for the one before, and
-    /// the copying.
+    /// One has been written in another way.
+    pub fn saved(&mut self) {
+        self.last = Instant::now();
+    }
+
+    /// Begins a checkpoint of what is given, as it is now: waits for the one before, and copies.
     ///
     /// # Errors
     /// Those of the one before.
@@ -55,8 +59,7 @@ impl Saver {
         state: State,
         tensors: &Tensors,
         occurrences: &[i64],
-    ) -> Result<Duration, CheckpointError> {
-        let begun = Instant::now();
+    ) -> Result<(), CheckpointError> {
         let copy = |named: &[(String, Tensor)]| {
             let copied = named.iter().map(|(name, tensor)| {
                 let here = tensor.detach().to_device_(Device::Cpu, tensor.kind(), false, true);
@@ -70,8 +73,8 @@ impl Saver {
         if !sent {
             self.finish()?;
         }
-        self.last = Instant::now();
-        Ok(begun.elapsed())
+        self.saved();
+        Ok(())
     }
 
     /// Whether the writer has met an error, which [`Saver::finish`] tells.

@@ -1,12 +1,15 @@
-//! A checkpoint that rank 0 has read, on every rank: only rank 0 needs to see the run directory.
+//! A checkpoint that rank 0 has read, on every rank: only rank 0 needs to see the run directory. Of tables that are shared
+//! out, every rank gets its own rows.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::tensor_file::deal;
 use super::{Checkpoint, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
+use crate::model;
 
 /// What there is to tell before the tensors themselves.
 #[derive(Serialize, Deserialize)]
@@ -26,12 +29,13 @@ struct Shape {
     size: Vec<i64>,
 }
 
-/// *All ranks.* What rank 0 brings, on every rank.
+/// *All ranks.* What rank 0 brings, on every rank, which then holds these rows of the tables of items.
 ///
 /// # Errors
 /// Those of the collective.
 pub fn share(
     mine: Option<Checkpoint>,
+    rows: &model::Share<'_>,
     collective: &dyn Collective,
 ) -> Result<Option<Checkpoint>, CollectiveError> {
     let shapes = |named: &[(String, Tensor)]| {
@@ -61,10 +65,11 @@ pub fn share(
         let mut have = have.into_iter();
         let receive = |Shape { name, is_count, size }| {
             let kind = if is_count { Kind::Int64 } else { Kind::Float };
-            let mut tensor = match have.next() {
-                Some((_, tensor)) => tensor.contiguous(),
-                None => Tensor::empty(size, (kind, Device::Cpu)),
-            };
+            let mine = have.next().map(|(_, tensor)| tensor.contiguous());
+            if rows.company().is_some() && model::Share::is_table(&name) {
+                return Ok((name, deal(mine.as_ref(), (&size, kind), rows)?));
+            }
+            let mut tensor = mine.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));
             collective.broadcast(&mut tensor, 0)?;
             Ok((name, tensor))
         };

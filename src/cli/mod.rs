@@ -650,7 +650,8 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         }
         return export_on_root(collective, to_export);
     }
-    let from = checkpoint::share(from, collective).map_err(shared)?;
+    let rows = job.config.parallel.share(data.n_items(), collective);
+    let from = checkpoint::share(from, &rows, collective).map_err(shared)?;
     let going_on = from.as_ref().map(|from| (from.path.clone(), from.state.position, from.state.log_bytes));
     // What does not fit is known before anything is changed.
     let training = Training::new(&job.config, &data, job.place(), from);
@@ -776,7 +777,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let collective = &*job.collective;
     let which = (args.day, args.split);
     let device = job.place.device;
-    let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, device);
+    let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place());
     let opened = match &args.exported {
         Some(repository) => opened.and_then(|run| run.with_exported(repository, &args.name, device)),
         None => opened,

@@ -20,6 +20,7 @@ mod call;
 mod error;
 pub mod mpi;
 pub mod nccl;
+mod rows;
 pub mod solo;
 pub mod threads;
 pub mod watch;

@@ -135,7 +135,7 @@ pub fn evaluation_batches(
     features: &Features,
     block: usize,
     (rank, world_size): (usize, usize),
-) -> Result<impl Iterator<Item = Batch>, DataError> {
+) -> Result<impl ExactSizeIterator<Item = Batch>, DataError> {
     let n_blocks = file.n_sessions().div_ceil(block);
     let first = rank * n_blocks / world_size * block;
     let end = ((rank + 1) * n_blocks / world_size * block).min(file.n_sessions());

@@ -289,7 +289,7 @@ struct Run {
     state: State,
     checkpoint: PathBuf,
     skipped: Vec<String>,
-    network: Network,
+    network: Network<'static>,
     features: Features,
     occurrences: Vec<i64>,
     workflow: Workflow,

@@ -24,7 +24,7 @@ pub const FALLBACK: &str = "fallback";
 /// What a module is made of.
 pub struct Script<'a> {
     /// With its tables in the type that is to be served.
-    pub network: &'a Network,
+    pub network: &'a Network<'a>,
     /// What the network reads, in its order: the items first.
     pub columns: &'a [ModelColumn],
     /// Rows of each column's table; none of a column of values.

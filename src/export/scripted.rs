@@ -6,6 +6,7 @@ use std::path::Path;
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
 use super::{Names, rules};
+use crate::collective::CollectiveError;
 use crate::data::Batch;
 use crate::model::Recommender;
 
@@ -83,9 +84,9 @@ impl Recommender for ScriptedModel {
     }
 
     /// All scores: `[B, V]`.
-    fn encode(&self, known: &Batch) -> Tensor {
+    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
         let outputs = self.run(self.inputs(known)).expect("the module ran when it was exported");
-        outputs[0].shallow_clone()
+        Ok(outputs[0].shallow_clone())
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
 use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
-use crate::model::Recommender;
+use crate::model::{Recommender, Share};
 
 pub use measure::Measure;
 use outcomes::Outcomes;
@@ -203,40 +203,57 @@ pub fn evaluate(
     occurrences: &[i64],
     collective: &dyn Collective,
 ) -> Result<Evaluation, EvaluateError> {
-    let n_items = recommender.n_items();
+    let share = recommender.share();
     let (mut tally, mut outcomes) = (Tally::default(), Outcomes::default());
-    let mut in_top = Tensor::zeros([n_items], (Kind::Bool, recommender.device()));
+    let mut in_top = Tensor::zeros([share.len()], (Kind::Bool, recommender.device()));
     let max_scores = (config.scores_mib << 20) as i64 / 4;
-    let share = (collective.rank(), collective.world_size());
-    for batch in evaluation_batches(file, features, config.block, share)? {
+    let ranks = (collective.rank(), collective.world_size());
+    let mut batches = evaluation_batches(file, features, config.block, ranks)?;
+    // Who scores for others goes on until all are done.
+    let n_blocks = share.counts(batches.len() as i64)?.into_iter().max().unwrap_or(0);
+    for _ in 0..n_blocks {
+        let batch = batches.next().unwrap_or_else(|| Batch::new(&[], features));
         let (known, targets) = batch.to_device(recommender.device()).split_last();
-        let encoded = recommender.encode(&known);
+        let counts = share.counts(targets.size()[0])?;
+        let encoded = recommender.encode(&known)?;
+        let hidden = config.reminders.hidden(&known);
+        let longest = share.counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
+        let filled_up = hidden.pad([0, longest - hidden.size()[1]], "constant", -1.0);
+        let of_all = |own: &Tensor| share.gather_rows(own, &counts);
+        let (encoded, hidden) = (of_all(&encoded)?, of_all(&filled_up)?);
         let ranking = rank_targets(
             |items| recommender.scores(&encoded, items),
-            (&targets, &config.reminders.hidden(&known)),
-            n_items,
-            max_scores / batch.n_sessions().max(1) as i64,
+            (&of_all(&targets)?, &hidden),
+            &share,
+            max_scores / counts.iter().sum::<i64>().max(1),
             K_MAX as i64,
-        );
-        if !bool::try_from(ranking.losses.isfinite().all()).expect("a truth value") {
+        )?;
+        let [ranks, losses] = [&ranking.ranks, &ranking.losses].map(|of_all| share.own_of(of_all, &counts));
+        if !bool::try_from(losses.isfinite().all()).expect("a truth value") {
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
-        tally.add(&ranking.ranks, recommender.scores_are_logits().then_some(&ranking.losses));
+        tally.add(&ranks, recommender.scores_are_logits().then_some(&losses));
         in_top = in_top.logical_or(&ranking.in_top);
-        outcomes.add(&ranking.ranks, &known.lengths, &targets);
+        outcomes.add(&ranks, &known.lengths, &targets);
     }
     Ok(Evaluation {
         metrics: tally.all_reduce(collective)?.metrics(recommender.scores_are_logits()),
-        coverage_at_20: coverage(&in_top, collective)?,
+        coverage_at_20: coverage(&in_top, &share, collective)?,
         outcomes: outcomes.gather(occurrences, collective)?,
     })
 }
 
-/// *All ranks.* The share of the items that may be recommended that are true in `[V]` on at least one rank.
-fn coverage(in_top: &Tensor, collective: &dyn Collective) -> Result<f64, CollectiveError> {
+/// *All ranks.* The share of the items that may be recommended that are true on at least one rank, of those that it scores:
+/// bool `[V]`.
+fn coverage(in_top: &Tensor, share: &Share<'_>, collective: &dyn Collective) -> Result<f64, CollectiveError> {
     let in_top = in_top.to_kind(Kind::Uint8).to_device(Device::Cpu);
     let mut in_top = Vec::<u8>::try_from(in_top).expect("truth values [V]");
-    collective.reduce(&mut in_top, Reduce::Max)?;
-    let n_covered: usize = in_top.iter().map(|&covered| usize::from(covered)).sum();
-    Ok(n_covered as f64 / (in_top.len() as i64 - FIRST_ITEM).max(0) as f64)
+    if share.company().is_none() {
+        collective.reduce(&mut in_top, Reduce::Max)?;
+    }
+    let mut n_covered = [in_top.iter().map(|&covered| i64::from(covered)).sum()];
+    if let Some(company) = share.company() {
+        company.sum_i64(&mut n_covered)?;
+    }
+    Ok(n_covered[0] as f64 / (share.n_items - FIRST_ITEM).max(0) as f64)
 }

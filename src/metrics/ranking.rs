@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use crate::collective::{Collective, CollectiveError, Reduce};
+use crate::model::Share;
+
 /// First item index that may be recommended: padding (0) and unknown (1) never are.
 pub(crate) const FIRST_ITEM: i64 = 2;
 
@@ -13,25 +16,30 @@ pub struct Ranking {
     pub ranks: Tensor,
     /// Cross entropy of each target: f64 `[B]`.
     pub losses: Tensor,
-    /// Whether an item is in the top `k` of at least one of the sessions: bool `[V]`.
+    /// Whether an item that is scored here is in the top `k` of at least one of the sessions: bool `[V]`.
     pub in_top: Tensor,
 }
 
-/// Ranks targets (i64 `[B]`) and finds the top `k` of every session, by the scores of at most `chunk` items at a time.
+/// *All ranks* of the share. Ranks targets (i64 `[B]`) and finds the top `k` of every session, by the scores of at most `chunk`
+/// items at a time. Each rank scores the items of its share; the sessions are the same on all.
 ///
 /// A rank is one more than the number of better items; among equal scores the lower index is better. A target that
 /// may not be recommended gets a rank beyond all others: padding, unknown, and `hidden`, items that are not for one
 /// session (i64 `[B, E]`, filled up with −1). Losses know nothing of what is hidden.
+///
+/// # Errors
+/// Those of the collective.
 pub fn rank_targets(
     scores: impl Fn(Range<i64>) -> Tensor,
     (targets, hidden): (&Tensor, &Tensor),
-    n_items: i64,
+    share: &Share<'_>,
     chunk: i64,
     k: i64,
-) -> Ranking {
-    let chunks: Vec<Range<i64>> = (0..n_items)
-        .step_by(chunk.clamp(1, n_items) as usize)
-        .map(|start| start..(start + chunk.max(1)).min(n_items))
+) -> Result<Ranking, CollectiveError> {
+    let Range { start: first, end } = share.rows;
+    let chunks: Vec<Range<i64>> = (first..end)
+        .step_by(chunk.clamp(1, share.len()) as usize)
+        .map(|start| start..(start + chunk.max(1)).min(end))
         .collect();
     let target = targets.unsqueeze(1);
     // First the targets' own scores, taken from the very product that they are compared with in the second
@@ -56,15 +64,27 @@ pub fn rank_targets(
         }
         last = Some(chunk);
     }
-    let (target_scores, log_sum) = (target_scores.expect("a catalogue"), log_sum.expect("a catalogue"));
+    let (mut target_scores, mut log_sum) =
+        (target_scores.expect("a catalogue"), log_sum.expect("a catalogue"));
+    if let Some(company) = share.company() {
+        company.all_reduce(&mut target_scores, Reduce::Sum)?;
+        log_sum = of_each_rank(&log_sum, company)?.logsumexp([0i64].as_slice(), false);
+        best.merge(company, share.n_items - FIRST_ITEM)?;
+    }
     let losses = (log_sum - target_scores.to_kind(Kind::Double)).squeeze_dim(1);
 
     let mut top = best.top();
     let mut n_better = Tensor::zeros_like(targets);
-    let in_top = Tensor::zeros([n_items], (Kind::Bool, targets.device()));
+    let in_top = Tensor::zeros([share.len()], (Kind::Bool, targets.device()));
     let only = last.filter(|_| chunks.len() == 1);
+    let again =
+        |items: &Range<i64>| only.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone);
+    if let (Some(top), Some(company)) = (&mut top, share.company()) {
+        let here = chunks.iter().map(|items| recommendable(items, &again(items), hidden));
+        top.leave_to_ranks_before(here.flatten().map(|(_, chunk)| chunk), company)?;
+    }
     for items in &chunks {
-        let chunk = only.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone);
+        let chunk = again(items);
         let Some((items, chunk)) = recommendable(items, &chunk, hidden) else { continue };
         let indices = Tensor::arange_start(items.start, items.end, (Kind::Int64, targets.device()));
         let tied_before =
@@ -75,12 +95,20 @@ pub fn rank_targets(
         // Where a session has fewer than `k` items left, hidden ones would fill up its top.
         let members =
             if hidden.numel() > 0 { members.logical_and(&chunk.isneginf().logical_not()) } else { members };
-        in_top.narrow(0, items.start, items.end - items.start).copy_(&members.any_dim(0, false));
+        in_top.narrow(0, items.start - first, items.end - items.start).copy_(&members.any_dim(0, false));
     }
-    let beyond = Tensor::full_like(targets, n_items + 1);
+    if let Some(company) = share.company() {
+        company.all_reduce(&mut n_better, Reduce::Sum)?;
+    }
+    let beyond = Tensor::full_like(targets, share.n_items + 1);
     let is_hidden = hidden.eq_tensor(&target).any_dim(1, false);
     let in_running = targets.ge(FIRST_ITEM).logical_and(&is_hidden.logical_not());
-    Ranking { ranks: (n_better + 1).where_self(&in_running, &beyond), losses, in_top }
+    Ok(Ranking { ranks: (n_better + 1).where_self(&in_running, &beyond), losses, in_top })
+}
+
+/// *All ranks.* `[..]` of every rank: `[ranks, ..]`.
+fn of_each_rank(mine: &Tensor, company: &dyn Collective) -> Result<Tensor, CollectiveError> {
+    company.gather_rows(&mine.unsqueeze(0), &vec![1; company.world_size()])
 }
 
 /// The part of a chunk `[B, C]` of scores, and of its items, that may be recommended; what is hidden from a session
@@ -124,6 +152,19 @@ impl Best {
         });
     }
 
+    /// *All ranks.* The best of all ranks, of so many items in all.
+    fn merge(&mut self, company: &dyn Collective, n_items: i64) -> Result<(), CollectiveError> {
+        let scores = self.scores.take().expect("every rank has an item that may be recommended");
+        // A rank may have fewer items than are asked for.
+        let missing = self.k + 1 - scores.size()[1];
+        let nothing =
+            scores.new_full([scores.size()[0], missing], f64::NEG_INFINITY, (scores.kind(), scores.device()));
+        let all = of_each_rank(&Tensor::cat(&[scores, nothing], 1), company)?;
+        let all = all.permute([1, 0, 2]).reshape([all.size()[1], -1]);
+        self.scores = Some(all.topk((self.k + 1).min(n_items), 1, true, true).0);
+        Ok(())
+    }
+
     /// What the second round needs; none without an item that may be recommended.
     fn top(self) -> Option<Top> {
         let scores = self.scores?;
@@ -151,6 +192,25 @@ struct Top {
 }
 
 impl Top {
+    /// *All ranks.* Of items with just the last score, those of the ranks before this one come first. `chunks` `[B, C]`: all that
+    /// are here.
+    fn leave_to_ranks_before(
+        &mut self,
+        chunks: impl Iterator<Item = Tensor>,
+        company: &dyn Collective,
+    ) -> Result<(), CollectiveError> {
+        if self.crowded.numel() == 0 {
+            return Ok(());
+        }
+        let last = self.last.index_select(0, &self.crowded);
+        let tied = chunks.map(|chunk| n_true(&chunk.index_select(0, &self.crowded).eq_tensor(&last)));
+        let n_tied = tied.fold(self.n_free.zeros_like(), |sum, n| sum + n);
+        let before = of_each_rank(&n_tied, company)?.narrow(0, 0, company.rank() as i64);
+        let before = before.sum_dim_intlist([0i64].as_slice(), false, Kind::Int64);
+        self.n_free = (&self.n_free - before).clamp_min(0);
+        Ok(())
+    }
+
     /// Which items of a chunk `[B, C]` are in whose top, bool `[B, C]`; chunks come in ascending order.
     fn members(&mut self, chunk: &Tensor) -> Tensor {
         let members = chunk.ge_tensor(&self.last);

@@ -56,10 +56,51 @@ pub struct Layout {
     pub reads_all: bool,
     /// Positions of each micro-batch.
     pub positions_by_segment: Vec<i64>,
+    /// The positions step by step, if it is known which there are.
+    pub(super) by_step: Option<BySteps>,
     /// Reads of each micro-batch.
     pub reads_by_segment: Vec<i64>,
     /// Sessions of each micro-batch.
     pub sessions_by_segment: Vec<i64>,
+}
+
+/// The first positions of all sessions, longest session first, then the second ones of those that have one, and so on: what a
+/// recurrence computes step by step, without padding.
+pub(super) struct BySteps {
+    /// Number of each position, i64 `[P]`.
+    pub positions: Tensor,
+    /// Sessions that have so many positions: i64 `[L]`, on the CPU.
+    pub n_sessions: Tensor,
+    /// Where in this order the positions are that are read: i64 `[N]`.
+    pub reads: Tensor,
+}
+
+impl BySteps {
+    fn new(plan: &Plan, device: Device) -> Self {
+        let mut sessions: Vec<(usize, usize)> = Vec::with_capacity(plan.lengths.len());
+        let mut first = 0;
+        for &length in &plan.lengths {
+            sessions.push((length, first));
+            first += length;
+        }
+        sessions.sort_by_key(|&(length, _)| std::cmp::Reverse(length));
+        let (mut positions, mut n_sessions) = (Vec::with_capacity(first), Vec::new());
+        let mut place = vec![0i64; first];
+        for step in 0..sessions.first().map_or(0, |&(longest, _)| longest) {
+            let n = sessions.partition_point(|&(length, _)| length > step);
+            for (_, first) in &sessions[..n] {
+                place[first + step] = positions.len() as i64;
+                positions.push((first + step) as i64);
+            }
+            n_sessions.push(n as i64);
+        }
+        let reads: Vec<i64> = plan.reads.iter().map(|&read| place[read as usize]).collect();
+        Self {
+            positions: Tensor::from_slice(&positions).to_device(device),
+            n_sessions: Tensor::from_slice(&n_sessions),
+            reads: Tensor::from_slice(&reads).to_device(device),
+        }
+    }
 }
 
 /// [`Visible`] in tensors.
@@ -105,6 +146,7 @@ impl Layout {
             reads: on_device(&plan.reads),
             reads_all: plan.reads.len() == plan.shown.len(),
             positions_by_segment: batch.by_segment(&plan.lengths),
+            by_step: Some(BySteps::new(plan, device)),
             reads_by_segment: batch.by_segment(&plan.reads_per_session),
             sessions_by_segment: batch.segments.iter().map(|segment| segment.n_sessions as i64).collect(),
         };
@@ -154,6 +196,7 @@ impl Layout {
             read_cells,
             reads_all: false,
             positions_by_segment: Vec::new(),
+            by_step: None,
             reads_by_segment: Vec::new(),
             sessions_by_segment: Vec::new(),
         }

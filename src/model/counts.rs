@@ -6,6 +6,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::{Neighbours, Recommender};
+use crate::collective::CollectiveError;
 use crate::data::Batch;
 
 /// What speaks for an item besides how often it occurred.
@@ -177,7 +178,7 @@ impl Recommender for Counts {
     }
 
     /// The items that each session speaks for and their scores, f64 `[B, E, 2]`; item −1 where there are fewer.
-    fn encode(&self, known: &Batch) -> Tensor {
+    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
         let evident: Vec<_> = known.sessions().iter().map(|session| self.evident(session)).collect();
         let longest = evident.iter().map(Vec::len).max().unwrap_or(0);
         let mut padded = vec![-1.0; evident.len() * longest * 2];
@@ -186,7 +187,7 @@ impl Recommender for Counts {
                 place.copy_from_slice(&[item as f64, score]);
             }
         }
-        Tensor::from_slice(&padded).view([evident.len() as i64, longest as i64, 2])
+        Ok(Tensor::from_slice(&padded).view([evident.len() as i64, longest as i64, 2]))
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {

@@ -82,11 +82,25 @@ impl Gru {
     ) -> Tensor {
         let layers = self.first..self.first + 4 * self.n_layers as usize;
         let layers: Vec<&Tensor> = layers.map(|index| parameters.leaf(index)).collect();
-        let run = |x: &Tensor| {
-            let x = layout.pad(x);
-            let h0 = x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
-            let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, false, false, true);
-            states.reshape([-1, self.width]).index_select(0, &layout.read_cells)
+        // cuDNN goes back only through what was computed to learn.
+        let learns = noise.is_some();
+        let run = |x: &Tensor| match &layout.by_step {
+            Some(steps) => {
+                let n_sessions = steps.n_sessions.int64_value(&[0]);
+                let h0 = x.new_zeros([self.n_layers, n_sessions, self.width], (x.kind(), x.device()));
+                let x = x.index_select(0, &steps.positions);
+                let sizes = &steps.n_sessions;
+                let (states, _) =
+                    Tensor::gru_data(&x, sizes, &h0, &layers, true, self.n_layers, 0.0, learns, false);
+                states.index_select(0, &steps.reads)
+            }
+            // In a trace, where the number of sessions is not known.
+            None => {
+                let x = layout.pad(x);
+                let h0 = x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
+                let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, learns, false, true);
+                states.reshape([-1, self.width]).index_select(0, &layout.read_cells)
+            }
         };
         match noise {
             Some(noise) => {

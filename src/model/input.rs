@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::parameters::{Initial, LayerNorm, Linear};
-use super::{ITEM_TABLE, Parameters};
+use super::share::Asked;
+use super::{ITEM_TABLE, Parameters, Share};
+use crate::collective::CollectiveError;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features};
 
@@ -162,7 +164,7 @@ pub struct Input {
 }
 
 /// Rows that were looked up in a table: a leaf of the autograd graph, so that no gradient as large as the table arises.
-pub(super) struct Lookup {
+pub(super) struct Lookup<'a> {
     column: usize,
     /// The table's parameter.
     pub table: usize,
@@ -170,6 +172,8 @@ pub(super) struct Lookup {
     pub rows: Tensor,
     /// Its vector, `[T + 1, D]`.
     pub vectors: Tensor,
+    /// Who holds the rows.
+    pub asked: Asked<'a>,
 }
 
 impl Input {
@@ -258,8 +262,14 @@ impl Input {
             .collect()
     }
 
-    /// Looks the categorical columns up; `leaves`: as leaves of the autograd graph.
-    pub(super) fn look_up(&self, parameters: &Parameters, columns: &[Tensor], leaves: bool) -> Vec<Lookup> {
+    /// *All ranks* of the share. Looks the categorical columns up; `leaves`: as leaves of the autograd graph.
+    pub(super) fn look_up<'a>(
+        &self,
+        parameters: &Parameters,
+        columns: &[Tensor],
+        share: &Share<'a>,
+        leaves: bool,
+    ) -> Result<Vec<Lookup<'a>>, CollectiveError> {
         let tables = self.channels.iter().filter_map(|(channel, _)| match channel {
             &Channel::Table { column, table } => Some((column, table)),
             _ => None,
@@ -267,8 +277,14 @@ impl Input {
         tables
             .map(|(column, table)| {
                 let rows = columns[column].shallow_clone();
-                let vectors = parameters.leaf(table).detach().index_select(0, &rows).to_kind(Kind::Float);
-                Lookup { column, table, rows, vectors: vectors.set_requires_grad(leaves) }
+                let asked = match table {
+                    ITEM_TABLE => share.ask(&rows, &share.counts(rows.size()[0])?)?,
+                    _ => Asked::here(&rows),
+                };
+                let of_table = parameters.leaf(table).detach();
+                let vectors = asked.fetch(|places| of_table.index_select(0, places))?;
+                let vectors = vectors.to_kind(Kind::Float).set_requires_grad(leaves);
+                Ok(Lookup { column, table, rows, vectors, asked })
             })
             .collect()
     }
@@ -279,7 +295,7 @@ impl Input {
         &self,
         parameters: &Parameters,
         columns: &[Tensor],
-        lookups: &[Lookup],
+        lookups: &[Lookup<'_>],
         shown: &Tensor,
     ) -> (Tensor, Option<Tensor>) {
         let channels: Vec<Tensor> = self

@@ -15,6 +15,7 @@ mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
+mod share;
 mod xlnet;
 
 use std::ops::Range;
@@ -28,13 +29,15 @@ pub use gru::{Gru, GruConfig};
 pub use head::{HeadConfig, LossConfig};
 pub use input::InputConfig;
 pub use neighbours::{Decay, Neighbours, NeighboursConfig};
-pub use network::{LossSum, Network};
+pub use network::{ITEM_TABLES, LossSum, Network};
 pub use objective::Objective;
 pub use parameters::{Parameters, View};
+pub use share::Share;
 pub use xlnet::{Xlnet, XlnetConfig};
 
 use network::ITEM_TABLE;
 
+use crate::collective::CollectiveError;
 use crate::data::{Batch, Features};
 
 /// Section `[model]` of a configuration.
@@ -172,6 +175,11 @@ pub trait Recommender {
     /// Rows of the catalogue `V`, padding (0) and unknown (1) included.
     fn n_items(&self) -> i64;
 
+    /// The items that it scores here. Where other ranks score the rest, it encodes with *all ranks*.
+    fn share(&self) -> Share<'_> {
+        Share::whole(self.n_items())
+    }
+
     /// Where batches are to lie, and scores will.
     fn device(&self) -> Device;
 
@@ -179,9 +187,12 @@ pub trait Recommender {
     fn scores_are_logits(&self) -> bool;
 
     /// What the whole of each session comes to: `[B, ..]`, read by [`Recommender::scores`] alone.
-    fn encode(&self, known: &Batch) -> Tensor;
+    ///
+    /// # Errors
+    /// Those of the collective, where other ranks are asked.
+    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError>;
 
-    /// Scores `[B, C]` of the items `items`; higher is better. Calls for other ranges give the same numbers,
-    /// so that no caller needs all of `[B, V]` at once.
+    /// Scores `[B, C]` of the items `items`, which it scores here; higher is better. Calls for other ranges give the same
+    /// numbers, so that no caller needs all of `[B, V]` at once.
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor;
 }

@@ -11,13 +11,17 @@ use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, Workspace, add_rows,
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
-use super::{Gru, Neural, Parameters, Recommender, View, Xlnet};
+use super::{Gru, Neural, Parameters, Recommender, Share, View, Xlnet};
+use crate::collective::CollectiveError;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then the rest.
 pub(super) const ITEM_TABLE: usize = 0;
 const ITEM_BIAS: usize = 1;
+
+/// Names of the tables of items, of which a rank may have a share.
+pub const ITEM_TABLES: [&str; 3] = ["item_table.weight", "item_table.bias", "head.table.weight"];
 
 /// Loss of a pass, as a sum: division comes last, over all ranks.
 pub struct LossSum {
@@ -27,13 +31,15 @@ pub struct LossSum {
     pub n_targets: usize,
 }
 
-/// A model with its parameters.
-pub struct Network {
+/// A model with its parameters, of which the tables of items may be a share.
+pub struct Network<'a> {
     parameters: Parameters,
     input: Input,
     body: Body,
     objective: Objective,
     head: HeadConfig,
+    /// Width of the states.
+    width: i64,
     /// From states to vectors that are scored against items.
     to_item: Linear,
     /// Tells original events from replaced ones.
@@ -42,13 +48,13 @@ pub struct Network {
     scored_table: usize,
     /// Number of tables and their like, which come first among the parameters.
     n_tables: usize,
-    n_items: i64,
+    share: Share<'a>,
     /// Length that sessions are padded to where the padding is attended to.
     padded_length: Option<usize>,
     workspace: Workspace,
 }
 
-impl Network {
+impl Network<'static> {
     /// Draws initial parameters; the same on every rank for the same `seed`.
     ///
     /// # Errors
@@ -57,9 +63,26 @@ impl Network {
         config: &Neural<'_>,
         features: &Features,
         max_length: usize,
-        (seed, device): (u64, Device),
+        random: (u64, Device),
     ) -> Result<Self, String> {
-        with_seed(seed, Device::Cpu, || Self::declare(config, features, max_length, device))
+        Network::with_share(config, features, max_length, random, Share::whole(features.n_items()))
+    }
+}
+
+impl<'a> Network<'a> {
+    /// The same with some rows only of the tables of items. Where a share has company, passes and scores are made by *all
+    /// ranks* together.
+    ///
+    /// # Errors
+    /// A configuration that does not fit the features.
+    pub fn with_share(
+        config: &Neural<'_>,
+        features: &Features,
+        max_length: usize,
+        (seed, device): (u64, Device),
+        share: Share<'a>,
+    ) -> Result<Self, String> {
+        with_seed(seed, Device::Cpu, || Self::declare(config, features, max_length, device, share))
     }
 
     fn declare(
@@ -67,16 +90,17 @@ impl Network {
         features: &Features,
         max_length: usize,
         device: Device,
+        share: Share<'a>,
     ) -> Result<Self, String> {
         let (input, head, objective) = (config.input(), config.head(), config.objective());
-        let (n_items, width) = (features.n_items(), config.width());
+        let width = config.width();
         let mut initial = Initial::default();
-        initial.normal("item_table.weight", &[n_items, input.item_width], input.init_std);
-        initial.constant("item_table.bias", &[n_items], 0.0);
+        initial.table(ITEM_TABLES[0], input.item_width, input.init_std, &share);
+        initial.column(ITEM_TABLES[1], 0.0, &share);
         let scored_table = if head.tied {
             ITEM_TABLE
         } else {
-            initial.normal("head.table.weight", &[n_items, input.item_width], input.init_std)
+            initial.table(ITEM_TABLES[2], input.item_width, input.init_std, &share)
         };
         let first_table = initial.len();
         Input::declare_tables(input, features, &mut initial);
@@ -99,11 +123,12 @@ impl Network {
             body,
             objective: objective.clone(),
             head: head.clone(),
+            width,
             to_item,
             detector,
             scored_table,
             n_tables,
-            n_items,
+            share,
             padded_length: attends_to_padding.then_some(max_length),
             workspace: Workspace::default(),
         })
@@ -124,27 +149,44 @@ impl Network {
         &self.parameters.views()[..self.n_tables]
     }
 
+    /// The rows of the tables of items that are here.
+    pub fn share(&self) -> &Share<'a> {
+        &self.share
+    }
+
     /// Adds the gradients of a pass over `batch` and returns its loss. A batch without sessions gives zeros.
-    pub fn backward(&mut self, batch: &Batch, noise: &mut Noise<'_>, rivals: &Rivals) -> LossSum {
+    ///
+    /// # Errors
+    /// Those of the collective, where the tables are shared out.
+    pub fn backward(
+        &mut self,
+        batch: &Batch,
+        noise: &mut Noise<'_>,
+        rivals: &Rivals,
+    ) -> Result<LossSum, CollectiveError> {
         let plan = self.objective.training(batch, self.attends());
         self.backward_as_planned(batch, plan, noise, rivals)
     }
 
     /// The same with what is hidden and predicted given.
+    ///
+    /// # Errors
+    /// See [`Network::backward`].
     pub fn backward_as_planned(
         &mut self,
         batch: &Batch,
         plan: Plan,
         noise: &mut Noise<'_>,
         rivals: &Rivals,
-    ) -> LossSum {
+    ) -> Result<LossSum, CollectiveError> {
         let device = self.device();
         let n_targets = plan.targets.len();
-        if n_targets == 0 {
-            return LossSum { loss: Tensor::zeros([], (Kind::Double, device)), n_targets: 0 };
+        let counts = self.share.counts(n_targets as i64)?;
+        if counts.iter().sum::<i64>() == 0 {
+            return Ok(LossSum { loss: Tensor::zeros([], (Kind::Double, device)), n_targets: 0 });
         }
         let columns = self.input.columns(batch, true);
-        let lookups = self.input.look_up(&self.parameters, &columns, true);
+        let lookups = self.input.look_up(&self.parameters, &columns, &self.share, true)?;
         let predicted = Tensor::from_slice(&plan.targets).to_device(device);
         let targets = batch.items().index_select(0, &predicted);
         let uniform = self.detector.map(|_| self.uniform(batch, &plan));
@@ -157,17 +199,19 @@ impl Network {
                 bias: &self.parameters.leaf(ITEM_BIAS).detach(),
                 table_gradient: self.parameters.gradient(self.scored_table),
                 bias_gradient: self.parameters.gradient(ITEM_BIAS),
+                share: &self.share,
+                counts: &counts,
             };
             let (states, workspace) = (sessions.detach(), &mut self.workspace);
             cross_entropy(&states, &targets, &mut scored, rivals, uniform.as_ref(), workspace)
-        });
-        self.backward_from((&sessions * &state_gradient).sum(Kind::Float), &lookups);
+        })?;
+        self.backward_from((&sessions * &state_gradient).sum(Kind::Float), &lookups)?;
         if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
             (self.detector, drawn, &self.objective)
         {
-            loss += self.detect(detector, *weight, batch, (&predicted, &drawn), noise);
+            loss += self.detect(detector, *weight, batch, (&predicted, &drawn), noise)?;
         }
-        LossSum { loss, n_targets }
+        Ok(LossSum { loss, n_targets })
     }
 
     /// Replaced-item detection: the events `predicted: [N]` become the items `drawn: [N]`; every event is judged. Adds
@@ -179,25 +223,25 @@ impl Network {
         batch: &Batch,
         (predicted, drawn): (&Tensor, &Tensor),
         noise: &mut Noise<'_>,
-    ) -> Tensor {
+    ) -> Result<Tensor, CollectiveError> {
         let mut replaced = batch.with_columns(batch.columns.iter().map(Tensor::shallow_clone).collect());
         replaced.columns[0] = batch.items().index_copy(0, predicted, drawn);
         let is_replaced = replaced.items().ne_tensor(batch.items()).to_kind(Kind::Float);
         // A body that reads forward only judges by what came before, one that attends by all.
         let plan = self.lay_out(Plan::all(&batch.lengths, Visible::All));
         let columns = self.input.columns(&replaced, true);
-        let lookups = self.input.look_up(&self.parameters, &columns, true);
+        let lookups = self.input.look_up(&self.parameters, &columns, &self.share, true)?;
         let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
         let verdicts = detector.apply(&self.parameters, &states).squeeze_dim(1);
         let no_weight = None::<&Tensor>;
         let loss = weight
             * verdicts.binary_cross_entropy_with_logits(&is_replaced, no_weight, no_weight, Reduction::Sum);
-        self.backward_from(loss.shallow_clone(), &lookups);
-        loss.detach().to_kind(Kind::Double)
+        self.backward_from(loss.shallow_clone(), &lookups)?;
+        Ok(loss.detach().to_kind(Kind::Double))
     }
 
     /// Goes back from the scalar `from` and adds the gradients of all that is not a table, and those of looked-up rows.
-    fn backward_from(&self, from: Tensor, lookups: &[Lookup]) {
+    fn backward_from(&self, from: Tensor, lookups: &[Lookup<'_>]) -> Result<(), CollectiveError> {
         let rest = self.n_tables..self.parameters.views().len();
         let leaves = rest.clone().map(|index| self.parameters.leaf(index));
         let inputs: Vec<&Tensor> = leaves.chain(lookups.iter().map(|lookup| &lookup.vectors)).collect();
@@ -209,28 +253,35 @@ impl Network {
                 let _ = self.parameters.gradient(index).g_add_(gradient);
             }
             for (lookup, gradient) in lookups.iter().zip(of_lookups) {
+                let gradient =
+                    if gradient.defined() { gradient } else { &lookup.vectors.detach().zeros_like() };
                 // The padding row is read but never learnt from reading it.
                 let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
-                add_rows(&mut self.parameters.gradient(lookup.table), &lookup.rows, &read);
+                let mut of_table = self.parameters.gradient(lookup.table);
+                lookup.asked.give_back(&read, |places, all| add_rows(&mut of_table, places, all))?;
             }
-        });
+            Ok(())
+        })
     }
 
     /// The states that `plan` reads, `[N, D]`.
     fn states(
         &self,
         columns: &[Tensor],
-        lookups: &[Lookup],
+        lookups: &[Lookup<'_>],
         (plan, batch): (&Plan, &Batch),
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
+        if plan.reads.is_empty() {
+            return Tensor::zeros([0, self.width], (Kind::Float, self.device()));
+        }
         self.laid_out_states(columns, lookups, &Layout::new(plan, batch, self.device()), noise)
     }
 
     fn laid_out_states(
         &self,
         columns: &[Tensor],
-        lookups: &[Lookup],
+        lookups: &[Lookup<'_>],
         layout: &Layout,
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
@@ -240,12 +291,15 @@ impl Network {
     }
 
     /// The states that `plan` reads of `batch`, nothing being learnt: `[N, D]`.
-    pub fn read(&self, batch: &Batch, plan: Plan) -> Tensor {
+    ///
+    /// # Errors
+    /// Those of the collective, where the tables are shared out.
+    pub fn read(&self, batch: &Batch, plan: Plan) -> Result<Tensor, CollectiveError> {
         tch::no_grad(|| {
             let plan = self.lay_out(plan);
             let columns = self.input.columns(batch, false);
-            let lookups = self.input.look_up(&self.parameters, &columns, false);
-            self.states(&columns, &lookups, (&plan, batch), None)
+            let lookups = self.input.look_up(&self.parameters, &columns, &self.share, false)?;
+            Ok(self.states(&columns, &lookups, (&plan, batch), None))
         })
     }
 
@@ -256,11 +310,12 @@ impl Network {
         tch::no_grad(|| {
             let columns: Vec<Tensor> =
                 columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
-            let lookups = self.input.look_up(&self.parameters, &columns, false);
+            let looked_up = self.input.look_up(&self.parameters, &columns, &self.share, false);
+            let lookups = looked_up.expect("an exported model has all rows, and asks nobody");
             let padded_length = self.padded_length.map(|length| length as i64);
             let layout = Layout::next(&self.objective, self.attends(), lengths, (width, padded_length));
             let states = self.laid_out_states(&columns, &lookups, &layout, None);
-            self.scores(&self.session_vectors(&states), 0..self.n_items)
+            self.scores(&self.session_vectors(&states), 0..self.share.n_items)
         })
     }
 
@@ -314,9 +369,13 @@ impl Network {
     }
 }
 
-impl Recommender for Network {
+impl Recommender for Network<'_> {
     fn n_items(&self) -> i64 {
-        self.n_items
+        self.share.n_items
+    }
+
+    fn share(&self) -> Share<'_> {
+        self.share.clone()
     }
 
     fn device(&self) -> Device {
@@ -327,16 +386,15 @@ impl Recommender for Network {
         true
     }
 
-    fn encode(&self, known: &Batch) -> Tensor {
-        tch::no_grad(|| {
-            self.session_vectors(&self.read(known, self.objective.next(&known.lengths, self.attends())))
-        })
+    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
+        let states = self.read(known, self.objective.next(&known.lengths, self.attends()))?;
+        Ok(tch::no_grad(|| self.session_vectors(&states)))
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
         tch::no_grad(|| {
-            let rows =
-                |index: usize| self.parameters.leaf(index).narrow(0, items.start, items.end - items.start);
+            let first = items.start - self.share.rows.start;
+            let rows = |index: usize| self.parameters.leaf(index).narrow(0, first, items.end - items.start);
             let table = rows(self.scored_table);
             if table.kind() == Kind::Float {
                 return rows(ITEM_BIAS).addmm(encoded, &table.tr());

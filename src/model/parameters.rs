@@ -1,25 +1,71 @@
 //! All parameters of a model in one flat buffer, and their gradients in another.
 //!
 //! One buffer makes the all-reduce one call, the optimizer a handful of kernels, and the global norm one
-//! reduction, whatever the number of tensors.
+//! reduction, whatever the number of tensors. Where tables of items are divided over the ranks, they come first: what
+//! follows them is the same on every rank, and it alone is reduced.
 
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use super::Share;
+
 /// Initial values of parameters, in the order in which they are declared, by which they are found later.
 #[derive(Default)]
-pub struct Initial(Vec<(String, Tensor)>);
+pub struct Initial {
+    values: Vec<(String, Tensor)>,
+    /// How many of them, the first, are shares of tables.
+    n_shares: usize,
+}
+
+/// Rows of a table that are drawn at a time. A draw is the same in one go and in blocks, if blocks are whole multiples of 16
+/// numbers.
+const BLOCK_ROWS: i64 = 1 << 16;
 
 impl Initial {
     /// Number of parameters so far.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.values.len()
     }
 
     /// Whether there are none so far.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.values.is_empty()
+    }
+
+    /// The rows of a table `[V, D]` that are here, of a table normally distributed around 0: the same whoever holds which.
+    /// Shares come before all other parameters.
+    pub fn table(&mut self, name: impl Into<String>, width: i64, std: f64, share: &Share<'_>) -> usize {
+        let rows = Tensor::empty([share.len(), width], (Kind::Float, Device::Cpu));
+        let mut start = 0;
+        while start < share.n_items {
+            // The last block is not smaller than the others, lest it be drawn in another way.
+            let left = share.n_items - start;
+            let n = if left < 2 * BLOCK_ROWS { left } else { BLOCK_ROWS };
+            let block = Tensor::randn([n, width], (Kind::Float, Device::Cpu)) * std;
+            let here = start.max(share.rows.start)..(start + n).min(share.rows.end);
+            if !here.is_empty() {
+                let n_here = here.end - here.start;
+                let mut to = rows.narrow(0, here.start - share.rows.start, n_here);
+                to.copy_(&block.narrow(0, here.start - start, n_here));
+            }
+            start += n;
+        }
+        self.add_share(name.into(), rows, share)
+    }
+
+    /// A number for each item that is here, all the same.
+    pub fn column(&mut self, name: impl Into<String>, value: f64, share: &Share<'_>) -> usize {
+        self.add_share(name.into(), Tensor::full([share.len()], value, (Kind::Float, Device::Cpu)), share)
+    }
+
+    fn add_share(&mut self, name: String, tensor: Tensor, share: &Share<'_>) -> usize {
+        let index = self.add(name, tensor);
+        if share.company().is_some() {
+            debug_assert_eq!(index, self.n_shares, "shares come first");
+            self.n_shares = index + 1;
+        }
+        index
     }
 
     /// Normally distributed around 0.
@@ -57,8 +103,8 @@ impl Initial {
     }
 
     fn add(&mut self, name: String, tensor: Tensor) -> usize {
-        self.0.push((name, tensor));
-        self.0.len() - 1
+        self.values.push((name, tensor));
+        self.values.len() - 1
     }
 }
 
@@ -118,6 +164,8 @@ pub struct Parameters {
     gradients: Tensor,
     /// One leaf a view, sharing memory with `values`.
     leaves: Vec<Tensor>,
+    /// Numbers at the beginning that no other rank has.
+    n_own: i64,
 }
 
 /// Copies `from` into `to`, which must be as large, or may have more rows if it `may_grow`.
@@ -135,14 +183,14 @@ pub fn copy_rows(name: &str, from: &Tensor, to: &Tensor, may_grow: bool) -> Resu
     Ok(())
 }
 
-/// Numbers that travel with the gradients: the summed loss, the number of targets, and how many ranks were asked to stop
-/// and to save.
-const TAIL: i64 = 4;
+/// Numbers that travel with the gradients: the summed loss, the number of targets, how many ranks were asked to stop and
+/// to save, and the squares of the gradients that a rank alone has.
+const TAIL: i64 = 5;
 
 impl Parameters {
     /// Lays the given tensors out one after the other.
     pub fn new(initial: Initial, device: Device) -> Self {
-        let Initial(initial) = initial;
+        let Initial { values: initial, n_shares } = initial;
         let mut views = Vec::with_capacity(initial.len());
         let mut end = 0;
         for (name, tensor) in &initial {
@@ -154,7 +202,8 @@ impl Parameters {
         let values = Tensor::cat(&flat, 0).to_kind(Kind::Float).to_device(device);
         let gradients = Tensor::zeros([end + TAIL], (Kind::Float, device));
         let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
-        Self { views, values, gradients, leaves }
+        let n_own = n_shares.checked_sub(1).map_or(0, |last| views[last].range.end);
+        Self { views, values, gradients, leaves, n_own }
     }
 
     /// The parameters, in order.
@@ -182,12 +231,27 @@ impl Parameters {
         self.gradients.narrow(0, 0, self.len())
     }
 
-    /// What the ranks sum after a backward pass: `[gradients, loss, n_targets, n_stop, n_save]`.
-    pub fn reduced(&self) -> Tensor {
+    /// Gradients and tail as one, flat.
+    pub fn gradients_and_tail(&self) -> Tensor {
         self.gradients.shallow_clone()
     }
 
-    /// `[loss, n_targets, n_stop, n_save]`: `[4]`.
+    /// What the ranks sum after a backward pass: the gradients of what all have, and the tail.
+    pub fn reduced(&self) -> Tensor {
+        self.gradients.narrow(0, self.n_own, self.gradients.size()[0] - self.n_own)
+    }
+
+    /// The gradients that a rank alone has, complete without the others: flat.
+    pub fn own_gradients(&self) -> Tensor {
+        self.gradients.narrow(0, 0, self.n_own)
+    }
+
+    /// What all ranks have, flat.
+    pub fn common_values(&self) -> Tensor {
+        self.values.narrow(0, self.n_own, self.len() - self.n_own)
+    }
+
+    /// `[loss, n_targets, n_stop, n_save, own squares]`: `[5]`.
     pub fn tail(&self) -> Tensor {
         self.gradients.narrow(0, self.len(), TAIL)
     }

@@ -11,28 +11,30 @@ use crate::checkpoint::{Checkpoint, Tensors};
 use crate::collective::Reduce;
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
-use crate::model::head::{Rivals, Sampler};
+use crate::model::head::{Contestants, Rivals};
 use crate::model::parameters::copy_rows;
-use crate::model::{LossConfig, LossSum, Network, Neural, Recommender};
-use crate::optim::{Optimizer, average_and_clip};
+use crate::model::{LossSum, Network, Neural, Recommender, Share};
+use crate::optim::{Optimizer, average_and_clip, squares};
 
 /// A network and its optimizer. The optimizer's state goes on from day to day, the learning rate starts anew.
-pub(super) struct GradientLearner {
-    network: Network,
+pub(super) struct GradientLearner<'a> {
+    network: Network<'a>,
     optimizer: Optimizer,
     /// What gradients of micro-batches are added up in, if in whole numbers.
     exact: Option<ExactSum>,
     fault: Option<Fault>,
 }
 
-impl GradientLearner {
+impl<'a> GradientLearner<'a> {
     pub(super) fn new(
         model: &Neural<'_>,
         config: &Config,
         features: &Features,
         device: Device,
+        share: Share<'a>,
     ) -> Result<Self, String> {
-        let network = Network::new(model, features, config.data.max_length, (config.run.seed, device))?;
+        let random = (config.run.seed, device);
+        let network = Network::with_share(model, features, config.data.max_length, random, share)?;
         let rates = (config.train.learning_rate, config.train.weight_decay);
         let values = network.parameters().values();
         let optimizer = Optimizer::new(&values, network.tables(), config.train.tables, rates);
@@ -58,15 +60,15 @@ impl GradientLearner {
         let _ = self.network.parameters().tail().zero_();
         let own_loss = Tensor::zeros([1], (Kind::Float, device));
         // Told once in a step, with its first pass.
-        let mut wishes = [day.signals.stop(), day.signals.save()].map(|asked| f64::from(u8::from(asked)));
+        let mut wishes = day.wishes().map(|asked| f64::from(u8::from(asked)));
         for batch in passes {
             let mut noise = Noise::new(batch, day.config.data.max_length);
-            let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals);
+            let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals)?;
             let _ = own_loss.shallow_clone().g_add_(&loss);
             let [stop, save] = std::mem::take(&mut wishes);
             let counts = Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]).to_device(device);
             let parameters = self.network.parameters_mut();
-            let mut tail = parameters.tail();
+            let mut tail = parameters.tail().narrow(0, 0, 4);
             tail += Tensor::cat(&[loss.view([1]), counts], 0);
             if let Some(exact) = &mut self.exact {
                 exact.take(&mut parameters.reduced());
@@ -74,6 +76,11 @@ impl GradientLearner {
         }
 
         let parameters = self.network.parameters_mut();
+        let own = parameters.own_gradients();
+        if own.numel() > 0 {
+            let mut own_squares = parameters.tail().get(4);
+            own_squares += squares(&own);
+        }
         let mut sums = parameters.reduced();
         let fault =
             self.fault.as_ref().and_then(|fault| fault.strike(day.rank(), day.state.position.global_step));
@@ -89,23 +96,23 @@ impl GradientLearner {
             Some(exact) => exact.reduce_into(&mut sums, day.place.collective)?,
         }
         let tail = parameters.tail();
-        let gradients = parameters.gradients();
-        let (scale, norm) = average_and_clip(&gradients, &tail.get(1), config.clip_norm);
+        let common = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
+        let (scale, norm) = average_and_clip(&common, &tail.get(4), &tail.get(1), config.clip_norm);
         let status = Status::new(&tail, &norm, &own_loss);
         if config.non_finite == NonFinite::Stop || status.read().is_finite() {
-            self.optimizer.step(&parameters.values(), &gradients, &scale, share);
+            self.optimizer.step(&parameters.values(), &parameters.gradients(), &scale, share);
         } else {
             parameters.zero_gradients();
         }
         if fault == Some(fault::Kind::Desync) {
-            let _ = parameters.values().get(7).g_add_scalar_(1e-3);
+            let _ = parameters.common_values().get(7).g_add_scalar_(1e-3);
         }
         Ok(status)
     }
 
-    /// *All ranks.* Whether all have the same weights to the last bit.
+    /// *All ranks.* Whether what all have is the same to the last bit.
     fn compare_ranks(&self, day: &Day<'_>, n_done: usize) -> Result<(), TrainError> {
-        let bits = self.network.parameters().values().view_dtype(Kind::Int).to_kind(Kind::Int64);
+        let bits = self.network.parameters().common_values().view_dtype(Kind::Int).to_kind(Kind::Int64);
         let sums = [bits.sum(Kind::Int64), (&bits * &bits).sum(Kind::Int64)];
         let mine = sums.map(|sum| sum.int64_value(&[]));
         let all = day.place.collective.gather(&mine)?;
@@ -125,7 +132,7 @@ impl GradientLearner {
     }
 }
 
-impl Learner for GradientLearner {
+impl Learner for GradientLearner<'_> {
     fn recommender(&self) -> &dyn Recommender {
         &self.network
     }
@@ -137,16 +144,7 @@ impl Learner for GradientLearner {
         let ranks = (collective.rank(), collective.world_size());
         let steps = Loader::start(&day.plan, day.features, ranks, n_done);
         let train = &day.config.train;
-        let rivals: Box<dyn Fn(u64) -> Rivals> = match train.loss {
-            LossConfig::Softmax { label_smoothing } => {
-                let max_logits = train.max_logits();
-                Box::new(move |_| Rivals::All { label_smoothing, max_logits })
-            }
-            LossConfig::Sampled { n_negatives, power } => {
-                let sampler = Sampler::new(day.occurrences, n_negatives, power, day.place.device);
-                Box::new(move |step_seed| sampler.draw(step_seed))
-            }
-        };
+        let contestants = Contestants::new(train.loss, day.occurrences, train.max_logits(), day.place.device);
         for passes in steps {
             if let Some(watch) = collective.watch() {
                 watch.at(day.plan.day, n_done + 1);
@@ -157,7 +155,7 @@ impl Learner for GradientLearner {
             let passes: Vec<Batch> = passes.iter().map(|batch| batch.to_device(day.place.device)).collect();
             let share = train.schedule.share(n_done, n_steps);
             // All micro-batches of a step have its seed, and every rank owns one at least.
-            let status = self.train_step(&passes, day, &rivals(passes[0].step_seed), share)?;
+            let status = self.train_step(&passes, day, &contestants.of_step(passes[0].step_seed), share)?;
             n_done += 1;
             let every = day.config.run.compare_ranks_every;
             if every > 0 && (day.state.position.global_step + 1).is_multiple_of(every) {
@@ -187,8 +185,9 @@ impl Learner for GradientLearner {
     }
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
-        let parameters = self.network.parameters();
-        parameters.assign(&parameters.values(), weights, &[])
+        let (parameters, share) = (self.network.parameters(), self.network.share());
+        let own = weights.iter().map(|(name, tensor)| (name.clone(), share.own_rows(name, tensor)));
+        parameters.assign(&parameters.values(), &own.collect::<Vec<_>>(), &[])
     }
 
     fn go_on(&mut self, from: &Checkpoint) -> Result<(), String> {

@@ -22,7 +22,7 @@ use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, Window, occurrences};
 use crate::metrics::EvaluateError;
-use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender};
+use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, Share};
 use crate::optim::{Schedule, TableOptimizer};
 use crate::report::{Record, Report, ReportError, write_results};
 
@@ -98,6 +98,36 @@ pub enum NonFinite {
         /// Steps that may be left out.
         limit: usize,
     },
+}
+
+/// Section `[parallel]` of a configuration: what the ranks share out among them, besides the sessions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parallel {
+    /// Who holds the item table.
+    pub item_table: ItemTable,
+}
+
+/// `parallel.item_table`: who holds the item table, its gradient and its optimizer's state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ItemTable {
+    /// Every rank all of it.
+    #[default]
+    Replicated,
+    /// Every rank some of its rows: memory falls with the number of ranks, and what travels in a step does not grow with the
+    /// catalogue.
+    Sharded,
+}
+
+impl Parallel {
+    /// The rows of the tables of items that this rank holds.
+    pub fn share<'a>(&self, n_items: i64, collective: &'a dyn Collective) -> Share<'a> {
+        match self.item_table {
+            ItemTable::Replicated => Share::whole(n_items),
+            ItemTable::Sharded => Share::of_rank(n_items, collective),
+        }
+    }
 }
 
 impl Config {
@@ -245,14 +275,15 @@ trait Learner {
     fn go_on(&mut self, from: &Checkpoint) -> Result<(), String>;
 }
 
-fn learner(
+fn learner<'a>(
     config: &config::Config,
     features: &Features,
     device: Device,
-) -> Result<Box<dyn Learner>, TrainError> {
+    share: Share<'a>,
+) -> Result<Box<dyn Learner + 'a>, TrainError> {
     let neural = |model: Neural<'_>| {
-        let learner = GradientLearner::new(&model, config, features, device);
-        learner.map(|learner| Box::new(learner) as Box<dyn Learner>).map_err(TrainError::Model)
+        let learner = GradientLearner::new(&model, config, features, device, share);
+        learner.map(|learner| Box::new(learner) as Box<dyn Learner + 'a>).map_err(TrainError::Model)
     };
     let n_items = features.n_items();
     let evidence = match &config.model {
@@ -313,6 +344,13 @@ impl RunData {
             let window = trained[trained.len().saturating_sub(config.data.window_days)..].to_vec();
             steps.push((day, Window::new(window), open(day + 1, Split::Valid)?));
         }
+        let n_items = days.features().n_items();
+        let is_sharded = config.parallel.item_table == ItemTable::Sharded;
+        if is_sharded && config.model.neural().is_some() && world_size > Share::most_ranks(n_items) {
+            let n_shares = Share::most_ranks(n_items);
+            let limit = format!("the {n_shares} shares that an item table of {n_items} rows can be cut into");
+            return Err(DataError::TooManyRanks { world_size, limit }.into());
+        }
         let n_sessions: usize = trained.iter().map(|file| file.n_sessions()).sum();
         if world_size > n_sessions {
             let limit = format!(
@@ -323,6 +361,11 @@ impl RunData {
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
         Ok(Self { features: days.features().clone(), days: steps, fingerprints })
+    }
+
+    /// Rows of the catalogue `V`.
+    pub fn n_items(&self) -> i64 {
+        self.features.n_items()
     }
 
     /// *All ranks.* Whether all of them see the same data.
@@ -361,7 +404,7 @@ pub struct Training<'a> {
     config: &'a config::Config,
     data: &'a RunData,
     place: Place<'a>,
-    learner: Box<dyn Learner>,
+    learner: Box<dyn Learner + 'a>,
     state: State,
     /// How often each item occurred in training so far, on all ranks: `[V]`.
     occurred: Vec<i64>,
@@ -382,7 +425,8 @@ impl<'a> Training<'a> {
         from: Option<Checkpoint>,
     ) -> Result<Self, TrainError> {
         let n_items = data.features.n_items();
-        let mut learner = learner(config, &data.features, place.device)?;
+        let share = config.parallel.share(n_items, place.collective);
+        let mut learner = learner(config, &data.features, place.device, share)?;
         let mut state = State::new(config, n_items, data.fingerprints.clone());
         let mut occurred = vec![0; n_items as usize];
         let begin = from.as_ref().map(|checkpoint| checkpoint.state.position);
@@ -420,7 +464,8 @@ impl<'a> Training<'a> {
     pub fn fit(self, run_dir: &Path, report: &mut Report, signals: &Signals) -> Result<Ended, TrainError> {
         let Self { config, data, place, mut learner, mut state, mut occurred, begin } = self;
         let root = place.collective.root();
-        let mut saver = root.map(|root| Saver::new(root, Checkpoints::of(run_dir))).transpose()?;
+        let checkpoints = Checkpoints::of(run_dir);
+        let mut saver = root.map(|root| Saver::new(root, checkpoints.clone())).transpose()?;
         let mut last_metrics = None;
         for (day, window, valid) in
             data.days.iter().filter(|(day, ..)| begin.is_none_or(|begin| begin.day <= *day))
@@ -440,6 +485,7 @@ impl<'a> Training<'a> {
                     place,
                     report: &mut *report,
                     signals,
+                    checkpoints: &checkpoints,
                     saver: &mut saver,
                     occurrences: &occurred,
                     n_trained: 0,
@@ -512,9 +558,12 @@ struct Status {
 }
 
 impl Status {
-    /// Of sums `[loss, n_targets, n_stop, n_save]` over ranks, which the next step overwrites.
+    /// Of sums `[loss, n_targets, n_stop, n_save, ..]` over ranks, which the next step overwrites.
     fn new(tail: &Tensor, norm: &Tensor, own_loss: &Tensor) -> Self {
-        Self { of_all: Tensor::cat(&[tail, &norm.view([1])], 0), own_loss: own_loss.shallow_clone() }
+        Self {
+            of_all: Tensor::cat(&[&tail.narrow(0, 0, 4), &norm.view([1])], 0),
+            own_loss: own_loss.shallow_clone(),
+        }
     }
 
     fn read(&self) -> Read {
@@ -550,6 +599,7 @@ struct Day<'a> {
     place: Place<'a>,
     report: &'a mut Report,
     signals: &'a Signals,
+    checkpoints: &'a Checkpoints,
     /// On rank 0.
     saver: &'a mut Option<Saver>,
     /// How often each item occurred in training so far, this day included, on all ranks: `[V]`.
@@ -595,6 +645,14 @@ impl Day<'_> {
         Ok(if is_stop[0] > 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
+    /// Whether this rank was asked to stop, and for a checkpoint, be it by the time that has passed.
+    fn wishes(&self) -> [bool; 2] {
+        let every = self.config.checkpoint.every_minutes;
+        let minutes = self.saver.as_ref().map_or(0.0, |saver| saver.since_last().as_secs_f64() / 60.0);
+        let is_time = every > 0.0 && minutes >= every;
+        [self.signals.stop(), self.signals.save() || is_time]
+    }
+
     /// *All ranks.* The next step is done, at this learning rate. Breaks where a rank was asked to stop.
     ///
     /// On a GPU the status is read only where it is needed, as that waits for the device.
@@ -635,11 +693,8 @@ impl Day<'_> {
             let sessions_per_s = n_sessions as f64 / seconds;
             self.report.record(&Record::Step { day, epoch, step: done, loss, lr, sessions_per_s })?;
         }
-        // Rank 0 alone knows the time: nobody else has a part in a checkpoint.
-        let minutes = self.saver.as_ref().map_or(0.0, |saver| saver.since_last().as_secs_f64() / 60.0);
-        let is_time = config.checkpoint.every_minutes > 0.0 && minutes >= config.checkpoint.every_minutes;
         // At its end the day saves itself.
-        if done < n_steps && (is_due || is_time || is_save || is_stop) {
+        if done < n_steps && (is_due || is_save || is_stop) {
             self.save(learner)?;
         }
         match self.saver {
@@ -667,16 +722,28 @@ impl Day<'_> {
         }
     }
 
-    /// Begins a checkpoint on rank 0.
+    /// *All ranks.* Takes a checkpoint: rank 0 begins one in the background, unless tables are shared out, where all take part
+    /// until it is written.
     fn save(&mut self, learner: &dyn Learner) -> Result<(), TrainError> {
-        let Some(saver) = &mut self.saver else { return Ok(()) };
+        let share = learner.recommender().share();
+        if share.company().is_none() && self.saver.is_none() {
+            return Ok(());
+        }
         let state = State {
             optimizer_steps: learner.optimizer_steps(),
             log_bytes: self.report.sync()?,
             ..self.state.clone()
         };
-        let waited = saver.save(state, &learner.tensors(), self.occurrences)?;
+        let (tensors, occurrences) = (learner.tensors(), self.occurrences);
+        let begun = Instant::now();
+        if share.company().is_some() {
+            self.checkpoints.write_shared(&state, &tensors, occurrences, &share, self.place.collective)?;
+            self.saver.iter_mut().for_each(Saver::saved);
+        } else if let Some(saver) = &mut self.saver {
+            saver.save(state, &tensors, occurrences)?;
+        }
+        let waited_seconds = begun.elapsed().as_secs_f64();
         let Position { day, day_step: step, .. } = self.state.position;
-        Ok(self.report.record(&Record::Checkpoint { day, step, waited_seconds: waited.as_secs_f64() })?)
+        Ok(self.report.record(&Record::Checkpoint { day, step, waited_seconds })?)
     }
 }

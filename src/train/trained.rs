@@ -6,14 +6,14 @@ use std::time::Instant;
 
 use tch::Device;
 
-use super::{Learner, TrainError, learner};
+use super::{Learner, Place, TrainError, learner};
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, State, Tensors, read_tensors};
 use crate::collective::{Collective, Root};
 use crate::config;
 use crate::data::{Days, Features, SessionFile, Split, occurrences};
 use crate::export::ScriptedModel;
 use crate::metrics::{Evaluation, evaluate};
-use crate::model::{Recommender, import};
+use crate::model::{Recommender, Share, import};
 use crate::report::Record;
 use crate::report::evaluations::{self, Facts};
 
@@ -78,7 +78,7 @@ impl ImportedWeights {
     ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
         let features = days.features();
-        let mut learner = learner(config, features, Device::Cpu)?;
+        let mut learner = learner(config, features, Device::Cpu, Share::whole(features.n_items()))?;
         let original = read_tensors(weights)?;
         let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
         let wanted = |name: &str| names.iter().any(|other| other == name);
@@ -105,8 +105,8 @@ impl ImportedWeights {
 }
 
 /// The newest checkpoint of a run, and what it is to be evaluated on.
-pub struct TrainedRun {
-    learner: Box<dyn Learner>,
+pub struct TrainedRun<'a> {
+    learner: Box<dyn Learner + 'a>,
     /// What is evaluated in the learner's place.
     exported: Option<ScriptedModel>,
     skipped: Vec<String>,
@@ -118,7 +118,7 @@ pub struct TrainedRun {
     split: Split,
 }
 
-impl TrainedRun {
+impl<'a> TrainedRun<'a> {
     /// Opens one part of `day`, or of the day after the last trained on.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ impl TrainedRun {
         data_dir: &Path,
         config: &config::Config,
         (day, split): (Option<i64>, Split),
-        device: Device,
+        place: Place<'a>,
     ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
         let (checkpoint, skipped) = Checkpoints::of(run_dir).newest()?;
@@ -137,7 +137,8 @@ impl TrainedRun {
         let train_day = state.position.day;
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
-        let mut learner = learner(config, days.features(), device)?;
+        let share = config.parallel.share(days.features().n_items(), place.collective);
+        let mut learner = learner(config, days.features(), place.device, share)?;
         let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
         learner.load_weights(&tensors.weights).map_err(mismatch)?;
         let features = days.features().clone();

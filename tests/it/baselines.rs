@@ -25,7 +25,7 @@ fn scores(model: &Counts, known: &[&[i64]]) -> Vec<Vec<f64>> {
     let file = days.file(1, Split::Valid).unwrap();
     let mut rows = Vec::new();
     for batch in evaluation_batches(&file, days.features(), 2, (0, 1)).unwrap() {
-        let encoded = model.encode(&batch.split_last().0);
+        let encoded = model.encode(&batch.split_last().0).unwrap();
         let whole: Vec<Vec<f64>> = model.scores(&encoded, 0..N_ITEMS).try_into().unwrap();
         for cut in 1..N_ITEMS {
             let left: Vec<Vec<f64>> = model.scores(&encoded, 0..cut).try_into().unwrap();

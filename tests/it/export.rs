@@ -372,7 +372,7 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
             let batch =
                 Batch::new(&rows.iter().map(|&row| (&sessions, row)).collect::<Vec<_>>(), days.features());
             let (known, _) = batch.split_last();
-            let expected = network.scores(&network.encode(&known), 0..n_items);
+            let expected = network.scores(&network.encode(&known).unwrap(), 0..n_items);
             let events: Vec<&Event> = rows.iter().flat_map(|&row| known_events(&raw[&names[row]])).collect();
             let outputs = model.run(prepared(&etl, &request(&events), &[])).unwrap();
             assert!(distance(&outputs[0], &expected) < 1e-5);

@@ -22,5 +22,6 @@ mod report;
 mod resume;
 mod serve;
 mod serving;
+mod sharded;
 mod slurm;
 mod train;

@@ -7,10 +7,12 @@ use std::time::Duration;
 use bireme::config::Config;
 use bireme::data::plan::Shape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
-use bireme::model::head::{Rivals, Sampler, Scored, Workspace, cross_entropy};
+use bireme::model::head::{Contest, Rivals, Sampler, Scored, Workspace, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
-use bireme::model::{self, GruConfig, InputConfig, Network, Neural, Objective, Recommender, XlnetConfig};
+use bireme::model::{
+    self, GruConfig, InputConfig, Network, Neural, Objective, Recommender, Share, XlnetConfig,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixtures::{self, COLOUR, ITEM, PRICE, distance};
@@ -61,7 +63,7 @@ fn xlnet(objective: Objective, input: InputConfig) -> XlnetConfig {
     }
 }
 
-fn network(config: &Neural<'_>) -> Network {
+fn network(config: &Neural<'_>) -> Network<'static> {
     Network::new(config, &all_features(), 20, (7, Device::Cpu)).unwrap()
 }
 
@@ -78,7 +80,7 @@ const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, max_logits: 1 << 20 
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
     network.parameters_mut().zero_gradients();
-    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX);
+    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX).unwrap();
     (sum.loss.double_value(&[]), network.parameters().gradients().copy())
 }
 
@@ -90,14 +92,14 @@ fn packing_sessions_of_other_lengths_changes_nothing() {
         for config in &[Neural::Xlnet(&xlnet), Neural::Gru(&gru)] {
             let mut network = network(config);
             let (loss, gradients) = loss_and_gradients(&mut network, &batch(&sessions));
-            let together = network.encode(&batch(&sessions));
+            let together = network.encode(&batch(&sessions)).unwrap();
             let (mut loss_alone, mut gradients_alone) = (0.0, gradients.zeros_like());
             for (row, session) in sessions.iter().enumerate() {
                 let alone = batch(std::slice::from_ref(session));
                 let (loss, gradients) = loss_and_gradients(&mut network, &alone);
                 loss_alone += loss;
                 gradients_alone += gradients;
-                let encoded = network.encode(&alone);
+                let encoded = network.encode(&alone).unwrap();
                 assert!(distance(&encoded, &together.narrow(0, row as i64, 1)) < 1e-5, "{config:?}");
             }
             assert!((loss - loss_alone).abs() < 1e-4 * loss, "{loss} {loss_alone} {config:?}");
@@ -115,9 +117,9 @@ fn the_last_layer_where_it_is_read_is_the_last_layer_everywhere() {
         let network = network(&Neural::Xlnet(&config));
         let everywhere = Plan::all(&[4, 6], visible);
         let some = Plan { reads: vec![1, 3, 4, 8], reads_per_session: vec![2, 2], ..everywhere.clone() };
-        let all = network.read(&batch(&sessions), everywhere);
+        let all = network.read(&batch(&sessions), everywhere).unwrap();
         let rows = all.index_select(0, &Tensor::from_slice(&some.reads));
-        assert!(distance(&network.read(&batch(&sessions), some), &rows) < 1e-5);
+        assert!(distance(&network.read(&batch(&sessions), some).unwrap(), &rows) < 1e-5);
     }
 }
 
@@ -126,7 +128,7 @@ fn moved(network: &Network, plan: &Plan, session: &[i64], place: usize) -> Vec<b
     let mut other = session.to_vec();
     other[place] = if session[place] == 2 { 3 } else { 2 };
     let [before, after] =
-        [session.to_vec(), other].map(|session| network.read(&batch(&[session]), plan.clone()));
+        [session.to_vec(), other].map(|session| network.read(&batch(&[session]), plan.clone()).unwrap());
     let difference = (before - after).abs().amax([1i64].as_slice(), false);
     Vec::<f64>::try_from(difference.to_kind(Kind::Double)).unwrap().iter().map(|d| *d > 1e-6).collect()
 }
@@ -319,8 +321,11 @@ fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
         bias: &bias,
         table_gradient: table.zeros_like(),
         bias_gradient: bias.zeros_like(),
+        share: &Share::whole(N_ITEMS),
+        counts: &[30],
     };
-    let done = cross_entropy(&states, &targets, &mut scored, rivals, None, &mut Workspace::default());
+    let done =
+        cross_entropy(&states, &targets, &mut scored, rivals, None, &mut Workspace::default()).unwrap();
     let Scored { table_gradient, bias_gradient, .. } = scored;
     (done.loss.double_value(&[]), [done.state_gradient, table_gradient, bias_gradient])
 }
@@ -349,7 +354,7 @@ fn sampled_softmax_comes_to_the_full_one() {
     let mut occurrences = vec![0; N_ITEMS as usize];
     occurrences[2] = 999;
     occurrences[3] = 99;
-    let sampler = Sampler::new(&occurrences, 400_000, 1.0, Device::Cpu);
+    let sampler = Sampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
     let (sampled, sampled_gradients) = cross_entropy_of(&sampler.draw(1));
     // Padding and unknown are no rivals here, so the full sum is over two items more.
     assert!((sampled / loss - 1.0).abs() < 0.05, "{sampled} {loss}");
@@ -367,6 +372,43 @@ fn sampled_softmax_comes_to_the_full_one() {
     assert_eq!(drawn(5), drawn(5));
     assert_ne!(drawn(5), drawn(6));
     assert!(drawn(5).iter().all(|&item| item >= 2));
+}
+
+#[test]
+fn gbce_is_the_binary_cross_entropy_of_the_target_and_the_drawn() {
+    let items = Tensor::from_slice(&[2i64, 9, 9, 17, 30]);
+    let (states, targets, table, bias) = head();
+    let leaves = [states, table, bias].map(|x| x.set_requires_grad(true));
+    let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr());
+    let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0)).to_kind(Kind::Float);
+    let rivals = logits.index_select(1, &items).sigmoid();
+    let of_rivals = ((Tensor::from(1f32) - rivals).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
+    let of_targets = logits.gather(1, &targets.unsqueeze(1), false).log_sigmoid().sum(Kind::Float);
+    let loss = -(of_targets * 0.3 + of_rivals);
+    let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
+    let contest = Contest::Binary { target_weight: 0.3 };
+    let (found, gradients) = cross_entropy_of(&Rivals::Drawn { items, contest });
+    assert!((found - loss.double_value(&[])).abs() < 1e-3, "{found} {loss:?}");
+    for (gradient, expected) in gradients.iter().zip(&expected) {
+        assert!(distance(gradient, expected) < 1e-4);
+    }
+}
+
+#[test]
+fn a_calibrated_target_weighs_as_much_as_if_all_rivals_were_seen() {
+    let target_weight = |n_negatives, calibration| {
+        let sampler = Sampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
+        match sampler.draw(1) {
+            Rivals::Drawn { contest: Contest::Binary { target_weight }, .. } => target_weight,
+            _ => unreachable!(),
+        }
+    };
+    // Of 100 other items: Petrov and Macdonald's β for t = 0, 1 and 0.75 at α = 0.1, and where all are drawn.
+    for ((n, t), expected) in
+        [((10, 0.0), 1.0), ((10, 1.0), 0.1), ((10, 0.75), 0.325), ((100, 0.3), 1.0), ((900, 0.3), 1.0)]
+    {
+        assert!((target_weight(n, t) - expected).abs() < 1e-12);
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use bireme::collective::threads;
 use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
 use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
-use bireme::model::{GruConfig, Network, Neural, Recommender};
+use bireme::model::{GruConfig, Network, Neural, Recommender, Share};
 use tch::{Device, Tensor};
 
 use crate::fixtures;
@@ -15,7 +15,7 @@ fn scores() -> Tensor {
     Tensor::from_slice(&values).view([50, 40])
 }
 
-fn network(n_items: i64) -> Network {
+fn network(n_items: i64) -> Network<'static> {
     let features = fixtures::features(&[(fixtures::ITEM.to_owned(), Some(n_items))]);
     Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, (3, Device::Cpu)).unwrap()
 }
@@ -27,8 +27,14 @@ fn counting_gives_the_ranks_of_sorting() {
     let targets: Vec<i64> = (0..50).map(|_| number(40) as i64).collect();
     for chunk in [1, 7, 39, 40, 1000] {
         let slice = |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
-        let ranking =
-            rank_targets(slice, (&Tensor::from_slice(&targets), &fixtures::nothing_hidden(50)), 40, chunk, 5);
+        let ranking = rank_targets(
+            slice,
+            (&Tensor::from_slice(&targets), &fixtures::nothing_hidden(50)),
+            &Share::whole(40),
+            chunk,
+            5,
+        )
+        .unwrap();
         let Ranking { ranks, losses, in_top } = ranking;
         let ranks: Vec<i64> = ranks.try_into().unwrap();
         let mut expected_in_top = [false; 40];
@@ -56,13 +62,48 @@ fn what_is_hidden_from_a_session_is_not_in_its_running() {
     for chunk in [1, 2, 4, 6] {
         let slice =
             |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        let ranking = rank_targets(slice, (&targets, &hidden), 6, chunk, 3);
+        let ranking = rank_targets(slice, (&targets, &hidden), &Share::whole(6), chunk, 3).unwrap();
         let ranks: Vec<i64> = ranking.ranks.try_into().unwrap();
         assert_eq!(ranks, [1, 2, 7, 3], "chunk {chunk}");
         let in_top: Vec<bool> = ranking.in_top.try_into().unwrap();
         assert_eq!(in_top, [false, false, true, true, true, true], "chunk {chunk}");
-        let plain = rank_targets(slice, (&targets, &fixtures::nothing_hidden(4)), 6, chunk, 3);
+        let plain = rank_targets(slice, (&targets, &fixtures::nothing_hidden(4)), &Share::whole(6), chunk, 3)
+            .unwrap();
         assert_eq!(ranking.losses, plain.losses);
+    }
+}
+
+#[test]
+fn ranks_that_score_a_share_each_find_what_one_finds_alone() {
+    // Items that a session may not be recommended, on one rank or another.
+    let hidden = |row: i64| [row % 7 + 2, if row % 3 == 0 { 39 - row % 20 } else { -1 }];
+    let ranking = |share: &Share<'_>, hides: bool, chunk: i64, k: i64| {
+        let scores = scores();
+        let targets = Tensor::from_slice(&(0..50).map(|row| row % 40).collect::<Vec<i64>>());
+        let hidden = match hides {
+            true => Tensor::from_slice(&(0..50).flat_map(hidden).collect::<Vec<i64>>()).view([50, 2]),
+            false => fixtures::nothing_hidden(50),
+        };
+        let slice =
+            |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
+        rank_targets(slice, (&targets, &hidden), share, chunk, k).unwrap()
+    };
+    for (world_size, chunk) in [(1, 7), (2, 5), (3, 1), (3, 1000)] {
+        for hides in [true, false] {
+            // More than a share has items, too.
+            for k in [5, 20, 38] {
+                let of_ranks = threads::spawn(world_size, |collective| {
+                    ranking(&Share::of_rank(40, collective), hides, chunk, k)
+                });
+                let alone = ranking(&Share::whole(40), hides, 40, k);
+                let in_top: Vec<&Tensor> = of_ranks.iter().map(|ranking| &ranking.in_top).collect();
+                assert_eq!(Tensor::cat(&in_top, 0), alone.in_top, "{world_size} ranks, chunk {chunk}, k {k}");
+                for ranking in &of_ranks {
+                    assert_eq!(ranking.ranks, alone.ranks);
+                    assert!((&ranking.losses - &alone.losses).abs().max().double_value(&[]) < 1e-5);
+                }
+            }
+        }
     }
 }
 
@@ -87,10 +128,11 @@ fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
                 let ranking = rank_targets(
                     slice,
                     (&targets, &fixtures::nothing_hidden(3)),
-                    n_items as i64,
+                    &Share::whole(n_items as i64),
                     chunk,
                     k as i64,
-                );
+                )
+                .unwrap();
                 let in_top = Vec::<bool>::try_from(ranking.in_top).unwrap();
                 assert_eq!(in_top, expected, "{n_scores} scores, {n_items} items, k {k}, chunk {chunk}");
             }
@@ -124,7 +166,7 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
             segments: vec![Segment { seed: 0, n_sessions: block.len() }],
         };
         let (known, _) = batch.split_last();
-        let scores = network.scores(&network.encode(&known), 0..network.n_items());
+        let scores = network.scores(&network.encode(&known).unwrap(), 0..network.n_items());
         for (row, session) in block.iter().enumerate() {
             let of_row: Vec<f32> = scores.get(row as i64).try_into().unwrap();
             let mut order: Vec<i64> = (2..network.n_items()).collect();

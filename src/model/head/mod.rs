@@ -12,6 +12,8 @@ mod tiles;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::Share;
+use crate::collective::CollectiveError;
 use crate::data::with_seed;
 
 use sampled::sampled;
@@ -54,6 +56,20 @@ pub enum LossConfig {
         #[serde(default = "default_power")]
         power: f64,
     },
+    /// Binary cross entropy of the target and of items drawn evenly, with the target's weighed so that scores come to
+    /// probabilities although few of the other items are seen: gBCE (Petrov and Macdonald 2023, gSASRec). All of a step
+    /// share the drawn items.
+    Gbce {
+        /// Items drawn a step.
+        n_negatives: i64,
+        /// From 0, plain binary cross entropy, to 1, probabilities as if all items were seen.
+        #[serde(default = "default_calibration")]
+        calibration: f64,
+    },
+}
+
+fn default_calibration() -> f64 {
+    0.75
 }
 
 fn default_power() -> f64 {
@@ -76,11 +92,14 @@ impl LossConfig {
             Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => {
                 Err(format!("`loss.label_smoothing` {label_smoothing} is not within 0 <= share < 1"))
             }
-            Self::Sampled { n_negatives, .. } if n_negatives < 1 => {
+            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. } if n_negatives < 1 => {
                 Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
             }
             Self::Sampled { power, .. } if !power.is_finite() => {
                 Err(format!("`loss.power` cannot be {power}"))
+            }
+            Self::Gbce { calibration, .. } if !(0.0..=1.0).contains(&calibration) => {
+                Err(format!("`loss.calibration` {calibration} is not within 0 to 1"))
             }
             _ => Ok(()),
         }
@@ -100,9 +119,59 @@ pub enum Rivals {
     Drawn {
         /// Item indices, i64 `[M]`.
         items: Tensor,
+        /// How the target and they compete.
+        contest: Contest,
+    },
+}
+
+/// How a target and drawn items compete.
+pub enum Contest {
+    /// See [`LossConfig::Sampled`].
+    Softmax {
         /// Logarithm of how often each is expected among the drawn: f32 `[M]`.
         log_expected: Tensor,
     },
+    /// See [`LossConfig::Gbce`].
+    Binary {
+        /// What the target's own cross entropy is weighed with.
+        target_weight: f64,
+    },
+}
+
+/// Says what the targets of each step compete with.
+pub enum Contestants {
+    /// Always the whole catalogue.
+    All {
+        /// See [`LossConfig::Softmax`].
+        label_smoothing: f64,
+        /// See [`Rivals::All`].
+        max_logits: i64,
+    },
+    /// Others in each step.
+    Drawn(Sampler),
+}
+
+impl Contestants {
+    /// For items that occurred `occurrences: [V]` times.
+    pub fn new(loss: LossConfig, occurrences: &[i64], max_logits: i64, device: Device) -> Self {
+        match loss {
+            LossConfig::Softmax { label_smoothing } => Self::All { label_smoothing, max_logits },
+            LossConfig::Sampled { n_negatives, power } => {
+                Self::Drawn(Sampler::new(occurrences, n_negatives, power, None, device))
+            }
+            LossConfig::Gbce { n_negatives, calibration } => {
+                Self::Drawn(Sampler::new(occurrences, n_negatives, 0.0, Some(calibration), device))
+            }
+        }
+    }
+
+    /// The same for the same seed.
+    pub fn of_step(&self, seed: u64) -> Rivals {
+        match self {
+            &Self::All { label_smoothing, max_logits } => Rivals::All { label_smoothing, max_logits },
+            Self::Drawn(sampler) => sampler.draw(seed),
+        }
+    }
 }
 
 /// Draws rivals by how often items occurred.
@@ -110,17 +179,32 @@ pub struct Sampler {
     /// Probability of each item, f32 `[V]`: 0 for padding and unknown.
     probabilities: Tensor,
     n_negatives: i64,
+    /// Of gBCE, if that is what they are drawn for.
+    target_weight: Option<f64>,
 }
 
 impl Sampler {
-    /// For items that occurred `occurrences: [V]` times.
-    pub fn new(occurrences: &[i64], n_negatives: i64, power: f64, device: Device) -> Self {
+    /// Draws an item that occurred n times in proportion to `(n + 1)^power`. `calibration`: of gBCE, if that is the loss.
+    pub fn new(
+        occurrences: &[i64],
+        n_negatives: i64,
+        power: f64,
+        calibration: Option<f64>,
+        device: Device,
+    ) -> Self {
         let weights = (Tensor::from_slice(occurrences).to_kind(Kind::Double) + 1.0).pow_tensor_scalar(power);
         let recommendable = Tensor::ones_like(&weights);
         let _ = recommendable.narrow(0, 0, 2).zero_();
         let weights = weights * recommendable;
         let probabilities = &weights / weights.sum(Kind::Double);
-        Self { probabilities: probabilities.to_kind(Kind::Float).to_device(device), n_negatives }
+        // With α, the share of the other items that is drawn: α (t (1 − 1/α) + 1/α).
+        let n_others = (occurrences.len() as f64 - 3.0).max(1.0);
+        let sampled = (n_negatives as f64 / n_others).min(1.0);
+        Self {
+            probabilities: probabilities.to_kind(Kind::Float).to_device(device),
+            n_negatives,
+            target_weight: calibration.map(|t| t * (sampled - 1.0) + 1.0),
+        }
     }
 
     /// The same for the same seed.
@@ -128,12 +212,18 @@ impl Sampler {
         let items = with_seed(seed, self.probabilities.device(), || {
             self.probabilities.multinomial(self.n_negatives, true)
         });
-        let log_expected = (self.probabilities.index_select(0, &items) * self.n_negatives as f64).log();
-        Rivals::Drawn { items, log_expected }
+        let contest = match self.target_weight {
+            Some(target_weight) => Contest::Binary { target_weight },
+            None => {
+                let expected = self.probabilities.index_select(0, &items) * self.n_negatives as f64;
+                Contest::Softmax { log_expected: expected.log() }
+            }
+        };
+        Rivals::Drawn { items, contest }
     }
 }
 
-/// The table that items are scored against and its bias, with the gradients to be added to.
+/// The table that items are scored against and its bias, with the gradients to be added to. `V` are the rows of the share.
 pub struct Scored<'a> {
     /// `[V, D]`.
     pub table: &'a Tensor,
@@ -143,6 +233,25 @@ pub struct Scored<'a> {
     pub table_gradient: Tensor,
     /// `[V]`.
     pub bias_gradient: Tensor,
+    /// Which rows they are, and who has the others.
+    pub share: &'a Share<'a>,
+    /// Targets of each rank; alone, only its own.
+    pub counts: &'a [i64],
+}
+
+impl Scored<'_> {
+    /// Vectors and biases of the rows at `places: [n]`, side by side: `[n, D + 1]`.
+    fn rows(&self, places: &Tensor) -> Tensor {
+        let bias = self.bias.index_select(0, places).unsqueeze(1);
+        Tensor::cat(&[self.table.index_select(0, places), bias], 1)
+    }
+
+    /// Adds gradients `[n, D + 1]` to those of the rows at `places: [n]`.
+    fn add(&mut self, places: &Tensor, gradients: &Tensor) {
+        let width = self.table.size()[1];
+        add_rows(&mut self.table_gradient, places, &gradients.narrow(1, 0, width));
+        add_rows(&mut self.bias_gradient, places, &gradients.select(1, width));
+    }
 }
 
 /// What one call of [`cross_entropy`] gives besides the gradients it adds in place.
@@ -155,8 +264,17 @@ pub struct CrossEntropy {
     pub drawn: Option<Tensor>,
 }
 
-/// Summed cross entropy of `targets: [N]` under `states: [N, D]`, its gradients added to those of `scored`.
-/// `uniform: [N]`: numbers in 0..1 by which an item is drawn for each target.
+/// *All ranks* of the share. Summed cross entropy of `targets: [N]` under `states: [N, D]`, its gradients added to those of
+/// `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn for each target.
+///
+/// Where others have rows of the table, states and targets of all ranks come together, each rank scores them against its own
+/// rows, and what they add to the softmax's sum and to the states' gradients is added up over ranks: vocabulary-parallel, as
+/// in Megatron-LM (Shoeybi et al. 2019). What travels grows with targets and width, not with the catalogue, and the gradient
+/// of a row is complete where the row is. The loss is then split in another way: this rank's is its targets' `logsumexp(z)`
+/// less the `z[target]` of all targets that it has the rows of.
+///
+/// # Errors
+/// Those of the collective.
 pub fn cross_entropy(
     states: &Tensor,
     targets: &Tensor,
@@ -164,19 +282,17 @@ pub fn cross_entropy(
     rivals: &Rivals,
     uniform: Option<&Tensor>,
     workspace: &mut Workspace,
-) -> CrossEntropy {
+) -> Result<CrossEntropy, CollectiveError> {
     match rivals {
         &Rivals::All { label_smoothing, max_logits } => {
             tiles::full(states, targets, scored, (label_smoothing, max_logits), uniform, workspace)
         }
-        Rivals::Drawn { items, log_expected } => {
-            sampled(states, targets, scored, (items, log_expected), uniform)
-        }
+        Rivals::Drawn { items, contest } => sampled(states, targets, scored, (items, contest), uniform),
     }
 }
 
 /// Adds rows `of: [N, ..]` to the rows `to: [N]` of `table: [V, ..]`, of which some may be the same.
-pub(super) fn add_rows(table: &mut Tensor, to: &Tensor, of: &Tensor) {
+pub(in crate::model) fn add_rows(table: &mut Tensor, to: &Tensor, of: &Tensor) {
     // Not `index_add_`, which on the CPU goes from row to row, each an operation of its own.
     let to = match of.dim() {
         1 => to.shallow_clone(),

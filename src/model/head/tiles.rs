@@ -14,7 +14,8 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CrossEntropy, Scored, add_rows, draw};
+use super::{CrossEntropy, Scored, Share, add_rows, draw};
+use crate::collective::{CollectiveError, Reduce};
 
 /// Items of a tile on the CPU. A GPU does better with few large products.
 const TILE: i64 = 4096;
@@ -64,48 +65,71 @@ fn div_ceil(a: i64, b: i64) -> i64 {
 
 /// See [`super::cross_entropy`].
 pub(super) fn full(
-    h: &Tensor,
-    targets: &Tensor,
+    own_states: &Tensor,
+    own_targets: &Tensor,
     scored: &mut Scored<'_>,
     (label_smoothing, max_logits): (f64, i64),
-    uniform: Option<&Tensor>,
+    own_uniform: Option<&Tensor>,
     workspace: &mut Workspace,
-) -> CrossEntropy {
-    let (n_targets, n_items) = (targets.size()[0], scored.table.size()[0]);
-    let mut loss = Tensor::zeros([], (Kind::Double, h.device()));
+) -> Result<CrossEntropy, CollectiveError> {
+    let (share, counts) = (scored.share, scored.counts);
+    let of_all = |own: &Tensor| share.gather_rows(own, counts);
+    let (h, targets) = (of_all(own_states)?, of_all(own_targets)?);
+    let uniform = own_uniform.map(of_all).transpose()?;
+    let n_targets = targets.size()[0];
     let mut state_gradient = h.zeros_like();
-    let drawn = uniform.map(|_| targets.zeros_like());
-    if n_targets == 0 {
-        return CrossEntropy { loss, state_gradient, drawn };
-    }
-    let cut = Cut::new((n_targets, n_items), max_logits, h.device());
+    let drawn = uniform.as_ref().map(|_| targets.zeros_like());
+    let mut log_sums = Vec::new();
+    let cut = Cut::new((n_targets, share.most_rows()), max_logits, h.device());
     for first in (0..n_targets).step_by(cut.n_targets as usize) {
         let of = |x: &Tensor| x.narrow(0, first, cut.n_targets.min(n_targets - first));
-        let uniform = uniform.zip(drawn.as_ref()).map(|(uniform, drawn)| (of(uniform), of(drawn)));
-        loss += part(&of(h), &mut of(&state_gradient), scored, cut, uniform, workspace);
+        let draws = uniform.as_ref().zip(drawn.as_ref()).map(|(uniform, drawn)| (of(uniform), of(drawn)));
+        log_sums.push(part(&of(&h), &mut of(&state_gradient), scored, cut, draws, workspace)?);
     }
 
-    // What the targets themselves have of it.
-    let Scored { table, bias, table_gradient, bias_gradient } = scored;
-    let share = 1.0 - label_smoothing;
-    let wanted = table.index_select(0, targets);
-    let logits =
-        (h * &wanted).sum_dim_intlist([1i64].as_slice(), false, Kind::Float) + bias.index_select(0, targets);
-    loss -= logits.sum(Kind::Double) * share;
-    add_rows(table_gradient, targets, &(h * -share));
-    add_rows(bias_gradient, targets, &bias.new_full([n_targets], -share, (bias.kind(), bias.device())));
-    state_gradient -= wanted * share;
+    // What the targets themselves have of it, where their rows are.
+    let (places, here) = share.places(&targets);
+    let kept = 1.0 - label_smoothing;
+    let Scored { table, bias, table_gradient, bias_gradient, .. } = scored;
+    let wanted = table.index_select(0, &places) * here.unsqueeze(1);
+    let logits = (&h * &wanted).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+        + bias.index_select(0, &places) * &here;
+    let minus = here * -kept;
+    add_rows(table_gradient, &places, &(&h * minus.unsqueeze(1)));
+    add_rows(bias_gradient, &places, &minus);
+    state_gradient -= wanted * kept;
+
+    let [state_gradient, log_sums] = [state_gradient, Tensor::cat(&log_sums, 0)];
+    let mut loss = share.own_of(&log_sums, counts).sum(Kind::Double) - logits.sum(Kind::Double) * kept;
+    let back = |of_all: Tensor| match share.company() {
+        Some(company) => company.scatter_rows(&of_all, counts),
+        None => Ok(of_all),
+    };
+    let mut state_gradient = back(state_gradient)?;
     if label_smoothing > 0.0 {
         // The mean logit is linear in the mean row.
-        let (row, sum) = (table.mean_dim([0i64].as_slice(), false, Kind::Float), column_sums(h));
-        let mean = bias.mean(Kind::Float) * n_targets as f64 + (&row * &sum).sum(Kind::Float);
+        let (row, mean_bias) = mean_row(table, bias, share)?;
+        let sum = column_sums(own_states);
+        let mean = mean_bias * own_states.size()[0] as f64 + (&row * sum).sum(Kind::Float);
         loss -= mean.to_kind(Kind::Double) * label_smoothing;
-        *table_gradient -= sum * (label_smoothing / n_items as f64);
-        *bias_gradient -=
-            Tensor::from(label_smoothing * n_targets as f64 / n_items as f64).to_device(bias.device());
+        let each = label_smoothing / share.n_items as f64;
+        *table_gradient -= column_sums(&h) * each;
+        let _ = bias_gradient.g_sub_scalar_(each * n_targets as f64);
         state_gradient -= row * label_smoothing;
     }
-    CrossEntropy { loss, state_gradient, drawn }
+    let drawn = drawn.map(back).transpose()?;
+    Ok(CrossEntropy { loss, state_gradient, drawn })
+}
+
+/// The mean of all rows of the catalogue, `[D]`, and that of its biases, `[]`.
+fn mean_row(table: &Tensor, bias: &Tensor, share: &Share<'_>) -> Result<(Tensor, Tensor), CollectiveError> {
+    let mut sums = Tensor::cat(&[column_sums(table), bias.sum(Kind::Float).view([1])], 0);
+    if let Some(company) = share.company() {
+        company.all_reduce(&mut sums, Reduce::Sum)?;
+    }
+    let means = sums / share.n_items as f64;
+    let width = table.size()[1];
+    Ok((means.narrow(0, 0, width), means.get(width)))
 }
 
 /// `[N, D]` → `[D]`.
@@ -113,16 +137,16 @@ fn column_sums(x: &Tensor) -> Tensor {
     x.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
 }
 
-/// The sum over targets of `logsumexp(z)` as f64, its gradients added to those of `scored` and to `state_gradient: [n, D]`.
-/// Items are drawn as `(uniform, drawn)`, both `[n]`, say.
+/// `logsumexp(z)` of each target, `[n]`; its gradients are added to those of `scored` and to `state_gradient: [n, D]`, as far
+/// as the rows that are here have a part in them. Items are drawn as `(uniform, drawn)`, both `[n]`, say.
 fn part(
     h: &Tensor,
     state_gradient: &mut Tensor,
-    Scored { table, bias, table_gradient, bias_gradient }: &mut Scored<'_>,
+    Scored { table, bias, table_gradient, bias_gradient, share, .. }: &mut Scored<'_>,
     cut: Cut,
     draws: Option<(Tensor, Tensor)>,
     workspace: &mut Workspace,
-) -> Tensor {
+) -> Result<Tensor, CollectiveError> {
     let (n, n_items) = (h.size()[0], table.size()[0]);
     let tiles: Vec<Range<i64>> =
         (0..n_items).step_by(cut.tile as usize).map(|start| start..(start + cut.tile).min(n_items)).collect();
@@ -134,12 +158,29 @@ fn part(
         let _ = rows(bias, tile).addmm_out(&p, h, &rows(table, tile).tr());
         let largest = p.amax([1i64].as_slice(), true);
         let _ = p.softmax_int_out(&p, 1, None);
-        (&p).amax([1i64].as_slice(), true).log().neg() + largest
+        p.amax([1i64].as_slice(), true).log().neg() + largest
     };
     let logs = Tensor::cat(&tiles.iter().map(softmax).collect::<Vec<_>>(), 1);
-    let log_sums = logs.logsumexp([1i64].as_slice(), true);
-    let weights = (&logs - &log_sums).exp();
-    let draws = draws.map(|(uniform, drawn)| Draws::new(&weights, &uniform, drawn));
+    // Of every rank, `[ranks, n]`: one where there are no others.
+    let by_rank = logs.logsumexp([1i64].as_slice(), false).unsqueeze(0);
+    let by_rank = match share.company() {
+        Some(company) => company.gather_rows(&by_rank, &vec![1; company.world_size()])?,
+        None => by_rank,
+    };
+    let log_sums = by_rank.logsumexp([0i64].as_slice(), false);
+    let weights = (&logs - log_sums.unsqueeze(1)).exp();
+    let draws = draws.map(|(uniform, drawn)| {
+        let before = share.company().map(|company| company.rank() as i64).filter(|&rank| rank > 0);
+        // What the ranks before this one have of all.
+        let before = before.map(|rank| column_sums(&(by_rank.narrow(0, 0, rank) - &log_sums).exp()));
+        let is_last = share.rows.end == share.n_items;
+        Draws::new(
+            &weights,
+            &before.map_or(uniform.shallow_clone(), |before| uniform - before),
+            drawn,
+            is_last,
+        )
+    });
     for (number, tile) in tiles.iter().enumerate() {
         if !cut.keeps {
             let _ = softmax(tile);
@@ -147,13 +188,13 @@ fn part(
         let p = probabilities(room, n, tile, cut);
         let weight = weights.narrow(1, number as i64, 1);
         if let Some(draws) = &draws {
-            draws.draw_from(&p, number as i64, tile.start);
+            draws.draw_from(&p, number as i64, share.rows.start + tile.start);
         }
         let _ = rows(table_gradient, tile).addmm_(&p.tr(), &(h * &weight));
         let _ = rows(bias_gradient, tile).addmv_(&p.tr(), &weight.squeeze_dim(1));
         *state_gradient += p.matmul(&rows(table, tile)) * weight;
     }
-    log_sums.sum(Kind::Double)
+    Ok(log_sums)
 }
 
 /// Where the probabilities `[n, C]` of a tile lie.
@@ -164,23 +205,34 @@ fn probabilities(room: &Tensor, n: i64, tile: &Range<i64>, cut: Cut) -> Tensor {
 
 /// Items drawn by the probabilities of the whole catalogue: first a tile by its weight, then an item of it.
 struct Draws {
-    /// The tile of each target, i64 `[n]`.
+    /// The tile of each target, i64 `[n]`; −1 where another rank draws.
     tile: Tensor,
     /// What is left of its uniform number there: `[n]`.
     uniform: Tensor,
-    /// i64 `[n]`.
+    /// i64 `[n]`, zero where another rank draws.
     drawn: Tensor,
     /// Whether there is one tile only.
     is_one: bool,
 }
 
 impl Draws {
-    fn new(weights: &Tensor, uniform: &Tensor, drawn: Tensor) -> Self {
-        let tile = draw(weights, uniform);
-        let of_tile = |x: &Tensor| x.gather(1, &tile.unsqueeze(1), false).squeeze_dim(1);
-        let (upto, weight) = (of_tile(&weights.cumsum(1, Kind::Float)), of_tile(weights));
+    /// For tiles whose weights `[n, tiles]` are what is here of all; `uniform: [n]` begins with the first. `is_last`: whether
+    /// nobody has items behind these.
+    fn new(weights: &Tensor, uniform: &Tensor, drawn: Tensor, is_last: bool) -> Self {
+        let sums = weights.cumsum(1, Kind::Float);
+        let n_tiles = weights.size()[1];
+        let n_below =
+            sums.le_tensor(&uniform.unsqueeze(1)).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
+        // Rounding may leave a little behind the last of all.
+        let tile = if is_last { n_below.clamp_max(n_tiles - 1) } else { n_below };
+        let is_here = uniform.ge(0.0).logical_and(&tile.lt(n_tiles));
+        let of_tile =
+            |x: &Tensor| x.gather(1, &tile.clamp_max(n_tiles - 1).unsqueeze(1), false).squeeze_dim(1);
+        let (upto, weight) = (of_tile(&sums), of_tile(weights));
         let uniform = (uniform - (upto - &weight)) / weight;
-        Self { tile, uniform, drawn, is_one: weights.size()[1] == 1 }
+        let tile = tile.where_scalarother(&is_here, -1);
+        let is_one = n_tiles == 1 && is_last && bool::try_from(is_here.all()).unwrap_or(false);
+        Self { tile, uniform, drawn, is_one }
     }
 
     /// Draws for the targets whose tile is `number`, with probabilities `p: [n, C]` and its first item at `first`.
@@ -228,7 +280,8 @@ mod tests {
             let sums: Vec<Tensor> =
                 (0..6 / width).map(|t| p.narrow(1, t * width, width).sum(Kind::Float).view([1, 1])).collect();
             let weights = Tensor::cat(&sums, 1).expand([n, -1], false);
-            let draws = Draws::new(&weights, &uniform, Tensor::zeros([n], (Kind::Int64, Device::Cpu)));
+            let drawn = Tensor::zeros([n], (Kind::Int64, Device::Cpu));
+            let draws = Draws::new(&weights, &uniform, drawn, true);
             for (t, sum) in (0..).zip(&sums) {
                 let within = (p.narrow(1, t * width, width) / sum).expand([n, -1], false);
                 draws.draw_from(&within, t, t * width);

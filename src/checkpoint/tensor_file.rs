@@ -1,0 +1,183 @@
+//! A safetensors file that is written from front to back, so that no tensor need be whole in memory.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::collective::CollectiveError;
+use crate::model::Share;
+
+/// Numbers of a table that travel at a time.
+const BLOCK: i64 = 1 << 22;
+
+/// Where tensors go, one after the other.
+pub(super) struct TensorFile {
+    file: BufWriter<File>,
+    /// The first that went wrong: whoever sends what is to be written is not kept waiting.
+    failed: Option<io::Error>,
+}
+
+impl TensorFile {
+    /// For `named` tensors, all of them f32 or i64; of tables of items they are the rows of `share`, and the file will have
+    /// all.
+    pub fn create(path: &Path, named: &[(String, Tensor)], share: &Share<'_>) -> io::Result<Self> {
+        let mut header = Map::new();
+        let mut end = 0;
+        for (name, tensor) in named {
+            let mut size = tensor.size();
+            if Share::is_table(name) {
+                size[0] = share.n_items;
+            }
+            let (kind, n_bytes) = match tensor.kind() {
+                Kind::Int64 => ("I64", 8),
+                _ => ("F32", 4),
+            };
+            let start = end;
+            end += size.iter().product::<i64>() * n_bytes;
+            header
+                .insert(name.clone(), json!({ "dtype": kind, "shape": size, "data_offsets": [start, end] }));
+        }
+        let mut header = Value::Object(header).to_string();
+        // Numbers begin where any of them may.
+        header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+        let mut file = BufWriter::new(File::create(path)?);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        Ok(Self { file, failed: None })
+    }
+
+    /// Writes what comes next.
+    pub fn put(&mut self, numbers: &Tensor) {
+        if self.failed.is_none() {
+            self.failed = write_numbers(&mut self.file, numbers).err();
+        }
+    }
+
+    /// Forces all to disk.
+    pub fn finish(mut self) -> io::Result<()> {
+        match self.failed.take() {
+            Some(failed) => Err(failed),
+            None => {
+                self.file.flush()?;
+                self.file.get_ref().sync_all()
+            }
+        }
+    }
+}
+
+fn write_numbers(file: &mut impl Write, numbers: &Tensor) -> io::Result<()> {
+    let numbers = numbers.to_device(Device::Cpu).contiguous().view([-1]);
+    let mut bytes = Vec::new();
+    for first in (0..numbers.size()[0]).step_by(BLOCK as usize) {
+        let block = numbers.narrow(0, first, BLOCK.min(numbers.size()[0] - first));
+        bytes.resize(block.numel() * numbers.kind().elt_size_in_bytes(), 0);
+        block.copy_data_u8(&mut bytes, block.numel());
+        file.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+/// *All ranks* of the share. Hands all numbers of `named` to `put` in order, whoever has them. What only this rank has may lie
+/// on any device.
+pub(super) fn stream(
+    named: &[(String, Tensor)],
+    share: &Share<'_>,
+    mut put: impl FnMut(&Tensor),
+) -> Result<(), CollectiveError> {
+    for (name, tensor) in named {
+        let Some(company) = share.company().filter(|_| Share::is_table(name)) else {
+            put(tensor);
+            continue;
+        };
+        let of_row = tensor.size()[1..].to_vec();
+        let most_rows = (BLOCK / of_row.iter().product::<i64>()).max(1);
+        for (rank, rows) in share.by_rank().into_iter().enumerate() {
+            for first in (rows.start..rows.end).step_by(most_rows as usize) {
+                let n = most_rows.min(rows.end - first);
+                let mut block = match rank == company.rank() {
+                    true => tensor.narrow(0, first - rows.start, n).to_device(Device::Cpu).contiguous(),
+                    false => Tensor::empty([&[n], &of_row[..]].concat(), (tensor.kind(), Device::Cpu)),
+                };
+                company.broadcast(&mut block, rank)?;
+                put(&block);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// *All ranks* of a share with company. What rank 0 has as `whole`, of this size and kind: the rows that are this rank's, as
+/// far as there are any. A catalogue that has grown since has fewer rows there.
+pub(super) fn deal(
+    whole: Option<&Tensor>,
+    (size, kind): (&[i64], Kind),
+    share: &Share<'_>,
+) -> Result<Tensor, CollectiveError> {
+    let company = share.company().expect("tables are dealt where there is company");
+    let of_row = &size[1..];
+    let rows = share.rows.start.min(size[0])..share.rows.end.min(size[0]);
+    let own = Tensor::empty([&[rows.end - rows.start], of_row].concat(), (kind, Device::Cpu));
+    let most_rows = (BLOCK / of_row.iter().product::<i64>()).max(1);
+    for first in (0..size[0]).step_by(most_rows as usize) {
+        let end = (first + most_rows).min(size[0]);
+        let mut block = match whole {
+            Some(whole) => whole.narrow(0, first, end - first).contiguous(),
+            None => Tensor::empty([&[end - first], of_row].concat(), (kind, Device::Cpu)),
+        };
+        company.broadcast(&mut block, 0)?;
+        let here = first.max(rows.start)..end.min(rows.end);
+        if !here.is_empty() {
+            let n = here.end - here.start;
+            own.narrow(0, here.start - rows.start, n).copy_(&block.narrow(0, here.start - first, n));
+        }
+    }
+    Ok(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::threads;
+
+    #[test]
+    fn a_file_is_the_same_whoever_has_which_rows_and_is_dealt_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let table = || Tensor::arange(200 * 3, (Kind::Float, Device::Cpu)).view([200, 3]);
+        let rest = || Tensor::arange(5, (Kind::Float, Device::Cpu));
+        let read = |path: &Path| Tensor::read_safetensors(path).unwrap();
+        for world_size in [1, 3] {
+            let path = folder.path().join(format!("{world_size}"));
+            let dealt = threads::spawn(world_size, |collective| {
+                let share = Share::of_rank(200, collective);
+                let own = table().narrow(0, share.rows.start, share.len());
+                let named = [("item_table.weight".to_owned(), own), ("rest".to_owned(), rest())];
+                let mut file = collective.root().map(|_| TensorFile::create(&path, &named, &share).unwrap());
+                let put = |numbers: &Tensor| file.iter_mut().for_each(|file| file.put(numbers));
+                stream(&named, &share, put).unwrap();
+                if let Some(file) = file {
+                    file.finish().unwrap();
+                }
+                // As many rows were saved as now, or fewer.
+                [200, 90].map(|n_saved| {
+                    if world_size == 1 {
+                        return table().narrow(0, 0, n_saved);
+                    }
+                    let whole = collective.root().map(|_| table().narrow(0, 0, n_saved));
+                    deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &share).unwrap()
+                })
+            });
+            let named = read(&path);
+            let of = |name: &str| &named.iter().find(|(other, _)| other == name).unwrap().1;
+            assert!(of("item_table.weight").equal(&table()) && of("rest").equal(&rest()));
+            for (which, n_saved) in [200, 90].into_iter().enumerate() {
+                let parts: Vec<&Tensor> = dealt.iter().map(|of_rank| &of_rank[which]).collect();
+                assert!(Tensor::cat(&parts, 0).equal(&table().narrow(0, 0, n_saved)));
+            }
+        }
+        let [one, three] = ["1", "3"].map(|name| std::fs::read(folder.path().join(name)).unwrap());
+        assert_eq!(one, three);
+    }
+}

@@ -1,0 +1,114 @@
+//! Tables of items that ranks share out: another way to the same model.
+
+use std::fs;
+
+use serde_json::Value;
+use tch::Tensor;
+
+use crate::fixtures::distance;
+use crate::resume::checkpoints;
+use crate::train::{ALL_FEATURES, CONFIG, Shop, XLNET, config_with};
+
+const SHARDED: [&str; 2] = ["--set", "parallel.item_table=sharded"];
+
+/// Losses, norms and figures of two runs are the same to so small a part.
+#[track_caller]
+fn assert_close(shop: &Shop, run: &str, other: &str, bound: f64) {
+    let numbers = |run: &str| {
+        let of = |kind: &str, key: &str| -> Vec<f64> {
+            shop.records(run, kind).iter().map(|record| record[key].as_f64().unwrap()).collect()
+        };
+        [of("step", "loss"), of("eval", "loss")].concat()
+    };
+    let (ours, theirs) = (numbers(run), numbers(other));
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert!((ours / theirs - 1.0).abs() < bound, "{run}: {ours}, {other}: {theirs}");
+    }
+    let sessions = |run: &str| -> Vec<Value> {
+        shop.records(run, "eval").iter().map(|record| record["n_sessions"].clone()).collect()
+    };
+    assert_eq!(sessions(run), sessions(other));
+}
+
+/// The tensors of a run's last checkpoint.
+fn tensors(shop: &Shop, run: &str) -> Vec<(String, Tensor)> {
+    let newest = checkpoints(shop, run).pop().unwrap();
+    let mut tensors = Tensor::read_safetensors(newest.join("weights.safetensors")).unwrap();
+    tensors.extend(Tensor::read_safetensors(newest.join("optimizer.safetensors")).unwrap());
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    tensors
+}
+
+#[track_caller]
+fn assert_close_tensors(shop: &Shop, run: &str, other: &str) {
+    let (ours, theirs) = (tensors(shop, run), tensors(shop, other));
+    assert_eq!(ours.len(), theirs.len());
+    for ((name, ours), (other, theirs)) in ours.iter().zip(&theirs) {
+        assert_eq!(name, other);
+        let largest = theirs.abs().max().double_value(&[]).max(1e-3);
+        assert!(distance(ours, theirs) < 1e-3 * largest, "{run}: {name} is {} off", distance(ours, theirs));
+    }
+}
+
+#[test]
+fn shared_out_tables_come_to_the_same_losses_figures_and_checkpoints() {
+    let shop = Shop::new(150);
+    let gru = |more: &str| CONFIG.replace("[train]", &format!("[model.objective]\n{more}\n[train]"));
+    let causal = "kind = \"causal\"";
+    let sampled = "train.loss={ kind = \"sampled\", n_negatives = 12 }";
+    let gbce = "train.loss={ kind = \"gbce\", n_negatives = 12 }";
+    let smoothed = "train.loss={ kind = \"softmax\", label_smoothing = 0.1 }";
+    let cases: [(&str, String, Vec<&str>); 7] = [
+        ("softmax", gru(causal), vec![]),
+        ("smoothed", gru(causal), vec!["--set", smoothed, "--set", "model.head.tied=false"]),
+        ("sampled", gru(causal), vec!["--set", sampled, "--set", "model.dropout=0.2"]),
+        ("gbce", gru(causal), vec!["--set", gbce]),
+        ("adagrad", gru(causal), vec!["--set", "train.tables={ kind = \"adagrad\", learning_rate = 0.1 }"]),
+        ("replaced", gru("kind = \"replaced\"\nprobability = 0.3\nweight = 1.0"), vec![]),
+        ("xlnet", config_with(XLNET), [&ALL_FEATURES[..], &["--set", "model.dropout=0.2"]].concat()),
+    ];
+    for (name, config, set) in cases {
+        fs::write(shop.config(), config).unwrap();
+        let whole = format!("{name} whole");
+        shop.train(&whole, &set).success();
+        for n_ranks in [2, 3] {
+            let run = format!("{name} on {n_ranks}");
+            let Some(finished) = shop.train_on(n_ranks, &run, &[&set[..], &SHARDED].concat()) else { return };
+            finished.success();
+            assert_close(&shop, &run, &whole, 1e-5);
+            assert_close_tensors(&shop, &run, &whole);
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_whether_its_tables_are_shared_out_or_not() {
+    let shop = Shop::new(150);
+    shop.train("unbroken", &[]).success();
+    // Killed where every other step was saved, and each time gone on with in another way.
+    let every = ["--set", "checkpoint.every_steps=2"];
+    let kills: [(usize, &str, &[&str]); 4] =
+        [(3, "kill@1:3", &SHARDED), (2, "kill@0:7", &[]), (2, "kill@1:11", &SHARDED), (1, "", &[])];
+    for (n_ranks, fault, parallel) in kills {
+        let set = [&every[..], parallel].concat();
+        let faults: &[(&str, &str)] = if fault.is_empty() { &[] } else { &[("BIREME_FAULT", fault)] };
+        let Some(finished) = shop.train_with(n_ranks, "run", &set, faults) else { return };
+        assert_eq!(finished.code, Some(if fault.is_empty() { 0 } else { 137 }), "{finished:#?}");
+    }
+    assert_close(&shop, "run", "unbroken", 1e-5);
+    assert_close_tensors(&shop, "run", "unbroken");
+}
+
+#[test]
+fn more_ranks_than_shares_are_refused() {
+    let shop = Shop::new(100);
+    let Some(refused) = shop.train_on(4, "run", &SHARDED) else { return };
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    let expected = "the 3 shares that an item table of 40 rows can be cut into";
+    assert!(refused.stderr.contains(expected), "{}", refused.stderr);
+    let set = [&SHARDED[..], &["--set", "run.reduction=reproducible"]].concat();
+    let refused = shop.train("run", &set);
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("`item_table` cannot be `sharded`"), "{}", refused.stderr);
+}
