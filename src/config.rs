@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::device::DeviceChoice;
-use crate::train::{ItemTable, Reduction};
+use crate::train::Reduction;
 use crate::{checkpoint, data, metrics, model, train};
 
 /// Section `[run]`.
@@ -155,12 +155,6 @@ impl Config {
         }
         if self.data.window_days == 0 {
             return refuse("data", "`window_days` must be at least 1".to_owned());
-        }
-        if self.parallel.item_table == ItemTable::Sharded && self.run.reduction == Reduction::Reproducible {
-            return refuse(
-                "parallel",
-                "`item_table` cannot be `sharded` where `run.reduction` is `reproducible`".to_owned(),
-            );
         }
         if let Err(problem) = self.train.check() {
             return refuse("train", problem);

@@ -650,7 +650,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         }
         return export_on_root(collective, to_export);
     }
-    let rows = job.config.parallel.share(data.n_items(), collective);
+    let rows = job.config.parallel.share(data.n_items(), job.config.run.reduction, collective);
     let from = checkpoint::share(from, &rows, collective).map_err(shared)?;
     let going_on = from.as_ref().map(|from| (from.path.clone(), from.state.position, from.state.log_bytes));
     // What does not fit is known before anything is changed.

@@ -18,6 +18,7 @@
 
 mod call;
 mod error;
+pub mod exact;
 pub mod mpi;
 pub mod nccl;
 mod rows;

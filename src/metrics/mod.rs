@@ -221,19 +221,28 @@ pub fn evaluate(
         let filled_up = hidden.pad([0, longest - hidden.size()[1]], "constant", -1.0);
         let of_all = |own: &Tensor| share.gather_rows(own, &counts);
         let (encoded, hidden) = (of_all(&encoded)?, of_all(&filled_up)?);
-        let ranking = rank_targets(
-            |items| recommender.scores(&encoded, items),
-            (&of_all(&targets)?, &hidden),
-            &share,
-            max_scores / counts.iter().sum::<i64>().max(1),
-            K_MAX as i64,
-        )?;
-        let [ranks, losses] = [&ranking.ranks, &ranking.losses].map(|of_all| share.own_of(of_all, &counts));
+        let targets_of_all = of_all(&targets)?;
+        let (mut ranks, mut losses) = (Vec::new(), Vec::new());
+        for group in share.groups(&counts) {
+            let n = group.end - group.start;
+            let of_group = |x: &Tensor| x.narrow(0, group.start, n);
+            let encoded = of_group(&encoded);
+            let ranking = rank_targets(
+                |items| recommender.scores(&encoded, items),
+                (&of_group(&targets_of_all), &of_group(&hidden)),
+                &share,
+                max_scores / n.max(1),
+                K_MAX as i64,
+            )?;
+            in_top = in_top.logical_or(&ranking.in_top);
+            ranks.push(ranking.ranks);
+            losses.push(ranking.losses);
+        }
+        let [ranks, losses] = [ranks, losses].map(|groups| share.own_of(&Tensor::cat(&groups, 0), &counts));
         if !bool::try_from(losses.isfinite().all()).expect("a truth value") {
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
         tally.add(&ranks, recommender.scores_are_logits().then_some(&losses));
-        in_top = in_top.logical_or(&ranking.in_top);
         outcomes.add(&ranks, &known.lengths, &targets);
     }
     Ok(Evaluation {

@@ -37,15 +37,15 @@ pub fn rank_targets(
     k: i64,
 ) -> Result<Ranking, CollectiveError> {
     let Range { start: first, end } = share.rows;
-    let chunks: Vec<Range<i64>> = (first..end)
-        .step_by(chunk.clamp(1, share.len()) as usize)
-        .map(|start| start..(start + chunk.max(1)).min(end))
-        .collect();
+    // As many for every rank, so that all know how many chunks the others have.
+    let chunk = if share.is_exact() { share.band() } else { chunk.clamp(1, share.most_rows()) };
+    let chunks: Vec<Range<i64>> =
+        (first..end).step_by(chunk as usize).map(|start| start..(start + chunk).min(end)).collect();
     let target = targets.unsqueeze(1);
     // First the targets' own scores, taken from the very product that they are compared with in the second
     // round: a score computed in another way could differ in its last bit.
     let mut target_scores = None;
-    let mut log_sum: Option<Tensor> = None;
+    let mut log_sums = Vec::new();
     let mut best = Best::new(k);
     let mut last = None;
     for items in &chunks {
@@ -56,19 +56,17 @@ pub fn rank_targets(
             .gather(1, &place, false)
             .where_self(&inside, &chunk.new_zeros([1], (chunk.kind(), chunk.device())));
         target_scores = Some(target_scores.map_or_else(|| found.shallow_clone(), |sum: Tensor| sum + &found));
-        let chunk_log_sum = chunk.logsumexp([1i64].as_slice(), true);
-        log_sum =
-            Some(log_sum.map_or_else(|| chunk_log_sum.shallow_clone(), |sum| sum.logaddexp(&chunk_log_sum)));
+        log_sums.push(chunk.logsumexp([1i64].as_slice(), false).unsqueeze(0));
         if let Some((_, recommendable)) = recommendable(items, &chunk, hidden) {
             best.add(&recommendable);
         }
         last = Some(chunk);
     }
-    let (mut target_scores, mut log_sum) =
-        (target_scores.expect("a catalogue"), log_sum.expect("a catalogue"));
+    let mut target_scores = target_scores.expect("a catalogue");
+    let log_sums = share.gather_rows(&Tensor::cat(&log_sums, 0), &share.n_tiles_by_rank(chunk))?;
+    let log_sum = log_sums.logsumexp([0i64].as_slice(), false).unsqueeze(1);
     if let Some(company) = share.company() {
         company.all_reduce(&mut target_scores, Reduce::Sum)?;
-        log_sum = of_each_rank(&log_sum, company)?.logsumexp([0i64].as_slice(), false);
         best.merge(company, share.n_items - FIRST_ITEM)?;
     }
     let losses = (log_sum - target_scores.to_kind(Kind::Double)).squeeze_dim(1);

@@ -1,5 +1,6 @@
 //! A neural next-item model: input block, body, softmax over the catalogue.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use rand::{Rng, SeedableRng};
@@ -13,8 +14,10 @@ use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
 use super::{Gru, Neural, Parameters, Recommender, Share, View, Xlnet};
 use crate::collective::CollectiveError;
+use crate::collective::exact::ExactSum;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
+use crate::optim::squares;
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then the rest.
 pub(super) const ITEM_TABLE: usize = 0;
@@ -52,6 +55,15 @@ pub struct Network<'a> {
     /// Length that sessions are padded to where the padding is attended to.
     padded_length: Option<usize>,
     workspace: Workspace,
+    /// What gradients of the tables that are shared out are added up in, if in whole numbers.
+    own_sum: Option<RefCell<ExactSum>>,
+}
+
+/// Takes what gradients have been added to the tables that are shared out, if sums are exact.
+fn settle(own_sum: &Option<RefCell<ExactSum>>, parameters: &Parameters) {
+    if let Some(sum) = own_sum {
+        sum.borrow_mut().take(&mut parameters.own_gradients());
+    }
 }
 
 impl Network<'static> {
@@ -117,8 +129,11 @@ impl<'a> Network<'a> {
         let to_item = initial.linear("head.projection", width, input.item_width);
         let detector =
             matches!(objective, Objective::Replaced { .. }).then(|| initial.linear("detector", width, 1));
+        let parameters = Parameters::new(initial, device);
+        let own_sum = share.is_exact().then(|| RefCell::new(ExactSum::new(&parameters.own_gradients())));
         Ok(Self {
-            parameters: Parameters::new(initial, device),
+            parameters,
+            own_sum,
             input: input_block,
             body,
             objective: objective.clone(),
@@ -147,6 +162,33 @@ impl<'a> Network<'a> {
     /// The tables, which lie first in the flat buffers and of which a step touches few rows.
     pub fn tables(&self) -> &[View] {
         &self.parameters.views()[..self.n_tables]
+    }
+
+    /// *All ranks* of the share. Completes the gradients of the tables that are shared out, and returns the sum of their
+    /// squares on all ranks, `[]`.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn complete_own_gradients(&mut self) -> Result<Tensor, CollectiveError> {
+        let mut own = self.parameters.own_gradients();
+        let Some(sum) = &mut self.own_sum else {
+            let counts = vec![1; self.share.by_rank().len()];
+            return Ok(self.share.gather_rows(&squares(&own).view([1]), &counts)?.sum(Kind::Float));
+        };
+        sum.get_mut().move_into(&mut own);
+        // Band by band, lest it matter which rank adds what.
+        let band = self.share.band();
+        let n_bands = self.share.n_tiles_by_rank(band);
+        let mut all = Tensor::zeros([], (Kind::Float, own.device()));
+        for index in self.parameters.own() {
+            let of_rows = self.parameters.gradient(index).reshape([self.share.len(), -1]).square();
+            let of_rows = of_rows.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+            let missing = (band - self.share.len() % band) % band;
+            let of_bands = of_rows.constant_pad_nd([0, missing]).view([-1, band]);
+            let of_bands = of_bands.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+            all += self.share.gather_rows(&of_bands, &n_bands)?.sum(Kind::Float);
+        }
+        Ok(all)
     }
 
     /// The rows of the tables of items that are here.
@@ -194,6 +236,7 @@ impl<'a> Network<'a> {
         let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
         let sessions = self.session_vectors(&states);
         let CrossEntropy { mut loss, state_gradient, drawn } = tch::no_grad(|| {
+            let (own_sum, parameters) = (&self.own_sum, &self.parameters);
             let mut scored = Scored {
                 table: &self.parameters.leaf(self.scored_table).detach(),
                 bias: &self.parameters.leaf(ITEM_BIAS).detach(),
@@ -201,6 +244,7 @@ impl<'a> Network<'a> {
                 bias_gradient: self.parameters.gradient(ITEM_BIAS),
                 share: &self.share,
                 counts: &counts,
+                settle: &|| settle(own_sum, parameters),
             };
             let (states, workspace) = (sessions.detach(), &mut self.workspace);
             cross_entropy(&states, &targets, &mut scored, rivals, uniform.as_ref(), workspace)
@@ -258,7 +302,10 @@ impl<'a> Network<'a> {
                 // The padding row is read but never learnt from reading it.
                 let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
                 let mut of_table = self.parameters.gradient(lookup.table);
-                lookup.asked.give_back(&read, |places, all| add_rows(&mut of_table, places, all))?;
+                lookup.asked.give_back(&self.share, &read, |places, all| {
+                    add_rows(&mut of_table, places, all);
+                    settle(&self.own_sum, &self.parameters);
+                })?;
             }
             Ok(())
         })

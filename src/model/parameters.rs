@@ -183,9 +183,9 @@ pub fn copy_rows(name: &str, from: &Tensor, to: &Tensor, may_grow: bool) -> Resu
     Ok(())
 }
 
-/// Numbers that travel with the gradients: the summed loss, the number of targets, how many ranks were asked to stop and
-/// to save, and the squares of the gradients that a rank alone has.
-const TAIL: i64 = 5;
+/// Numbers that travel with the gradients: the summed loss, the number of targets, and how many ranks were asked to stop
+/// and to save.
+const TAIL: i64 = 4;
 
 impl Parameters {
     /// Lays the given tensors out one after the other.
@@ -246,12 +246,17 @@ impl Parameters {
         self.gradients.narrow(0, 0, self.n_own)
     }
 
+    /// Numbers of the parameters that a rank alone has.
+    pub fn own(&self) -> Range<usize> {
+        0..self.views.iter().take_while(|view| view.range.end <= self.n_own).count()
+    }
+
     /// What all ranks have, flat.
     pub fn common_values(&self) -> Tensor {
         self.values.narrow(0, self.n_own, self.len() - self.n_own)
     }
 
-    /// `[loss, n_targets, n_stop, n_save, own squares]`: `[5]`.
+    /// `[loss, n_targets, n_stop, n_save]`: `[4]`.
     pub fn tail(&self) -> Tensor {
         self.gradients.narrow(0, self.len(), TAIL)
     }

@@ -21,24 +21,50 @@ pub struct Share<'a> {
     pub n_items: i64,
     /// Those who hold the others.
     company: Option<&'a dyn Collective>,
+    /// Whether what ranks add up together must not depend on their number: sums are then made band by band, for the targets of
+    /// each rank alone, and in whole numbers.
+    is_exact: bool,
 }
 
 impl<'a> Share<'a> {
     /// All rows.
     pub fn whole(n_items: i64) -> Self {
-        Self { rows: 0..n_items, n_items, company: None }
+        Self { rows: 0..n_items, n_items, company: None, is_exact: false }
     }
 
     /// A rank's, where every rank has its own. There must be [`Share::most_ranks`] of them at most.
     pub fn of_rank(n_items: i64, collective: &'a dyn Collective) -> Self {
-        match collective.world_size() {
-            1 => Self::whole(n_items),
-            world_size => Self {
-                rows: rows_of(n_items, collective.rank(), world_size),
-                n_items,
-                company: Some(collective),
-            },
+        let rows = rows_of(n_items, collective.rank(), collective.world_size());
+        Self { rows, n_items, company: Some(collective), is_exact: false }
+    }
+
+    /// The same, with sums that do not depend on the number of ranks.
+    #[must_use]
+    pub fn exactly(self) -> Self {
+        Self { is_exact: true, ..self }
+    }
+
+    /// See [`Share::exactly`].
+    pub fn is_exact(&self) -> bool {
+        self.is_exact
+    }
+
+    /// Which of the rows `[sum of counts]` of all ranks are worked on at a time: all, or where sums are exact those of one
+    /// rank.
+    pub fn groups(&self, counts: &[i64]) -> Vec<Range<i64>> {
+        if !self.is_exact {
+            return vec![0..counts.iter().sum()];
         }
+        let ends = counts.iter().scan(0, |end, &n| {
+            *end += n;
+            Some(*end - n..*end)
+        });
+        ends.filter(|group| !group.is_empty()).collect()
+    }
+
+    /// Rows of a band: a share is whole bands.
+    pub fn band(&self) -> i64 {
+        band(self.n_items)
     }
 
     /// How many ranks can share tables of so many rows out.
@@ -75,6 +101,11 @@ impl<'a> Share<'a> {
     /// Rows of the largest share.
     pub fn most_rows(&self) -> i64 {
         self.by_rank().iter().map(|rows| rows.end - rows.start).max().unwrap_or(0)
+    }
+
+    /// How many tiles of so many items each rank's rows are cut into.
+    pub fn n_tiles_by_rank(&self, tile: i64) -> Vec<i64> {
+        self.by_rank().into_iter().map(|rows| (rows.end - rows.start + tile - 1) / tile).collect()
     }
 
     /// Number of rows here.
@@ -156,17 +187,21 @@ impl<'a> Asked<'a> {
     }
 
     /// *All ranks.* Gives back gradients `[N, ..]` of the rows that this rank asked for. `add`: adds gradients at given
-    /// places.
+    /// places; where sums are exact, those of one rank at a time.
     pub fn give_back(
         &self,
+        share: &Share<'_>,
         gradients: &Tensor,
-        add: impl FnOnce(&Tensor, &Tensor),
+        mut add: impl FnMut(&Tensor, &Tensor),
     ) -> Result<(), CollectiveError> {
-        match &self.others {
-            Some(Others { company, counts, here }) => {
-                add(&self.places, &(company.gather_rows(gradients, counts)? * here.unsqueeze(1)));
-            }
-            None => add(&self.places, gradients),
+        let Some(Others { company, counts, here }) = &self.others else {
+            add(&self.places, gradients);
+            return Ok(());
+        };
+        let all = company.gather_rows(gradients, counts)? * here.unsqueeze(1);
+        for Range { start, end } in share.groups(counts) {
+            let of = |x: &Tensor| x.narrow(0, start, end - start);
+            add(&of(&self.places), &of(&all));
         }
         Ok(())
     }

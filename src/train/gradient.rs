@@ -5,16 +5,17 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor};
 
 use super::fault::{self, Fault};
-use super::reduction::{ExactSum, Reduction};
+use super::reduction::Reduction;
 use super::{Day, Learner, NonFinite, Status, TrainError};
 use crate::checkpoint::{Checkpoint, Tensors};
 use crate::collective::Reduce;
+use crate::collective::exact::ExactSum;
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
 use crate::model::head::{Contestants, Rivals};
 use crate::model::parameters::copy_rows;
 use crate::model::{LossSum, Network, Neural, Recommender, Share};
-use crate::optim::{Optimizer, average_and_clip, squares};
+use crate::optim::{Optimizer, average_and_clip};
 
 /// A network and its optimizer. The optimizer's state goes on from day to day, the learning rate starts anew.
 pub(super) struct GradientLearner<'a> {
@@ -61,26 +62,31 @@ impl<'a> GradientLearner<'a> {
         let own_loss = Tensor::zeros([1], (Kind::Float, device));
         // Told once in a step, with its first pass.
         let mut wishes = day.wishes().map(|asked| f64::from(u8::from(asked)));
-        for batch in passes {
+        // Ranks that score for each other make as many passes as the one with most.
+        let n_passes = match (self.network.share().company(), &self.exact) {
+            (Some(company), Some(_)) => {
+                (config.global_batch / config.micro_batch).div_ceil(company.world_size())
+            }
+            _ => passes.len(),
+        };
+        let nothing = Batch::new(&[], day.features).to_device(device);
+        let none_left = std::iter::repeat_n(&nothing, n_passes - passes.len());
+        for batch in passes.iter().chain(none_left) {
             let mut noise = Noise::new(batch, day.config.data.max_length);
             let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals)?;
             let _ = own_loss.shallow_clone().g_add_(&loss);
             let [stop, save] = std::mem::take(&mut wishes);
             let counts = Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]).to_device(device);
             let parameters = self.network.parameters_mut();
-            let mut tail = parameters.tail().narrow(0, 0, 4);
+            let mut tail = parameters.tail();
             tail += Tensor::cat(&[loss.view([1]), counts], 0);
             if let Some(exact) = &mut self.exact {
                 exact.take(&mut parameters.reduced());
             }
         }
 
+        let own_squares = self.network.complete_own_gradients()?;
         let parameters = self.network.parameters_mut();
-        let own = parameters.own_gradients();
-        if own.numel() > 0 {
-            let mut own_squares = parameters.tail().get(4);
-            own_squares += squares(&own);
-        }
         let mut sums = parameters.reduced();
         let fault =
             self.fault.as_ref().and_then(|fault| fault.strike(day.rank(), day.state.position.global_step));
@@ -97,7 +103,7 @@ impl<'a> GradientLearner<'a> {
         }
         let tail = parameters.tail();
         let common = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
-        let (scale, norm) = average_and_clip(&common, &tail.get(4), &tail.get(1), config.clip_norm);
+        let (scale, norm) = average_and_clip(&common, &own_squares, &tail.get(1), config.clip_norm);
         let status = Status::new(&tail, &norm, &own_loss);
         if config.non_finite == NonFinite::Stop || status.read().is_finite() {
             self.optimizer.step(&parameters.values(), &parameters.gradients(), &scale, share);

@@ -122,10 +122,11 @@ pub enum ItemTable {
 
 impl Parallel {
     /// The rows of the tables of items that this rank holds.
-    pub fn share<'a>(&self, n_items: i64, collective: &'a dyn Collective) -> Share<'a> {
-        match self.item_table {
-            ItemTable::Replicated => Share::whole(n_items),
-            ItemTable::Sharded => Share::of_rank(n_items, collective),
+    pub fn share<'a>(&self, n_items: i64, reduction: Reduction, collective: &'a dyn Collective) -> Share<'a> {
+        match (self.item_table, reduction) {
+            (ItemTable::Replicated, _) => Share::whole(n_items),
+            (ItemTable::Sharded, Reduction::Fast) => Share::of_rank(n_items, collective),
+            (ItemTable::Sharded, Reduction::Reproducible) => Share::of_rank(n_items, collective).exactly(),
         }
     }
 }
@@ -425,7 +426,7 @@ impl<'a> Training<'a> {
         from: Option<Checkpoint>,
     ) -> Result<Self, TrainError> {
         let n_items = data.features.n_items();
-        let share = config.parallel.share(n_items, place.collective);
+        let share = config.parallel.share(n_items, config.run.reduction, place.collective);
         let mut learner = learner(config, &data.features, place.device, share)?;
         let mut state = State::new(config, n_items, data.fingerprints.clone());
         let mut occurred = vec![0; n_items as usize];
@@ -558,7 +559,7 @@ struct Status {
 }
 
 impl Status {
-    /// Of sums `[loss, n_targets, n_stop, n_save, ..]` over ranks, which the next step overwrites.
+    /// Of sums `[loss, n_targets, n_stop, n_save]` over ranks, which the next step overwrites.
     fn new(tail: &Tensor, norm: &Tensor, own_loss: &Tensor) -> Self {
         Self {
             of_all: Tensor::cat(&[&tail.narrow(0, 0, 4), &norm.view([1])], 0),

@@ -137,7 +137,8 @@ impl<'a> TrainedRun<'a> {
         let train_day = state.position.day;
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
-        let share = config.parallel.share(days.features().n_items(), place.collective);
+        let n_items = days.features().n_items();
+        let share = config.parallel.share(n_items, config.run.reduction, place.collective);
         let mut learner = learner(config, days.features(), place.device, share)?;
         let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
         learner.load_weights(&tensors.weights).map_err(mismatch)?;

@@ -323,6 +323,7 @@ fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
         bias_gradient: bias.zeros_like(),
         share: &Share::whole(N_ITEMS),
         counts: &[30],
+        settle: &|| (),
     };
     let done =
         cross_entropy(&states, &targets, &mut scored, rivals, None, &mut Workspace::default()).unwrap();

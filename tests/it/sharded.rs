@@ -6,7 +6,7 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::fixtures::distance;
-use crate::resume::checkpoints;
+use crate::resume::{EXACT, assert_came_to_the_same, checkpoints};
 use crate::train::{ALL_FEATURES, CONFIG, Shop, XLNET, config_with};
 
 const SHARDED: [&str; 2] = ["--set", "parallel.item_table=sharded"];
@@ -107,8 +107,39 @@ fn more_ranks_than_shares_are_refused() {
     assert_eq!(refused.code, Some(2), "{refused:#?}");
     let expected = "the 3 shares that an item table of 40 rows can be cut into";
     assert!(refused.stderr.contains(expected), "{}", refused.stderr);
-    let set = [&SHARDED[..], &["--set", "run.reduction=reproducible"]].concat();
-    let refused = shop.train("run", &set);
-    assert_eq!(refused.code, Some(2), "{refused:#?}");
-    assert!(refused.stderr.contains("`item_table` cannot be `sharded`"), "{}", refused.stderr);
+}
+
+#[test]
+fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
+    let shop = Shop::new(150);
+    // Four micro-batches, which three ranks cannot share evenly.
+    let exact = [&SHARDED[..], &EXACT[..4], &["--set", "train.micro_batch=12"]].concat();
+    let with_features = [&exact[..], &ALL_FEATURES].concat();
+    let smoothed = ["--set", "train.loss={ kind = \"softmax\", label_smoothing = 0.1 }"];
+    let sampled = ["--set", "train.loss={ kind = \"sampled\", n_negatives = 12 }"];
+    let replaced = CONFIG.replace(
+        "[train]",
+        "[model.objective]\nkind = \"replaced\"\nprobability = 0.3\nweight = 1.0\n[train]",
+    );
+    let cases = [
+        ("gru", CONFIG.to_owned(), [&exact[..], &smoothed].concat()),
+        ("sampled", CONFIG.to_owned(), [&exact[..], &sampled].concat()),
+        ("replaced", replaced, exact.clone()),
+        ("xlnet", config_with(XLNET), with_features),
+    ];
+    for (name, config, set) in cases {
+        fs::write(shop.config(), config).unwrap();
+        let alone = format!("{name} alone");
+        shop.train(&alone, &set).success();
+        for n_ranks in [1, 2, 3] {
+            let run = format!("{name} on {n_ranks}");
+            let Some(finished) = shop.train_on(n_ranks, &run, &set) else { return };
+            finished.success();
+            assert_came_to_the_same(&shop, &run, &alone);
+        }
+        // They are also those of tables that are not shared out, but for rounding.
+        let whole = format!("{name} whole");
+        shop.train(&whole, &[&set[..], &["--set", "parallel.item_table=replicated"]].concat()).success();
+        assert_close(&shop, &alone, &whole, 1e-5);
+    }
 }

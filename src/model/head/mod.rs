@@ -237,6 +237,8 @@ pub struct Scored<'a> {
     pub share: &'a Share<'a>,
     /// Targets of each rank; alone, only its own.
     pub counts: &'a [i64],
+    /// Called when the gradients of the targets of one rank, or of all, are added: see [`Share::exactly`].
+    pub settle: &'a dyn Fn(),
 }
 
 impl Scored<'_> {

@@ -40,9 +40,22 @@ pub(super) fn sampled(
         rival.where_self(&place.gt(0), targets)
     });
     let with_one = Tensor::cat(&[h, &h.new_ones([h.size()[0], 1], (h.kind(), h.device()))], 1);
-    let of_rivals = over_ranks(by_rivals.tr().matmul(&with_one))?;
-    scored.add(&places, &(of_rivals * here));
-    asked.give_back(&(&by_target * with_one), |places, all| scored.add(places, all))?;
+    let of_rivals = by_rivals.tr().matmul(&with_one);
+    let of_rivals = match share.company().filter(|_| share.is_exact()) {
+        Some(company) => {
+            let of_all = company.gather_rows(&of_rivals.unsqueeze(0), &vec![1; company.world_size()])?;
+            of_all.unbind(0)
+        }
+        None => vec![over_ranks(of_rivals)?],
+    };
+    for of_rivals in of_rivals {
+        scored.add(&places, &(of_rivals * &here));
+        (scored.settle)();
+    }
+    asked.give_back(share, &(&by_target * with_one), |places, all| {
+        scored.add(places, all);
+        (scored.settle)();
+    })?;
     let state_gradient = by_rivals.matmul(&vectors(&rivals)) + by_target * vectors(&wanted);
     Ok(CrossEntropy { loss, state_gradient, drawn })
 }

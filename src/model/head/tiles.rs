@@ -15,7 +15,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::{CrossEntropy, Scored, Share, add_rows, draw};
-use crate::collective::{CollectiveError, Reduce};
+use crate::collective::{Collective, CollectiveError, exact};
 
 /// Items of a tile on the CPU. A GPU does better with few large products.
 const TILE: i64 = 4096;
@@ -57,6 +57,11 @@ impl Cut {
         }
         Self { n_targets, tile: tile.min(max_logits / n_targets).max(1), keeps: false }
     }
+
+    /// The same for any share: all targets at a time, and tiles that are bands.
+    fn exact(n_targets: i64, share: &Share<'_>, max_logits: i64) -> Self {
+        Self { n_targets, tile: share.band(), keeps: n_targets * share.most_rows() <= max_logits }
+    }
 }
 
 fn div_ceil(a: i64, b: i64) -> i64 {
@@ -76,60 +81,114 @@ pub(super) fn full(
     let of_all = |own: &Tensor| share.gather_rows(own, counts);
     let (h, targets) = (of_all(own_states)?, of_all(own_targets)?);
     let uniform = own_uniform.map(of_all).transpose()?;
-    let n_targets = targets.size()[0];
-    let mut state_gradient = h.zeros_like();
+    let sums = StateGradients::new(&h, share.is_exact());
     let drawn = uniform.as_ref().map(|_| targets.zeros_like());
-    let mut log_sums = Vec::new();
-    let cut = Cut::new((n_targets, share.most_rows()), max_logits, h.device());
-    for first in (0..n_targets).step_by(cut.n_targets as usize) {
-        let of = |x: &Tensor| x.narrow(0, first, cut.n_targets.min(n_targets - first));
-        let draws = uniform.as_ref().zip(drawn.as_ref()).map(|(uniform, drawn)| (of(uniform), of(drawn)));
-        log_sums.push(part(&of(&h), &mut of(&state_gradient), scored, cut, draws, workspace)?);
+    let mean_row = match label_smoothing > 0.0 {
+        true => Some(mean_row(scored.table, scored.bias, share)?),
+        false => None,
+    };
+    let kept = 1.0 - label_smoothing;
+    let (mut log_sums, mut wanted_logits) = (Vec::new(), Vec::new());
+    for group in share.groups(counts) {
+        let n_targets = group.end - group.start;
+        let cut = match share.is_exact() {
+            true => Cut::exact(n_targets, share, max_logits),
+            false => Cut::new((n_targets, share.most_rows()), max_logits, h.device()),
+        };
+        for first in (group.start..group.end).step_by(cut.n_targets as usize) {
+            let n = cut.n_targets.min(group.end - first);
+            let of = |x: &Tensor| x.narrow(0, first, n);
+            let draws = uniform.as_ref().zip(drawn.as_ref()).map(|(uniform, drawn)| (of(uniform), of(drawn)));
+            log_sums.push(part(&of(&h), &mut sums.of(first, n), scored, cut, draws, workspace)?);
+        }
+
+        // What the targets themselves have of it, where their rows are.
+        let of_group = |x: &Tensor| x.narrow(0, group.start, n_targets);
+        let (h, (places, here)) = (of_group(&h), share.places(&of_group(&targets)));
+        let Scored { table, bias, table_gradient, bias_gradient, .. } = scored;
+        let wanted = table.index_select(0, &places) * here.unsqueeze(1);
+        wanted_logits.push(
+            (&h * &wanted).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+                + bias.index_select(0, &places) * &here,
+        );
+        let minus = here * -kept;
+        add_rows(table_gradient, &places, &(&h * minus.unsqueeze(1)));
+        add_rows(bias_gradient, &places, &minus);
+        sums.of(group.start, n_targets).add(&(wanted * -kept));
+        if label_smoothing > 0.0 {
+            let each = label_smoothing / share.n_items as f64;
+            *table_gradient -= column_sums(&h) * each;
+            let _ = bias_gradient.g_sub_scalar_(each * n_targets as f64);
+        }
+        (scored.settle)();
     }
 
-    // What the targets themselves have of it, where their rows are.
-    let (places, here) = share.places(&targets);
-    let kept = 1.0 - label_smoothing;
-    let Scored { table, bias, table_gradient, bias_gradient, .. } = scored;
-    let wanted = table.index_select(0, &places) * here.unsqueeze(1);
-    let logits = (&h * &wanted).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
-        + bias.index_select(0, &places) * &here;
-    let minus = here * -kept;
-    add_rows(table_gradient, &places, &(&h * minus.unsqueeze(1)));
-    add_rows(bias_gradient, &places, &minus);
-    state_gradient -= wanted * kept;
-
-    let [state_gradient, log_sums] = [state_gradient, Tensor::cat(&log_sums, 0)];
-    let mut loss = share.own_of(&log_sums, counts).sum(Kind::Double) - logits.sum(Kind::Double) * kept;
     let back = |of_all: Tensor| match share.company() {
         Some(company) => company.scatter_rows(&of_all, counts),
         None => Ok(of_all),
     };
-    let mut state_gradient = back(state_gradient)?;
-    if label_smoothing > 0.0 {
+    let mut state_gradient = sums.back(back)?;
+    let wanted_logits = back(Tensor::cat(&wanted_logits, 0))?;
+    let log_sums = share.own_of(&Tensor::cat(&log_sums, 0), counts);
+    let mut loss = log_sums.sum(Kind::Double) - wanted_logits.sum(Kind::Double) * kept;
+    if let Some((row, bias)) = mean_row {
         // The mean logit is linear in the mean row.
-        let (row, mean_bias) = mean_row(table, bias, share)?;
-        let sum = column_sums(own_states);
-        let mean = mean_bias * own_states.size()[0] as f64 + (&row * sum).sum(Kind::Float);
+        let mean = bias * own_states.size()[0] as f64 + (&row * column_sums(own_states)).sum(Kind::Float);
         loss -= mean.to_kind(Kind::Double) * label_smoothing;
-        let each = label_smoothing / share.n_items as f64;
-        *table_gradient -= column_sums(&h) * each;
-        let _ = bias_gradient.g_sub_scalar_(each * n_targets as f64);
         state_gradient -= row * label_smoothing;
     }
     let drawn = drawn.map(back).transpose()?;
     Ok(CrossEntropy { loss, state_gradient, drawn })
 }
 
-/// The mean of all rows of the catalogue, `[D]`, and that of its biases, `[]`.
-fn mean_row(table: &Tensor, bias: &Tensor, share: &Share<'_>) -> Result<(Tensor, Tensor), CollectiveError> {
-    let mut sums = Tensor::cat(&[column_sums(table), bias.sum(Kind::Float).view([1])], 0);
-    if let Some(company) = share.company() {
-        company.all_reduce(&mut sums, Reduce::Sum)?;
+/// Gradients of states `[N, D]` to which every tile and every rank adds.
+struct StateGradients(Tensor);
+
+impl StateGradients {
+    fn new(h: &Tensor, is_exact: bool) -> Self {
+        Self(if is_exact { h.zeros_like().to_kind(Kind::Int64) } else { h.zeros_like() })
     }
-    let means = sums / share.n_items as f64;
+
+    /// Those of `n` targets from `first` on.
+    fn of(&self, first: i64, n: i64) -> Self {
+        Self(self.0.narrow(0, first, n))
+    }
+
+    fn add(&mut self, part: &Tensor) {
+        match self.0.kind() {
+            Kind::Int64 => self.0 += exact::multiples(part),
+            _ => self.0 += part,
+        }
+    }
+
+    /// *All ranks.* This rank's, added up over ranks by `back`.
+    fn back(
+        self,
+        back: impl FnOnce(Tensor) -> Result<Tensor, CollectiveError>,
+    ) -> Result<Tensor, CollectiveError> {
+        let own = back(self.0)?;
+        Ok(if own.kind() == Kind::Int64 { exact::from_multiples(&own) } else { own })
+    }
+}
+
+/// *All ranks.* The mean of all rows of the catalogue, `[D]`, and that of its biases, `[]`.
+fn mean_row(table: &Tensor, bias: &Tensor, share: &Share<'_>) -> Result<(Tensor, Tensor), CollectiveError> {
+    let sums = |rows: Range<i64>| {
+        let of = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
+        Tensor::cat(&[column_sums(&of(table)), of(bias).sum(Kind::Float).view([1])], 0).unsqueeze(0)
+    };
+    // Band by band, lest it matter which rank adds what.
+    let band = if share.is_exact() { share.band() } else { share.most_rows() };
+    let by_tile: Vec<Tensor> = tiles(share.len(), band).into_iter().map(sums).collect();
+    let by_tile = share.gather_rows(&Tensor::cat(&by_tile, 0), &share.n_tiles_by_rank(band))?;
+    let means = column_sums(&by_tile) / share.n_items as f64;
     let width = table.size()[1];
     Ok((means.narrow(0, 0, width), means.get(width)))
+}
+
+/// `n_items` cut into tiles.
+fn tiles(n_items: i64, tile: i64) -> Vec<Range<i64>> {
+    (0..n_items).step_by(tile as usize).map(|start| start..(start + tile).min(n_items)).collect()
 }
 
 /// `[N, D]` → `[D]`.
@@ -137,62 +196,58 @@ fn column_sums(x: &Tensor) -> Tensor {
     x.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
 }
 
-/// `logsumexp(z)` of each target, `[n]`; its gradients are added to those of `scored` and to `state_gradient: [n, D]`, as far
-/// as the rows that are here have a part in them. Items are drawn as `(uniform, drawn)`, both `[n]`, say.
+/// *All ranks* of the share. `logsumexp(z)` of each target, `[n]`; its gradients are added to those of `scored` and to
+/// `state_gradients: [n, D]`, as far as the rows that are here have a part in them. Items are drawn as `(uniform, drawn)`, both
+/// `[n]`, say.
 fn part(
     h: &Tensor,
-    state_gradient: &mut Tensor,
+    state_gradients: &mut StateGradients,
     Scored { table, bias, table_gradient, bias_gradient, share, .. }: &mut Scored<'_>,
     cut: Cut,
     draws: Option<(Tensor, Tensor)>,
     workspace: &mut Workspace,
 ) -> Result<Tensor, CollectiveError> {
     let (n, n_items) = (h.size()[0], table.size()[0]);
-    let tiles: Vec<Range<i64>> =
-        (0..n_items).step_by(cut.tile as usize).map(|start| start..(start + cut.tile).min(n_items)).collect();
+    let tiles = tiles(n_items, cut.tile);
     let room = workspace.room(n * if cut.keeps { n_items } else { cut.tile }, h.device());
     let rows = |x: &Tensor, tile: &Range<i64>| x.narrow(0, tile.start, tile.end - tile.start);
-    // `p_t` and `l_t: [n, 1]`. The softmax has `exp(0)` over its sum where the largest logit is.
+    // `p_t` and `l_t: [1, n]`. The softmax has `exp(0)` over its sum where the largest logit is.
     let softmax = |tile: &Range<i64>| {
         let p = probabilities(room, n, tile, cut);
         let _ = rows(bias, tile).addmm_out(&p, h, &rows(table, tile).tr());
-        let largest = p.amax([1i64].as_slice(), true);
+        let largest = p.amax([1i64].as_slice(), false);
         let _ = p.softmax_int_out(&p, 1, None);
-        p.amax([1i64].as_slice(), true).log().neg() + largest
+        (largest - p.amax([1i64].as_slice(), false).log()).unsqueeze(0)
     };
-    let logs = Tensor::cat(&tiles.iter().map(softmax).collect::<Vec<_>>(), 1);
-    // Of every rank, `[ranks, n]`: one where there are no others.
-    let by_rank = logs.logsumexp([1i64].as_slice(), false).unsqueeze(0);
-    let by_rank = match share.company() {
-        Some(company) => company.gather_rows(&by_rank, &vec![1; company.world_size()])?,
-        None => by_rank,
+    let logs = Tensor::cat(&tiles.iter().map(softmax).collect::<Vec<_>>(), 0);
+    // Of all ranks: tile by tile where it matters which there are, else one of each rank.
+    let by_tile = share.is_exact() || draws.is_some();
+    let all_logs = match by_tile {
+        true => share.gather_rows(&logs, &share.n_tiles_by_rank(cut.tile))?,
+        false => {
+            let of_all_tiles = logs.logsumexp([0i64].as_slice(), true);
+            share.gather_rows(&of_all_tiles, &vec![1; share.by_rank().len()])?
+        }
     };
-    let log_sums = by_rank.logsumexp([0i64].as_slice(), false);
-    let weights = (&logs - log_sums.unsqueeze(1)).exp();
+    let log_sums = all_logs.logsumexp([0i64].as_slice(), false);
+    let weights = (&logs - &log_sums).exp().tr().contiguous();
     let draws = draws.map(|(uniform, drawn)| {
-        let before = share.company().map(|company| company.rank() as i64).filter(|&rank| rank > 0);
-        // What the ranks before this one have of all.
-        let before = before.map(|rank| column_sums(&(by_rank.narrow(0, 0, rank) - &log_sums).exp()));
-        let is_last = share.rows.end == share.n_items;
-        Draws::new(
-            &weights,
-            &before.map_or(uniform.shallow_clone(), |before| uniform - before),
-            drawn,
-            is_last,
-        )
+        let rank = share.company().map_or(0, Collective::rank);
+        let first = share.n_tiles_by_rank(cut.tile)[..rank].iter().sum();
+        Draws::new(&(&all_logs - &log_sums).exp().tr(), &uniform, drawn, first)
     });
-    for (number, tile) in tiles.iter().enumerate() {
+    for (number, tile) in (0..).zip(&tiles) {
         if !cut.keeps {
             let _ = softmax(tile);
         }
         let p = probabilities(room, n, tile, cut);
-        let weight = weights.narrow(1, number as i64, 1);
+        let weight = weights.narrow(1, number, 1);
         if let Some(draws) = &draws {
-            draws.draw_from(&p, number as i64, share.rows.start + tile.start);
+            draws.draw_from(&p, number, share.rows.start + tile.start);
         }
         let _ = rows(table_gradient, tile).addmm_(&p.tr(), &(h * &weight));
         let _ = rows(bias_gradient, tile).addmv_(&p.tr(), &weight.squeeze_dim(1));
-        *state_gradient += p.matmul(&rows(table, tile)) * weight;
+        state_gradients.add(&(p.matmul(&rows(table, tile)) * weight));
     }
     Ok(log_sums)
 }
@@ -205,34 +260,24 @@ fn probabilities(room: &Tensor, n: i64, tile: &Range<i64>, cut: Cut) -> Tensor {
 
 /// Items drawn by the probabilities of the whole catalogue: first a tile by its weight, then an item of it.
 struct Draws {
-    /// The tile of each target, i64 `[n]`; −1 where another rank draws.
+    /// The tile of each target, counted from the first that is here: i64 `[n]`.
     tile: Tensor,
     /// What is left of its uniform number there: `[n]`.
     uniform: Tensor,
     /// i64 `[n]`, zero where another rank draws.
     drawn: Tensor,
-    /// Whether there is one tile only.
+    /// Whether there is one tile in all.
     is_one: bool,
 }
 
 impl Draws {
-    /// For tiles whose weights `[n, tiles]` are what is here of all; `uniform: [n]` begins with the first. `is_last`: whether
-    /// nobody has items behind these.
-    fn new(weights: &Tensor, uniform: &Tensor, drawn: Tensor, is_last: bool) -> Self {
-        let sums = weights.cumsum(1, Kind::Float);
-        let n_tiles = weights.size()[1];
-        let n_below =
-            sums.le_tensor(&uniform.unsqueeze(1)).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
-        // Rounding may leave a little behind the last of all.
-        let tile = if is_last { n_below.clamp_max(n_tiles - 1) } else { n_below };
-        let is_here = uniform.ge(0.0).logical_and(&tile.lt(n_tiles));
-        let of_tile =
-            |x: &Tensor| x.gather(1, &tile.clamp_max(n_tiles - 1).unsqueeze(1), false).squeeze_dim(1);
-        let (upto, weight) = (of_tile(&sums), of_tile(weights));
+    /// For the weights `[n, tiles]` of the tiles of all ranks, of which number `first` is the first that is here.
+    fn new(weights: &Tensor, uniform: &Tensor, drawn: Tensor, first: i64) -> Self {
+        let tile = draw(weights, uniform);
+        let of_tile = |x: &Tensor| x.gather(1, &tile.unsqueeze(1), false).squeeze_dim(1);
+        let (upto, weight) = (of_tile(&weights.cumsum(1, Kind::Float)), of_tile(weights));
         let uniform = (uniform - (upto - &weight)) / weight;
-        let tile = tile.where_scalarother(&is_here, -1);
-        let is_one = n_tiles == 1 && is_last && bool::try_from(is_here.all()).unwrap_or(false);
-        Self { tile, uniform, drawn, is_one }
+        Self { tile: tile - first, uniform, drawn, is_one: weights.size()[1] == 1 }
     }
 
     /// Draws for the targets whose tile is `number`, with probabilities `p: [n, C]` and its first item at `first`.
@@ -281,7 +326,7 @@ mod tests {
                 (0..6 / width).map(|t| p.narrow(1, t * width, width).sum(Kind::Float).view([1, 1])).collect();
             let weights = Tensor::cat(&sums, 1).expand([n, -1], false);
             let drawn = Tensor::zeros([n], (Kind::Int64, Device::Cpu));
-            let draws = Draws::new(&weights, &uniform, drawn, true);
+            let draws = Draws::new(&weights, &uniform, drawn, 0);
             for (t, sum) in (0..).zip(&sums) {
                 let within = (p.narrow(1, t * width, width) / sum).expand([n, -1], false);
                 draws.draw_from(&within, t, t * width);
