@@ -53,7 +53,7 @@ impl<'a> Share<'a> {
     /// rank.
     pub fn groups(&self, counts: &[i64]) -> Vec<Range<i64>> {
         if !self.is_exact {
-            return vec![0..counts.iter().sum()];
+            return std::iter::once(0..counts.iter().sum()).collect();
         }
         let ends = counts.iter().scan(0, |end, &n| {
             *end += n;
