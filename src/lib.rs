@@ -18,6 +18,7 @@
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
 //! | [`recommend`] | a model repository, events | what was seen and what is recommended, in words |
+//! | [`doctor`] | a job as it was started | what it would find, and what to change |
 //! | [`cli`] | arguments | an exit code |
 //!
 //! Nothing outside `collective` knows which backend runs, and nothing but `report` prints.
@@ -52,4 +53,5 @@ pub mod report;
 pub mod train;
 pub mod export;
 pub mod recommend;
+pub mod doctor;
 pub mod cli;

@@ -20,6 +20,7 @@ use crate::collective::{self, Collective, CollectiveError, Reduce};
 use crate::config::{Config, ConfigError, RunConfig};
 use crate::data::Split;
 use crate::device::{self, DeviceChoice, seats};
+use crate::doctor;
 use crate::etl;
 use crate::export::{self, ExportError, Exported};
 use crate::recommend;
@@ -60,6 +61,9 @@ enum Command {
     ImportWeights(ImportArgs),
     /// Compare runs: tables, charts and a page, with confidence intervals
     Report(ReportArgs),
+    /// Look at the machine: devices, speed of arithmetic, of the ranks' talk and of a folder, clocks; alone or under
+    /// `mpirun` or `srun`
+    Doctor(DoctorArgs),
 }
 
 #[derive(Args)]
@@ -363,14 +367,17 @@ enum DeviceArg {
 }
 
 impl DeviceArg {
-    /// Where a process without ranks computes; 0 threads stand for all cores.
-    fn place(self, n_threads: usize) -> Result<device::Place, Failure> {
-        let choice = match self {
+    fn choice(self) -> DeviceChoice {
+        match self {
             Self::Auto => DeviceChoice::Auto,
             Self::Cpu => DeviceChoice::Cpu,
             Self::Cuda => DeviceChoice::Cuda,
-        };
-        device::place(choice, n_threads, 0, 1).map_err(|error| Failure::refused(&error, None))
+        }
+    }
+
+    /// Where a process without ranks computes; 0 threads stand for all cores.
+    fn place(self, n_threads: usize) -> Result<device::Place, Failure> {
+        device::place(self.choice(), n_threads, 0, 1).map_err(|error| Failure::refused(&error, None))
     }
 }
 
@@ -461,6 +468,16 @@ struct ImportArgs {
     run: TrainArgs,
 }
 
+#[derive(Args)]
+struct DoctorArgs {
+    /// The folder whose file system is tried, as that of data and runs
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    dir: PathBuf,
+    /// What the ranks compute on
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+}
+
 /// Why a command ends early. Whoever made it knows whether this rank is to speak of it.
 struct Failure {
     exit_code: i32,
@@ -491,6 +508,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Recommend(args) => recommend(&args),
         Command::ImportWeights(args) => import_weights(&args),
         Command::Report(args) => report(&args),
+        Command::Doctor(args) => doctor(&args),
     };
     match done {
         Ok(()) => 0,
@@ -823,5 +841,22 @@ fn report(args: &ReportArgs) -> Result<(), Failure> {
         report::progress(&format!("warning: {warning}"));
     }
     report::result(&args.out.join(report::PAGE).display().to_string());
+    Ok(())
+}
+
+fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
+    let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
+    let placed = device::place(args.device.choice(), 0, host.local_rank(), host.local_size());
+    let place = agree(&*host, placed, |error| Some(error.hint()))?;
+    let collective =
+        collective::on_device(host, place.device).map_err(|error| Failure::refused(&error, error.hint()))?;
+    let found = doctor::examine(&place, &args.dir, &*collective)
+        .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
+    if collective.root().is_some() {
+        report::result(&found.lines.join("\n"));
+        for advice in &found.advice {
+            report::progress(&format!("warning: {advice}"));
+        }
+    }
     Ok(())
 }

@@ -31,6 +31,12 @@ const TAG: c_int = 1;
 /// Elements in one MPI call: MPI counts with a 32-bit integer.
 const MOST_ELEMENTS: usize = 1 << 30;
 
+/// The MPI that this program is linked to, in its own words.
+pub fn library() -> String {
+    let version = mpi::environment::library_version().unwrap_or_else(|_| "unknown".to_owned());
+    version.split(',').next().unwrap_or_default().trim().to_owned()
+}
+
 /// The processes that one launcher started. Dropping it leaves MPI and waits for the other ranks to do the same.
 pub struct Mpi {
     rank: usize,

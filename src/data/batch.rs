@@ -2,10 +2,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use tch::{Device, Tensor};
+use rand::{RngCore, SeedableRng};
+use rand_xoshiro::Xoshiro256PlusPlus;
+use tch::{Device, Kind, Tensor};
 
 use super::plan::derive_seed;
 use super::{Features, Sessions};
+use crate::device::host::{in_parallel, numbers};
 
 /// One micro-batch within a pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,21 +163,61 @@ impl<'a> Noise<'a> {
             return x;
         }
         self.n_draws += 1;
-        let masks: Vec<Tensor> = self
+        let seeds: Vec<u64> = self
             .segments
             .iter()
-            .zip(counts)
-            .map(|(segment, &count)| {
-                let seed = derive_seed(segment.seed, "dropout", &[self.n_draws]);
-                let size = [&[count], drawn].concat();
-                let kept = with_seed(seed, x.device(), || {
-                    Tensor::empty(size, (x.kind(), x.device())).bernoulli_float_(1.0 - p)
-                });
-                x.size()[1..].iter().zip(1..).fold(kept, |kept, (&size, dim)| kept.narrow(dim, 0, size))
-            })
+            .map(|segment| derive_seed(segment.seed, "dropout", &[self.n_draws]))
             .collect();
-        x * (Tensor::cat(&masks, 0) * (1.0 / (1.0 - p)))
+        let size = [&[x.size()[0]], drawn].concat();
+        let mask = match x.device() {
+            Device::Cpu => mask_here(&size, p, &seeds, counts),
+            device => mask_on(device, &size, p, &seeds, counts),
+        };
+        let mask = x.size()[1..].iter().zip(1..).fold(mask, |mask, (&size, dim)| mask.narrow(dim, 0, size));
+        x * mask
     }
+}
+
+/// Zero with probability `p`, else `1 / (1 − p)`: as `size`, of whose rows the first `counts[0]` follow from the first seed,
+/// and so on. libtorch's own generator for the CPU gives one number at a time, on one thread.
+fn mask_here(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
+    let mut mask = Tensor::empty(size, (Kind::Float, Device::Cpu));
+    let of_row: usize = size[1..].iter().product::<i64>() as usize;
+    let n_each = seeds.len().div_ceil(tch::get_num_threads().max(1) as usize).max(1);
+    let mut rest = numbers::<f32>(&mut mask);
+    let mut parts: Vec<(u64, &mut [f32])> = Vec::with_capacity(seeds.len());
+    for (&seed, &count) in seeds.iter().zip(counts) {
+        let (part, after) = std::mem::take(&mut rest).split_at_mut(count as usize * of_row);
+        rest = after;
+        parts.push((seed, part));
+    }
+    let most_kept = ((1.0 - p) * 2f64.powi(32)) as u32;
+    let value = |bits: u32| if bits < most_kept { (1.0 / (1.0 - p)) as f32 } else { 0.0 };
+    in_parallel(parts.chunks_mut(n_each), |parts| {
+        for (seed, part) in parts {
+            let mut generator = Xoshiro256PlusPlus::seed_from_u64(*seed);
+            for two in part.chunks_mut(2) {
+                let bits = generator.next_u64();
+                for (value_of, bits) in two.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
+                    *value_of = value(bits);
+                }
+            }
+        }
+    });
+    mask
+}
+
+/// The same on a GPU, by its own generator.
+fn mask_on(device: Device, size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
+    let masks: Vec<Tensor> = seeds
+        .iter()
+        .zip(counts)
+        .map(|(&seed, &count)| {
+            let size = [&[count], &size[1..]].concat();
+            with_seed(seed, device, || Tensor::empty(size, (Kind::Float, device)).bernoulli_float_(1.0 - p))
+        })
+        .collect();
+    Tensor::cat(&masks, 0) * (1.0 / (1.0 - p))
 }
 
 /// Draws with libtorch's generator for `device`, seeded with `seed`.
@@ -188,4 +231,24 @@ pub fn with_seed<T>(seed: u64, device: Device, draw: impl FnOnce() -> T) -> T {
         _ => tch::manual_seed(seed as i64),
     }
     draw()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropout_keeps_the_mean_and_each_micro_batch_has_its_own() {
+        let (p, counts) = (0.3, [300, 0, 500]);
+        let mask = mask_here(&[800, 101], p, &[1, 2, 3], &counts);
+        let mean = mask.mean(Kind::Double).double_value(&[]);
+        assert!((mean - 1.0).abs() < 0.01, "{mean}");
+        let kept = mask.gt(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        assert!((kept - 0.7).abs() < 0.01, "{kept}");
+        assert!(((mask.max().double_value(&[])) - 1.0 / 0.7).abs() < 1e-6);
+        let alone = mask_here(&[500, 101], p, &[3], &[500]);
+        assert!(mask.narrow(0, 300, 500).equal(&alone));
+        assert!(!mask.narrow(0, 0, 300).equal(&alone.narrow(0, 0, 300)));
+        assert_eq!(mask_here(&[0, 4], p, &[5], &[0]).size(), [0, 4]);
+    }
 }

@@ -1,9 +1,16 @@
 //! A host without a GPU computes on the CPU, and says so plainly when asked for more.
 
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use bireme::device::{DeviceChoice, place};
 use tch::Device;
+
+use crate::mpirun::{mpirun, run_within};
+use crate::train::PROGRAM;
+
+const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn a_host_without_a_gpu_refuses_cuda_and_takes_the_cpu_otherwise() {
@@ -23,4 +30,20 @@ fn a_host_without_a_gpu_refuses_cuda_and_takes_the_cpu_otherwise() {
         assert!(here.n_threads >= 1);
         assert_eq!(place(choice, 3, 1, 2).unwrap().n_threads, 3);
     }
+}
+
+#[test]
+fn the_doctor_looks_at_one_rank_and_at_two() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    let alone = run_within(Command::new(PROGRAM).args(["doctor", "--device", "cpu", "--dir", path]), LIMIT);
+    assert!(alone.success().stdout.contains("ranks                    1 (solo)"));
+    let doctor = ["doctor", "--device", "cpu", "--dir", path];
+    let Some(two) = mpirun(2, Path::new(PROGRAM), &doctor, &[], LIMIT) else { return };
+    let stdout = two.success().stdout;
+    for part in ["2 (mpi)", "all-reduce of 64 MiB", "clocks", "GFLOP/s"] {
+        assert!(stdout.contains(part), "{part} is not in\n{stdout}");
+    }
+    // Rank 0 alone speaks.
+    assert_eq!(stdout.matches("libtorch").count(), 1, "{stdout}");
 }

@@ -7,12 +7,14 @@ use std::time::Duration;
 use bireme::config::Config;
 use bireme::data::plan::Shape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
-use bireme::model::head::{Contest, Rivals, Sampler, Scored, Workspace, cross_entropy};
+use bireme::model::head::{Contest, Contestants, Rivals, Sampler, Scored, Workspace, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
 use bireme::model::{
-    self, GruConfig, InputConfig, Network, Neural, Objective, Recommender, Share, XlnetConfig,
+    self, GruConfig, InputConfig, LossConfig, LossSum, Network, Neural, Objective, Recommender, Share,
+    XlnetConfig,
 };
+use bireme::optim::{Optimizer, TableOptimizer};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixtures::{self, COLOUR, ITEM, PRICE, distance};
@@ -276,8 +278,8 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             let loss = |network: &mut Network| loss_and_gradients(network, &shop).0;
             let before = loss(&mut network);
             let values = network.parameters().values();
-            let adamw = bireme::optim::TableOptimizer::Adamw;
-            let mut optimizer = bireme::optim::Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
+            let adamw = TableOptimizer::Adamw;
+            let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
             for _ in 0..40 {
                 let (_, gradients) = loss_and_gradients(&mut network, &shop);
                 optimizer.step(&values, &gradients, &Tensor::from(1f32), 1.0);
@@ -373,6 +375,44 @@ fn sampled_softmax_comes_to_the_full_one() {
     assert_eq!(drawn(5), drawn(5));
     assert_ne!(drawn(5), drawn(6));
     assert!(drawn(5).iter().all(|&item| item >= 2));
+}
+
+#[test]
+fn losses_over_drawn_items_learn_what_the_full_softmax_does() {
+    let (learnt, new) =
+        (batch(&fixtures::sessions(400, N_ITEMS, 3)), batch(&fixtures::sessions(300, N_ITEMS, 4)));
+    let (known, targets) = new.split_last();
+    let recall_at_5 = |loss: LossConfig| {
+        // Binary cross entropy pushes most scores far below zero, and a ReLU would die of it.
+        let mut config = gru(Objective::causal(), input());
+        config.head.relu = false;
+        let mut network = network(&Neural::Gru(&config));
+        let values = network.parameters().values();
+        let adamw = TableOptimizer::Adamw;
+        let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
+        let contestants = Contestants::new(loss, &[0; N_ITEMS as usize], 1 << 20, Device::Cpu);
+        for step in 0..400 {
+            network.parameters_mut().zero_gradients();
+            let mut noise = Noise::new(&learnt, 20);
+            let LossSum { n_targets, .. } =
+                network.backward(&learnt, &mut noise, &contestants.of_step(step)).unwrap();
+            let scale = Tensor::from(1.0 / n_targets as f32);
+            optimizer.step(&values, &network.parameters().gradients(), &scale, 1.0);
+        }
+        let scores = network.scores(&network.encode(&known).unwrap(), 0..N_ITEMS);
+        let (_, top) = scores.topk(5, 1, true, true);
+        top.eq_tensor(&targets.unsqueeze(1)).any_dim(1, false).to_kind(Kind::Double).mean(Kind::Double)
+    };
+    let full = recall_at_5(LossConfig::Softmax { label_smoothing: 0.0 }).double_value(&[]);
+    // An item is followed by the next one eight times in ten.
+    assert!(full > 0.7, "{full}");
+    for loss in [
+        LossConfig::Sampled { n_negatives: 20, power: 0.0 },
+        LossConfig::Gbce { n_negatives: 20, calibration: 0.75 },
+    ] {
+        let drawn = recall_at_5(loss).double_value(&[]);
+        assert!(drawn > full - 0.05, "{loss:?}: {drawn}, the full softmax {full}");
+    }
 }
 
 #[test]

@@ -27,6 +27,14 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// `aoti_torch_get_current_cuda_stream` of libtorch's C interface: device index in, stream out, 0 when it went well.
 type GetCurrentStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
 
+/// Whether NCCL is here. It needs no GPU to be found.
+///
+/// # Errors
+/// What the loader said.
+pub fn check() -> Result<(), String> {
+    library::Nccl::load().map(|_| ())
+}
+
 /// The ranks of an MPI job with a GPU each. Dropping it waits for the other ranks to do the same.
 pub struct Nccl {
     nccl: &'static library::Nccl,
