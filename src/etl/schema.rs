@@ -272,8 +272,8 @@ impl Feature {
                 "value_count" => field.set(&mut value_count, |f| {
                     let mut range = RangeFields::default();
                     range.take("a value count", &["min", "max"], f.message()?)?;
-                    let (min, max) = range.ints()?;
-                    Ok(ValueCount { min: min.unwrap_or(0), max: max.unwrap_or(i64::MAX) })
+                    let (min, max) = range.ints((0, i64::MAX))?;
+                    Ok(ValueCount { min, max })
                 })?,
                 "int_domain" => field.set(&mut ints, |f| {
                     let mut range = RangeFields::default();
@@ -282,22 +282,15 @@ impl Feature {
                         &["name", "min", "max", "is_categorical"],
                         f.message()?,
                     )?;
-                    let (min, max) = range.ints()?;
-                    Ok(IntRange {
-                        min: min.unwrap_or(i64::MIN),
-                        // A cardinality is this and one more.
-                        max: max.unwrap_or(i64::MAX - 1),
-                        is_categorical: range.is_categorical.unwrap_or(false),
-                    })
+                    // A cardinality is the maximum and one more.
+                    let (min, max) = range.ints((i64::MIN, i64::MAX - 1))?;
+                    Ok(IntRange { min, max, is_categorical: range.is_categorical.unwrap_or(false) })
                 })?,
                 "float_domain" => field.set(&mut floats, |f| {
                     let mut range = RangeFields::default();
                     range.take("a float domain", &["name", "min", "max"], f.message()?)?;
-                    let (min, max) = range.floats()?;
-                    Ok(FloatRange {
-                        min: min.unwrap_or(f64::NEG_INFINITY),
-                        max: max.unwrap_or(f64::INFINITY),
-                    })
+                    let (min, max) = range.floats((f64::NEG_INFINITY, f64::INFINITY))?;
+                    Ok(FloatRange { min, max })
                 })?,
                 "annotation" => {
                     for field in field.message()?.fields {
@@ -512,25 +505,25 @@ impl RangeFields {
         Ok(())
     }
 
-    fn ints(&mut self) -> Result<(Option<i64>, Option<i64>), Fault> {
-        self.ends(Field::int)
+    fn ints(&mut self, unless_given: (i64, i64)) -> Result<(i64, i64), Fault> {
+        self.ends(Field::int, unless_given)
     }
 
-    fn floats(&mut self) -> Result<(Option<f64>, Option<f64>), Fault> {
-        self.ends(Field::float)
+    fn floats(&mut self, unless_given: (f64, f64)) -> Result<(f64, f64), Fault> {
+        self.ends(Field::float, unless_given)
     }
 
     fn ends<T: PartialOrd>(
         &mut self,
         read: impl Fn(Field) -> Result<T, Fault>,
-    ) -> Result<(Option<T>, Option<T>), Fault> {
+        unless_given: (T, T),
+    ) -> Result<(T, T), Fault> {
         let (min, max) = (self.min.take().map(&read).transpose()?, self.max.take().map(&read).transpose()?);
-        match (&min, &max) {
-            (Some(min), Some(max)) if min > max => {
-                Err(Fault::at(self.line, "`min` is greater than `max`".into()))
-            }
-            _ => Ok((min, max)),
+        let (min, max) = (min.unwrap_or(unless_given.0), max.unwrap_or(unless_given.1));
+        if min > max {
+            return Err(Fault::at(self.line, "`min` is greater than `max`".into()));
         }
+        Ok((min, max))
     }
 }
 
@@ -748,6 +741,7 @@ mod tests {
             ("feature {\n  name: \"a\"\n  type: BYTES\n}", 3, "`type` needs `INT` or `FLOAT`"),
             ("feature { name: \"a\" type: INT }\nfeature {\n name: \"a\" type: INT }", 2, "is there twice"),
             ("feature { name: \"a\" type: INT int_domain {\n min: 3\n max: 2 } }", 1, "`min` is greater"),
+            ("feature { name: \"a\" type: INT value_count {\n max: -20 } }", 1, "`min` is greater"),
             ("feature { name: \"a\" type: INT float_domain { } }", 1, "has a `float_domain`"),
             ("}\n", 1, "found `}` where a field's name should be"),
             ("feature { name: \"a\" name: \"b\" type: INT }", 1, "`name` is there twice"),
