@@ -345,13 +345,7 @@ impl RunData {
             let window = trained[trained.len().saturating_sub(config.data.window_days)..].to_vec();
             steps.push((day, Window::new(window), open(day + 1, Split::Valid)?));
         }
-        let n_items = days.features().n_items();
-        let is_sharded = config.parallel.item_table == ItemTable::Sharded;
-        if is_sharded && config.model.neural().is_some() && world_size > Share::most_ranks(n_items) {
-            let n_shares = Share::most_ranks(n_items);
-            let limit = format!("the {n_shares} shares that an item table of {n_items} rows can be cut into");
-            return Err(DataError::TooManyRanks { world_size, limit }.into());
-        }
+        check_shares(config, days.features().n_items(), world_size)?;
         let n_sessions: usize = trained.iter().map(|file| file.n_sessions()).sum();
         if world_size > n_sessions {
             let limit = format!(
@@ -389,6 +383,17 @@ impl RunData {
         let changed = state.data.iter().find(|&entry| is_other(entry));
         changed.map(|(file, _)| file.as_str())
     }
+}
+
+/// Whether every rank has rows of an item table of so many, if ranks share it out.
+fn check_shares(config: &config::Config, n_items: i64, world_size: usize) -> Result<(), DataError> {
+    let is_sharded = config.parallel.item_table == ItemTable::Sharded && config.model.neural().is_some();
+    let n_shares = Share::most_ranks(n_items);
+    if is_sharded && world_size > n_shares {
+        let limit = format!("the {n_shares} shares that an item table of {n_items} rows can be cut into");
+        return Err(DataError::TooManyRanks { world_size, limit });
+    }
+    Ok(())
 }
 
 /// How a run ended that did not fail.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tch::Device;
 
-use super::{Learner, Place, TrainError, learner};
+use super::{Learner, Place, TrainError, check_shares, learner};
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, State, Tensors, read_tensors};
 use crate::collective::{Collective, Root};
 use crate::config;
@@ -138,6 +138,7 @@ impl<'a> TrainedRun<'a> {
         let eval_day = day.unwrap_or(train_day + 1);
         let file = days.file(eval_day, split)?;
         let n_items = days.features().n_items();
+        check_shares(config, n_items, place.collective.world_size())?;
         let share = config.parallel.share(n_items, config.run.reduction, place.collective);
         let mut learner = learner(config, days.features(), place.device, share)?;
         let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };

@@ -1,13 +1,16 @@
 //! Tables of items that ranks share out: another way to the same model.
 
 use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 use tch::Tensor;
 
 use crate::fixtures::distance;
+use crate::mpirun::mpirun;
 use crate::resume::{EXACT, assert_came_to_the_same, checkpoints};
-use crate::train::{ALL_FEATURES, CONFIG, Shop, XLNET, config_with};
+use crate::train::{ALL_FEATURES, CONFIG, PROGRAM, Shop, XLNET, config_with};
 
 const SHARDED: [&str; 2] = ["--set", "parallel.item_table=sharded"];
 
@@ -107,6 +110,15 @@ fn more_ranks_than_shares_are_refused() {
     assert_eq!(refused.code, Some(2), "{refused:#?}");
     let expected = "the 3 shares that an item table of 40 rows can be cut into";
     assert!(refused.stderr.contains(expected), "{}", refused.stderr);
+    // So is the evaluation of a run that fewer made.
+    shop.train("run", &SHARDED).success();
+    let (run, data) = (shop.run_dir("run"), shop.data());
+    let evaluate = ["evaluate", "--run-dir", run.to_str().unwrap(), "--data", data.to_str().unwrap()];
+    let limit = Duration::from_secs(60);
+    let refused = mpirun(4, Path::new(PROGRAM), &evaluate, &[], limit).unwrap();
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains(expected), "{}", refused.stderr);
+    mpirun(3, Path::new(PROGRAM), &evaluate, &[], limit).unwrap().success();
 }
 
 #[test]
