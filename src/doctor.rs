@@ -134,8 +134,11 @@ impl Findings {
         // Only rank 0 speaks.
         match tried {
             Some(Ok((write, read))) => {
-                let text =
-                    format!("writes {:.0} MB/s, to the disk; reads {:.0} MB/s", write / 1e6, read / 1e6);
+                let text = format!(
+                    "writes {:.0} MB/s, to the disk; reads them again at {:.0} MB/s",
+                    write / 1e6,
+                    read / 1e6
+                );
                 self.say(&format!("`{name}`"), &text);
                 if write < LEAST_FILE_RATE {
                     let rate = write / 1e6;

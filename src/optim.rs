@@ -230,7 +230,7 @@ fn update(of: &[Tensor; 4], scale: &Tensor, rates: Rates) {
         let _ = gradients.zero_();
         return;
     }
-    // In one pass: eight would read and write six times as much memory.
+    // In one pass: one operation after the other would read and write about three times as much memory.
     let scale = scale.double_value(&[]) as f32;
     let n_each = part_len(values.numel(), BLOCK);
     let [values, gradients, m, v] = [&mut values, &mut gradients, &mut m, &mut v].map(numbers::<f32>);

@@ -35,7 +35,7 @@ impl ExactSum {
             let mut n_bad = self.total.narrow(0, n, 1);
             n_bad += n - terms.abs().le(MOST).sum(Kind::Int64);
             let mut total = self.total.narrow(0, 0, n);
-            total += (terms.to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
+            total += multiples(terms);
             let _ = terms.zero_();
             return;
         }
@@ -64,7 +64,7 @@ impl ExactSum {
     pub fn move_into(&mut self, sums: &mut Tensor) {
         let n = sums.size()[0];
         if sums.device() != Device::Cpu {
-            let total = (self.total.narrow(0, 0, n).to_kind(Kind::Double) * UNIT).to_kind(Kind::Float);
+            let total = from_multiples(&self.total.narrow(0, 0, n));
             let is_bad = self.total.narrow(0, n, 1).ne(0);
             sums.copy_(&total.masked_fill(&is_bad, f64::NAN));
             let _ = self.total.zero_();

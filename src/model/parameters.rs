@@ -231,11 +231,6 @@ impl Parameters {
         self.gradients.narrow(0, 0, self.len())
     }
 
-    /// Gradients and tail as one, flat.
-    pub fn gradients_and_tail(&self) -> Tensor {
-        self.gradients.shallow_clone()
-    }
-
     /// What the ranks sum after a backward pass: the gradients of what all have, and the tail.
     pub fn reduced(&self) -> Tensor {
         self.gradients.narrow(0, self.n_own, self.gradients.size()[0] - self.n_own)

@@ -20,10 +20,10 @@ use crate::collective::{Collective, CollectiveError, exact};
 /// Items of a tile on the CPU. A GPU does better with few large products.
 const TILE: i64 = 4096;
 
-/// Fewer targets at a time are not worth their passes over the table: measured on a CPU.
+/// Fewer targets at a time are not worth their passes over the table: an estimate from the rates of a CPU and its memory.
 const LEAST_TARGETS: i64 = 32;
 
-/// Memory for logits, kept from step to step: to be given pages anew takes as long as to compute what goes there.
+/// Memory for logits, kept from step to step, as to be given pages anew takes time.
 #[derive(Default)]
 pub struct Workspace(Option<Tensor>);
 
