@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import grpc
-from serve import free_port, sessions, triton_body
+from serve import CONNECTIONS, free_port, sessions, triton_body
 from tritonclient.grpc import service_pb2
 
 # What a server says to a request that it did not crash over.
@@ -130,6 +130,11 @@ class Abuse:
                 pass
         words = answer.split(b" ")
         return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
+
+    def asks(self, body):
+        """A well-formed request; it may find the queue full."""
+        data = json.dumps(body).encode()
+        return self.status(self.head(len(data)) + data)
 
     def mutated_json(self, body):
         data = mutated(self.random, json.dumps(body).encode())
@@ -251,6 +256,8 @@ def main():
     # The allocator keeps what the worst moment took: let that be over before memory is watched.
     crowd = [threading.Thread(target=abuse.too_long, args=[bodies[0]]) for _ in range(16)]
     crowd += [threading.Thread(target=abuse.mutated_json, args=[body]) for body in (bodies * 2)[:512]]
+    # Batches as large as they come, in every worker.
+    crowd += [threading.Thread(target=abuse.asks, args=[body]) for body in (bodies * 2)[:1024]]
     for client in crowd:
         client.start()
     for client in crowd:
@@ -259,8 +266,8 @@ def main():
     abuser = threading.Thread(target=abuse.run, args=[options.wrong])
     abuser.start()
     seconds = round(60 * options.minutes)
-    load = [options.oha, "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-c", "64", "-q", str(options.rate)]
-    load += ["--latency-correction", "-m", "POST", "-T", "application/json", "-Z", str(lines)]
+    load = [options.oha, "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-c", str(CONNECTIONS)]
+    load += ["-q", str(options.rate), "--latency-correction", "-m", "POST", "-T", "application/json", "-Z", str(lines)]
     load = subprocess.Popen([*load, f"http://127.0.0.1:{http}/v2/models/{options.name}/infer"], stdout=subprocess.PIPE)
     begun, memory = time.monotonic(), []
     # Its answer fits into a pipe.
