@@ -66,8 +66,8 @@ pub fn share(
         let receive = |Shape { name, is_count, size }| {
             let kind = if is_count { Kind::Int64 } else { Kind::Float };
             let mine = have.next().map(|(_, tensor)| tensor.contiguous());
-            if rows.company().is_some() && model::Share::is_table(&name) {
-                return Ok((name, deal(mine.as_ref(), (&size, kind), rows)?));
+            if let Some(company) = rows.company().filter(|_| model::Share::is_table(&name)) {
+                return Ok((name, deal(mine.as_ref(), (&size, kind), rows, company)?));
             }
             let mut tensor = mine.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));
             collective.broadcast(&mut tensor, 0)?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::collective::CollectiveError;
+use crate::collective::{Collective, CollectiveError};
 use crate::model::Share;
 
 /// Numbers of a table that travel at a time.
@@ -93,7 +93,7 @@ pub(super) fn stream(
             continue;
         };
         let of_row = tensor.size()[1..].to_vec();
-        let most_rows = (BLOCK / of_row.iter().product::<i64>()).max(1);
+        let most_rows = rows_at_a_time(&of_row);
         for (rank, rows) in share.by_rank().into_iter().enumerate() {
             for first in (rows.start..rows.end).step_by(most_rows as usize) {
                 let n = most_rows.min(rows.end - first);
@@ -109,18 +109,23 @@ pub(super) fn stream(
     Ok(())
 }
 
-/// *All ranks* of a share with company. What rank 0 has as `whole`, of this size and kind: the rows that are this rank's, as
+/// How many rows of this size travel at a time.
+fn rows_at_a_time(of_row: &[i64]) -> i64 {
+    (BLOCK / of_row.iter().product::<i64>()).max(1)
+}
+
+/// *All ranks* of a share, which are the `company`. What rank 0 has as `whole`, of this size and kind: the rows that are this rank's, as
 /// far as there are any. A catalogue that has grown since has fewer rows there.
 pub(super) fn deal(
     whole: Option<&Tensor>,
     (size, kind): (&[i64], Kind),
     share: &Share<'_>,
+    company: &dyn Collective,
 ) -> Result<Tensor, CollectiveError> {
-    let company = share.company().expect("tables are dealt where there is company");
     let of_row = &size[1..];
     let rows = share.rows.start.min(size[0])..share.rows.end.min(size[0]);
     let own = Tensor::empty([&[rows.end - rows.start], of_row].concat(), (kind, Device::Cpu));
-    let most_rows = (BLOCK / of_row.iter().product::<i64>()).max(1);
+    let most_rows = rows_at_a_time(of_row);
     for first in (0..size[0]).step_by(most_rows as usize) {
         let end = (first + most_rows).min(size[0]);
         let mut block = match whole {
@@ -166,7 +171,7 @@ mod tests {
                         return table().narrow(0, 0, n_saved);
                     }
                     let whole = collective.root().map(|_| table().narrow(0, 0, n_saved));
-                    deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &share).unwrap()
+                    deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &share, collective).unwrap()
                 })
             });
             let named = read(&path);

@@ -17,7 +17,7 @@ use tch::Kind;
 
 use crate::checkpoint::{self, Position};
 use crate::collective::{self, Collective, CollectiveError, Reduce};
-use crate::config::{Config, ConfigError, RunConfig};
+use crate::config::{Config, ConfigError};
 use crate::data::Split;
 use crate::device::{self, DeviceChoice, seats};
 use crate::doctor;
@@ -582,18 +582,8 @@ struct Job {
 impl Job {
     /// *All ranks.* Joins the job this process was started into.
     fn join(load: impl FnOnce() -> Result<Config, ConfigError>) -> Result<Self, Failure> {
-        let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
-        // The device comes before `agree`, which makes tensors: libtorch looks for GPUs at the first of them.
-        let (local_rank, local_size) = (host.local_rank(), host.local_size());
-        let placed = load().map(|config| {
-            let RunConfig { device, threads_per_rank, .. } = config.run;
-            let placed = device::place(device, threads_per_rank, local_rank, local_size);
-            (config, placed)
-        });
-        let (config, placed) = agree(&*host, placed, |_| None)?;
-        let place = agree(&*host, placed, |error| Some(error.hint()))?;
-        let collective = collective::on_device(host, place.device)
-            .map_err(|error| Failure::refused(&error, error.hint()))?;
+        let choose = || load().map(|config| ((config.run.device, config.run.threads_per_rank), config));
+        let (place, collective, config) = join(choose)?;
         if let Some(watch) = collective.watch() {
             watch.set_limit(Duration::from_secs_f64(config.run.patience_seconds));
         }
@@ -627,6 +617,22 @@ impl Job {
             self.collective.abort(1)
         })
     }
+}
+
+/// *All ranks.* Joins the job this process was started into, on the device and with the threads that `choose` says.
+fn join<T, E: Error>(
+    choose: impl FnOnce() -> Result<((DeviceChoice, usize), T), E>,
+) -> Result<(device::Place, Box<dyn Collective>, T), Failure> {
+    let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
+    // The device comes before `agree`, which makes tensors: libtorch looks for GPUs at the first of them.
+    let (local_rank, local_size) = (host.local_rank(), host.local_size());
+    let chosen = choose()
+        .map(|((device, threads), more)| (device::place(device, threads, local_rank, local_size), more));
+    let (placed, more) = agree(&*host, chosen, |_| None)?;
+    let place = agree(&*host, placed, |error| Some(error.hint()))?;
+    let collective =
+        collective::on_device(host, place.device).map_err(|error| Failure::refused(&error, error.hint()))?;
+    Ok((place, collective, more))
 }
 
 /// *All ranks.* What each rank prepared by itself; where one failed, all are refused and rank 0 says why.
@@ -845,11 +851,8 @@ fn report(args: &ReportArgs) -> Result<(), Failure> {
 }
 
 fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
-    let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
-    let placed = device::place(args.device.choice(), 0, host.local_rank(), host.local_size());
-    let place = agree(&*host, placed, |error| Some(error.hint()))?;
-    let collective =
-        collective::on_device(host, place.device).map_err(|error| Failure::refused(&error, error.hint()))?;
+    let (place, collective, ()) =
+        join(|| Ok::<_, std::convert::Infallible>(((args.device.choice(), 0), ())))?;
     let found = doctor::examine(&place, &args.dir, &*collective)
         .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
     if collective.root().is_some() {

@@ -21,7 +21,7 @@ mod error;
 pub mod exact;
 pub mod mpi;
 pub mod nccl;
-mod rows;
+pub mod rows;
 pub mod solo;
 pub mod threads;
 pub mod watch;

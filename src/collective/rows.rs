@@ -1,5 +1,7 @@
 //! Rows of which every rank has a number of its own.
 
+use std::ops::Range;
+
 use tch::Tensor;
 
 use super::{Collective, CollectiveError, Reduce};
@@ -31,16 +33,25 @@ impl dyn Collective + '_ {
         if counts.len() == 1 || longest == 0 {
             return Ok(rows.detach());
         }
-        let starts = counts.iter().scan(0, |end, &n| {
-            *end += n;
-            Some(*end - n)
-        });
-        let parts: Vec<Tensor> =
-            starts.zip(counts).map(|(start, &n)| padded(&rows.narrow(0, start, n), longest)).collect();
+        let part = |of: Range<i64>| padded(&rows.narrow(0, of.start, of.end - of.start), longest);
+        let parts: Vec<Tensor> = by_rank(counts).map(part).collect();
         let mut own = rows.new_empty(with_rows(rows, longest), of(rows));
         self.reduce_scatter(&Tensor::cat(&parts, 0), &mut own, Reduce::Sum)?;
         Ok(own.narrow(0, 0, counts[self.rank()]))
     }
+
+    /// *All ranks.* `[..]` of every rank: `[ranks, ..]`.
+    pub fn of_each_rank(&self, own: &Tensor) -> Result<Tensor, CollectiveError> {
+        self.gather_rows(&own.unsqueeze(0), &vec![1; self.world_size()])
+    }
+}
+
+/// Which of the rows of all ranks, one rank's after the other's, are each rank's.
+pub fn by_rank(counts: &[i64]) -> impl Iterator<Item = Range<i64>> {
+    counts.iter().scan(0, |end, &n| {
+        *end += n;
+        Some(*end - n..*end)
+    })
 }
 
 fn longest(counts: &[i64]) -> i64 {

@@ -257,12 +257,17 @@ pub fn evaluate(
 fn coverage(in_top: &Tensor, share: &Share<'_>, collective: &dyn Collective) -> Result<f64, CollectiveError> {
     let in_top = in_top.to_kind(Kind::Uint8).to_device(Device::Cpu);
     let mut in_top = Vec::<u8>::try_from(in_top).expect("truth values [V]");
-    if share.company().is_none() {
-        collective.reduce(&mut in_top, Reduce::Max)?;
-    }
-    let mut n_covered = [in_top.iter().map(|&covered| i64::from(covered)).sum()];
-    if let Some(company) = share.company() {
-        company.sum_i64(&mut n_covered)?;
-    }
-    Ok(n_covered[0] as f64 / (share.n_items - FIRST_ITEM).max(0) as f64)
+    let n_covered = |in_top: &[u8]| in_top.iter().map(|&covered| i64::from(covered)).sum();
+    let n_covered = match share.company() {
+        Some(company) => {
+            let mut of_all = [n_covered(&in_top)];
+            company.sum_i64(&mut of_all)?;
+            of_all[0]
+        }
+        None => {
+            collective.reduce(&mut in_top, Reduce::Max)?;
+            n_covered(&in_top)
+        }
+    };
+    Ok(n_covered as f64 / (share.n_items - FIRST_ITEM).max(0) as f64)
 }

@@ -104,11 +104,6 @@ pub fn rank_targets(
     Ok(Ranking { ranks: (n_better + 1).where_self(&in_running, &beyond), losses, in_top })
 }
 
-/// *All ranks.* `[..]` of every rank: `[ranks, ..]`.
-fn of_each_rank(mine: &Tensor, company: &dyn Collective) -> Result<Tensor, CollectiveError> {
-    company.gather_rows(&mine.unsqueeze(0), &vec![1; company.world_size()])
-}
-
 /// The part of a chunk `[B, C]` of scores, and of its items, that may be recommended; what is hidden from a session
 /// scores −∞ from now on.
 fn recommendable(items: &Range<i64>, chunk: &Tensor, hidden: &Tensor) -> Option<(Range<i64>, Tensor)> {
@@ -157,7 +152,7 @@ impl Best {
         let missing = self.k + 1 - scores.size()[1];
         let nothing =
             scores.new_full([scores.size()[0], missing], f64::NEG_INFINITY, (scores.kind(), scores.device()));
-        let all = of_each_rank(&Tensor::cat(&[scores, nothing], 1), company)?;
+        let all = company.of_each_rank(&Tensor::cat(&[scores, nothing], 1))?;
         let all = all.permute([1, 0, 2]).reshape([all.size()[1], -1]);
         self.scores = Some(all.topk((self.k + 1).min(n_items), 1, true, true).0);
         Ok(())
@@ -203,7 +198,7 @@ impl Top {
         let last = self.last.index_select(0, &self.crowded);
         let tied = chunks.map(|chunk| n_true(&chunk.index_select(0, &self.crowded).eq_tensor(&last)));
         let n_tied = tied.fold(self.n_free.zeros_like(), |sum, n| sum + n);
-        let before = of_each_rank(&n_tied, company)?.narrow(0, 0, company.rank() as i64);
+        let before = company.of_each_rank(&n_tied)?.narrow(0, 0, company.rank() as i64);
         let before = before.sum_dim_intlist([0i64].as_slice(), false, Kind::Int64);
         self.n_free = (&self.n_free - before).clamp_min(0);
         Ok(())

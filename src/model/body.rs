@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::objective::{Objective, Plan, Shown, Visible};
+use super::rows::take_rows;
 use super::{Gru, Parameters, Xlnet};
 use crate::data::{Batch, Noise};
 
@@ -215,7 +216,7 @@ impl Layout {
     /// `x: [B, L, D]` → `[P, D]`.
     pub fn pack(&self, x: &Tensor) -> Tensor {
         let x = x.reshape([-1, x.size()[2]]);
-        self.cells.as_ref().map_or(x.shallow_clone(), |cells| x.index_select(0, cells))
+        self.cells.as_ref().map_or(x.shallow_clone(), |cells| take_rows(&x, cells))
     }
 
     /// What must not be attended to, bool `[B or 1, L, L]` as (session, from, to); a position always sees itself. `None`

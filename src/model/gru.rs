@@ -5,6 +5,7 @@ use tch::Tensor;
 
 use super::body::Layout;
 use super::parameters::Initial;
+use super::rows::take_rows;
 use super::{HeadConfig, InputConfig, Objective, Parameters};
 use crate::data::Noise;
 
@@ -88,18 +89,18 @@ impl Gru {
             Some(steps) => {
                 let n_sessions = steps.n_sessions.int64_value(&[0]);
                 let h0 = x.new_zeros([self.n_layers, n_sessions, self.width], (x.kind(), x.device()));
-                let x = x.index_select(0, &steps.positions);
+                let x = take_rows(x, &steps.positions);
                 let sizes = &steps.n_sessions;
                 let (states, _) =
                     Tensor::gru_data(&x, sizes, &h0, &layers, true, self.n_layers, 0.0, learns, false);
-                states.index_select(0, &steps.reads)
+                take_rows(&states, &steps.reads)
             }
             // In a trace, where the number of sessions is not known.
             None => {
                 let x = layout.pad(x);
                 let h0 = x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
                 let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, learns, false, true);
-                states.reshape([-1, self.width]).index_select(0, &layout.read_cells)
+                take_rows(&states.reshape([-1, self.width]), &layout.read_cells)
             }
         };
         match noise {

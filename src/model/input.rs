@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::parameters::{Initial, LayerNorm, Linear};
+use super::rows::take_rows;
 use super::share::Asked;
 use super::{ITEM_TABLE, Parameters, Share};
 use crate::collective::CollectiveError;
@@ -334,7 +335,7 @@ impl Input {
         }
         let vectors = self.to_body.apply(parameters, &events).relu();
         let mask = self.mask.map(|_| vectors.narrow(0, -1, 1));
-        (vectors.index_select(0, shown), mask)
+        (take_rows(&vectors, shown), mask)
     }
 }
 

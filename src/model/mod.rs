@@ -15,6 +15,7 @@ mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
+mod rows;
 mod share;
 mod xlnet;
 

@@ -8,10 +8,11 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::body::{Body, Layout};
-use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, Workspace, add_rows, cross_entropy};
+use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
+use super::rows::add_rows;
 use super::{Gru, Neural, Parameters, Recommender, Share, View, Xlnet};
 use crate::collective::CollectiveError;
 use crate::collective::exact::ExactSum;
@@ -172,8 +173,7 @@ impl<'a> Network<'a> {
     pub fn complete_own_gradients(&mut self) -> Result<Tensor, CollectiveError> {
         let mut own = self.parameters.own_gradients();
         let Some(sum) = &mut self.own_sum else {
-            let counts = vec![1; self.share.by_rank().len()];
-            return Ok(self.share.gather_rows(&squares(&own).view([1]), &counts)?.sum(Kind::Float));
+            return Ok(self.share.of_each_rank(&squares(&own))?.sum(Kind::Float));
         };
         sum.get_mut().move_into(&mut own);
         // Band by band, lest it matter which rank adds what.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use super::ITEM_TABLES;
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Collective, CollectiveError, rows};
 
 /// Bands that a catalogue is cut into at most, and rows of a band at least: shares are whole bands, so that sums over bands
 /// are the same on any number of ranks.
@@ -55,11 +55,7 @@ impl<'a> Share<'a> {
         if !self.is_exact {
             return std::iter::once(0..counts.iter().sum()).collect();
         }
-        let ends = counts.iter().scan(0, |end, &n| {
-            *end += n;
-            Some(*end - n..*end)
-        });
-        ends.filter(|group| !group.is_empty()).collect()
+        rows::by_rank(counts).filter(|group| !group.is_empty()).collect()
     }
 
     /// Rows of a band: a share is whole bands.
@@ -105,7 +101,7 @@ impl<'a> Share<'a> {
 
     /// How many tiles of so many items each rank's rows are cut into.
     pub fn n_tiles_by_rank(&self, tile: i64) -> Vec<i64> {
-        self.by_rank().into_iter().map(|rows| (rows.end - rows.start + tile - 1) / tile).collect()
+        self.by_rank().into_iter().map(|rows| div_ceil(rows.end - rows.start, tile)).collect()
     }
 
     /// Number of rows here.
@@ -140,10 +136,29 @@ impl<'a> Share<'a> {
         self.company.map_or_else(|| Ok(own.shallow_clone()), |company| company.gather_rows(own, counts))
     }
 
+    /// *All ranks.* Adds what each has of the rows of all, `[sum of counts, ..]`, up over ranks, and leaves each rank its own:
+    /// `[n, ..]`.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn scatter_rows(&self, of_all: &Tensor, counts: &[i64]) -> Result<Tensor, CollectiveError> {
+        self.company
+            .map_or_else(|| Ok(of_all.shallow_clone()), |company| company.scatter_rows(of_all, counts))
+    }
+
+    /// *All ranks.* `[..]` of every rank: `[ranks, ..]`; alone, only its own.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn of_each_rank(&self, own: &Tensor) -> Result<Tensor, CollectiveError> {
+        self.company.map_or_else(|| Ok(own.unsqueeze(0)), |company| company.of_each_rank(own))
+    }
+
     /// This rank's of rows `[sum of counts, ..]`.
     pub fn own_of(&self, of_all: &Tensor, counts: &[i64]) -> Tensor {
         let Some(company) = self.company else { return of_all.shallow_clone() };
-        of_all.narrow(0, counts[..company.rank()].iter().sum(), counts[company.rank()])
+        let first = counts[..company.rank()].iter().sum();
+        of_all.narrow(0, first, counts[company.rank()])
     }
 
     /// *All ranks.* Asks for the rows of the items `[N]`, of which every rank has its own: as many as `counts` says.
@@ -218,11 +233,16 @@ fn rows_of(n_items: i64, rank: usize, world_size: usize) -> Range<i64> {
 
 /// Rows of a band.
 fn band(n_items: i64) -> i64 {
-    ((n_items + MOST_BANDS - 1) / MOST_BANDS).max(LEAST_ROWS)
+    div_ceil(n_items, MOST_BANDS).max(LEAST_ROWS)
 }
 
 fn n_bands(n_items: i64) -> i64 {
-    (n_items + band(n_items) - 1) / band(n_items)
+    div_ceil(n_items, band(n_items))
+}
+
+/// How many times `b` it takes to hold `a`, neither below zero.
+pub(super) fn div_ceil(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::body::Layout;
 use super::parameters::{Initial, LayerNorm, Linear};
+use super::rows::take_rows;
 use super::{HeadConfig, InputConfig, Objective, Parameters};
 use crate::data::Noise;
 
@@ -165,13 +166,13 @@ impl Xlnet {
         let (positions, reads) = (&layout.positions_by_segment, &layout.reads_by_segment);
         let mut h = dropout(&mut noise, x, self.shape.dropout, positions);
         // A row for each read: by lookup, as a trace does not know how many there are.
-        let queries = |query: Tensor| query.index_select(0, &layout.reads.zeros_like());
+        let queries = |query: Tensor| take_rows(&query, &layout.reads.zeros_like());
         let mut read = query.map(|query| dropout(&mut noise, queries(query), self.shape.dropout, reads));
         for (number, layer) in self.layers.iter().enumerate() {
             let is_last = number + 1 == self.layers.len();
             let keys = layer.keys(parameters, self.shape, &h, layout, &table);
             if is_last && read.is_none() && !layout.reads_all {
-                read = Some(h.index_select(0, &layout.reads));
+                read = Some(take_rows(&h, &layout.reads));
             }
             if let Some(states) = &mut read {
                 let context = layer.attend_from_reads(
@@ -252,7 +253,7 @@ impl Layer {
     ) -> Tensor {
         let sessions = layout.read_sessions();
         let q = states.matmul(&matrix(parameters, self.q)).view([-1, shape.n_heads, shape.head_width()]);
-        let (k, v) = (keys.k.index_select(0, &sessions), keys.v.index_select(0, &sessions));
+        let (k, v) = (take_rows(&keys.k, &sessions), take_rows(&keys.v, &sessions));
         let by_content = (&q + parameters.leaf(self.r_w_bias)).unsqueeze(2).matmul(&k.transpose(2, 3));
         let by_position =
             (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&keys.r).transpose(0, 1);

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::Share;
+use super::rows::add_rows;
 use crate::collective::CollectiveError;
 use crate::data::with_seed;
 
@@ -291,16 +292,6 @@ pub fn cross_entropy(
         }
         Rivals::Drawn { items, contest } => sampled(states, targets, scored, (items, contest), uniform),
     }
-}
-
-/// Adds rows `of: [N, ..]` to the rows `to: [N]` of `table: [V, ..]`, of which some may be the same.
-pub(in crate::model) fn add_rows(table: &mut Tensor, to: &Tensor, of: &Tensor) {
-    // Not `index_add_`, which on the CPU goes from row to row, each an operation of its own.
-    let to = match of.dim() {
-        1 => to.shallow_clone(),
-        _ => to.unsqueeze(1).expand_as(of),
-    };
-    let _ = table.scatter_add_(0, &to, of);
 }
 
 /// A column of each row of probabilities `p: [n, C]`, by the uniform numbers `[n]`: i64 `[n]`.

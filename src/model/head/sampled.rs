@@ -42,10 +42,7 @@ pub(super) fn sampled(
     let with_one = Tensor::cat(&[h, &h.new_ones([h.size()[0], 1], (h.kind(), h.device()))], 1);
     let of_rivals = by_rivals.tr().matmul(&with_one);
     let of_rivals = match share.company().filter(|_| share.is_exact()) {
-        Some(company) => {
-            let of_all = company.gather_rows(&of_rivals.unsqueeze(0), &vec![1; company.world_size()])?;
-            of_all.unbind(0)
-        }
+        Some(company) => company.of_each_rank(&of_rivals)?.unbind(0),
         None => vec![over_ranks(of_rivals)?],
     };
     for of_rivals in of_rivals {

@@ -14,8 +14,10 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CrossEntropy, Scored, Share, add_rows, draw};
+use super::{CrossEntropy, Scored, Share, draw};
 use crate::collective::{Collective, CollectiveError, exact};
+use crate::model::rows::add_rows;
+use crate::model::share::div_ceil;
 
 /// Items of a tile on the CPU. A GPU does better with few large products.
 const TILE: i64 = 4096;
@@ -62,10 +64,6 @@ impl Cut {
     fn exact(n_targets: i64, share: &Share<'_>, max_logits: i64) -> Self {
         Self { n_targets, tile: share.band(), keeps: n_targets * share.most_rows() <= max_logits }
     }
-}
-
-fn div_ceil(a: i64, b: i64) -> i64 {
-    (a + b - 1) / b
 }
 
 /// See [`super::cross_entropy`].
@@ -123,10 +121,7 @@ pub(super) fn full(
         (scored.settle)();
     }
 
-    let back = |of_all: Tensor| match share.company() {
-        Some(company) => company.scatter_rows(&of_all, counts),
-        None => Ok(of_all),
-    };
+    let back = |of_all: Tensor| share.scatter_rows(&of_all, counts);
     let mut state_gradient = sums.back(back)?;
     let wanted_logits = back(Tensor::cat(&wanted_logits, 0))?;
     let log_sums = share.own_of(&Tensor::cat(&log_sums, 0), counts);
@@ -225,8 +220,8 @@ fn part(
     let all_logs = match by_tile {
         true => share.gather_rows(&logs, &share.n_tiles_by_rank(cut.tile))?,
         false => {
-            let of_all_tiles = logs.logsumexp([0i64].as_slice(), true);
-            share.gather_rows(&of_all_tiles, &vec![1; share.by_rank().len()])?
+            let of_all_tiles = logs.logsumexp([0i64].as_slice(), false);
+            share.of_each_rank(&of_all_tiles)?
         }
     };
     let log_sums = all_logs.logsumexp([0i64].as_slice(), false);
