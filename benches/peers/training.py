@@ -7,7 +7,8 @@ Needs torch, transformers, pyarrow and numpy (benches/peers/requirements.txt). D
 f32, the fused AdamW, gradients clipped at 1. Variants: `hf` is Hugging Face's XLNetModel over all positions, `lean` the
 same arithmetic with the last layer computed only where something is predicted. Both score only those positions against the
 catalogue, as the original does. Prints one line of JSON: sessions a second by the median step, of all processes, and by the
-steps at a tenth and nine tenths; GiB that the process reached at most, and of parameters and moments.
+steps at a tenth and nine tenths; GiB that the process, or its tensors on the GPU, reached at most, and of parameters and
+moments.
 """
 
 import argparse
@@ -121,7 +122,7 @@ class Attention(nn.Module):
             h = h.reshape(-1, d)[read_at]
             q = (h @ self.q).view(-1, heads, d // heads).transpose(0, 1)
             content = ((q + self.r_w).transpose(0, 1).unsqueeze(2) @ k[sessions].transpose(2, 3)).squeeze(2)
-            columns = torch.arange(length)[None] - places[:, None] + length
+            columns = torch.arange(length, device=h.device)[None] - places[:, None] + length
             position = ((q + self.r_r) @ r).transpose(0, 1).gather(2, columns[:, None].expand(-1, heads, -1))
             weights = self.drop(((content + position) * (d // heads) ** -0.5).softmax(-1))
             found = (weights.unsqueeze(2) @ v[sessions]).reshape(-1, d)
@@ -177,12 +178,13 @@ class Recommender(nn.Module):
 def masked(items):
     """Masked item modelling: every event with 0.15, one in any case, but not all."""
     is_event = items > 0
-    hidden = is_event & (torch.rand(items.shape) < 0.15)
+    rand = lambda *shape: torch.rand(shape, device=items.device)
+    hidden = is_event & (rand(*items.shape) < 0.15)
     lengths = is_event.sum(1)
-    rows = torch.arange(len(items))
-    hidden[rows, (torch.rand(len(items)) * lengths).long()] = True
+    rows = torch.arange(len(items), device=items.device)
+    hidden[rows, (rand(len(items)) * lengths).long()] = True
     full = hidden.sum(1) == lengths
-    hidden[rows[full], (torch.rand(len(items)) * lengths).long()[full]] = False
+    hidden[rows[full], (rand(len(items)) * lengths).long()[full]] = False
     return hidden
 
 
@@ -196,6 +198,7 @@ def main():
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, one process only")
     options = parser.parse_args()
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -208,9 +211,8 @@ def main():
     columns = read(options.data, [ITEM, *CATEGORIES, *NUMBERS] if side else [ITEM])
     rows = {name: cardinality(schema, name) for name in columns if name not in NUMBERS}
     torch.manual_seed(1)
-    kinds = {("gru", "hf"): Gru, ("gru", "lean"): Gru}
-    body = kinds.get((options.model, options.variant), HfXlnet if options.variant == "hf" else LeanXlnet)
-    model = Recommender(body(rows, side), rows[ITEM])
+    body = Gru if options.model == "gru" else {"hf": HfXlnet, "lean": LeanXlnet}[options.variant]
+    model = Recommender(body(rows, side), rows[ITEM]).to(options.device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=7e-4, weight_decay=0, fused=True)
     run = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
@@ -224,8 +226,9 @@ def main():
     for step in range(options.warm_up + options.steps):
         first = (step * options.batch + rank * own) % (n - own)
         batch = {name: column[order[first:first + own]] for name, column in columns.items()}
-        items = batch[ITEM]
         began = time.perf_counter()
+        batch = {name: column.to(options.device) for name, column in batch.items()}
+        items = batch[ITEM]
         if options.model == "gru":
             hidden, following = None, functional.pad(items[:, 1:], (0, 1))
         else:
@@ -241,7 +244,8 @@ def main():
         seconds.append(time.perf_counter() - began)
     seconds = sorted(seconds[options.warm_up:])
     rate = lambda share: options.batch / seconds[min(len(seconds) - 1, int(share * len(seconds)))]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    on_cpu = options.device == "cpu"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if on_cpu else torch.cuda.max_memory_allocated() / 2**30
     figures = {
         "sessions_per_s": rate(0.5), "slow": rate(0.9), "fast": rate(0.1), "peak_gib": peak,
         "state_gib": 3 * 4 * n_parameters / 2**30, "loss": loss.item(), "n_items": rows[ITEM],

@@ -27,7 +27,9 @@ use crate::recommend;
 use crate::report::runs::CONFIG;
 use crate::report::{self, Report, compare, runs};
 use crate::synth::{self, SynthError, SynthOptions};
-use crate::train::{Ended, ImportedWeights, Place, RunData, Signals, TrainError, TrainedRun, Training};
+use crate::train::{
+    Ended, ImportedWeights, Place, Reduction, RunData, Signals, TrainError, TrainedRun, Training,
+};
 
 use run_dir::{Opened, RunDirError, begin_run, open_run, prepare_run_dir};
 
@@ -584,6 +586,9 @@ impl Job {
     fn join(load: impl FnOnce() -> Result<Config, ConfigError>) -> Result<Self, Failure> {
         let choose = || load().map(|config| ((config.run.device, config.run.threads_per_rank), config));
         let (place, collective, config) = join(choose)?;
+        if place.device.is_cuda() && config.run.reduction == Reduction::Reproducible {
+            agree(&*collective, device::make_deterministic(), |_| None)?;
+        }
         if let Some(watch) = collective.watch() {
             watch.set_limit(Duration::from_secs_f64(config.run.patience_seconds));
         }

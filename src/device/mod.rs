@@ -7,6 +7,7 @@
 pub mod host;
 pub mod seats;
 
+use std::env;
 use std::fs;
 use std::thread::available_parallelism;
 
@@ -136,6 +137,42 @@ fn load(name: &str) -> Result<(), libloading::Error> {
     // SAFETY: the initialisers of the CUDA driver and of libtorch have no precondition; a second load does nothing.
     let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) }?;
     std::mem::forget(library);
+    Ok(())
+}
+
+/// Sets what the CUDA libraries read when they are loaded, unless it is set: cuBLAS gives the same bits each time with
+/// workspaces of one size.
+///
+/// # Safety
+/// No other thread may read or change the environment meanwhile.
+pub unsafe fn set_environment() {
+    const NAME: &str = "CUBLAS_WORKSPACE_CONFIG";
+    if env::var_os(NAME).is_none() {
+        // SAFETY: as the caller promises.
+        unsafe { env::set_var(NAME, ":4096:8") };
+    }
+}
+
+/// Has libtorch choose operations on GPUs that give the same bits each time, as far as there are any: its fastest sum in
+/// whatever order threads come.
+///
+/// # Errors
+/// This libtorch has no such switch.
+pub fn make_deterministic() -> Result<(), NoGpu> {
+    type Context = *mut std::ffi::c_void;
+    let missing =
+        |error| NoGpu { reason: format!("this libtorch cannot be told to be deterministic: {error}") };
+    let this = Library::this();
+    // SAFETY: the types are those of `at::globalContext()`, which returns a reference to what lives as long as the process,
+    // and of `at::Context::setDeterministicAlgorithms(bool, bool)`, whose object comes first, in libtorch 2.11.
+    unsafe {
+        let context = this.get::<unsafe extern "C" fn() -> Context>(b"_ZN2at13globalContextEv\0");
+        let set = this.get::<unsafe extern "C" fn(Context, bool, bool)>(
+            b"_ZN2at7Context26setDeterministicAlgorithmsEbb\0",
+        );
+        // Where there is no such operation, libtorch warns and goes on.
+        set.map_err(missing)?(context.map_err(missing)?(), true, true);
+    }
     Ok(())
 }
 

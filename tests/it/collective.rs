@@ -12,7 +12,7 @@ use bireme::collective::{Collective, CollectiveError, Reduce, join, on_device, t
 use bireme::device::{DeviceChoice, place};
 use tch::{Device, Kind, Tensor};
 
-use crate::mpirun::{Finished, mpirun, run_within};
+use crate::mpirun::{Finished, has_gpu, mpirun, mpirun_on_one_gpu, run_within};
 
 const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Int64, Kind::Uint8];
 const REDUCTIONS: [Reduce; 3] = [Reduce::Sum, Reduce::Min, Reduce::Max];
@@ -381,25 +381,12 @@ fn nccl_where_it_cannot_be_is_an_error_and_no_panic() {
 
 #[test]
 fn nccl_gives_what_mpi_gives() {
-    if !Path::new("/dev/nvidiactl").exists() {
-        assert_ne!(env::var("REQUIRE_GPU").as_deref(), Ok("1"), "there is no GPU");
-        println!("skipped: there is no GPU, so NCCL carried nothing");
+    if !has_gpu() {
         return;
     }
-    // NCCL takes ranks with different host names to be on different hosts, so that two may share the one GPU.
-    let name_host = r#"NCCL_HOSTID="rank-$OMPI_COMM_WORLD_RANK" exec "$0" "$@""#;
     let this = env::current_exe().unwrap();
-    let arguments = [&["-c", name_host, this.to_str().unwrap()], CHILD.as_slice()].concat();
-    let variables = [
-        (CASE, "gpu"),
-        ("NCCL_ALGO", "Ring"),
-        ("NCCL_PROTO", "Simple"),
-        ("NCCL_IB_DISABLE", "1"),
-        ("NCCL_NVLS_ENABLE", "0"),
-        ("NCCL_MNNVL_ENABLE", "0"),
-    ];
     for n_ranks in [2, 3] {
-        let Some(finished) = mpirun(n_ranks, Path::new("/bin/sh"), &arguments, &variables, 3 * LIMIT) else {
+        let Some(finished) = mpirun_on_one_gpu(n_ranks, &this, &CHILD, &[(CASE, "gpu")], 3 * LIMIT) else {
             return;
         };
         finished.success();

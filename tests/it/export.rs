@@ -86,7 +86,7 @@ impl Shop {
         self.run(&["train", "--config", &file, "--data", &data, "--run-dir", &run]).success();
     }
 
-    fn export(&self, name: &str, more: &[&str]) -> Finished {
+    pub fn export(&self, name: &str, more: &[&str]) -> Finished {
         self.export_with(name, &[&["--python-backend"], more].concat())
     }
 
@@ -96,7 +96,7 @@ impl Shop {
         self.run(&[&arguments[..], more].concat())
     }
 
-    fn evaluate(&self, name: &str, more: &[&str]) -> serde_json::Value {
+    pub fn evaluate(&self, name: &str, more: &[&str]) -> serde_json::Value {
         let (data, run) = (self.path("data"), self.path(name));
         let arguments = ["evaluate", "--run-dir", &run, "--data", &data];
         let finished = self.run(&[&arguments[..], more].concat()).success();

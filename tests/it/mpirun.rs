@@ -55,6 +55,36 @@ pub fn mpirun(
     Some(run_within(&mut command, limit))
 }
 
+/// The same with ranks that share the host's one GPU: NCCL takes those with different host names to be on different hosts.
+pub fn mpirun_on_one_gpu(
+    n_ranks: usize,
+    program: &Path,
+    arguments: &[&str],
+    variables: &[(&str, &str)],
+    limit: Duration,
+) -> Option<Finished> {
+    let name_host = r#"NCCL_HOSTID="rank-$OMPI_COMM_WORLD_RANK" exec "$0" "$@""#;
+    let arguments = [&["-c", name_host, program.to_str().unwrap()], arguments].concat();
+    let between_hosts = [
+        ("NCCL_ALGO", "Ring"),
+        ("NCCL_PROTO", "Simple"),
+        ("NCCL_IB_DISABLE", "1"),
+        ("NCCL_NVLS_ENABLE", "0"),
+        ("NCCL_MNNVL_ENABLE", "0"),
+    ];
+    mpirun(n_ranks, Path::new("/bin/sh"), &arguments, &[&between_hosts, variables].concat(), limit)
+}
+
+/// Whether there is a GPU. Where there is none the test prints `skipped: ...` here and returns. With `REQUIRE_GPU=1` it fails.
+pub fn has_gpu() -> bool {
+    let has_gpu = Path::new("/dev/nvidiactl").exists();
+    if !has_gpu {
+        assert_ne!(env::var("REQUIRE_GPU").as_deref(), Ok("1"), "there is no GPU");
+        println!("skipped: there is no GPU, so nothing ran on one");
+    }
+    has_gpu
+}
+
 fn found(program: &str) -> bool {
     env::var_os("PATH")
         .is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))

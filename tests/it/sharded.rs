@@ -12,11 +12,11 @@ use crate::mpirun::mpirun;
 use crate::resume::{EXACT, assert_came_to_the_same, checkpoints};
 use crate::train::{ALL_FEATURES, CONFIG, PROGRAM, Shop, XLNET, config_with};
 
-const SHARDED: [&str; 2] = ["--set", "parallel.item_table=sharded"];
+pub const SHARDED: [&str; 2] = ["--set", "parallel.item_table=sharded"];
 
 /// Losses, norms and figures of two runs are the same to so small a part.
 #[track_caller]
-fn assert_close(shop: &Shop, run: &str, other: &str, bound: f64) {
+pub fn assert_close(shop: &Shop, run: &str, other: &str, bound: f64) {
     let numbers = |run: &str| {
         let of = |kind: &str, key: &str| -> Vec<f64> {
             shop.records(run, kind).iter().map(|record| record[key].as_f64().unwrap()).collect()
@@ -54,15 +54,14 @@ fn assert_close_tensors(shop: &Shop, run: &str, other: &str) {
     }
 }
 
-#[test]
-fn shared_out_tables_come_to_the_same_losses_figures_and_checkpoints() {
-    let shop = Shop::new(150);
+/// Losses, optimizers, objectives and bodies, each by its name, with its configuration and what is set on top.
+pub fn ways_to_learn() -> [(&'static str, String, Vec<&'static str>); 7] {
     let gru = |more: &str| CONFIG.replace("[train]", &format!("[model.objective]\n{more}\n[train]"));
     let causal = "kind = \"causal\"";
     let sampled = "train.loss={ kind = \"sampled\", n_negatives = 12 }";
     let gbce = "train.loss={ kind = \"gbce\", n_negatives = 12 }";
     let smoothed = "train.loss={ kind = \"softmax\", label_smoothing = 0.1 }";
-    let cases: [(&str, String, Vec<&str>); 7] = [
+    [
         ("softmax", gru(causal), vec![]),
         ("smoothed", gru(causal), vec!["--set", smoothed, "--set", "model.head.tied=false"]),
         ("sampled", gru(causal), vec!["--set", sampled, "--set", "model.dropout=0.2"]),
@@ -70,8 +69,13 @@ fn shared_out_tables_come_to_the_same_losses_figures_and_checkpoints() {
         ("adagrad", gru(causal), vec!["--set", "train.tables={ kind = \"adagrad\", learning_rate = 0.1 }"]),
         ("replaced", gru("kind = \"replaced\"\nprobability = 0.3\nweight = 1.0"), vec![]),
         ("xlnet", config_with(XLNET), [&ALL_FEATURES[..], &["--set", "model.dropout=0.2"]].concat()),
-    ];
-    for (name, config, set) in cases {
+    ]
+}
+
+#[test]
+fn shared_out_tables_come_to_the_same_losses_figures_and_checkpoints() {
+    let shop = Shop::new(150);
+    for (name, config, set) in ways_to_learn() {
         fs::write(shop.config(), config).unwrap();
         let whole = format!("{name} whole");
         shop.train(&whole, &set).success();
