@@ -115,7 +115,7 @@ pub struct Adagrad {
 impl Adagrad {
     /// Zero sums for `tables`, which lie side by side from the first of `values: [n]` on.
     pub fn new(values: &Tensor, tables: &[View]) -> Self {
-        let n = tables.iter().map(|table| table.shape.iter().product::<i64>()).sum();
+        let n = tables.last().map_or(0, View::end);
         Self { tables: tables.to_vec(), sum: values.narrow(0, 0, n).zeros_like() }
     }
 
@@ -206,7 +206,7 @@ impl AdamW {
                     let _ = whole.index_copy_(0, &rows, &rows_of);
                 }
                 let _ = gradients.index_fill_(0, &rows, 0.0);
-                first += values.numel() as i64;
+                first = table.end();
             }
             let rest = |flat: &Tensor| flat.narrow(0, first, flat.size()[0] - first);
             update(&[values, gradients, &self.m, &self.v].map(rest), scale, rates);
@@ -356,24 +356,41 @@ mod tests {
         (parameters, values)
     }
 
+    /// Numbers of the three as they lie in the flat buffers.
+    fn flat(parameters: &Parameters, numbers: &[f32; 8]) -> Tensor {
+        let flat = parameters.values().zeros_like();
+        let mut rest = &numbers[..];
+        for (_, mut tensor) in parameters.named(&flat) {
+            let (mine, after) = rest.split_at(tensor.numel());
+            tensor.copy_(&Tensor::from_slice(mine).view_as(&tensor));
+            rest = after;
+        }
+        flat
+    }
+
+    /// The numbers of those that are in `flat`, which begins with the first.
+    fn numbers(parameters: &Parameters, flat: &Tensor) -> Vec<f32> {
+        let of = |(_, tensor): &(String, Tensor)| Vec::<f32>::try_from(tensor.reshape([-1])).unwrap();
+        parameters.named(flat).iter().flat_map(of).collect()
+    }
+
     #[test]
     fn adagrad_steps_shrink_and_leave_other_rows_alone() {
         let (parameters, values) = parameters();
         let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
         for _ in 0..2 {
-            let gradients = Tensor::from_slice(&[0.0f32, 0.0, 1.0, 0.0, 2.0, 0.0, 7.0, 7.0]);
+            let gradients = flat(&parameters, &[0.0, 0.0, 1.0, 0.0, 2.0, 0.0, 7.0, 7.0]);
             adagrad.step(&values, &gradients, &Tensor::from(0.5f32), 0.1);
             // Only what it has learnt from is used up.
-            assert_eq!(Vec::<f32>::try_from(&gradients).unwrap(), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 7.0]);
+            assert_eq!(numbers(&parameters, &gradients), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 7.0]);
         }
         // 0.5 / √0.25, then 0.5 / √0.5; what has no gradient stays, as does what is no table.
         let moved = 1.0 - 0.1 - 0.1 * 0.5f32.sqrt();
-        let values: Vec<f32> = Vec::try_from(values).unwrap();
+        let values = numbers(&parameters, &values);
         for (value, expected) in values.iter().zip([1.0, 1.0, moved, 1.0, moved, 1.0, 1.0, 1.0]) {
             assert!((value - expected).abs() < 1e-6, "{values:?}");
         }
-        let sum: Vec<f32> = Vec::try_from(adagrad.sum).unwrap();
-        assert_eq!(sum, [0.0, 0.0, 0.5, 0.0, 2.0, 0.0]);
+        assert_eq!(numbers(&parameters, &adagrad.sum), [0.0, 0.0, 0.5, 0.0, 2.0, 0.0]);
     }
 
     #[test]
@@ -381,15 +398,15 @@ mod tests {
         let (parameters, values) = parameters();
         let adagrad = TableOptimizer::Adagrad { learning_rate: 0.5 };
         let mut optimizer = Optimizer::new(&values, &parameters.views()[..2], adagrad, (0.1, 0.0));
-        let gradients = Tensor::from_slice(&[0.3f32, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0]);
+        let gradients = flat(&parameters, &[0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0]);
         optimizer.step(&values, &gradients, &Tensor::from(1f32), 0.5);
-        let moved: Vec<f32> = Vec::try_from(values).unwrap();
+        let moved = numbers(&parameters, &values);
         for (value, expected) in moved.iter().zip([0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 0.95, 1.0]) {
             assert!((value - expected).abs() < 1e-5, "{moved:?}");
         }
         let names: Vec<_> =
             optimizer.state().iter().map(|(name, first, t)| (*name, *first, t.numel())).collect();
-        assert_eq!(names, [("m", 6, 2), ("v", 6, 2), ("sum", 0, 6)]);
+        assert_eq!(names, [("m", 32, 16), ("v", 32, 16), ("sum", 0, 32)]);
     }
 
     #[test]
@@ -398,15 +415,14 @@ mod tests {
         let dense = values.copy();
         let mut lazy = AdamW::new(&values, &parameters.views()[..2], 0.0);
         let mut adamw = AdamW::new(&values, &[], 0.0);
-        let numbers = |of: &Tensor| Vec::<f32>::try_from(of).unwrap();
         for (step, gradients) in [[0.5f32, 0.1, 0.0, 0.0, 0.0, 2.0, 0.3, 0.0], [0.0; 8]].iter().enumerate() {
             for (optimizer, values) in [(&mut lazy, &values), (&mut adamw, &dense)] {
-                let gradients = Tensor::from_slice(gradients);
+                let gradients = flat(&parameters, gradients);
                 optimizer.step(values, &gradients, &Tensor::from(1f32), 0.1);
-                assert_eq!(numbers(&gradients), [0.0; 8]);
+                assert_eq!(numbers(&parameters, &gradients), [0.0; 8]);
             }
-            let is_like_dense: Vec<bool> =
-                numbers(&values).iter().zip(numbers(&dense)).map(|(a, b)| *a == b).collect();
+            let [ours, theirs] = [&values, &dense].map(|of| numbers(&parameters, of));
+            let is_like_dense: Vec<bool> = ours.iter().zip(theirs).map(|(a, b)| *a == b).collect();
             // After the second step, those of the tables that have moments.
             let table = step == 0;
             assert_eq!(is_like_dense, [table, table, true, true, true, table, true, true]);
@@ -417,7 +433,7 @@ mod tests {
     fn a_gradient_that_is_no_number_reaches_the_table() {
         let (parameters, values) = parameters();
         let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
-        let gradients = Tensor::from_slice(&[f32::NAN, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let gradients = flat(&parameters, &[f32::NAN, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
         adagrad.step(&values, &gradients, &Tensor::from(1f32), 0.5);
         assert!(values.double_value(&[0]).is_nan() && values.double_value(&[2]) == 1.0);
     }

@@ -8,7 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::plan::derive_seed;
 use super::{Features, Sessions};
-use crate::device::host::{in_parallel, numbers};
+use crate::device::host::{in_parallel, numbers, part_len};
+use crate::device::send;
 
 /// One micro-batch within a pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +86,7 @@ impl Batch {
 
     /// The batch on a device.
     pub fn to_device(&self, device: Device) -> Self {
-        self.with_columns(self.columns.iter().map(|column| column.to_device(device)).collect())
+        self.with_columns(self.columns.iter().map(|column| send(column, device)).collect())
     }
 
     /// The same sessions with other columns.
@@ -109,7 +110,7 @@ impl Batch {
             last.push(end - 1);
         }
         let device = self.items().device();
-        let [kept, last] = [kept, last].map(|places| Tensor::from_slice(&places).to_device(device));
+        let [kept, last] = [kept, last].map(|places| send(&Tensor::from_slice(&places), device));
         let mut known =
             self.with_columns(self.columns.iter().map(|column| column.index_select(0, &kept)).collect());
         known.lengths.iter_mut().for_each(|length| *length -= 1);
@@ -169,55 +170,82 @@ impl<'a> Noise<'a> {
             .map(|segment| derive_seed(segment.seed, "dropout", &[self.n_draws]))
             .collect();
         let size = [&[x.size()[0]], drawn].concat();
+        let keys = Keys::new(&size, &seeds, counts);
         let mask = match x.device() {
-            Device::Cpu => mask_here(&size, p, &seeds, counts),
-            device => mask_on(device, &size, p, &seeds, counts),
+            Device::Cpu => keys.mask_here(p),
+            device => keys.mask_on(device, p),
         };
         let mask = x.size()[1..].iter().zip(1..).fold(mask, |mask, (&size, dim)| mask.narrow(dim, 0, size));
         x * mask
     }
 }
 
-/// Zero with probability `p`, else `1 / (1 − p)`: as `size`, of whose rows the first `counts[0]` follow from the first seed,
-/// and so on. libtorch's own generator for the CPU gives one number at a time, on one thread.
-fn mask_here(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
-    let mut mask = Tensor::empty(size, (Kind::Float, Device::Cpu));
-    let of_row: usize = size[1..].iter().product::<i64>() as usize;
-    let n_each = seeds.len().div_ceil(tch::get_num_threads().max(1) as usize).max(1);
-    let mut rest = numbers::<f32>(&mut mask);
-    let mut parts: Vec<(u64, &mut [f32])> = Vec::with_capacity(seeds.len());
-    for (&seed, &count) in seeds.iter().zip(counts) {
-        let (part, after) = std::mem::take(&mut rest).split_at_mut(count as usize * of_row);
-        rest = after;
-        parts.push((seed, part));
-    }
-    let most_kept = ((1.0 - p) * 2f64.powi(32)) as u32;
-    let value = |bits: u32| if bits < most_kept { (1.0 / (1.0 - p)) as f32 } else { 0.0 };
-    in_parallel(parts.chunks_mut(n_each), |parts| {
-        for (seed, part) in parts {
-            let mut generator = Xoshiro256PlusPlus::seed_from_u64(*seed);
-            for two in part.chunks_mut(2) {
-                let bits = generator.next_u64();
-                for (value_of, bits) in two.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
-                    *value_of = value(bits);
-                }
-            }
-        }
-    });
-    mask
+/// What a mask `[N, ..]` follows from: a number for each of its rows, drawn from the seed of the row's micro-batch, and one for
+/// each of its columns. Their sum, mixed, says whether the value there is kept, so that a GPU finds all at once what a CPU
+/// finds row by row.
+struct Keys {
+    size: Vec<i64>,
+    rows: Vec<i32>,
+    columns: Vec<i32>,
 }
 
-/// The same on a GPU, by its own generator.
-fn mask_on(device: Device, size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
-    let masks: Vec<Tensor> = seeds
-        .iter()
-        .zip(counts)
-        .map(|(&seed, &count)| {
-            let size = [&[count], &size[1..]].concat();
-            with_seed(seed, device, || Tensor::empty(size, (Kind::Float, device)).bernoulli_float_(1.0 - p))
-        })
-        .collect();
-    Tensor::cat(&masks, 0) * (1.0 / (1.0 - p))
+impl Keys {
+    /// The first `counts[0]` rows follow from the first seed, and so on.
+    fn new(size: &[i64], seeds: &[u64], counts: &[i64]) -> Self {
+        let draw = |seed: u64, n: usize| {
+            let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
+            std::iter::repeat_with(move || generator.next_u32().cast_signed()).take(n)
+        };
+        Self {
+            size: size.to_vec(),
+            rows: seeds.iter().zip(counts).flat_map(|(&seed, &n)| draw(seed, n as usize)).collect(),
+            columns: draw(0, size[1..].iter().product::<i64>() as usize).collect(),
+        }
+    }
+
+    /// Zero with probability `p`, else `1 / (1 − p)`: shaped as `size`.
+    fn mask_here(&self, p: f64) -> Tensor {
+        let mut mask = Tensor::empty(&self.size, (Kind::Float, Device::Cpu));
+        let (dropped, kept) = (threshold(p), (1.0 / (1.0 - p)) as f32);
+        let n_columns = self.columns.len().max(1);
+        let n_rows = part_len(self.rows.len(), 1);
+        let parts = numbers::<f32>(&mut mask).chunks_mut(n_rows * n_columns).zip(self.rows.chunks(n_rows));
+        in_parallel(parts, |(values, rows)| {
+            for (values, row) in values.chunks_mut(n_columns).zip(rows) {
+                for (value, column) in values.iter_mut().zip(&self.columns) {
+                    *value = if mix(row.wrapping_add(*column)) < dropped { 0.0 } else { kept };
+                }
+            }
+        });
+        mask
+    }
+
+    /// The same on a GPU.
+    fn mask_on(&self, device: Device, p: f64) -> Tensor {
+        let keys = send(&Tensor::from_slice(&[&self.rows[..], &self.columns].concat()), device);
+        let (n_rows, n_columns) = (self.rows.len() as i64, self.columns.len() as i64);
+        let of_rows = keys.narrow(0, 0, n_rows).unsqueeze(1);
+        let mut x = of_rows + keys.narrow(0, n_rows, n_columns);
+        let _ = x.g_mul_scalar_(i64::from(FACTORS[0]));
+        let _ = x.bitwise_xor_tensor_(&x.bitwise_right_shift_tensor_scalar(SHIFT));
+        let _ = x.g_mul_scalar_(i64::from(FACTORS[1]));
+        (x.ge(i64::from(threshold(p))) * (1.0 / (1.0 - p))).view(self.size.as_slice())
+    }
+}
+
+/// The least of numbers of 32 bits that are kept, if a share of `p` is not.
+fn threshold(p: f64) -> i32 {
+    ((p - 0.5) * 2f64.powi(32)) as i32
+}
+
+/// Odd numbers without a pattern: those of the golden ratio and of MurmurHash3's last mixing.
+const FACTORS: [i32; 2] = [0x9e37_79b1_u32.cast_signed(), 0x85eb_ca6b_u32.cast_signed()];
+const SHIFT: i64 = 15;
+
+/// Spreads what is alike in sums of two keys over all bits, above all the first.
+fn mix(x: i32) -> i32 {
+    let x = x.wrapping_mul(FACTORS[0]);
+    (x ^ (x >> SHIFT)).wrapping_mul(FACTORS[1])
 }
 
 /// Draws with libtorch's generator for `device`, seeded with `seed`.
@@ -237,18 +265,47 @@ pub fn with_seed<T>(seed: u64, device: Device, draw: impl FnOnce() -> T) -> T {
 mod tests {
     use super::*;
 
+    fn mask(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
+        let keys = Keys::new(size, seeds, counts);
+        let here = keys.mask_here(p);
+        // What a GPU computes, which a CPU can too.
+        assert!(here.equal(&keys.mask_on(Device::Cpu, p)));
+        here
+    }
+
     #[test]
     fn dropout_keeps_the_mean_and_each_micro_batch_has_its_own() {
         let (p, counts) = (0.3, [300, 0, 500]);
-        let mask = mask_here(&[800, 101], p, &[1, 2, 3], &counts);
-        let mean = mask.mean(Kind::Double).double_value(&[]);
+        let drawn = mask(&[800, 101], p, &[1, 2, 3], &counts);
+        let mean = drawn.mean(Kind::Double).double_value(&[]);
         assert!((mean - 1.0).abs() < 0.01, "{mean}");
-        let kept = mask.gt(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
-        assert!((kept - 0.7).abs() < 0.01, "{kept}");
-        assert!(((mask.max().double_value(&[])) - 1.0 / 0.7).abs() < 1e-6);
-        let alone = mask_here(&[500, 101], p, &[3], &[500]);
-        assert!(mask.narrow(0, 300, 500).equal(&alone));
-        assert!(!mask.narrow(0, 0, 300).equal(&alone.narrow(0, 0, 300)));
-        assert_eq!(mask_here(&[0, 4], p, &[5], &[0]).size(), [0, 4]);
+        assert!(((drawn.max().double_value(&[])) - 1.0 / 0.7).abs() < 1e-6);
+        let alone = mask(&[500, 101], p, &[3], &[500]);
+        assert!(drawn.narrow(0, 300, 500).equal(&alone));
+        assert!(!drawn.narrow(0, 0, 300).equal(&alone.narrow(0, 0, 300)));
+        assert_eq!(mask(&[0, 4], p, &[5], &[0]).size(), [0, 4]);
+        assert_eq!(mask(&[2, 4, 3], 0.0, &[5], &[2]).sum(Kind::Float).double_value(&[]), 24.0);
+    }
+
+    #[test]
+    fn what_is_dropped_in_a_row_says_nothing_about_others() {
+        let (n, d, p) = (2000, 768, 0.3);
+        let dropped = mask(&[n, d], p, &[7], &[n]).eq(0.0).to_kind(Kind::Double);
+        let spread = (p * (1.0 - p)).sqrt();
+        let x = (&dropped - p) / spread;
+        // Means of rows and of columns are as far apart as those of independent numbers.
+        for (dim, of) in [(0, n), (1, d)] {
+            let means = x.mean_dim([dim].as_slice(), false, Kind::Double) * (of as f64).sqrt();
+            let variance = means.square().mean(Kind::Double).double_value(&[]);
+            assert!((variance - 1.0).abs() < 0.2, "along {dim}: {variance}");
+        }
+        // So are products of neighbours, along, across and in squares, of which sums of keys are linear in each other.
+        let at = |row: i64, column: i64| x.narrow(0, row, n - 3).narrow(1, column, d - 3);
+        for (row, column) in [(0, 1), (1, 0), (1, 1), (0, 3), (3, 0)] {
+            let together = (at(0, 0) * at(row, column)).mean(Kind::Double).double_value(&[]);
+            assert!(together.abs() < 5e-3, "{row}, {column}: {together}");
+        }
+        let squares = at(0, 0) * at(0, 1) * at(1, 0) * at(1, 1);
+        assert!(squares.mean(Kind::Double).double_value(&[]).abs() < 5e-3);
     }
 }

@@ -13,7 +13,7 @@ use std::thread::available_parallelism;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Tensor};
 use thiserror::Error;
 
 /// The libtorch that this program is built against.
@@ -174,6 +174,19 @@ pub fn make_deterministic() -> Result<(), NoGpu> {
         set.map_err(missing)?(context.map_err(missing)?(), true, true);
     }
     Ok(())
+}
+
+/// A copy of what lies on the CPU, for later work on `device` to read. Nothing waits for it.
+pub fn send(tensor: &Tensor, device: Device) -> Tensor {
+    // CUDA has read memory that is not pinned when this returns.
+    tensor.to_device_(device, tensor.kind(), true, false)
+}
+
+/// The same of many numbers, in one transfer.
+pub fn send_all(numbers: &[&[i64]], device: Device) -> Vec<Tensor> {
+    let all = send(&Tensor::from_slice(&numbers.concat()), device);
+    let lengths: Vec<i64> = numbers.iter().map(|numbers| numbers.len() as i64).collect();
+    all.split_with_sizes(lengths.as_slice(), 0)
 }
 
 /// Threads for one of `local_size` ranks that may use `usable` of the host's `cores`.

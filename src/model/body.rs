@@ -6,6 +6,7 @@ use super::objective::{Objective, Plan, Shown, Visible};
 use super::rows::take_rows;
 use super::{Gru, Parameters, Xlnet};
 use crate::data::{Batch, Noise};
+use crate::device::send_all;
 
 /// A sequence model.
 pub enum Body {
@@ -76,8 +77,15 @@ pub(super) struct BySteps {
     pub reads: Tensor,
 }
 
-impl BySteps {
-    fn new(plan: &Plan, device: Device) -> Self {
+/// [`BySteps`] in numbers.
+struct Steps {
+    positions: Vec<i64>,
+    n_sessions: Vec<i64>,
+    reads: Vec<i64>,
+}
+
+impl Steps {
+    fn new(plan: &Plan) -> Self {
         let mut sessions: Vec<(usize, usize)> = Vec::with_capacity(plan.lengths.len());
         let mut first = 0;
         for &length in &plan.lengths {
@@ -95,12 +103,7 @@ impl BySteps {
             }
             n_sessions.push(n as i64);
         }
-        let reads: Vec<i64> = plan.reads.iter().map(|&read| place[read as usize]).collect();
-        Self {
-            positions: Tensor::from_slice(&positions).to_device(device),
-            n_sessions: Tensor::from_slice(&n_sessions),
-            reads: Tensor::from_slice(&reads).to_device(device),
-        }
+        Self { positions, n_sessions, reads: plan.reads.iter().map(|&read| place[read as usize]).collect() }
     }
 }
 
@@ -133,28 +136,41 @@ impl Layout {
                 Shown::Mask => padding + 1,
             })
             .collect();
-        let on_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
+        let steps = Steps::new(plan);
         let are_equal = plan.lengths.iter().all(|&n| n == length);
         let lengths: Vec<i64> = plan.lengths.iter().map(|&n| n as i64).collect();
+        let order = match &plan.visible {
+            Visible::Order(order) => &order[..],
+            Visible::All | Visible::Before => &[],
+        };
+        let numbers =
+            [&shown, &cells, &lengths, &read_cells, &plan.reads, &steps.positions, &steps.reads, order];
+        let mut sent = send_all(&numbers, device).into_iter();
+        let mut next = || sent.next().expect("as many as were sent");
+        let (shown, cells, lengths) = (next(), next(), next());
         let mut layout = Self {
             n_sessions: plan.lengths.len() as i64,
             length: length as i64,
-            shown: on_device(&shown),
-            cells: (!are_equal).then(|| on_device(&cells)),
-            lengths: (!are_equal).then(|| on_device(&lengths)),
+            shown,
+            cells: (!are_equal).then_some(cells),
+            lengths: (!are_equal).then_some(lengths),
             visible: Sight::All,
-            read_cells: on_device(&read_cells),
-            reads: on_device(&plan.reads),
+            read_cells: next(),
+            reads: next(),
             reads_all: plan.reads.len() == plan.shown.len(),
             positions_by_segment: batch.by_segment(&plan.lengths),
-            by_step: Some(BySteps::new(plan, device)),
+            by_step: Some(BySteps {
+                positions: next(),
+                n_sessions: Tensor::from_slice(&steps.n_sessions),
+                reads: next(),
+            }),
             reads_by_segment: batch.by_segment(&plan.reads_per_session),
             sessions_by_segment: batch.segments.iter().map(|segment| segment.n_sessions as i64).collect(),
         };
         layout.visible = match &plan.visible {
             Visible::All => Sight::All,
             Visible::Before => Sight::Before,
-            Visible::Order(order) => Sight::Order(layout.pad(&on_device(order).unsqueeze(1)).squeeze_dim(2)),
+            Visible::Order(_) => Sight::Order(layout.pad(&next().unsqueeze(1)).squeeze_dim(2)),
         };
         layout
     }

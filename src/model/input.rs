@@ -12,6 +12,7 @@ use super::{ITEM_TABLE, Parameters, Share};
 use crate::collective::CollectiveError;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features};
+use crate::device::send;
 
 /// `[model.input]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -258,7 +259,7 @@ impl Input {
                 }
                 let mut from = swap(batch, column, self.swap_noise);
                 from.push(n);
-                padded.index_select(0, &Tensor::from_slice(&from).to_device(values.device()))
+                padded.index_select(0, &send(&Tensor::from_slice(&from), values.device()))
             })
             .collect()
     }

@@ -18,6 +18,7 @@ use crate::collective::CollectiveError;
 use crate::collective::exact::ExactSum;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
+use crate::device::send;
 use crate::optim::squares;
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then the rest.
@@ -229,7 +230,7 @@ impl<'a> Network<'a> {
         }
         let columns = self.input.columns(batch, true);
         let lookups = self.input.look_up(&self.parameters, &columns, &self.share, true)?;
-        let predicted = Tensor::from_slice(&plan.targets).to_device(device);
+        let predicted = send(&Tensor::from_slice(&plan.targets), device);
         let targets = batch.items().index_select(0, &predicted);
         let uniform = self.detector.map(|_| self.uniform(batch, &plan));
         let plan = self.lay_out(plan);
@@ -412,7 +413,7 @@ impl<'a> Network<'a> {
                 (0..n).map(move |_| generator.random())
             })
             .collect();
-        Tensor::from_slice(&numbers).to_device(self.device())
+        send(&Tensor::from_slice(&numbers), self.device())
     }
 }
 

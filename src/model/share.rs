@@ -7,10 +7,10 @@ use tch::{Kind, Tensor};
 use super::ITEM_TABLES;
 use crate::collective::{Collective, CollectiveError, rows};
 
-/// Bands that a catalogue is cut into at most, and rows of a band at least: shares are whole bands, so that sums over bands
-/// are the same on any number of ranks.
+/// Bands that a catalogue is cut into at most, and of how many rows a band is a whole multiple: shares are whole bands, so that
+/// sums over bands are the same on any number of ranks, wherever in memory a share begins.
 const MOST_BANDS: i64 = 1024;
-const LEAST_ROWS: i64 = 16;
+const ROWS: i64 = 16;
 
 /// The rows of the tables of items that are here: all, or in a run with many ranks those of one.
 #[derive(Clone)]
@@ -233,7 +233,7 @@ fn rows_of(n_items: i64, rank: usize, world_size: usize) -> Range<i64> {
 
 /// Rows of a band.
 fn band(n_items: i64) -> i64 {
-    div_ceil(n_items, MOST_BANDS).max(LEAST_ROWS)
+    div_ceil(div_ceil(n_items, MOST_BANDS), ROWS) * ROWS
 }
 
 fn n_bands(n_items: i64) -> i64 {

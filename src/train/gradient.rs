@@ -12,6 +12,7 @@ use crate::collective::Reduce;
 use crate::collective::exact::ExactSum;
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
+use crate::device::send;
 use crate::model::head::{Contestants, Rivals};
 use crate::model::parameters::copy_rows;
 use crate::model::{LossSum, Network, Neural, Recommender, Share};
@@ -76,7 +77,7 @@ impl<'a> GradientLearner<'a> {
             let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals)?;
             let _ = own_loss.shallow_clone().g_add_(&loss);
             let [stop, save] = std::mem::take(&mut wishes);
-            let counts = Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]).to_device(device);
+            let counts = send(&Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]), device);
             let parameters = self.network.parameters_mut();
             let mut tail = parameters.tail();
             tail += Tensor::cat(&[loss.view([1]), counts], 0);
@@ -150,7 +151,12 @@ impl Learner for GradientLearner<'_> {
         let ranks = (collective.rank(), collective.world_size());
         let steps = Loader::start(&day.plan, day.features, ranks, n_done);
         let train = &day.config.train;
-        let contestants = Contestants::new(train.loss, day.occurrences, train.max_logits(), day.place.device);
+        let contestants = Contestants::new(
+            train.loss,
+            day.occurrences,
+            train.max_logits(day.place.device),
+            day.place.device,
+        );
         for passes in steps {
             if let Some(watch) = collective.watch() {
                 watch.at(day.plan.day, n_done + 1);
