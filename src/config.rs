@@ -171,13 +171,14 @@ impl Config {
     /// A key that is other than in `earlier` and would make the run another, with its two values; none if the run could go
     /// on. Where and how fast it runs, what is recorded and kept, and how many days follow, may change.
     pub fn difference(&self, earlier: &Self) -> Option<String> {
-        const MAY_CHANGE: [&str; 7] = [
+        const MAY_CHANGE: [&str; 8] = [
             "run.device",
             "run.threads_per_rank",
             "run.compare_ranks_every",
             "run.patience_seconds",
             "parallel.item_table",
             "train.log_every_steps",
+            "train.time_phases",
             "data.last_day",
         ];
         let is_less = self.data.last_day < earlier.data.last_day;

@@ -5,6 +5,7 @@
 //! GPU, so [`place`] comes before both.
 
 pub mod host;
+pub mod laps;
 pub mod seats;
 
 use std::env;

@@ -18,6 +18,7 @@ use crate::collective::CollectiveError;
 use crate::collective::exact::ExactSum;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
+use crate::device::laps::Laps;
 use crate::device::send;
 use crate::optim::squares;
 
@@ -206,9 +207,10 @@ impl<'a> Network<'a> {
         batch: &Batch,
         noise: &mut Noise<'_>,
         rivals: &Rivals,
+        laps: &mut Laps,
     ) -> Result<LossSum, CollectiveError> {
         let plan = self.objective.training(batch, self.attends());
-        self.backward_as_planned(batch, plan, noise, rivals)
+        self.backward_as_planned(batch, plan, noise, rivals, laps)
     }
 
     /// The same with what is hidden and predicted given.
@@ -221,6 +223,7 @@ impl<'a> Network<'a> {
         plan: Plan,
         noise: &mut Noise<'_>,
         rivals: &Rivals,
+        laps: &mut Laps,
     ) -> Result<LossSum, CollectiveError> {
         let device = self.device();
         let n_targets = plan.targets.len();
@@ -236,6 +239,7 @@ impl<'a> Network<'a> {
         let plan = self.lay_out(plan);
         let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
         let sessions = self.session_vectors(&states);
+        laps.end("forward");
         let CrossEntropy { mut loss, state_gradient, drawn } = tch::no_grad(|| {
             let (own_sum, parameters) = (&self.own_sum, &self.parameters);
             let mut scored = Scored {
@@ -250,12 +254,14 @@ impl<'a> Network<'a> {
             let (states, workspace) = (sessions.detach(), &mut self.workspace);
             cross_entropy(&states, &targets, &mut scored, rivals, uniform.as_ref(), workspace)
         })?;
+        laps.end("loss");
         self.backward_from((&sessions * &state_gradient).sum(Kind::Float), &lookups)?;
         if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
             (self.detector, drawn, &self.objective)
         {
             loss += self.detect(detector, *weight, batch, (&predicted, &drawn), noise)?;
         }
+        laps.end("backward");
         Ok(LossSum { loss, n_targets })
     }
 

@@ -15,6 +15,7 @@ mod tables;
 mod pages;
 mod write;
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -54,6 +55,16 @@ pub enum Record {
         lr: f64,
         /// Sessions of all ranks a second, since the last such line.
         sessions_per_s: f64,
+    },
+    /// With each step's line, if `train.time_phases`: what rank 0 spent the time on since the last one.
+    Phases {
+        /// The day trained on.
+        day: i64,
+        /// Steps of the day that are done.
+        step: usize,
+        /// Seconds of each phase in a step, on average.
+        #[serde(flatten)]
+        seconds: BTreeMap<&'static str, f64>,
     },
     /// After training on a day.
     Day {
@@ -218,6 +229,11 @@ impl Report {
                 self.say(&format!(
                     "day {day}: trained on {n_sessions} sessions in {seconds:.1} s, {sessions_per_s:.0} sessions/s"
                 ));
+            }
+            Record::Phases { seconds, .. } => {
+                let of = |(name, seconds): (&&str, &f64)| format!("{name} {:.2}", seconds * 1e3);
+                let all: Vec<String> = seconds.iter().map(of).collect();
+                self.say(&format!("ms a step: {}", all.join("  ")));
             }
             Record::Skipped { day, step, loss, norm } => {
                 self.say(&format!(

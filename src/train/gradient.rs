@@ -52,7 +52,7 @@ impl<'a> GradientLearner<'a> {
     fn train_step(
         &mut self,
         passes: &[Batch],
-        day: &Day<'_>,
+        day: &mut Day<'_>,
         rivals: &Rivals,
         share: f64,
     ) -> Result<Status, TrainError> {
@@ -74,7 +74,8 @@ impl<'a> GradientLearner<'a> {
         let none_left = std::iter::repeat_n(&nothing, n_passes - passes.len());
         for batch in passes.iter().chain(none_left) {
             let mut noise = Noise::new(batch, day.config.data.max_length);
-            let LossSum { loss, n_targets } = self.network.backward(batch, &mut noise, rivals)?;
+            let LossSum { loss, n_targets } =
+                self.network.backward(batch, &mut noise, rivals, &mut day.laps)?;
             let _ = own_loss.shallow_clone().g_add_(&loss);
             let [stop, save] = std::mem::take(&mut wishes);
             let counts = send(&Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]), device);
@@ -98,10 +99,12 @@ impl<'a> GradientLearner<'a> {
                 exact.take(&mut sums);
             }
         }
+        day.laps.end("backward");
         match &mut self.exact {
             None => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
             Some(exact) => exact.reduce_into(&mut sums, day.place.collective)?,
         }
+        day.laps.end("communication");
         let tail = parameters.tail();
         let common = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
         let (scale, norm) = average_and_clip(&common, &own_squares, &tail.get(1), config.clip_norm);
@@ -114,6 +117,7 @@ impl<'a> GradientLearner<'a> {
         if fault == Some(fault::Kind::Desync) {
             let _ = parameters.common_values().get(7).g_add_scalar_(1e-3);
         }
+        day.laps.end("optimizer");
         Ok(status)
     }
 
@@ -166,6 +170,7 @@ impl Learner for GradientLearner<'_> {
             let _step = collective.watch().map(|watch| watch.begin("a step".to_owned()));
             let passes: Vec<Batch> = passes.iter().map(|batch| batch.to_device(day.place.device)).collect();
             let share = train.schedule.share(n_done, n_steps);
+            day.laps.end("data");
             // All micro-batches of a step have its seed, and every rank owns one at least.
             let status = self.train_step(&passes, day, &contestants.of_step(passes[0].step_seed), share)?;
             n_done += 1;
@@ -176,6 +181,7 @@ impl Learner for GradientLearner<'_> {
             if day.step_done(self, train.learning_rate * share, &status)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
+            day.laps.end("records");
         }
         if n_done < n_steps {
             return Err(TrainError::LoaderEnded { day: day.plan.day, n_done, n_steps });

@@ -21,6 +21,7 @@ use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, Window, occurrences};
+use crate::device::laps::Laps;
 use crate::metrics::EvaluateError;
 use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, Share};
 use crate::optim::{Schedule, TableOptimizer};
@@ -62,6 +63,8 @@ pub struct Config {
     pub non_finite: NonFinite,
     /// Steps between two records.
     pub log_every_steps: usize,
+    /// Whether what the time of steps is spent on is recorded too. A GPU is then waited for between phases, which takes time.
+    pub time_phases: bool,
     /// Memory for logits, in MiB: the softmax is computed for as many targets at a time as this holds. Absent: 64 on the CPU,
     /// whose caches are small, and 1024 on a GPU, which does better with large products.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,6 +86,7 @@ impl Default for Config {
             max_steps_per_day: None,
             non_finite: NonFinite::default(),
             log_every_steps: 10,
+            time_phases: false,
             logits_mib: None,
         }
     }
@@ -499,6 +503,7 @@ impl<'a> Training<'a> {
                     occurrences: &occurred,
                     n_trained: 0,
                     last_log: (Instant::now(), state.position.day_step),
+                    laps: Laps::new(place.device, config.train.time_phases),
                     state: &mut state,
                 };
                 if context.train(&mut *learner)?.is_break() {
@@ -619,6 +624,8 @@ struct Day<'a> {
     n_trained: usize,
     /// When the last record was written, and how many steps were done then.
     last_log: (Instant, usize),
+    /// What time is spent on.
+    laps: Laps,
 }
 
 impl Day<'_> {
@@ -698,9 +705,14 @@ impl Day<'_> {
             let seconds = since.elapsed().as_secs_f64();
             let n_sessions: usize = (logged..done).map(|step| self.plan.sessions_in_step(step)).sum();
             self.last_log = (Instant::now(), done);
+            let n_steps = (done - logged) as f64;
             let epoch = step / self.plan.steps_per_epoch();
             let sessions_per_s = n_sessions as f64 / seconds;
             self.report.record(&Record::Step { day, epoch, step: done, loss, lr, sessions_per_s })?;
+            if let Some(laps) = self.laps.take() {
+                let seconds = laps.into_iter().map(|(name, seconds)| (name, seconds / n_steps)).collect();
+                self.report.record(&Record::Phases { day, step: done, seconds })?;
+            }
         }
         // At its end the day saves itself.
         if done < n_steps && (is_due || is_save || is_stop) {

@@ -11,7 +11,6 @@ use crate::sharded::{SHARDED, assert_close, ways_to_learn};
 use crate::train::{ALL_FEATURES, CONFIG, PROGRAM, Shop, XLNET, config_with};
 
 const ON_GPU: [&str; 2] = ["--set", "run.device=cuda"];
-const NO_DROPOUT: [&str; 2] = ["--set", "model.dropout=0"];
 
 /// `bireme train` on ranks that share a GPU.
 fn train_on_gpu(shop: &Shop, n_ranks: usize, run: &str, more: &[&str]) -> Option<Finished> {
@@ -28,13 +27,12 @@ fn a_gpu_learns_what_a_cpu_learns_and_ranks_on_it_what_one_does() {
     let shop = Shop::new(150);
     for (name, config, set) in ways_to_learn() {
         fs::write(shop.config(), config).unwrap();
-        // A GPU has a generator of its own.
-        let quiet = [&set[..], &NO_DROPOUT].concat();
-        let [cpu, gpu, noisy] = ["on a CPU", "on a GPU", "with dropout"].map(|how| format!("{name} {how}"));
-        shop.train(&cpu, &quiet).success();
-        shop.train(&gpu, &[&quiet[..], &ON_GPU].concat()).success();
-        assert_close(&shop, &gpu, &cpu, 1e-3);
-        shop.train(&noisy, &[&set[..], &ON_GPU].concat()).success();
+        let [cpu, gpu] = ["on a CPU", "on a GPU"].map(|how| format!("{name} {how}"));
+        shop.train(&cpu, &set).success();
+        shop.train(&gpu, &[&set[..], &ON_GPU].concat()).success();
+        // A GPU draws other rivals.
+        let is_drawn = ["sampled", "gbce"].contains(&name);
+        assert_close(&shop, &gpu, &cpu, if is_drawn { 0.05 } else { 1e-3 });
         for (n_ranks, parallel) in [(2, &[][..]), (3, &SHARDED)] {
             let run = format!("{name} on {n_ranks}");
             let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &[&set[..], parallel].concat()) else {
@@ -42,7 +40,7 @@ fn a_gpu_learns_what_a_cpu_learns_and_ranks_on_it_what_one_does() {
             };
             let told = finished.success().stderr;
             assert!(told.contains(&format!("ranks {n_ranks} (nccl), device cuda:0")), "{told}");
-            assert_close(&shop, &run, &noisy, 1e-3);
+            assert_close(&shop, &run, &gpu, 1e-3);
         }
     }
 }
@@ -80,7 +78,8 @@ fn a_run_that_a_gpu_began_goes_on_without_one() {
     shop.train("unbroken", &[]).success();
     let every = ["--set", "checkpoint.every_steps=2"];
     let killed = shop.train_with(1, "run", &[&every[..], &ON_GPU].concat(), &[("BIREME_FAULT", "kill@0:7")]);
-    assert_eq!(killed.unwrap().code, Some(137));
+    let Some(killed) = killed else { return };
+    assert_eq!(killed.code, Some(137), "{killed:#?}");
     shop.train("run", &every).success();
     assert_close(&shop, "run", "unbroken", 1e-3);
 }

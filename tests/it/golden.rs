@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use bireme::data::{Batch, Features, Noise, Segment};
+use bireme::device::laps::Laps;
 use bireme::metrics::{Ranking, Tally, rank_targets};
 use bireme::model::head::Rivals;
 use bireme::model::objective::{Plan, Visible};
@@ -151,7 +152,9 @@ fn softmax(max_logits: i64) -> Rivals {
 fn learn(network: &mut Network, batch: &Batch, plan: Plan, rivals: &Rivals) -> (f64, Vec<(String, Tensor)>) {
     let n_targets = plan.targets.len() as f64;
     network.parameters_mut().zero_gradients();
-    let sum = network.backward_as_planned(batch, plan, &mut Noise::new(batch, 20), rivals).unwrap();
+    let sum = network
+        .backward_as_planned(batch, plan, &mut Noise::new(batch, 20), rivals, &mut Laps::off())
+        .unwrap();
     assert_eq!(sum.n_targets as f64, n_targets);
     let gradients = network.parameters().named(&(network.parameters().gradients() / n_targets));
     (sum.loss.double_value(&[]) / n_targets, gradients)
@@ -375,8 +378,9 @@ fn five_steps_end_in_the_weights_of_the_original() {
     for step in 0..5 {
         let plan = masked_as(&golden, &batch);
         network.parameters_mut().zero_gradients();
-        let sum =
-            network.backward_as_planned(&batch, plan, &mut Noise::new(&batch, 5), &softmax(1000)).unwrap();
+        let sum = network
+            .backward_as_planned(&batch, plan, &mut Noise::new(&batch, 5), &softmax(1000), &mut Laps::off())
+            .unwrap();
         let n_targets = Tensor::from(sum.n_targets as f32);
         let gradients = network.parameters().gradients();
         let (scale, norm) = average_and_clip(&gradients, &Tensor::from(0f32), &n_targets, 1.0);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bireme::config::Config;
 use bireme::data::plan::Shape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
+use bireme::device::laps::Laps;
 use bireme::model::head::{Contest, Contestants, Rivals, Sampler, Scored, Workspace, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
@@ -82,7 +83,7 @@ const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, max_logits: 1 << 20 
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
     network.parameters_mut().zero_gradients();
-    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX).unwrap();
+    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX, &mut Laps::off()).unwrap();
     (sum.loss.double_value(&[]), network.parameters().gradients().copy())
 }
 
@@ -395,7 +396,7 @@ fn losses_over_drawn_items_learn_what_the_full_softmax_does() {
             network.parameters_mut().zero_gradients();
             let mut noise = Noise::new(&learnt, 20);
             let LossSum { n_targets, .. } =
-                network.backward(&learnt, &mut noise, &contestants.of_step(step)).unwrap();
+                network.backward(&learnt, &mut noise, &contestants.of_step(step), &mut Laps::off()).unwrap();
             let scale = Tensor::from(1.0 / n_targets as f32);
             optimizer.step(&values, &network.parameters().gradients(), &scale, 1.0);
         }
