@@ -35,7 +35,7 @@ pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
     }
 }
 
-/// *All ranks.* The same ranks for tensors on `device`: with NCCL when they are several and `device` is a GPU.
+/// *All ranks.* The same ranks for tensors on `device`: with NCCL where that is a GPU, as MPI carries no memory of GPUs.
 ///
 /// # Errors
 /// Some ranks are on GPUs and some are not; NCCL is missing or does not start. All ranks get the error.
@@ -49,7 +49,7 @@ pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Co
         });
     }
     match device {
-        Device::Cuda(gpu) if host.world_size() > 1 => Ok(Box::new(Nccl::join(host, gpu)?)),
+        Device::Cuda(gpu) if host.backend() != Solo.backend() => Ok(Box::new(Nccl::join(host, gpu)?)),
         _ => Ok(host),
     }
 }

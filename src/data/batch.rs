@@ -180,9 +180,9 @@ impl<'a> Noise<'a> {
     }
 }
 
-/// What a mask `[N, ..]` follows from: a number for each of its rows, drawn from the seed of the row's micro-batch, and one for
-/// each of its columns. Their sum, mixed, says whether the value there is kept, so that a GPU finds all at once what a CPU
-/// finds row by row.
+/// What a mask `[N, ..]` follows from: an odd number for each of its rows, drawn from the seed of the row's micro-batch, and one
+/// for each of its columns. Whether a value is kept is in the first bits of their product, so that a GPU finds all at once what a
+/// CPU finds row by row.
 struct Keys {
     size: Vec<i64>,
     rows: Vec<i32>,
@@ -194,7 +194,7 @@ impl Keys {
     fn new(size: &[i64], seeds: &[u64], counts: &[i64]) -> Self {
         let draw = |seed: u64, n: usize| {
             let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
-            std::iter::repeat_with(move || generator.next_u32().cast_signed()).take(n)
+            std::iter::repeat_with(move || (generator.next_u32() | 1).cast_signed()).take(n)
         };
         Self {
             size: size.to_vec(),
@@ -213,7 +213,7 @@ impl Keys {
         in_parallel(parts, |(values, rows)| {
             for (values, row) in values.chunks_mut(n_columns).zip(rows) {
                 for (value, column) in values.iter_mut().zip(&self.columns) {
-                    *value = if mix(row.wrapping_add(*column)) < dropped { 0.0 } else { kept };
+                    *value = if row.wrapping_mul(*column) < dropped { 0.0 } else { kept };
                 }
             }
         });
@@ -225,10 +225,7 @@ impl Keys {
         let keys = send(&Tensor::from_slice(&[&self.rows[..], &self.columns].concat()), device);
         let (n_rows, n_columns) = (self.rows.len() as i64, self.columns.len() as i64);
         let of_rows = keys.narrow(0, 0, n_rows).unsqueeze(1);
-        let mut x = of_rows + keys.narrow(0, n_rows, n_columns);
-        let _ = x.g_mul_scalar_(i64::from(FACTORS[0]));
-        let _ = x.bitwise_xor_tensor_(&x.bitwise_right_shift_tensor_scalar(SHIFT));
-        let _ = x.g_mul_scalar_(i64::from(FACTORS[1]));
+        let x = of_rows * keys.narrow(0, n_rows, n_columns);
         (x.ge(i64::from(threshold(p))) * (1.0 / (1.0 - p))).view(self.size.as_slice())
     }
 }
@@ -238,26 +235,13 @@ fn threshold(p: f64) -> i32 {
     ((p - 0.5) * 2f64.powi(32)) as i32
 }
 
-/// Odd numbers without a pattern: those of the golden ratio and of MurmurHash3's last mixing.
-const FACTORS: [i32; 2] = [0x9e37_79b1_u32.cast_signed(), 0x85eb_ca6b_u32.cast_signed()];
-const SHIFT: i64 = 15;
-
-/// Spreads what is alike in sums of two keys over all bits, above all the first.
-fn mix(x: i32) -> i32 {
-    let x = x.wrapping_mul(FACTORS[0]);
-    (x ^ (x >> SHIFT)).wrapping_mul(FACTORS[1])
-}
-
-/// Draws with libtorch's generator for `device`, seeded with `seed`.
+/// Draws with libtorch's generator for the CPU, seeded with `seed`.
 ///
 /// The generator is one for the whole process: the lock keeps ranks that are threads out of each other's draws.
-pub fn with_seed<T>(seed: u64, device: Device, draw: impl FnOnce() -> T) -> T {
+pub fn with_seed<T>(seed: u64, draw: impl FnOnce() -> T) -> T {
     static GENERATOR: Mutex<()> = Mutex::new(());
     let _only = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    match device {
-        Device::Cuda(_) => tch::Cuda::manual_seed_all(seed),
-        _ => tch::manual_seed(seed as i64),
-    }
+    tch::manual_seed(seed as i64);
     draw()
 }
 
@@ -299,7 +283,7 @@ mod tests {
             let variance = means.square().mean(Kind::Double).double_value(&[]);
             assert!((variance - 1.0).abs() < 0.2, "along {dim}: {variance}");
         }
-        // So are products of neighbours, along, across and in squares, of which sums of keys are linear in each other.
+        // So are products of neighbours, along, across and in squares, whose keys are not independent.
         let at = |row: i64, column: i64| x.narrow(0, row, n - 3).narrow(1, column, d - 3);
         for (row, column) in [(0, 1), (1, 0), (1, 1), (0, 3), (3, 0)] {
             let together = (at(0, 0) * at(row, column)).mean(Kind::Double).double_value(&[]);

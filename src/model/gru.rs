@@ -82,7 +82,8 @@ impl Gru {
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
         let layers = self.first..self.first + 4 * self.n_layers as usize;
-        let layers: Vec<&Tensor> = layers.map(|index| parameters.leaf(index)).collect();
+        let layers = side_by_side(layers.map(|index| parameters.leaf(index)).collect());
+        let layers: Vec<&Tensor> = layers.iter().collect();
         // cuDNN goes back only through what was computed to learn.
         let learns = noise.is_some();
         let run = |x: &Tensor| match &layout.by_step {
@@ -111,4 +112,24 @@ impl Gru {
             None => run(&x),
         }
     }
+}
+
+/// A GRU's parameters, four a layer, in memory of their own, matrices first: where cuDNN looks for them, which would copy them
+/// otherwise, and say so each time.
+fn side_by_side(layers: Vec<&Tensor>) -> Vec<Tensor> {
+    let is_matrix = |number: &usize| number % 4 < 2;
+    let (matrices, biases): (Vec<usize>, Vec<usize>) = (0..layers.len()).partition(is_matrix);
+    let order = [matrices, biases].concat();
+    let flat: Vec<Tensor> = order.iter().map(|&number| layers[number].reshape([-1])).collect();
+    let flat = Tensor::cat(&flat, 0);
+    let mut placed: Vec<(usize, Tensor)> = Vec::with_capacity(order.len());
+    let mut first = 0;
+    for number in order {
+        let size = layers[number].size();
+        let n = size.iter().product();
+        placed.push((number, flat.narrow(0, first, n).view(size.as_slice())));
+        first += n;
+    }
+    placed.sort_by_key(|(number, _)| *number);
+    placed.into_iter().map(|(_, parameter)| parameter).collect()
 }

@@ -97,7 +97,7 @@ impl<'a> Network<'a> {
         (seed, device): (u64, Device),
         share: Share<'a>,
     ) -> Result<Self, String> {
-        with_seed(seed, Device::Cpu, || Self::declare(config, features, max_length, device, share))
+        with_seed(seed, || Self::declare(config, features, max_length, device, share))
     }
 
     fn declare(
@@ -310,7 +310,7 @@ impl<'a> Network<'a> {
                 let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
                 let mut of_table = self.parameters.gradient(lookup.table);
                 lookup.asked.give_back(&self.share, &read, |places, all| {
-                    add_rows(&mut of_table, places, all);
+                    add_rows(&mut of_table, places, all, self.share.is_exact());
                     settle(&self.own_sum, &self.parameters);
                 })?;
             }

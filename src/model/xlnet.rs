@@ -119,9 +119,10 @@ struct Layer {
     layer_2: Linear,
 }
 
-/// What the positions of a layer offer: keys and values `[B, H, L, D_h]`, and `r_δ` for δ from L down to 1 − L, as
-/// `[H, D_h, 2L]`.
+/// What the positions of a layer offer: keys and values `[B, H, L, D_h]`, what they ask with themselves, if they do, and `r_δ` for
+/// δ from L down to 1 − L, as `[H, D_h, 2L]`.
 struct Keys {
+    q: Option<Tensor>,
     k: Tensor,
     v: Tensor,
     r: Tensor,
@@ -170,10 +171,11 @@ impl Xlnet {
         let mut read = query.map(|query| dropout(&mut noise, queries(query), self.shape.dropout, reads));
         for (number, layer) in self.layers.iter().enumerate() {
             let is_last = number + 1 == self.layers.len();
-            let keys = layer.keys(parameters, self.shape, &h, layout, &table);
             if is_last && read.is_none() && !layout.reads_all {
                 read = Some(take_rows(&h, &layout.reads));
             }
+            let all_attend = !is_last || read.is_none();
+            let keys = layer.keys(parameters, self.shape, (&h, all_attend), layout, &table);
             if let Some(states) = &mut read {
                 let context = layer.attend_from_reads(
                     parameters,
@@ -185,8 +187,8 @@ impl Xlnet {
                 );
                 *states = layer.finish(parameters, self.shape, (&context, states), reads, &mut noise);
             }
-            if !is_last || read.is_none() {
-                let context = layer.attend(parameters, self.shape, (&h, &keys), layout, &hidden, &mut noise);
+            if all_attend {
+                let context = layer.attend(parameters, self.shape, &keys, layout, &hidden, &mut noise);
                 h = layer.finish(parameters, self.shape, (&context, &h), positions, &mut noise);
             }
         }
@@ -199,17 +201,20 @@ impl Layer {
         &self,
         parameters: &Parameters,
         shape: Shape,
-        h: &Tensor,
+        (h, all_attend): (&Tensor, bool),
         layout: &Layout,
         table: &Tensor,
     ) -> Keys {
-        let padded = |index: usize| {
-            let x = layout.pad(&h.matmul(&matrix(parameters, index)));
-            split_heads(&x, shape)
-        };
+        // At once: a GPU has more to do with each product then, and less to be told.
+        let parts = [self.k, self.v, self.q];
+        let parts = if all_attend { &parts[..] } else { &parts[..2] };
+        let weights: Vec<Tensor> = parts.iter().map(|&index| matrix(parameters, index)).collect();
+        let x = layout.pad(&h.matmul(&Tensor::cat(&weights, 1)));
+        let size = [-1, x.size()[1], parts.len() as i64, shape.n_heads, shape.head_width()];
+        let x = x.view(size.as_slice()).permute([2, 0, 3, 1, 4]).contiguous();
         let r = table.matmul(&matrix(parameters, self.r));
         let r = r.view([-1, shape.n_heads, shape.head_width()]).permute([1, 2, 0]);
-        Keys { k: padded(self.k), v: padded(self.v), r }
+        Keys { q: all_attend.then(|| x.get(2)), k: x.get(0), v: x.get(1), r }
     }
 
     /// What all positions find: `[P, D]`.
@@ -217,18 +222,18 @@ impl Layer {
         &self,
         parameters: &Parameters,
         shape: Shape,
-        (h, keys): (&Tensor, &Keys),
+        keys: &Keys,
         layout: &Layout,
         hidden: &Option<Tensor>,
         noise: &mut Option<&mut Noise<'_>>,
     ) -> Tensor {
-        let q = split_heads(&layout.pad(&h.matmul(&matrix(parameters, self.q))), shape);
+        let q = keys.q.as_ref().expect("all attend");
         let bias = |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
-        let by_content = (&q + bias(self.r_w_bias)).matmul(&keys.k.transpose(2, 3));
+        let by_content = (q + bias(self.r_w_bias)).matmul(&keys.k.transpose(2, 3));
         // `[B, H, L, 2L]`: column p belongs to δ = L − p, so that (i, j) wants column L + j − i. Reading the rows with a
         // stride one shorter shifts each by one more than the one before.
         let length = layout.length;
-        let by_position = (&q + bias(self.r_r_bias))
+        let by_position = (q + bias(self.r_r_bias))
             .matmul(&keys.r.unsqueeze(0))
             .view([-1, shape.n_heads, 2 * length, length])
             .narrow(2, 1, 2 * length - 1)
@@ -288,11 +293,6 @@ impl Layer {
 fn matrix(parameters: &Parameters, index: usize) -> Tensor {
     let parameter = parameters.leaf(index);
     parameter.view([parameter.size()[0], -1])
-}
-
-/// `[B, L, D]` → `[B, H, L, D_h]`.
-fn split_heads(x: &Tensor, shape: Shape) -> Tensor {
-    x.view([-1, x.size()[1], shape.n_heads, shape.head_width()]).transpose(1, 2)
 }
 
 fn weights(scores: Tensor, hidden: Option<Tensor>, shape: Shape) -> Tensor {

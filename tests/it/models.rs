@@ -309,7 +309,7 @@ fn features_of_other_widths_cannot_be_summed() {
 
 /// States, targets, a table and a bias.
 fn head() -> (Tensor, Tensor, Tensor, Tensor) {
-    bireme::data::with_seed(4, Device::Cpu, || {
+    bireme::data::with_seed(4, || {
         let on = (Kind::Float, Device::Cpu);
         let targets = Tensor::randint_low(2, N_ITEMS, [30], (Kind::Int64, Device::Cpu));
         (Tensor::randn([30, 8], on), targets, Tensor::randn([N_ITEMS, 8], on), Tensor::randn([N_ITEMS], on))

@@ -9,13 +9,15 @@
 mod sampled;
 mod tiles;
 
+use rand::{Rng, SeedableRng};
+use rand_xoshiro::Xoshiro256PlusPlus;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::Share;
 use super::rows::add_rows;
 use crate::collective::CollectiveError;
-use crate::data::with_seed;
+use crate::device::send;
 
 use sampled::sampled;
 pub use tiles::Workspace;
@@ -177,8 +179,10 @@ impl Contestants {
 
 /// Draws rivals by how often items occurred.
 pub struct Sampler {
-    /// Probability of each item, f32 `[V]`: 0 for padding and unknown.
-    probabilities: Tensor,
+    /// Logarithm of how often each item is expected among the drawn, f32 `[V]`: −∞ for padding and unknown.
+    log_expected: Tensor,
+    /// Probability that an item or one before it is drawn, f64 `[V]`.
+    cumulative: Tensor,
     n_negatives: i64,
     /// Of gBCE, if that is what they are drawn for.
     target_weight: Option<f64>,
@@ -201,8 +205,10 @@ impl Sampler {
         // With α, the share of the other items that is drawn: α (t (1 − 1/α) + 1/α).
         let n_others = (occurrences.len() as f64 - 3.0).max(1.0);
         let sampled = (n_negatives as f64 / n_others).min(1.0);
+        let expected = &probabilities * n_negatives as f64;
         Self {
-            probabilities: probabilities.to_kind(Kind::Float).to_device(device),
+            log_expected: expected.log().to_kind(Kind::Float).to_device(device),
+            cumulative: probabilities.cumsum(0, Kind::Double).to_device(device),
             n_negatives,
             target_weight: calibration.map(|t| t * (sampled - 1.0) + 1.0),
         }
@@ -210,15 +216,15 @@ impl Sampler {
 
     /// The same for the same seed.
     pub fn draw(&self, seed: u64) -> Rivals {
-        let items = with_seed(seed, self.probabilities.device(), || {
-            self.probabilities.multinomial(self.n_negatives, true)
-        });
+        let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let uniform: Vec<f64> = (0..self.n_negatives).map(|_| generator.random()).collect();
+        let uniform = send(&Tensor::from_slice(&uniform), self.cumulative.device());
+        let items = uniform.searchsorted(&self.cumulative, false, true, "right", None::<&Tensor>);
+        // The last sum may be less than 1 by its rounding.
+        let items = items.clamp_max(self.cumulative.size()[0] - 1);
         let contest = match self.target_weight {
             Some(target_weight) => Contest::Binary { target_weight },
-            None => {
-                let expected = self.probabilities.index_select(0, &items) * self.n_negatives as f64;
-                Contest::Softmax { log_expected: expected.log() }
-            }
+            None => Contest::Softmax { log_expected: self.log_expected.index_select(0, &items) },
         };
         Rivals::Drawn { items, contest }
     }
@@ -251,9 +257,9 @@ impl Scored<'_> {
 
     /// Adds gradients `[n, D + 1]` to those of the rows at `places: [n]`.
     fn add(&mut self, places: &Tensor, gradients: &Tensor) {
-        let width = self.table.size()[1];
-        add_rows(&mut self.table_gradient, places, &gradients.narrow(1, 0, width));
-        add_rows(&mut self.bias_gradient, places, &gradients.select(1, width));
+        let (width, exactly) = (self.table.size()[1], self.share.is_exact());
+        add_rows(&mut self.table_gradient, places, &gradients.narrow(1, 0, width), exactly);
+        add_rows(&mut self.bias_gradient, places, &gradients.select(1, width), exactly);
     }
 }
 

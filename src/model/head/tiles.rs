@@ -110,8 +110,8 @@ pub(super) fn full(
                 + bias.index_select(0, &places) * &here,
         );
         let minus = here * -kept;
-        add_rows(table_gradient, &places, &(&h * minus.unsqueeze(1)));
-        add_rows(bias_gradient, &places, &minus);
+        add_rows(table_gradient, &places, &(&h * minus.unsqueeze(1)), share.is_exact());
+        add_rows(bias_gradient, &places, &minus, share.is_exact());
         sums.of(group.start, n_targets).add(&(wanted * -kept));
         if label_smoothing > 0.0 {
             let each = label_smoothing / share.n_items as f64;
