@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::device::DeviceChoice;
+use crate::device::{DeviceChoice, Precision};
 use crate::train::Reduction;
 use crate::{checkpoint, data, metrics, model, train};
 
@@ -24,6 +24,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Whether sums over ranks are fast, or the same to the last bit on any number of ranks.
     pub reduction: Reduction,
+    /// How GPUs multiply matrices.
+    pub precision: Precision,
     /// CPU threads of each rank; 0: the host's cores divided by its ranks.
     pub threads_per_rank: usize,
     /// Steps of the run between two comparisons of the ranks' weights; 0: never.
@@ -38,6 +40,7 @@ impl Default for RunConfig {
             device: DeviceChoice::Auto,
             seed: 42,
             reduction: Reduction::Fast,
+            precision: Precision::F32,
             threads_per_rank: 0,
             compare_ranks_every: 1000,
             patience_seconds: 600.0,

@@ -7,8 +7,7 @@ Needs torch, transformers, pyarrow and numpy (benches/peers/requirements.txt). D
 f32, the fused AdamW, gradients clipped at 1. Variants: `hf` is Hugging Face's XLNetModel over all positions, `lean` the
 same arithmetic with the last layer computed only where something is predicted. Both score only those positions against the
 catalogue, as the original does. Prints one line of JSON: sessions a second by the median step, of all processes, and by the
-steps at a tenth and nine tenths; GiB that the process, or its tensors on the GPU, reached at most, and of parameters and
-moments.
+steps at a tenth and nine tenths; GiB that the process reached at most, and of parameters and moments.
 """
 
 import argparse
@@ -199,6 +198,7 @@ def main():
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", help="cpu or cuda, one process only")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU multiply with 11 binary digits")
     options = parser.parse_args()
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -206,6 +206,7 @@ def main():
         torch.distributed.init_process_group("gloo")
     torch.set_num_threads(options.threads or max(1, os.cpu_count() // world_size))
     rank = int(os.environ.get("RANK", 0))
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
     side = options.model == "xlnet-side"
     schema = (options.data / "schema.pbtxt").read_text()
     columns = read(options.data, [ITEM, *CATEGORIES, *NUMBERS] if side else [ITEM])
@@ -244,8 +245,7 @@ def main():
         seconds.append(time.perf_counter() - began)
     seconds = sorted(seconds[options.warm_up:])
     rate = lambda share: options.batch / seconds[min(len(seconds) - 1, int(share * len(seconds)))]
-    on_cpu = options.device == "cpu"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if on_cpu else torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures = {
         "sessions_per_s": rate(0.5), "slow": rate(0.9), "fast": rate(0.1), "peak_gib": peak,
         "state_gib": 3 * 4 * n_parameters / 2**30, "loss": loss.item(), "n_items": rows[ITEM],

@@ -586,8 +586,9 @@ impl Job {
     fn join(load: impl FnOnce() -> Result<Config, ConfigError>) -> Result<Self, Failure> {
         let choose = || load().map(|config| ((config.run.device, config.run.threads_per_rank), config));
         let (place, collective, config) = join(choose)?;
-        if place.device.is_cuda() && config.run.reduction == Reduction::Reproducible {
-            agree(&*collective, device::make_deterministic(), |_| None)?;
+        if place.device.is_cuda() {
+            let is_deterministic = config.run.reduction == Reduction::Reproducible;
+            agree(&*collective, device::tune(is_deterministic, config.run.precision), |_| None)?;
         }
         if let Some(watch) = collective.watch() {
             watch.set_limit(Duration::from_secs_f64(config.run.patience_seconds));

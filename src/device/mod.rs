@@ -154,25 +154,38 @@ pub unsafe fn set_environment() {
     }
 }
 
-/// Has libtorch choose operations on GPUs that give the same bits each time, as far as there are any: its fastest sum in
-/// whatever order threads come.
+/// `run.precision`: how GPUs multiply matrices of f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// With all 24 binary digits.
+    #[default]
+    F32,
+    /// With 11 digits of the factors, and sums of f32: several times as fast on NVIDIA GPUs since Ampere.
+    Tf32,
+}
+
+/// Tells libtorch how to compute on GPUs. Deterministic is what gives the same bits each time, as far as there are such
+/// operations: the fastest sum in whatever order threads come.
 ///
 /// # Errors
 /// This libtorch has no such switch.
-pub fn make_deterministic() -> Result<(), NoGpu> {
+pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
     type Context = *mut std::ffi::c_void;
-    let missing =
-        |error| NoGpu { reason: format!("this libtorch cannot be told to be deterministic: {error}") };
+    let missing = |error| NoGpu { reason: format!("this libtorch cannot be told how to compute: {error}") };
     let this = Library::this();
-    // SAFETY: the types are those of `at::globalContext()`, which returns a reference to what lives as long as the process,
-    // and of `at::Context::setDeterministicAlgorithms(bool, bool)`, whose object comes first, in libtorch 2.11.
+    // SAFETY: the types are those of libtorch 2.11: `at::globalContext()` returns a reference to what lives as long as the
+    // process, `at::Context::setDeterministicAlgorithms(bool, bool)` and `at::Context::setAllowTF32CuBLAS(bool)` take it first.
     unsafe {
         let context = this.get::<unsafe extern "C" fn() -> Context>(b"_ZN2at13globalContextEv\0");
-        let set = this.get::<unsafe extern "C" fn(Context, bool, bool)>(
+        let deterministic = this.get::<unsafe extern "C" fn(Context, bool, bool)>(
             b"_ZN2at7Context26setDeterministicAlgorithmsEbb\0",
         );
+        let tf32 = this.get::<unsafe extern "C" fn(Context, bool)>(b"_ZN2at7Context18setAllowTF32CuBLASEb\0");
+        let context = context.map_err(missing)?();
         // Where there is no such operation, libtorch warns and goes on.
-        set.map_err(missing)?(context.map_err(missing)?(), true, true);
+        deterministic.map_err(missing)?(context, is_deterministic, true);
+        tf32.map_err(missing)?(context, precision == Precision::Tf32);
     }
     Ok(())
 }

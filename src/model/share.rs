@@ -114,10 +114,14 @@ impl<'a> Share<'a> {
         self.len() == 0
     }
 
-    /// Where items `[N]` stand in the share, i64 `[N]`, and 1 for those that do, 0 for those that only seem to: f32 `[N]`.
-    pub fn places(&self, items: &Tensor) -> (Tensor, Tensor) {
+    /// Where items `[N]` stand in the share, i64 `[N]`, and, where others have rows too, 1 for those that do and 0 for those that
+    /// only seem to: f32 `[N]`.
+    pub fn places(&self, items: &Tensor) -> (Tensor, Option<Tensor>) {
+        if self.company.is_none() {
+            return (items.shallow_clone(), None);
+        }
         let here = items.ge(self.rows.start).logical_and(&items.lt(self.rows.end)).to_kind(Kind::Float);
-        ((items - self.rows.start).clamp(0, self.len() - 1), here)
+        ((items - self.rows.start).clamp(0, self.len() - 1), Some(here))
     }
 
     /// *All ranks.* What every rank has `n` of; alone, only its own.
@@ -180,8 +184,8 @@ struct Others<'a> {
     company: &'a dyn Collective,
     /// How many each rank asked for.
     counts: Vec<i64>,
-    /// 1 for rows that are here, else 0: as long as the places.
-    here: Tensor,
+    /// See [`Share::places`].
+    here: Option<Tensor>,
 }
 
 impl<'a> Asked<'a> {
@@ -195,7 +199,7 @@ impl<'a> Asked<'a> {
         let rows = rows(&self.places);
         match &self.others {
             Some(Others { company, counts, here }) => {
-                company.scatter_rows(&(rows * here.unsqueeze(1)), counts)
+                company.scatter_rows(&if_here(rows, here.as_ref()), counts)
             }
             None => Ok(rows),
         }
@@ -213,12 +217,21 @@ impl<'a> Asked<'a> {
             add(&self.places, gradients);
             return Ok(());
         };
-        let all = company.gather_rows(gradients, counts)? * here.unsqueeze(1);
+        let all = if_here(company.gather_rows(gradients, counts)?, here.as_ref());
         for Range { start, end } in share.groups(counts) {
             let of = |x: &Tensor| x.narrow(0, start, end - start);
             add(&of(&self.places), &of(&all));
         }
         Ok(())
+    }
+}
+
+/// Rows `[N, ..]`, zero where they only seem to be here: see [`Share::places`].
+pub(super) fn if_here(rows: Tensor, here: Option<&Tensor>) -> Tensor {
+    match here {
+        Some(here) if rows.dim() > 1 => rows * here.unsqueeze(1),
+        Some(here) => rows * here,
+        None => rows,
     }
 }
 

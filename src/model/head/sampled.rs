@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::{Contest, CrossEntropy, Scored, draw};
 use crate::collective::{CollectiveError, Reduce};
+use crate::model::share::if_here;
 
 /// Drawn items that are the target itself are left out. Rows that other ranks hold come from there, and their gradients go
 /// back.
@@ -23,8 +24,7 @@ pub(super) fn sampled(
     };
     // All ranks have drawn the same rivals.
     let (places, here) = share.places(items);
-    let here = here.unsqueeze(1);
-    let rivals = over_ranks(scored.rows(&places) * &here)?;
+    let rivals = over_ranks(if_here(scored.rows(&places), here.as_ref()))?;
     let asked = share.ask(targets, counts)?;
     let wanted = asked.fetch(|places| scored.rows(places))?;
     let rival_logits = rivals.select(1, width).addmm(h, &vectors(&rivals).tr());
@@ -46,7 +46,7 @@ pub(super) fn sampled(
         None => vec![over_ranks(of_rivals)?],
     };
     for of_rivals in of_rivals {
-        scored.add(&places, &(of_rivals * &here));
+        scored.add(&places, &if_here(of_rivals, here.as_ref()));
         (scored.settle)();
     }
     asked.give_back(share, &(&by_target * with_one), |places, all| {

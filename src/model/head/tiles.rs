@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 use super::{CrossEntropy, Scored, Share, draw};
 use crate::collective::{Collective, CollectiveError, exact};
 use crate::model::rows::add_rows;
-use crate::model::share::div_ceil;
+use crate::model::share::{div_ceil, if_here};
 
 /// Items of a tile on the CPU. A GPU does better with few large products.
 const TILE: i64 = 4096;
@@ -104,13 +104,14 @@ pub(super) fn full(
         let of_group = |x: &Tensor| x.narrow(0, group.start, n_targets);
         let (h, (places, here)) = (of_group(&h), share.places(&of_group(&targets)));
         let Scored { table, bias, table_gradient, bias_gradient, .. } = scored;
-        let wanted = table.index_select(0, &places) * here.unsqueeze(1);
+        let here = here.as_ref();
+        let wanted = if_here(table.index_select(0, &places), here);
         wanted_logits.push(
             (&h * &wanted).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
-                + bias.index_select(0, &places) * &here,
+                + if_here(bias.index_select(0, &places), here),
         );
-        let minus = here * -kept;
-        add_rows(table_gradient, &places, &(&h * minus.unsqueeze(1)), share.is_exact());
+        let minus = if_here(h.new_full([n_targets], -kept, (Kind::Float, h.device())), here);
+        add_rows(table_gradient, &places, &if_here(&h * -kept, here), share.is_exact());
         add_rows(bias_gradient, &places, &minus, share.is_exact());
         sums.of(group.start, n_targets).add(&(wanted * -kept));
         if label_smoothing > 0.0 {
@@ -220,11 +221,11 @@ fn part(
     let all_logs = match by_tile {
         true => share.gather_rows(&logs, &share.n_tiles_by_rank(cut.tile))?,
         false => {
-            let of_all_tiles = logs.logsumexp([0i64].as_slice(), false);
+            let of_all_tiles = sum_of_logs(&logs);
             share.of_each_rank(&of_all_tiles)?
         }
     };
-    let log_sums = all_logs.logsumexp([0i64].as_slice(), false);
+    let log_sums = sum_of_logs(&all_logs);
     let weights = (&logs - &log_sums).exp().tr().contiguous();
     let draws = draws.map(|(uniform, drawn)| {
         let rank = share.company().map_or(0, Collective::rank);
@@ -245,6 +246,15 @@ fn part(
         state_gradients.add(&(p.matmul(&rows(table, tile)) * weight));
     }
     Ok(log_sums)
+}
+
+/// The logarithm of the sum of what logarithms `[M, n]` are of: `[n]`.
+fn sum_of_logs(logs: &Tensor) -> Tensor {
+    match logs.size()[0] {
+        // For a GPU, most often: to find that out would take as long as all the rest.
+        1 => logs.squeeze_dim(0),
+        _ => logs.logsumexp([0i64].as_slice(), false),
+    }
 }
 
 /// Where the probabilities `[n, C]` of a tile lie.
