@@ -56,15 +56,16 @@ fn reproducible_weights_on_gpus_are_the_same_to_the_last_bit_on_any_number_of_ra
         [("gru", CONFIG.to_owned(), &EXACT[..]), ("xlnet", config_with(XLNET), &with_features)]
     {
         fs::write(shop.config(), config).unwrap();
-        let one = format!("{model} on 1");
-        shop.train(&one, &[set, &ON_GPU].concat()).success();
-        for (n_ranks, parallel) in [(2, &[][..]), (3, &SHARDED)] {
-            let run = format!("{model} on {n_ranks}");
-            let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &[set, parallel].concat()) else {
-                return;
-            };
-            finished.success();
-            assert_came_to_the_same(&shop, &run, &one);
+        for (parallel, more) in [("whole", &[][..]), ("shared out", &SHARDED)] {
+            let set = [set, more].concat();
+            let one = format!("{model} {parallel} on 1");
+            shop.train(&one, &[&set[..], &ON_GPU].concat()).success();
+            for n_ranks in [2, 3] {
+                let run = format!("{model} {parallel} on {n_ranks}");
+                let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &set) else { return };
+                finished.success();
+                assert_came_to_the_same(&shop, &run, &one);
+            }
         }
     }
 }
