@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce, mpi, nccl};
@@ -27,12 +28,29 @@ const MOST_SKEW: f64 = 0.5;
 const LEAST_FILE_RATE: f64 = 100e6;
 
 /// What was found.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Findings {
     /// Lines to read.
     pub lines: Vec<String>,
     /// What to change.
     pub advice: Vec<String>,
+    /// Ranks of the job.
+    pub ranks: usize,
+    /// What each rank computes on.
+    pub device: String,
+    /// FLOP/s of each rank's products of matrices, f32.
+    pub multiply_rates: Vec<f64>,
+    /// Sums over the ranks.
+    pub all_reduces: Vec<AllReduce>,
+}
+
+/// How long a sum over the ranks took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AllReduce {
+    /// Of the tensor.
+    pub bytes: f64,
+    /// On the slowest rank.
+    pub seconds: f64,
 }
 
 /// *All ranks.* Looks at the job as it was started, and at the file system of `dir`.
@@ -40,7 +58,9 @@ pub struct Findings {
 /// # Errors
 /// Those of the collective; a folder that cannot be written is advice.
 pub fn examine(place: &Place, dir: &Path, collective: &dyn Collective) -> Result<Findings, CollectiveError> {
-    let mut found = Findings::default();
+    let ranks = collective.world_size();
+    let device = if place.device.is_cuda() { "GPU" } else { "CPU" }.to_owned();
+    let mut found = Findings { ranks, device, ..Findings::default() };
     found.versions(collective);
     let seats = seats::seats(place, collective)?;
     found.lines.extend(seats::table(&seats));
@@ -58,14 +78,16 @@ pub fn examine(place: &Place, dir: &Path, collective: &dyn Collective) -> Result
         );
         found.advice.push(advice);
     }
-    if collective.world_size() > 1 {
+    found.multiply_rates = rates;
+    if ranks > 1 {
         for n in REDUCED {
+            let bytes = 4.0 * n as f64;
             let seconds = reduce_seconds(n, place.device, collective)?;
+            found.all_reduces.push(AllReduce { bytes, seconds });
             // What a ring moves through each rank's link.
-            let ranks = collective.world_size() as f64;
-            let rate = 4.0 * n as f64 * 2.0 * (ranks - 1.0) / ranks / seconds;
+            let rate = bytes * 2.0 * (ranks as f64 - 1.0) / ranks as f64 / seconds;
             let text = format!("{:.1} µs, {:.2} GB/s through each rank", seconds * 1e6, rate / 1e9);
-            found.say(&format!("all-reduce of {}", size(4.0 * n as f64)), &text);
+            found.say(&format!("all-reduce of {}", size(bytes)), &text);
         }
         found.clocks(collective)?;
     }

@@ -19,6 +19,7 @@
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
 //! | [`recommend`] | a model repository, events | what was seen and what is recommended, in words |
 //! | [`doctor`] | a job as it was started | what it would find, and what to change |
+//! | [`scaling`] | a configuration, numbers of ranks | how fast they are, and how fast more would be |
 //! | [`cli`] | arguments | an exit code |
 //!
 //! Nothing outside `collective` knows which backend runs, and nothing but `report` prints.
@@ -54,4 +55,5 @@ pub mod train;
 pub mod export;
 pub mod recommend;
 pub mod doctor;
+pub mod scaling;
 pub mod cli;

@@ -1,5 +1,6 @@
 //! The command line: one subcommand a stage.
 
+mod bench;
 mod run_dir;
 
 use std::error::Error;
@@ -66,6 +67,8 @@ enum Command {
     /// Look at the machine: devices, speed of arithmetic, of the ranks' talk and of a folder, clocks; alone or under
     /// `mpirun` or `srun`
     Doctor(DoctorArgs),
+    /// Measure how training scales with ranks
+    Bench(bench::BenchArgs),
 }
 
 #[derive(Args)]
@@ -478,6 +481,9 @@ struct DoctorArgs {
     /// What the ranks compute on
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     device: DeviceArg,
+    /// Also write what was found to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 /// Why a command ends early. Whoever made it knows whether this rank is to speak of it.
@@ -511,6 +517,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::ImportWeights(args) => import_weights(&args),
         Command::Report(args) => report(&args),
         Command::Doctor(args) => doctor(&args),
+        Command::Bench(args) => bench::bench(&args),
     };
     match done {
         Ok(()) => 0,
@@ -865,6 +872,11 @@ fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
         report::result(&found.lines.join("\n"));
         for advice in &found.advice {
             report::progress(&format!("warning: {advice}"));
+        }
+        if let Some(file) = &args.json {
+            let json = serde_json::to_string_pretty(&found).expect("numbers and words are JSON");
+            let message = |error| Some(format!("cannot write `{}`: {error}", file.display()));
+            fs::write(file, json).map_err(|error| Failure { exit_code: 1, message: message(error) })?;
         }
     }
     Ok(())

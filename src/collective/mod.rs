@@ -35,7 +35,7 @@ use tch::kind::Element;
 use call::Call;
 pub use error::CollectiveError;
 use watch::Watch;
-pub use world::{join, on_device};
+pub use world::{is_launched, join, on_device};
 
 /// How the values of all ranks become one. Sums of integers wrap; a NaN makes a minimum or maximum undefined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

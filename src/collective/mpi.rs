@@ -133,6 +133,7 @@ impl Mpi {
             0,
         )?;
         call.check_words(&words, inbox.chunks_exact(WORDS_BYTES).map(unpadded))?;
+        watched.all_came();
         Ok(watched)
     }
 

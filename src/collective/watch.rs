@@ -46,6 +46,17 @@ struct Log {
     n_steps: usize,
     /// On rank 0: who has not come to the call.
     missing: Vec<usize>,
+    times: Times,
+    is_timing: bool,
+}
+
+/// What calls took, in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Times {
+    /// Until all ranks had come.
+    pub waiting: Duration,
+    /// After that.
+    pub moving: Duration,
 }
 
 struct Call {
@@ -53,6 +64,8 @@ struct Call {
     words: String,
     /// Whether rank 0 knows who has come to it.
     is_met: bool,
+    /// When all ranks had come, if that is known.
+    met: Option<Instant>,
     place: Option<(i64, usize)>,
     begun: Instant,
     took: Option<Duration>,
@@ -67,8 +80,25 @@ pub struct Watched<'a> {
 impl Drop for Watched<'_> {
     fn drop(&mut self) {
         let mut log = self.watch.log();
+        let mut times = log.times;
         if let Some(call) = log.calls.iter_mut().find(|call| call.number == self.number) {
-            call.took = Some(call.begun.elapsed());
+            let took = call.begun.elapsed();
+            call.took = Some(took);
+            if let Some(met) = call.met {
+                times.waiting += met - call.begun;
+                times.moving += met.elapsed();
+            }
+        }
+        log.times = times;
+    }
+}
+
+impl Watched<'_> {
+    /// All ranks have come to the call.
+    pub(super) fn all_came(&self) {
+        let mut log = self.watch.log();
+        if let Some(call) = log.calls.iter_mut().find(|call| call.number == self.number) {
+            call.met = Some(Instant::now());
         }
     }
 }
@@ -83,6 +113,8 @@ impl Watch {
             place: None,
             n_steps: 0,
             missing: Vec::new(),
+            times: Times::default(),
+            is_timing: false,
         };
         let shared = Arc::new(Shared { rank, hosts, log: Mutex::new(log) });
         let watched = Arc::downgrade(&shared);
@@ -106,6 +138,20 @@ impl Watch {
     /// How long a call may last from now on; the first step, three times as long.
     pub fn set_limit(&self, limit: Duration) {
         self.log().limit = limit;
+    }
+
+    /// From now on the times of calls are asked for, so that calls of GPUs too end when their work is done.
+    pub fn time_calls(&self) {
+        self.log().is_timing = true;
+    }
+
+    pub(super) fn is_timing(&self) -> bool {
+        self.log().is_timing
+    }
+
+    /// What calls of all ranks took since this was last asked.
+    pub fn take_times(&self) -> Times {
+        std::mem::take(&mut self.log().times)
     }
 
     /// The calls that follow belong to step `step` (from 1) of `day`.
@@ -145,7 +191,8 @@ impl Watch {
             log.calls.pop_front();
         }
         let (number, place) = (log.n_calls, log.place);
-        log.calls.push_back(Call { number, words, is_met, place, begun: Instant::now(), took: None });
+        let begun = Instant::now();
+        log.calls.push_back(Call { number, words, is_met, met: None, place, begun, took: None });
         drop(log);
         Watched { watch: self, number }
     }
@@ -268,6 +315,22 @@ mod tests {
             "{told}"
         );
         assert_eq!(told.lines().count(), 1 + N_REMEMBERED);
+    }
+
+    #[test]
+    fn times_are_those_before_and_after_all_came() {
+        let watch = watch(0);
+        let call = watch.begin_met("`barrier`".to_owned());
+        watch.log().calls[0].begun -= Duration::from_secs(2);
+        call.all_came();
+        if let Some(met) = &mut watch.log().calls[0].met {
+            *met -= Duration::from_secs(1);
+        }
+        drop(call);
+        drop(watch.begin("a step".to_owned()));
+        let Times { waiting, moving } = watch.take_times();
+        assert_eq!((waiting.as_secs(), moving.as_secs()), (1, 1));
+        assert_eq!(watch.take_times(), Times::default());
     }
 
     #[test]

@@ -54,6 +54,11 @@ pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Co
     }
 }
 
+/// Whether a launcher started this process as one of its ranks.
+pub fn is_launched() -> bool {
+    !matches!(launched(|name| env::var(name).ok()), Ok(Launched::Alone))
+}
+
 #[derive(Debug, PartialEq)]
 enum Launched {
     Alone,

@@ -33,6 +33,17 @@ pub enum DeviceChoice {
     Cuda,
 }
 
+impl DeviceChoice {
+    /// As a configuration writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
 /// `run.device = "cuda"` on a host where that cannot be.
 #[derive(Debug, Error)]
 #[error("`run.device` is `cuda`, but {reason}")]

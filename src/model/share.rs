@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use super::ITEM_TABLES;
-use crate::collective::{Collective, CollectiveError, rows};
+use crate::collective::{Collective, CollectiveError, Reduce, rows};
 
 /// Bands that a catalogue is cut into at most, and of how many rows a band is a whole multiple: shares are whole bands, so that
 /// sums over bands are the same on any number of ranks, wherever in memory a share begins.
@@ -156,6 +156,19 @@ impl<'a> Share<'a> {
     /// Those of the collective.
     pub fn of_each_rank(&self, own: &Tensor) -> Result<Tensor, CollectiveError> {
         self.company.map_or_else(|| Ok(own.unsqueeze(0)), |company| company.of_each_rank(own))
+    }
+
+    /// *All ranks.* The logarithm of the sum over ranks of what `logs: [n]` are logarithms of.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn sum_of_logs(&self, logs: Tensor) -> Result<Tensor, CollectiveError> {
+        let Some(company) = self.company else { return Ok(logs) };
+        let mut largest = logs.copy();
+        company.all_reduce(&mut largest, Reduce::Max)?;
+        let mut sums = (logs - &largest).exp();
+        company.all_reduce(&mut sums, Reduce::Sum)?;
+        Ok(largest + sums.log())
     }
 
     /// This rank's of rows `[sum of counts, ..]`.

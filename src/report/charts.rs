@@ -61,13 +61,21 @@ const COLOURS: [RGBColor; 8] = [
 ];
 
 /// A picture.
-pub(super) struct Chart {
+pub(crate) struct Chart {
     /// Name of its files.
     pub(super) name: &'static str,
     /// What it shows.
     pub(super) title: String,
-    pub(super) svg: String,
-    pub(super) png: Vec<u8>,
+    pub(crate) svg: String,
+    pub(crate) png: Vec<u8>,
+}
+
+/// A line of [`rates`].
+pub(crate) struct Line {
+    pub(crate) label: String,
+    pub(crate) is_dashed: bool,
+    /// One for each number of ranks, where there is one.
+    pub(crate) values: Vec<Option<f64>>,
 }
 
 /// A picture that cannot be drawn.
@@ -104,6 +112,37 @@ pub(super) fn charts(comparison: &Comparison) -> Result<Vec<Chart>, ChartError> 
         ),
     ];
     plots.into_iter().chain(learning_curves(comparison)).map(render).collect()
+}
+
+/// Sessions a second by the number of ranks.
+///
+/// # Errors
+/// As of [`charts`].
+pub(crate) fn rates(
+    name: &'static str,
+    title: &str,
+    ranks: &[usize],
+    lines: &[Line],
+) -> Result<Chart, ChartError> {
+    let series = lines.iter().enumerate().map(|(i, line)| Series {
+        label: line.label.clone(),
+        colour: colour(i),
+        mark: Mark::Line { dashed: line.is_dashed, marker: Some(i) },
+        points: (line.values.iter().enumerate())
+            .filter_map(|(x, y)| Some(Point { x: x as f64 + 0.5, y: (*y)?, whisker: None }))
+            .collect(),
+    });
+    let series: Vec<Series> = series.collect();
+    render(Plot {
+        name,
+        title: title.to_owned(),
+        x_title: "ranks".to_owned(),
+        y_title: "sessions a second".to_owned(),
+        x: Axis::Categories(ranks.iter().map(ToString::to_string).collect()),
+        y: (0.0, highest(&series)),
+        series,
+        width: WIDTH,
+    })
 }
 
 /// A picture, described.

@@ -29,6 +29,7 @@ use crate::data::Split;
 use crate::metrics::Metrics;
 
 pub use charts::ChartError;
+pub(crate) use charts::{Line, rates};
 pub use write::{PAGE, WriteError, write};
 
 /// File of a run directory: its records, one JSON object a line.
@@ -51,6 +52,8 @@ pub enum Record {
         step: usize,
         /// Mean cross entropy over the targets of this step's global batch.
         loss: f64,
+        /// Those targets.
+        n_targets: usize,
         /// Learning rate of this step.
         lr: f64,
         /// Sessions of all ranks a second, since the last such line.
@@ -212,7 +215,7 @@ impl Report {
         let written = root.records.write_all(line.as_bytes());
         written.map_err(|source| ReportError { path: root.path.clone(), source })?;
         match record {
-            Record::Step { day, epoch, step, loss, lr, sessions_per_s } => {
+            Record::Step { day, epoch, step, loss, lr, sessions_per_s, .. } => {
                 let figures = format!("loss {loss:7.4}  lr {lr:.2e}  {sessions_per_s:7.0} sessions/s");
                 if let Some(bar) = &root.bar {
                     bar.set_message(figures);

@@ -126,6 +126,16 @@ pub enum ItemTable {
     Sharded,
 }
 
+impl ItemTable {
+    /// As a configuration writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Replicated => "replicated",
+            Self::Sharded => "sharded",
+        }
+    }
+}
+
 impl Parallel {
     /// The rows of the tables of items that this rank holds.
     pub fn share<'a>(&self, n_items: i64, reduction: Reduction, collective: &'a dyn Collective) -> Share<'a> {
@@ -503,7 +513,7 @@ impl<'a> Training<'a> {
                     occurrences: &occurred,
                     n_trained: 0,
                     last_log: (Instant::now(), state.position.day_step),
-                    laps: Laps::new(place.device, config.train.time_phases),
+                    laps: Laps::new(place.device, config.train.time_phases, place.collective.watch()),
                     state: &mut state,
                 };
                 if context.train(&mut *learner)?.is_break() {
@@ -583,7 +593,13 @@ impl Status {
     fn read(&self) -> Read {
         let numbers = Vec::<f64>::try_from(self.of_all.to_kind(tch::Kind::Double)).expect("five numbers");
         let [loss, n_targets, n_stop, n_save, norm] = numbers[..] else { unreachable!("five numbers") };
-        Read { loss: loss / n_targets, norm, is_stop: n_stop > 0.0, is_save: n_save > 0.0 }
+        Read {
+            loss: loss / n_targets,
+            n_targets: n_targets as usize,
+            norm,
+            is_stop: n_stop > 0.0,
+            is_save: n_save > 0.0,
+        }
     }
 }
 
@@ -591,6 +607,7 @@ impl Status {
 struct Read {
     /// Of a target, on average.
     loss: f64,
+    n_targets: usize,
     /// Of the mean loss's gradient, before clipping.
     norm: f64,
     /// Whether a rank was asked to stop.
@@ -699,7 +716,7 @@ impl Day<'_> {
         if !read.is_finite() {
             self.not_finite(&read, status, done)?;
         }
-        let Read { loss, is_stop, is_save, .. } = read;
+        let Read { loss, n_targets, is_stop, is_save, .. } = read;
         if is_logged {
             let (day, (since, logged)) = (self.plan.day, self.last_log);
             let seconds = since.elapsed().as_secs_f64();
@@ -708,7 +725,15 @@ impl Day<'_> {
             let n_steps = (done - logged) as f64;
             let epoch = step / self.plan.steps_per_epoch();
             let sessions_per_s = n_sessions as f64 / seconds;
-            self.report.record(&Record::Step { day, epoch, step: done, loss, lr, sessions_per_s })?;
+            self.report.record(&Record::Step {
+                day,
+                epoch,
+                step: done,
+                loss,
+                n_targets,
+                lr,
+                sessions_per_s,
+            })?;
             if let Some(laps) = self.laps.take() {
                 let seconds = laps.into_iter().map(|(name, seconds)| (name, seconds / n_steps)).collect();
                 self.report.record(&Record::Phases { day, step: done, seconds })?;

@@ -21,6 +21,7 @@ mod recommend;
 mod refused;
 mod report;
 mod resume;
+mod scaling;
 mod serve;
 mod serving;
 mod sharded;

@@ -38,9 +38,7 @@ pub fn mpirun(
     variables: &[(&str, &str)],
     limit: Duration,
 ) -> Option<Finished> {
-    if !found("mpirun") {
-        assert_ne!(env::var("REQUIRE_MPI").as_deref(), Ok("1"), "there is no `mpirun` in `PATH`");
-        println!("skipped: there is no `mpirun` in `PATH`, so nothing ran on {n_ranks} ranks");
+    if !has_mpirun(&format!("nothing ran on {n_ranks} ranks")) {
         return None;
     }
     let mut command = Command::new("mpirun");
@@ -53,6 +51,17 @@ pub fn mpirun(
         .envs([("OMPI_MCA_mpi_yield_when_idle", "1"), ("OMP_NUM_THREADS", "1")])
         .envs(variables.iter().copied());
     Some(run_within(&mut command, limit))
+}
+
+/// Whether there is an `mpirun`. Where there is none the test prints `skipped: ...` with what follows here and returns. With
+/// `REQUIRE_MPI=1` it fails.
+pub fn has_mpirun(else_what: &str) -> bool {
+    let has_mpirun = found("mpirun");
+    if !has_mpirun {
+        assert_ne!(env::var("REQUIRE_MPI").as_deref(), Ok("1"), "there is no `mpirun` in `PATH`");
+        println!("skipped: there is no `mpirun` in `PATH`, so {else_what}");
+    }
+    has_mpirun
 }
 
 /// The same with ranks that share the host's one GPU: NCCL takes those with different host names to be on different hosts.

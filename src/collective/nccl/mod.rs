@@ -16,7 +16,7 @@ use std::time::Duration;
 use cudarc::driver::CudaContext;
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::os::unix::Library;
-use tch::{Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce};
@@ -126,12 +126,23 @@ impl Nccl {
             let all = self.host.gather_bytes(words.as_bytes())?;
             call.check_words(&words, all.iter().map(|words| str::from_utf8(words).unwrap_or_default()))?;
         }
-        Ok(self.watch().map(|watch| watch.begin(words)))
+        let Some(watch) = self.watch() else { return Ok(None) };
+        if watch.is_timing() {
+            // What is queued comes first, on all ranks.
+            Cuda::synchronize(self.gpu as i64);
+            self.host.barrier()?;
+        }
+        let watched = watch.begin(words);
+        watched.all_came();
+        Ok(Some(watched))
     }
 
     /// Turns NCCL's return code into an error that names this rank.
     fn done(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
         if code == 0 {
+            if self.watch().is_some_and(Watch::is_timing) {
+                Cuda::synchronize(self.gpu as i64);
+            }
             return Ok(());
         }
         Err(CollectiveError::Library {

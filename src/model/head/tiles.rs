@@ -216,16 +216,16 @@ fn part(
         (largest - p.amax([1i64].as_slice(), false).log()).unsqueeze(0)
     };
     let logs = Tensor::cat(&tiles.iter().map(softmax).collect::<Vec<_>>(), 0);
-    // Of all ranks: tile by tile where it matters which there are, else one of each rank.
+    // Of all ranks: tile by tile where it matters which there are, else their sum alone, as they may be many.
     let by_tile = share.is_exact() || draws.is_some();
-    let all_logs = match by_tile {
-        true => share.gather_rows(&logs, &share.n_tiles_by_rank(cut.tile))?,
-        false => {
-            let of_all_tiles = sum_of_logs(&logs);
-            share.of_each_rank(&of_all_tiles)?
-        }
+    let (all_logs, log_sums) = if by_tile {
+        let all_logs = share.gather_rows(&logs, &share.n_tiles_by_rank(cut.tile))?;
+        let log_sums = sum_of_logs(&all_logs);
+        (all_logs, log_sums)
+    } else {
+        let log_sums = share.sum_of_logs(sum_of_logs(&logs))?;
+        (logs.shallow_clone(), log_sums)
     };
-    let log_sums = sum_of_logs(&all_logs);
     let weights = (&logs - &log_sums).exp().tr().contiguous();
     let draws = draws.map(|(uniform, drawn)| {
         let rank = share.company().map_or(0, Collective::rank);
