@@ -1,8 +1,8 @@
-"""Times `bireme preprocess` and benches/peers/etl_polars.py on the same events, by turns.
+"""Times `bireme preprocess` and benches/peers/etl_{polars,pandas}.py on the same events, by turns.
 
-    python benches/etl.py EVENTS.csv --bireme target/release/bireme [--python PYTHON] [--runs 3]
+    python benches/etl.py EVENTS.csv --bireme target/release/bireme [--python PYTHON] [--peers polars pandas] [--runs 3]
 
-The Python must have polars. Prints every run and the medians: wall seconds, rows per second of the file, and the
+The Python must have polars, pandas and pyarrow. Prints every run and the medians: wall seconds, rows per second of the file, and the
 peak of the process's resident memory, mapped file pages included, as the kernel counts it.
 """
 
@@ -33,17 +33,17 @@ def main():
     parser.add_argument("--bireme", default="target/release/bireme")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=["polars", "pandas"], default=["polars", "pandas"])
     options = parser.parse_args()
 
     with options.events.open("rb") as file:
         n_rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b"")) - 1
     scratch = Path(tempfile.mkdtemp(dir=options.events.parent))
     out = scratch / "out"
-    peer = Path(__file__).parent / "peers" / "etl_polars.py"
-    commands = {
-        "bireme": [options.bireme, "preprocess", "--events", str(options.events), "--out", str(out)],
-        "polars": [options.python, str(peer), str(options.events), str(out)],
-    }
+    peers = Path(__file__).parent / "peers"
+    commands = {"bireme": [options.bireme, "preprocess", "--events", str(options.events), "--out", str(out)]}
+    for peer in options.peers:
+        commands[peer] = [options.python, str(peers / f"etl_{peer}.py"), str(options.events), str(out)]
     runs = {name: [] for name in commands}
     print(f"{n_rows} rows, {os.cpu_count()} cores")
     print(f"{'':8} {'wall s':>8} {'cpu s':>8} {'rows/s':>10} {'peak GiB':>9}")

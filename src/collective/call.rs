@@ -43,8 +43,10 @@ impl Call {
 
     /// A contiguous tensor of a kind that every backend carries.
     pub fn check(self, tensor: &Tensor) -> Result<(), CollectiveError> {
-        if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::Int64 | Kind::Uint8) {
-            return Err(self.refuse(format!("takes f32, f64, i64 or u8 tensors, not {:?}", tensor.kind())));
+        if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64 | Kind::Uint8) {
+            return Err(
+                self.refuse(format!("takes f32, f64, bf16, i64 or u8 tensors, not {:?}", tensor.kind()))
+            );
         }
         if !tensor.is_contiguous() {
             let (size, stride) = (tensor.size(), tensor.stride());

@@ -16,6 +16,7 @@
 //! Whoever joined keeps the collective until the work is done: dropping it is the orderly goodbye that waits for
 //! the other ranks. After an error on this rank alone call [`Collective::abort`] instead.
 
+mod bf16;
 mod call;
 mod error;
 pub mod exact;
@@ -50,7 +51,7 @@ pub enum Reduce {
 
 /// The ranks of one job, seen from one of them.
 ///
-/// Tensors are contiguous f32, f64, i64 or u8, of the same kind and size on every rank, and any shape: only their
+/// Tensors are contiguous f32, f64, bf16, i64 or u8, of the same kind and size on every rank, and any shape: only their
 /// flat order counts. Every rank makes the same calls in the same order. Results are the same bits on every rank.
 pub trait Collective {
     /// This rank, `0..world_size`.

@@ -16,6 +16,7 @@ use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::traits::{AsRaw, CommunicatorCollectives};
 use tch::{Device, Kind, Tensor};
 
+use super::bf16::Operations;
 use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce, host_name};
 
@@ -49,6 +50,7 @@ pub struct Mpi {
     inbox: RefCell<Vec<u8>>,
     most_elements: usize,
     // Freed before the universe ends, as fields drop in order.
+    bf16: Operations,
     world: SimpleCommunicator,
     _universe: Universe,
 }
@@ -81,6 +83,7 @@ impl Mpi {
             watch: Watch::start(rank, hosts, end_late_job),
             inbox: RefCell::new(vec![b' '; WORDS_BYTES * world_size]),
             most_elements: MOST_ELEMENTS,
+            bf16: Operations::new(),
             world,
             _universe: universe,
         };
@@ -178,6 +181,21 @@ impl Mpi {
             }
         }
         Ok(())
+    }
+
+    /// What combines elements of this kind.
+    fn operation(&self, op: Reduce, kind: Kind) -> ffi::MPI_Op {
+        if kind == Kind::BFloat16 {
+            return self.bf16.of(op);
+        }
+        // SAFETY: constants of the C header, which rsmpi exports as statics that nobody writes.
+        unsafe {
+            match op {
+                Reduce::Sum => ffi::RSMPI_SUM,
+                Reduce::Min => ffi::RSMPI_MIN,
+                Reduce::Max => ffi::RSMPI_MAX,
+            }
+        }
     }
 
     /// First element and number of elements of each call for `n_elements`.
@@ -283,6 +301,7 @@ impl Buffer {
         let datatype = match tensor.kind() {
             Kind::Float => f32::equivalent_datatype().as_raw(),
             Kind::Double => f64::equivalent_datatype().as_raw(),
+            Kind::BFloat16 => u16::equivalent_datatype().as_raw(),
             Kind::Int64 => i64::equivalent_datatype().as_raw(),
             _ => u8::equivalent_datatype().as_raw(),
         };
@@ -291,19 +310,6 @@ impl Buffer {
 
     fn at(self, element: usize) -> *mut c_void {
         self.start.wrapping_byte_add(element * self.element_bytes)
-    }
-}
-
-impl Reduce {
-    fn mpi(self) -> ffi::MPI_Op {
-        // SAFETY: constants of the C header, which rsmpi exports as statics that nobody writes.
-        unsafe {
-            match self {
-                Self::Sum => ffi::RSMPI_SUM,
-                Self::Min => ffi::RSMPI_MIN,
-                Self::Max => ffi::RSMPI_MAX,
-            }
-        }
     }
 }
 
@@ -336,11 +342,12 @@ impl Collective for Mpi {
         // MPI_IN_PLACE is a macro of the C header that rsmpi does not carry.
         let mine = call.snapshot(tensor)?;
         let (from, to) = (Buffer::of(&mine), Buffer::of(tensor));
+        let op = self.operation(op, tensor.kind());
         for (cut, n) in self.cuts(tensor.numel()) {
             // SAFETY: both are host tensors of one kind and size, apart in memory, with `cut + n` elements or more.
             let code = unsafe {
                 let world = self.world.as_raw();
-                ffi::MPI_Allreduce(from.at(cut), to.at(cut), n, to.datatype, op.mpi(), world)
+                ffi::MPI_Allreduce(from.at(cut), to.at(cut), n, to.datatype, op, world)
             };
             self.done("MPI_Allreduce", n, code)?;
         }
@@ -385,13 +392,14 @@ impl Collective for Mpi {
         let _call = self.meet(call, whole, op)?;
         let n_elements = part.numel();
         let (from, to, world) = (Buffer::of(whole), Buffer::of(part), self.world.as_raw());
+        let op = self.operation(op, whole.kind());
         if whole.numel() > self.most_elements {
             for root in 0..self.world_size {
                 for (cut, n) in self.cuts(n_elements) {
                     let from_here = from.at(root * n_elements + cut);
                     // SAFETY: as below, for the cut of the part that rank `root` keeps.
                     let code = unsafe {
-                        ffi::MPI_Reduce(from_here, to.at(cut), n, to.datatype, op.mpi(), root as c_int, world)
+                        ffi::MPI_Reduce(from_here, to.at(cut), n, to.datatype, op, root as c_int, world)
                     };
                     self.done("MPI_Reduce", n, code)?;
                 }
@@ -400,8 +408,7 @@ impl Collective for Mpi {
         }
         let n = n_elements as c_int;
         // SAFETY: host tensors of one kind, apart in memory, of `world_size * n` and `n` elements.
-        let code =
-            unsafe { ffi::MPI_Reduce_scatter_block(from.start, to.start, n, to.datatype, op.mpi(), world) };
+        let code = unsafe { ffi::MPI_Reduce_scatter_block(from.start, to.start, n, to.datatype, op, world) };
         self.done("MPI_Reduce_scatter_block", n, code)
     }
 

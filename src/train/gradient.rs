@@ -8,8 +8,8 @@ use super::fault::{self, Fault};
 use super::reduction::Reduction;
 use super::{Day, Learner, NonFinite, Status, TrainError};
 use crate::checkpoint::{Checkpoint, Tensors};
-use crate::collective::Reduce;
 use crate::collective::exact::ExactSum;
+use crate::collective::{Collective, CollectiveError, Reduce};
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
 use crate::device::send;
@@ -41,7 +41,7 @@ impl<'a> GradientLearner<'a> {
         let values = network.parameters().values();
         let optimizer = Optimizer::new(&values, network.tables(), config.train.tables, rates);
         let exact = match config.run.reduction {
-            Reduction::Fast => None,
+            Reduction::Fast | Reduction::Bf16 => None,
             Reduction::Reproducible => Some(ExactSum::new(&network.parameters().reduced())),
         };
         Ok(Self { network, optimizer, exact, fault: Fault::planted() })
@@ -100,9 +100,10 @@ impl<'a> GradientLearner<'a> {
             }
         }
         day.laps.end("backward");
-        match &mut self.exact {
-            None => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
-            Some(exact) => exact.reduce_into(&mut sums, day.place.collective)?,
+        match (&mut self.exact, day.config.run.reduction) {
+            (Some(exact), _) => exact.reduce_into(&mut sums, day.place.collective)?,
+            (None, Reduction::Bf16) => add_up_in_bf16(&mut sums, &parameters.tail(), day.place.collective)?,
+            (None, _) => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
         }
         day.laps.end("communication");
         let tail = parameters.tail();
@@ -141,6 +142,22 @@ impl<'a> GradientLearner<'a> {
         let is_tie = 2 * most <= all.len();
         Err(TrainError::Desync { day: day.plan.day, step: n_done, ranks: ranks.collect(), is_tie })
     }
+}
+
+/// *All ranks.* Adds `sums: [n]` up over ranks, in bf16 all but their tail, which holds counts.
+fn add_up_in_bf16(
+    sums: &mut Tensor,
+    tail: &Tensor,
+    collective: &dyn Collective,
+) -> Result<(), CollectiveError> {
+    if collective.world_size() == 1 {
+        return Ok(());
+    }
+    let mut gradients = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
+    let mut rounded = gradients.to_kind(Kind::BFloat16);
+    collective.all_reduce(&mut rounded, Reduce::Sum)?;
+    gradients.copy_(&rounded);
+    collective.all_reduce(&mut tail.shallow_clone(), Reduce::Sum)
 }
 
 impl Learner for GradientLearner<'_> {

@@ -141,7 +141,7 @@ impl Parallel {
     pub fn share<'a>(&self, n_items: i64, reduction: Reduction, collective: &'a dyn Collective) -> Share<'a> {
         match (self.item_table, reduction) {
             (ItemTable::Replicated, _) => Share::whole(n_items),
-            (ItemTable::Sharded, Reduction::Fast) => Share::of_rank(n_items, collective),
+            (ItemTable::Sharded, Reduction::Fast | Reduction::Bf16) => Share::of_rank(n_items, collective),
             (ItemTable::Sharded, Reduction::Reproducible) => Share::of_rank(n_items, collective).exactly(),
         }
     }

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::mpirun::{Finished, has_gpu, mpirun, mpirun_on_one_gpu, run_within};
 
-const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Int64, Kind::Uint8];
+const KINDS: [Kind; 5] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Int64, Kind::Uint8];
 const REDUCTIONS: [Reduce; 3] = [Reduce::Sum, Reduce::Min, Reduce::Max];
 const LIMIT: Duration = Duration::from_secs(60);
 const SOON: Duration = Duration::from_secs(10);
@@ -139,7 +139,7 @@ fn every_refusal(ranks: &dyn Collective, device: Device) {
     refused(
         ranks.all_reduce(&mut halves, Reduce::Sum),
         "all_reduce",
-        "takes f32, f64, i64 or u8 tensors, not Half",
+        "takes f32, f64, bf16, i64 or u8 tensors, not Half",
     );
     let mut turned = float(6).view([2, 3]).transpose(0, 1);
     refused(ranks.all_reduce(&mut turned, Reduce::Sum), "all_reduce", "is not contiguous");

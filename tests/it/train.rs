@@ -177,6 +177,27 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
 }
 
 #[test]
+fn gradients_that_travel_as_bf16_learn_nearly_the_same() {
+    let shop = Shop::new(300);
+    shop.train("f32", &[]).success();
+    let bf16 = ["--set", "run.reduction=bf16"];
+    // Alone nothing travels, and nothing is rounded.
+    shop.train("alone", &bf16).success();
+    assert_same_runs(&shop, "f32", "alone");
+    let Some(finished) = shop.train_on(2, "bf16", &bf16) else { return };
+    finished.success();
+    let [whole, rounded] = ["f32", "bf16"].map(|run| shop.records(run, "step"));
+    for (a, b) in whole.iter().zip(&rounded) {
+        assert_eq!(a["n_targets"], b["n_targets"]);
+        let [a, b] = [a, b].map(|record| record["loss"].as_f64().unwrap());
+        assert!((a - b).abs() < 0.01 * a, "{a} {b}");
+    }
+    assert_ne!(whole[1]["loss"], rounded[1]["loss"]);
+    let [a, b] = ["f32", "bf16"].map(|run| shop.evaluations(run)[1]["ndcg_at_20"].as_f64().unwrap());
+    assert!((a - b).abs() < 0.03, "{a} {b}");
+}
+
+#[test]
 fn a_window_of_days_is_trained_on_as_one_and_the_same_on_three_ranks() {
     let shop = Shop::new(100);
     let more = ["--set", "data.window_days=2", "--set", "model.dropout=0.2"];

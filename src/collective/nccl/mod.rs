@@ -212,6 +212,7 @@ fn data_type(kind: Kind) -> ncclDataType_t {
     match kind {
         Kind::Float => ncclDataType_t::ncclFloat32,
         Kind::Double => ncclDataType_t::ncclFloat64,
+        Kind::BFloat16 => ncclDataType_t::ncclBfloat16,
         Kind::Int64 => ncclDataType_t::ncclInt64,
         _ => ncclDataType_t::ncclUint8,
     }
