@@ -6,7 +6,9 @@
 
 Trains the tutorial's models for so many steps on day 1, in one process with all cores or on one GPU, and prints a table of
 Markdown: the median step's sessions a second, the least and largest of the runs' medians in brackets, GiB at most: of the
-process, or of the GPU, which nobody else may use meanwhile. The Python must have what benches/peers/requirements.txt names.
+process, or of the GPU, which nobody else may use meanwhile. `limit` is bireme's rate beside what the products of matrices
+alone would allow at the rate that `bireme doctor` measures: forward, and twice that backward, over the weights of the body for
+each event and over the item table for each target. The Python must have what benches/peers/requirements.txt names.
 """
 
 import argparse
@@ -22,6 +24,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CONFIGS = {"gru": "gru", "xlnet": "xlnet", "xlnet-side": "xlnet-side-info"}
 WARM_UP = 3
+
+# Numbers in the matrices that every event passes.
+BODY = {
+    "gru": 64 * 128 + 6 * 128**2 + 128 * 64,
+    "xlnet": 64 * 192 + 2 * (4 * 192**2 + 2 * 192 * 768) + 192 * 64,
+    "xlnet-side": 197 * 192 + 192**2 + 2 * (4 * 192**2 + 2 * 192 * 768) + 192 * 64,
+}
+WIDTH = 64
 
 
 class Gpu:
@@ -48,7 +58,7 @@ def bireme(options, data, model):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         steps = WARM_UP + options.steps
-        sets = ["data.last_day=2", "train.epochs_per_day=1", f"train.max_steps_per_day={steps}", "train.log_every_steps=1", "evaluate.scores_mib=64"]
+        sets = ["data.last_day=2", "train.epochs_per_day=1", f"train.max_steps_per_day={steps}", "train.log_every_steps=1"]
         sets += [f"train.global_batch={options.batch}", f"train.micro_batch={min(options.batch, 512)}"] if options.batch != 256 else []
         sets += [f"run.device={options.device}"] + ["run.precision=tf32"] * options.tf32 + options.set
         command = [options.bireme, "train", "--config", HERE.parent / "configs" / f"{CONFIGS[model]}.toml", "--data", data, "--run-dir", run]
@@ -57,8 +67,29 @@ def bireme(options, data, model):
         if status != 0:
             sys.exit(f"failed: {command}")
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        rates = [record["sessions_per_s"] for record in records if record["kind"] == "step"]
-        return statistics.median(rates[WARM_UP:]), usage.ru_maxrss / 2**20
+        records = [record for record in records if record["kind"] == "step"]
+        options.targets = statistics.median(record["n_targets"] for record in records) / options.batch
+        return statistics.median(record["sessions_per_s"] for record in records[WARM_UP:]), usage.ru_maxrss / 2**20
+
+
+def multiply_rate(options):
+    """FLOP/s of products of matrices, f32."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        command = [options.bireme, "doctor", "--dir", folder, "--device", options.device, "--json", found]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return json.loads(found.read_text())["multiply_rates"][0]
+
+
+def limit(options, data, model):
+    """Sessions a second that products of matrices allow."""
+    import pyarrow.parquet as parquet
+
+    lengths = parquet.read_table(data / "sessions_by_day/1/train.parquet", columns=["product_id-count"])["product_id-count"]
+    events = statistics.fmean(min(length, 20) for length in lengths.to_pylist())
+    schema = (data / "schema.pbtxt").read_text().split('name: "product_id-list_seq"', 1)[1]
+    items = int(schema.split("int_domain", 1)[1].split("max:", 1)[1].split()[0]) + 1
+    return options.rate / (6 * (events * BODY[model] + options.targets * items * WIDTH))
 
 
 def peer(options, data, model, *arguments):
@@ -83,7 +114,9 @@ def main():
     parser.add_argument("--bireme", default="target/release/bireme")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, {options.device}, {options.batch} sessions a step" + ", tf32" * options.tf32)
-    print("| | | sessions/s | GiB | bireme's, times |\n| --- | --- | ---: | ---: | ---: |")
+    options.rate = multiply_rate(options)
+    print(f"products of matrices: {options.rate / 1e9:.0f} GFLOP/s, f32")
+    print("| | | sessions/s | GiB | bireme's, times | limit |\n| --- | --- | ---: | ---: | ---: | ---: |")
     for model in options.models:
         for data in options.data:
             contestants = {"bireme": lambda: bireme(options, data, model)}
@@ -106,8 +139,9 @@ def main():
             for name, of in runs.items():
                 rates = [rate for rate, _ in of]
                 rate, peak = statistics.median(rates), max(peak for _, peak in of)
-                times = "" if name == "bireme" else f"{ours / rate:.1f}"
-                print(f"| {model}, {data.name} | {name} | {rate:,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {peak:.2f} | {times} |", flush=True)
+                times, share = ("", f"{ours / limit(options, data, model):.0%}") if name == "bireme" else (f"{ours / rate:.1f}", "")
+                spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
+                print(f"| {model}, {data.name} | {name} | {rate:,.0f} ({spread}) | {peak:.2f} | {times} | {share} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,61 @@
 //! Arguments in, exit code out.
 
+use std::env;
+use std::ffi::{CStr, CString, OsStr, c_char, c_int};
+use std::os::unix::ffi::OsStrExt;
+
 use clap::Parser;
 
+use bireme::cli::Cli;
+
+/// What libraries read from the environment as they are loaded, where it is not set.
+const ENVIRONMENT: [&CStr; 2] = [
+    // OpenMP's threads wait for work by spinning, by default for milliseconds, in which they keep others from the cores.
+    c"GOMP_SPINCOUNT=10000",
+    // Without it cuBLAS may give other bits each time.
+    c"CUBLAS_WORKSPACE_CONFIG=:4096:8",
+];
+
+/// Called before the initialisers of libraries, of which libtorch's take a quarter of a second.
+#[used]
+#[unsafe(link_section = ".preinit_array")]
+static BEFORE_LIBRARIES: extern "C" fn(c_int, Texts, Texts) = before_libraries;
+
+/// Terminated texts, and a null pointer behind the last.
+type Texts = *const *const c_char;
+
+/// Who asks for help, or mistypes, is answered at once; then the program starts once more where the environment lacks something.
+extern "C" fn before_libraries(_: c_int, arguments: Texts, variables: Texts) {
+    let words = texts(arguments).into_iter().map(|word| {
+        // SAFETY: it is a terminated text.
+        OsStr::from_bytes(unsafe { CStr::from_ptr(word) }.to_bytes())
+    });
+    if let Err(answer) = Cli::try_parse_from(words) {
+        answer.exit();
+    }
+    let mut environment = texts(variables);
+    let n_given = environment.len();
+    for variable in ENVIRONMENT {
+        let name = variable.to_bytes().split_inclusive(|&byte| byte == b'=').next().unwrap_or_default();
+        // SAFETY: they are terminated texts.
+        let is_set = environment.iter().any(|&of| unsafe { CStr::from_ptr(of) }.to_bytes().starts_with(name));
+        if !is_set {
+            environment.push(variable.as_ptr());
+        }
+    }
+    let program = env::current_exe().ok().and_then(|path| CString::new(path.as_os_str().as_bytes()).ok());
+    if let (Some(program), true) = (program, environment.len() > n_given) {
+        environment.push(std::ptr::null());
+        // SAFETY: texts, terminated as they should be. Where it fails the program goes on as it is.
+        unsafe { libc::execve(program.as_ptr(), arguments, environment.as_ptr()) };
+    }
+}
+
+fn texts(of: Texts) -> Vec<*const c_char> {
+    // SAFETY: the loader gives what `main` of a C program is given, which is there to the end.
+    (0..).map(|i| unsafe { *of.add(i) }).take_while(|text| !text.is_null()).collect()
+}
+
 fn main() {
-    // SAFETY: there is no other thread yet.
-    unsafe { bireme::device::set_environment() };
-    std::process::exit(bireme::cli::run(bireme::cli::Cli::parse()));
+    std::process::exit(bireme::cli::run(Cli::parse()));
 }

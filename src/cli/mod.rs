@@ -636,6 +636,7 @@ impl Job {
 fn join<T, E: Error>(
     choose: impl FnOnce() -> Result<((DeviceChoice, usize), T), E>,
 ) -> Result<(device::Place, Box<dyn Collective>, T), Failure> {
+    device::host::keep_freed_memory();
     let host = collective::join().map_err(|error| Failure::refused(&error, error.hint()))?;
     // The device comes before `agree`, which makes tensors: libtorch looks for GPUs at the first of them.
     let (local_rank, local_size) = (host.local_rank(), host.local_size());

@@ -88,8 +88,18 @@ mod tests {
 
     #[test]
     fn numbers_are_rounded_as_libtorch_rounds_them() {
-        let numbers =
-            [0.0, -0.0, 1.0, 1.00390625, 1.01171875, -3.1415927, 1e-40, 3.4e38, f32::INFINITY, f32::NAN];
+        let numbers = [
+            0.0,
+            -0.0,
+            1.0,
+            1.0 + 1.0 / 256.0,
+            1.0 + 3.0 / 256.0,
+            -2.7182,
+            1e-40,
+            3.4e38,
+            f32::INFINITY,
+            f32::NAN,
+        ];
         let ours: Vec<u16> = numbers.iter().map(|&x| rounded(x)).collect();
         let theirs = Tensor::from_slice(&numbers).to_kind(Kind::BFloat16).view_dtype(Kind::Int16);
         let theirs: Vec<i16> = theirs.try_into().unwrap();

@@ -8,7 +8,6 @@ pub mod host;
 pub mod laps;
 pub mod seats;
 
-use std::env;
 use std::fs;
 use std::thread::available_parallelism;
 
@@ -150,19 +149,6 @@ fn load(name: &str) -> Result<(), libloading::Error> {
     let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) }?;
     std::mem::forget(library);
     Ok(())
-}
-
-/// Sets what the CUDA libraries read when they are loaded, unless it is set: cuBLAS gives the same bits each time with
-/// workspaces of one size.
-///
-/// # Safety
-/// No other thread may read or change the environment meanwhile.
-pub unsafe fn set_environment() {
-    const NAME: &str = "CUBLAS_WORKSPACE_CONFIG";
-    if env::var_os(NAME).is_none() {
-        // SAFETY: as the caller promises.
-        unsafe { env::set_var(NAME, ":4096:8") };
-    }
 }
 
 /// `run.precision`: how GPUs multiply matrices of f32.

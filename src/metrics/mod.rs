@@ -77,7 +77,7 @@ impl Reminders {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { block: 256, scores_mib: 256, reminders: Reminders::All }
+        Self { block: 256, scores_mib: 64, reminders: Reminders::All }
     }
 }
 

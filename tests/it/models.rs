@@ -335,6 +335,50 @@ fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
 }
 
 #[test]
+fn threads_share_a_catalogue_out_and_come_to_the_same() {
+    // Two tiles or more for each of three threads, the last ones shorter; kept, kept in parts, and computed twice.
+    let (n_items, width, n) = (26_000, 8, 40);
+    tch::manual_seed(11);
+    let float = (Kind::Float, Device::Cpu);
+    let [states, table] = [n, n_items].map(|rows| Tensor::randn([rows, width], float));
+    let (bias, targets) =
+        (Tensor::randn([n_items], float), Tensor::randint(n_items, [n], (Kind::Int64, Device::Cpu)));
+    let on = |n_threads: i32, max_logits: i64| {
+        tch::set_num_threads(n_threads);
+        let mut scored = Scored {
+            table: &table,
+            bias: &bias,
+            table_gradient: table.zeros_like(),
+            bias_gradient: bias.zeros_like(),
+            share: &Share::whole(n_items),
+            counts: &[n],
+            settle: &|| (),
+        };
+        let rivals = Rivals::All { label_smoothing: 0.0, max_logits };
+        let uniform = Tensor::arange(n, float) / n as f64;
+        let workspace = &mut Workspace::default();
+        let done = cross_entropy(&states, &targets, &mut scored, &rivals, Some(&uniform), workspace).unwrap();
+        let Scored { table_gradient, bias_gradient, .. } = scored;
+        (
+            done.loss.double_value(&[]),
+            [done.state_gradient, table_gradient, bias_gradient],
+            done.drawn.unwrap(),
+        )
+    };
+    let (loss, gradients, drawn) = on(1, 1 << 30);
+    for max_logits in [1 << 30, 36 * n_items, 9 * n_items] {
+        let (other_loss, other_gradients, other_drawn) = on(3, max_logits);
+        assert!((loss - other_loss).abs() < 1e-6 * loss, "{loss} {other_loss}");
+        for (a, b) in gradients.iter().zip(&other_gradients) {
+            assert!(distance(a, b) < 1e-5, "{max_logits}: {}", distance(a, b));
+        }
+        // A number that falls between two items may fall to either.
+        let n_other = drawn.ne_tensor(&other_drawn).sum(Kind::Int64).int64_value(&[]);
+        assert!(n_other <= 1, "{n_other} of {n}");
+    }
+}
+
+#[test]
 fn label_smoothing_is_that_of_pytorch() {
     let (states, targets, table, bias) = head();
     let leaves = [states, table, bias].map(|x| x.set_requires_grad(true));

@@ -5,6 +5,8 @@
 //! items are `w_t p_t` with `w_t = exp(l_t − logsumexp(l))`. So a second round needs no more than a weight for each target
 //! and tile: it adds `p_tᵀ (w_t h)` to the table's gradient and `w_t (p_t E_t)` to the states'.
 //!
+//! Each thread of a CPU has tiles of its own, as ranks have rows of their own.
+//!
 //! Between the rounds the `p_t` are kept, of as many targets at a time as the memory for logits holds. Where that are so few
 //! that the passes over the table would cost more than the arithmetic, all targets go at once, and the second round
 //! computes `p_t` again: then memory does not depend on the size of the catalogue ("Cut Your Losses", Wijmans et al. 2024,
@@ -16,11 +18,18 @@ use tch::{Device, Kind, Tensor};
 
 use super::{CrossEntropy, Scored, Share, draw};
 use crate::collective::{Collective, CollectiveError, exact};
+use crate::device::host::each_alone;
 use crate::model::rows::add_rows;
 use crate::model::share::{div_ceil, if_here};
 
 /// Items of a tile on the CPU. A GPU does better with few large products.
 const TILE: i64 = 4096;
+
+/// Fewer items are not worth a thread.
+const LEAST_ITEMS: i64 = 1024;
+
+/// Tiles are whole multiples of so many items, as vectors of a CPU are.
+const ALIGNED: i64 = 16;
 
 /// Fewer targets at a time are not worth their passes over the table: an estimate from the rates of a CPU and its memory.
 const LEAST_TARGETS: i64 = 32;
@@ -49,15 +58,23 @@ struct Cut {
 }
 
 impl Cut {
-    fn new((n_targets, n_items): (i64, i64), max_logits: i64, device: Device) -> Self {
-        let tile = if device == Device::Cpu { TILE.min(n_items) } else { n_items };
+    fn new((n_targets, n_items): (i64, i64), max_logits: i64, (device, n_threads): (Device, i64)) -> Self {
+        let tile = match device {
+            // As many for each thread.
+            Device::Cpu => {
+                let n_threads = n_threads.min(n_items / LEAST_ITEMS).max(1);
+                let n_tiles = div_ceil(div_ceil(n_items, TILE), n_threads) * n_threads;
+                div_ceil(div_ceil(n_items, n_tiles), ALIGNED) * ALIGNED
+            }
+            _ => n_items,
+        };
         let fit = max_logits / n_items;
         if fit >= n_targets.min(LEAST_TARGETS) {
             // Into equal parts: a last one of few targets would be a pass over the table for little.
             let n_parts = div_ceil(n_targets, fit.min(n_targets));
             return Self { n_targets: div_ceil(n_targets, n_parts), tile, keeps: true };
         }
-        Self { n_targets, tile: tile.min(max_logits / n_targets).max(1), keeps: false }
+        Self { n_targets, tile: tile.min(max_logits / n_targets / n_threads).max(1), keeps: false }
     }
 
     /// The same for any share: all targets at a time, and tiles that are bands.
@@ -91,7 +108,9 @@ pub(super) fn full(
         let n_targets = group.end - group.start;
         let cut = match share.is_exact() {
             true => Cut::exact(n_targets, share, max_logits),
-            false => Cut::new((n_targets, share.most_rows()), max_logits, h.device()),
+            false => {
+                Cut::new((n_targets, share.most_rows()), max_logits, (h.device(), n_threads(h.device())))
+            }
         };
         for first in (group.start..group.end).step_by(cut.n_targets as usize) {
             let n = cut.n_targets.min(group.end - first);
@@ -157,6 +176,11 @@ impl StateGradients {
         }
     }
 
+    /// Adds what others of the same kind have added up.
+    fn add_sums(&mut self, sums: Tensor) {
+        self.0 += sums;
+    }
+
     /// *All ranks.* This rank's, added up over ranks by `back`.
     fn back(
         self,
@@ -192,60 +216,153 @@ fn column_sums(x: &Tensor) -> Tensor {
     x.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
 }
 
+/// Threads that take tiles: a GPU has its own.
+fn n_threads(device: Device) -> i64 {
+    if device == Device::Cpu { i64::from(tch::get_num_threads().max(1)) } else { 1 }
+}
+
 /// *All ranks* of the share. `logsumexp(z)` of each target, `[n]`; its gradients are added to those of `scored` and to
 /// `state_gradients: [n, D]`, as far as the rows that are here have a part in them. Items are drawn as `(uniform, drawn)`, both
 /// `[n]`, say.
 fn part(
     h: &Tensor,
     state_gradients: &mut StateGradients,
-    Scored { table, bias, table_gradient, bias_gradient, share, .. }: &mut Scored<'_>,
+    scored: &mut Scored<'_>,
     cut: Cut,
     draws: Option<(Tensor, Tensor)>,
     workspace: &mut Workspace,
 ) -> Result<Tensor, CollectiveError> {
-    let (n, n_items) = (h.size()[0], table.size()[0]);
-    let tiles = tiles(n_items, cut.tile);
-    let room = workspace.room(n * if cut.keeps { n_items } else { cut.tile }, h.device());
-    let rows = |x: &Tensor, tile: &Range<i64>| x.narrow(0, tile.start, tile.end - tile.start);
-    // `p_t` and `l_t: [1, n]`. The softmax has `exp(0)` over its sum where the largest logit is.
-    let softmax = |tile: &Range<i64>| {
-        let p = probabilities(room, n, tile, cut);
-        let _ = rows(bias, tile).addmm_out(&p, h, &rows(table, tile).tr());
+    let share = scored.share;
+    let lanes = Lane::cut(h, scored, cut, workspace);
+    let logs = each_alone(lanes, |lane| (lane.logs(), lane));
+    let (logs, lanes): (Vec<Tensor>, Vec<Lane>) = logs.into_iter().unzip();
+    let logs = Tensor::cat(&logs, 0);
+    // Of all ranks: tile by tile where it matters which there are, else their sum alone, as they may be many.
+    let weights = |logs: &Tensor, log_sums: &Tensor| (logs - log_sums).exp().tr().contiguous();
+    let (log_sums, draws) = if share.is_exact() || draws.is_some() {
+        // Ranks of more threads may have cut theirs into more.
+        let n_tiles = share.counts(logs.size()[0])?;
+        let all_logs = share.gather_rows(&logs, &n_tiles)?;
+        let log_sums = sum_of_logs(&all_logs);
+        let first = n_tiles[..share.company().map_or(0, Collective::rank)].iter().sum();
+        let of = |(uniform, drawn)| Draws::new(&weights(&all_logs, &log_sums), &uniform, drawn, first);
+        let draws = draws.map(of);
+        (log_sums, draws)
+    } else {
+        (share.sum_of_logs(sum_of_logs(&logs))?, None)
+    };
+    let weights = weights(&logs, &log_sums);
+    let (mut first_tile, mut work) = (0, Vec::with_capacity(lanes.len()));
+    for lane in lanes {
+        let n_tiles = lane.tiles.len() as i64;
+        let of_lane = weights.narrow(1, first_tile, n_tiles);
+        work.push((lane, of_lane, first_tile, draws.as_ref().map(Draws::share)));
+        first_tile += n_tiles;
+    }
+    let first_row = share.rows.start;
+    let sums = each_alone(work, |(mut lane, weights, first_tile, draws)| {
+        lane.gradients(&weights, draws.as_ref().map(|draws| (draws, first_tile, first_row)))
+    });
+    sums.into_iter().for_each(|sum| state_gradients.add_sums(sum));
+    Ok(log_sums)
+}
+
+/// Tiles of the rows that are here, one after the other, for one thread.
+struct Lane {
+    /// In the share.
+    first_row: i64,
+    /// Counted from there.
+    tiles: Vec<Range<i64>>,
+    keeps: bool,
+    is_exact: bool,
+    /// `[n, D]`.
+    h: Tensor,
+    /// Of the lane's rows, as are these.
+    table: Tensor,
+    bias: Tensor,
+    table_gradient: Tensor,
+    bias_gradient: Tensor,
+    /// For logits.
+    room: Tensor,
+}
+
+impl Lane {
+    /// One for each thread, with as many tiles, as far as there are.
+    fn cut(h: &Tensor, scored: &Scored<'_>, cut: Cut, workspace: &mut Workspace) -> Vec<Self> {
+        let (n, n_items) = (h.size()[0], scored.table.size()[0]);
+        let n_tiles = div_ceil(n_items, cut.tile);
+        let tiles_each = div_ceil(n_tiles, n_threads(h.device()));
+        let rows_each = tiles_each * cut.tile;
+        let n_lanes = div_ceil(n_items, rows_each);
+        let room = workspace.room(n * if cut.keeps { n_items } else { cut.tile * n_lanes }, h.device());
+        let lane = |number: i64| {
+            let first_row = number * rows_each;
+            let n_rows = rows_each.min(n_items - first_row);
+            let (start, size) = match cut.keeps {
+                true => (n * first_row, n * n_rows),
+                false => (n * cut.tile * number, n * cut.tile),
+            };
+            let rows = |x: &Tensor| x.narrow(0, first_row, n_rows);
+            Self {
+                first_row,
+                tiles: tiles(n_rows, cut.tile),
+                keeps: cut.keeps,
+                is_exact: scored.share.is_exact(),
+                h: h.shallow_clone(),
+                table: rows(scored.table),
+                bias: rows(scored.bias),
+                table_gradient: rows(&scored.table_gradient),
+                bias_gradient: rows(&scored.bias_gradient),
+                room: room.narrow(0, start, size),
+            }
+        };
+        (0..n_lanes).map(lane).collect()
+    }
+
+    /// The first round: `l_t` of every tile, `[tiles, n]`.
+    fn logs(&self) -> Tensor {
+        Tensor::cat(&self.tiles.iter().map(|tile| self.softmax(tile)).collect::<Vec<_>>(), 0)
+    }
+
+    /// `p_t` into its place, and `l_t: [1, n]`. The softmax has `exp(0)` over its sum where the largest logit is.
+    fn softmax(&self, tile: &Range<i64>) -> Tensor {
+        let p = self.probabilities(tile);
+        let _ = rows(&self.bias, tile).addmm_out(&p, &self.h, &rows(&self.table, tile).tr());
         let largest = p.amax([1i64].as_slice(), false);
         let _ = p.softmax_int_out(&p, 1, None);
         (largest - p.amax([1i64].as_slice(), false).log()).unsqueeze(0)
-    };
-    let logs = Tensor::cat(&tiles.iter().map(softmax).collect::<Vec<_>>(), 0);
-    // Of all ranks: tile by tile where it matters which there are, else their sum alone, as they may be many.
-    let by_tile = share.is_exact() || draws.is_some();
-    let (all_logs, log_sums) = if by_tile {
-        let all_logs = share.gather_rows(&logs, &share.n_tiles_by_rank(cut.tile))?;
-        let log_sums = sum_of_logs(&all_logs);
-        (all_logs, log_sums)
-    } else {
-        let log_sums = share.sum_of_logs(sum_of_logs(&logs))?;
-        (logs.shallow_clone(), log_sums)
-    };
-    let weights = (&logs - &log_sums).exp().tr().contiguous();
-    let draws = draws.map(|(uniform, drawn)| {
-        let rank = share.company().map_or(0, Collective::rank);
-        let first = share.n_tiles_by_rank(cut.tile)[..rank].iter().sum();
-        Draws::new(&(&all_logs - &log_sums).exp().tr(), &uniform, drawn, first)
-    });
-    for (number, tile) in (0..).zip(&tiles) {
-        if !cut.keeps {
-            let _ = softmax(tile);
-        }
-        let p = probabilities(room, n, tile, cut);
-        let weight = weights.narrow(1, number, 1);
-        if let Some(draws) = &draws {
-            draws.draw_from(&p, number, share.rows.start + tile.start);
-        }
-        let _ = rows(table_gradient, tile).addmm_(&p.tr(), &(h * &weight));
-        let _ = rows(bias_gradient, tile).addmv_(&p.tr(), &weight.squeeze_dim(1));
-        state_gradients.add(&(p.matmul(&rows(table, tile)) * weight));
     }
-    Ok(log_sums)
+
+    /// The second round, with `w_t: [n, tiles]`: adds to the gradients of the lane's rows and returns what it adds to those of
+    /// the states. Draws come with the number of the first tile, and the first row of the share.
+    fn gradients(&mut self, weights: &Tensor, draws: Option<(&Draws, i64, i64)>) -> Tensor {
+        let mut sums = StateGradients::new(&self.h, self.is_exact);
+        for (number, tile) in (0..).zip(&self.tiles) {
+            if !self.keeps {
+                let _ = self.softmax(tile);
+            }
+            let p = self.probabilities(tile);
+            let weight = weights.narrow(1, number, 1);
+            if let Some((draws, first_tile, first_row)) = draws {
+                draws.draw_from(&p, first_tile + number, first_row + self.first_row + tile.start);
+            }
+            let _ = rows(&self.table_gradient, tile).addmm_(&p.tr(), &(&self.h * &weight));
+            let _ = rows(&self.bias_gradient, tile).addmv_(&p.tr(), &weight.squeeze_dim(1));
+            sums.add(&(p.matmul(&rows(&self.table, tile)) * weight));
+        }
+        sums.0
+    }
+
+    /// Where the probabilities `[n, C]` of a tile lie.
+    fn probabilities(&self, tile: &Range<i64>) -> Tensor {
+        let (n, width) = (self.h.size()[0], tile.end - tile.start);
+        self.room.narrow(0, if self.keeps { n * tile.start } else { 0 }, n * width).view([n, width])
+    }
+}
+
+/// A tile of `x: [V, ..]`.
+fn rows(x: &Tensor, tile: &Range<i64>) -> Tensor {
+    x.narrow(0, tile.start, tile.end - tile.start)
 }
 
 /// The logarithm of the sum of what logarithms `[M, n]` are of: `[n]`.
@@ -255,12 +372,6 @@ fn sum_of_logs(logs: &Tensor) -> Tensor {
         1 => logs.squeeze_dim(0),
         _ => logs.logsumexp([0i64].as_slice(), false),
     }
-}
-
-/// Where the probabilities `[n, C]` of a tile lie.
-fn probabilities(room: &Tensor, n: i64, tile: &Range<i64>, cut: Cut) -> Tensor {
-    let width = tile.end - tile.start;
-    room.narrow(0, if cut.keeps { n * tile.start } else { 0 }, n * width).view([n, width])
 }
 
 /// Items drawn by the probabilities of the whole catalogue: first a tile by its weight, then an item of it.
@@ -285,6 +396,12 @@ impl Draws {
         Self { tile: tile - first, uniform, drawn, is_one: weights.size()[1] == 1 }
     }
 
+    /// The same, for another thread.
+    fn share(&self) -> Self {
+        let [tile, uniform, drawn] = [&self.tile, &self.uniform, &self.drawn].map(Tensor::shallow_clone);
+        Self { tile, uniform, drawn, is_one: self.is_one }
+    }
+
     /// Draws for the targets whose tile is `number`, with probabilities `p: [n, C]` and its first item at `first`.
     fn draw_from(&self, p: &Tensor, number: i64, first: i64) {
         let mut drawn = self.drawn.shallow_clone();
@@ -306,16 +423,20 @@ mod tests {
 
     #[test]
     fn targets_are_cut_into_equal_parts_that_fit() {
-        let cut = |sizes, max_logits| Cut::new(sizes, max_logits, Device::Cpu);
-        assert_eq!(cut((100, 1000), 1 << 20), Cut { n_targets: 100, tile: 1000, keeps: true });
+        let cut = |sizes, max_logits| Cut::new(sizes, max_logits, (Device::Cpu, 1));
+        assert_eq!(cut((100, 1000), 1 << 20), Cut { n_targets: 100, tile: 1008, keeps: true });
         // 167 fit: eight parts of 154 rather than seven of 167 and one of 59.
-        assert_eq!(cut((1228, 100_000), 16 << 20), Cut { n_targets: 154, tile: 4096, keeps: true });
+        assert_eq!(cut((1228, 100_000), 16 << 20), Cut { n_targets: 154, tile: 4000, keeps: true });
         // One fits: all at once, twice.
         assert_eq!(cut((1228, 10_000_000), 16 << 20), Cut { n_targets: 1228, tile: 4096, keeps: false });
         assert_eq!(cut((10_000, 10_000_000), 16 << 20), Cut { n_targets: 10_000, tile: 1677, keeps: false });
+        // Each of three threads has as many tiles, and its own room.
+        let on_three = |sizes, max_logits| Cut::new(sizes, max_logits, (Device::Cpu, 3));
+        assert_eq!(on_three((100, 10_000), 1 << 20).tile, 3344);
+        assert_eq!(on_three((10_000, 10_000_000), 16 << 20).tile, 559);
         // No room at all, and still something is done.
         assert_eq!(cut((10, 1000), 1), Cut { n_targets: 10, tile: 1, keeps: false });
-        let on_gpu = Cut::new((1228, 100_000), 16 << 20, Device::Cuda(0));
+        let on_gpu = Cut::new((1228, 100_000), 16 << 20, (Device::Cuda(0), 1));
         assert_eq!(on_gpu, Cut { n_targets: 154, tile: 100_000, keeps: true });
     }
 
