@@ -31,6 +31,15 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Returns what is free to the system after all: what was large and is not needed again.
+pub fn return_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: `malloc_trim` may be called at any time.
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 /// How many of `n` numbers are a part, so that there are as many parts as libtorch has threads. Parts are whole multiples of
 /// `block`.
 pub fn part_len(n: usize, block: usize) -> usize {

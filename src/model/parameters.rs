@@ -9,6 +9,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::Share;
+use crate::device::host::return_freed_memory;
 
 /// Initial values of parameters, in the order in which they are declared, by which they are found later.
 #[derive(Default)]
@@ -210,6 +211,9 @@ impl Parameters {
         for (view, (_, tensor)) in views.iter().zip(&initial) {
             view.of(&values).copy_(tensor);
         }
+        // A large table would lie beside its copy for good.
+        drop(initial);
+        return_freed_memory();
         let gradients = Tensor::zeros([end + TAIL], (Kind::Float, device));
         let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
         let n_own = n_shares.checked_sub(1).map_or(0, |last| views[last].end());
