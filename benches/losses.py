@@ -16,18 +16,19 @@ import tempfile
 from pathlib import Path
 
 LOSSES = {
-    "softmax over all": '{ kind = "softmax" }',
-    "sampled softmax, 512 items": '{ kind = "sampled", n_negatives = 512, power = 1.0 }',
-    "sampled softmax, 4096 items": '{ kind = "sampled", n_negatives = 4096, power = 1.0 }',
-    "gBCE, 512 items": '{ kind = "gbce", n_negatives = 512 }',
-    "gBCE, 4096 items": '{ kind = "gbce", n_negatives = 4096 }',
+    "softmax over all": ['train.loss={ kind = "softmax" }'],
+    "softmax over all, bf16": ['train.loss={ kind = "softmax" }', "run.precision=bf16"],
+    "sampled softmax, 512 items": ['train.loss={ kind = "sampled", n_negatives = 512, power = 1.0 }'],
+    "sampled softmax, 4096 items": ['train.loss={ kind = "sampled", n_negatives = 4096, power = 1.0 }'],
+    "gBCE, 512 items": ['train.loss={ kind = "gbce", n_negatives = 512 }'],
+    "gBCE, 4096 items": ['train.loss={ kind = "gbce", n_negatives = 4096 }'],
 }
 
 
 def train(options, loss, seed):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        sets = ["data.last_day=2", f"run.seed={seed}", f"train.loss={loss}", *options.set]
+        sets = ["data.last_day=2", f"run.seed={seed}", *loss, *options.set]
         command = [options.bireme, "train", "--config", options.config, "--data", options.data, "--run-dir", run]
         subprocess.run([*command, *(word for key in sets for word in ("--set", key))], check=True, stderr=subprocess.DEVNULL)
         records = {record["kind"]: record for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}

@@ -24,7 +24,7 @@ pub struct RunConfig {
     pub seed: u64,
     /// Whether sums over ranks are fast, or the same to the last bit on any number of ranks.
     pub reduction: Reduction,
-    /// How GPUs multiply matrices.
+    /// How matrices are multiplied.
     pub precision: Precision,
     /// CPU threads of each rank; 0: the host's cores divided by its ranks.
     pub threads_per_rank: usize,

@@ -175,7 +175,7 @@ impl Learner for GradientLearner<'_> {
         let contestants = Contestants::new(
             train.loss,
             day.occurrences,
-            train.max_logits(day.place.device),
+            train.logits(day.config.run.precision.of_logits(), day.place.device),
             day.place.device,
         );
         for passes in steps {

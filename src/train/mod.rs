@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, Saver, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
@@ -23,6 +23,7 @@ use crate::data::plan::Shape;
 use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, Window, occurrences};
 use crate::device::laps::Laps;
 use crate::metrics::EvaluateError;
+use crate::model::head::Logits;
 use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, Share};
 use crate::optim::{Schedule, TableOptimizer};
 use crate::report::{Record, Report, ReportError, write_results};
@@ -191,9 +192,9 @@ impl Config {
         Shape { n_lanes: self.global_batch / self.micro_batch, micro_batch: self.micro_batch }
     }
 
-    fn max_logits(&self, device: Device) -> i64 {
+    fn logits(&self, kind: Kind, device: Device) -> Logits {
         let by_default = if device == Device::Cpu { 64 } else { 1024 };
-        (self.logits_mib.unwrap_or(by_default) << 20) as i64 / 4
+        Logits::in_bytes(kind, self.logits_mib.unwrap_or(by_default) << 20)
     }
 }
 
@@ -591,7 +592,7 @@ impl Status {
     }
 
     fn read(&self) -> Read {
-        let numbers = Vec::<f64>::try_from(self.of_all.to_kind(tch::Kind::Double)).expect("five numbers");
+        let numbers = Vec::<f64>::try_from(self.of_all.to_kind(Kind::Double)).expect("five numbers");
         let [loss, n_targets, n_stop, n_save, norm] = numbers[..] else { unreachable!("five numbers") };
         Read {
             loss: loss / n_targets,

@@ -6,7 +6,7 @@ use std::path::Path;
 use bireme::data::{Batch, Features, Noise, Segment};
 use bireme::device::laps::Laps;
 use bireme::metrics::{Ranking, Tally, rank_targets};
-use bireme::model::head::Rivals;
+use bireme::model::head::{Logits, Rivals};
 use bireme::model::objective::{Plan, Visible};
 use bireme::model::parameters::Initial;
 use bireme::model::{
@@ -145,7 +145,7 @@ fn whole(lengths: &[usize]) -> Vec<Vec<usize>> {
 }
 
 fn softmax(max_logits: i64) -> Rivals {
-    Rivals::All { label_smoothing: 0.0, max_logits }
+    Rivals::All { label_smoothing: 0.0, logits: Logits { kind: Kind::Float, most: max_logits } }
 }
 
 /// Mean loss over the targets, and mean gradients by their original names.

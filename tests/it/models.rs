@@ -8,7 +8,7 @@ use bireme::config::Config;
 use bireme::data::plan::Shape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
 use bireme::device::laps::Laps;
-use bireme::model::head::{Contest, Contestants, Rivals, Sampler, Scored, Workspace, cross_entropy};
+use bireme::model::head::{Contest, Contestants, Logits, Rivals, Sampler, Scored, Workspace, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
 use bireme::model::{
@@ -79,7 +79,11 @@ fn objectives() -> [Objective; 4] {
     ]
 }
 
-const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, max_logits: 1 << 20 };
+const fn f32_logits(most: i64) -> Logits {
+    Logits { kind: Kind::Float, most }
+}
+
+const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
     network.parameters_mut().zero_gradients();
@@ -354,7 +358,7 @@ fn threads_share_a_catalogue_out_and_come_to_the_same() {
             counts: &[n],
             settle: &|| (),
         };
-        let rivals = Rivals::All { label_smoothing: 0.0, max_logits };
+        let rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(max_logits) };
         let uniform = Tensor::arange(n, float) / n as f64;
         let workspace = &mut Workspace::default();
         let done = cross_entropy(&states, &targets, &mut scored, &rivals, Some(&uniform), workspace).unwrap();
@@ -379,6 +383,22 @@ fn threads_share_a_catalogue_out_and_come_to_the_same() {
 }
 
 #[test]
+fn what_is_rounded_to_bf16_comes_near_and_adds_up_in_f32() {
+    let (loss, gradients) = cross_entropy_of(&SOFTMAX);
+    for most in [1, 4 * N_ITEMS, 1 << 20] {
+        let logits = Logits { kind: Kind::BFloat16, most };
+        let (rounded, rounded_gradients) = cross_entropy_of(&Rivals::All { label_smoothing: 0.0, logits });
+        assert_ne!(rounded, loss);
+        assert!((rounded / loss - 1.0).abs() < 3e-3, "{rounded} {loss}");
+        for (exact, rounded) in gradients.iter().zip(&rounded_gradients) {
+            assert_eq!(rounded.kind(), Kind::Float);
+            let largest = exact.abs().max().double_value(&[]);
+            assert!(distance(exact, rounded) < 0.02 * largest, "{} of {largest}", distance(exact, rounded));
+        }
+    }
+}
+
+#[test]
 fn label_smoothing_is_that_of_pytorch() {
     let (states, targets, table, bias) = head();
     let leaves = [states, table, bias].map(|x| x.set_requires_grad(true));
@@ -387,7 +407,8 @@ fn label_smoothing_is_that_of_pytorch() {
     let loss = logits.cross_entropy_loss(&targets, weight, tch::Reduction::Sum, -100, 0.1);
     let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
     for max_logits in [1, 4 * N_ITEMS, 1 << 20] {
-        let (found, gradients) = cross_entropy_of(&Rivals::All { label_smoothing: 0.1, max_logits });
+        let (found, gradients) =
+            cross_entropy_of(&Rivals::All { label_smoothing: 0.1, logits: f32_logits(max_logits) });
         assert!((found - loss.double_value(&[])).abs() < 1e-4, "{found} {loss:?}");
         for (gradient, expected) in gradients.iter().zip(&expected) {
             assert!(distance(gradient, expected) < 1e-4);
@@ -435,7 +456,7 @@ fn losses_over_drawn_items_learn_what_the_full_softmax_does() {
         let values = network.parameters().values();
         let adamw = TableOptimizer::Adamw;
         let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
-        let contestants = Contestants::new(loss, &[0; N_ITEMS as usize], 1 << 20, Device::Cpu);
+        let contestants = Contestants::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
         for step in 0..400 {
             network.parameters_mut().zero_gradients();
             let mut noise = Noise::new(&learnt, 20);

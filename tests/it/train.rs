@@ -186,14 +186,38 @@ fn gradients_that_travel_as_bf16_learn_nearly_the_same() {
     assert_same_runs(&shop, "f32", "alone");
     let Some(finished) = shop.train_on(2, "bf16", &bf16) else { return };
     finished.success();
-    let [whole, rounded] = ["f32", "bf16"].map(|run| shop.records(run, "step"));
+    assert_nearly_the_same(&shop, "f32", "bf16");
+}
+
+#[test]
+fn scores_of_bf16_learn_nearly_the_same_wherever_the_table_lies() {
+    let shop = Shop::new(300);
+    let bf16 = ["--set", "run.precision=bf16"];
+    let sharded = ["--set", "parallel.item_table=sharded"];
+    shop.train("f32", &[]).success();
+    shop.train("bf16", &bf16).success();
+    assert_nearly_the_same(&shop, "f32", "bf16");
+    let Some(finished) = shop.train_on(3, "sharded", &[bf16, sharded].concat()) else { return };
+    finished.success();
+    assert_nearly_the_same(&shop, "f32", "sharded");
+    // What is rounded where does not depend on the ranks.
+    let exact = [&bf16[..], &sharded, &["--set", "run.reduction=reproducible"]].concat();
+    shop.train("exact", &exact).success();
+    shop.train_on(3, "exact on 3", &exact).expect("there were three ranks before").success();
+    assert_same_runs(&shop, "exact", "exact on 3");
+}
+
+/// Two runs that differ, by little.
+#[track_caller]
+fn assert_nearly_the_same(shop: &Shop, run: &str, other: &str) {
+    let [whole, rounded] = [run, other].map(|run| shop.records(run, "step"));
     for (a, b) in whole.iter().zip(&rounded) {
         assert_eq!(a["n_targets"], b["n_targets"]);
         let [a, b] = [a, b].map(|record| record["loss"].as_f64().unwrap());
         assert!((a - b).abs() < 0.01 * a, "{a} {b}");
     }
     assert_ne!(whole[1]["loss"], rounded[1]["loss"]);
-    let [a, b] = ["f32", "bf16"].map(|run| shop.evaluations(run)[1]["ndcg_at_20"].as_f64().unwrap());
+    let [a, b] = [run, other].map(|run| shop.evaluations(run)[1]["ndcg_at_20"].as_f64().unwrap());
     assert!((a - b).abs() < 0.03, "{a} {b}");
 }
 

@@ -109,14 +109,31 @@ impl LossConfig {
     }
 }
 
+/// How logits of the whole catalogue are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Logits {
+    /// f32 or bf16: what they, their probabilities and the factors of their products are rounded to. What these add up to is
+    /// f32.
+    pub kind: Kind,
+    /// At most so many at once (but always those of one target).
+    pub most: i64,
+}
+
+impl Logits {
+    /// As many of type `kind` as so many bytes hold.
+    pub fn in_bytes(kind: Kind, n_bytes: usize) -> Self {
+        Self { kind, most: (n_bytes / kind.elt_size_in_bytes()) as i64 }
+    }
+}
+
 /// What the targets of a pass compete with.
 pub enum Rivals {
     /// The whole catalogue.
     All {
         /// See [`LossConfig::Softmax`].
         label_smoothing: f64,
-        /// At most so many logits are held at once (but always those of one target).
-        max_logits: i64,
+        /// How their logits are held.
+        logits: Logits,
     },
     /// Items drawn with replacement.
     Drawn {
@@ -148,7 +165,7 @@ pub enum Contestants {
         /// See [`LossConfig::Softmax`].
         label_smoothing: f64,
         /// See [`Rivals::All`].
-        max_logits: i64,
+        logits: Logits,
     },
     /// Others in each step.
     Drawn(Sampler),
@@ -156,9 +173,9 @@ pub enum Contestants {
 
 impl Contestants {
     /// For items that occurred `occurrences: [V]` times.
-    pub fn new(loss: LossConfig, occurrences: &[i64], max_logits: i64, device: Device) -> Self {
+    pub fn new(loss: LossConfig, occurrences: &[i64], logits: Logits, device: Device) -> Self {
         match loss {
-            LossConfig::Softmax { label_smoothing } => Self::All { label_smoothing, max_logits },
+            LossConfig::Softmax { label_smoothing } => Self::All { label_smoothing, logits },
             LossConfig::Sampled { n_negatives, power } => {
                 Self::Drawn(Sampler::new(occurrences, n_negatives, power, None, device))
             }
@@ -171,7 +188,7 @@ impl Contestants {
     /// The same for the same seed.
     pub fn of_step(&self, seed: u64) -> Rivals {
         match self {
-            &Self::All { label_smoothing, max_logits } => Rivals::All { label_smoothing, max_logits },
+            &Self::All { label_smoothing, logits } => Rivals::All { label_smoothing, logits },
             Self::Drawn(sampler) => sampler.draw(seed),
         }
     }
@@ -293,8 +310,8 @@ pub fn cross_entropy(
     workspace: &mut Workspace,
 ) -> Result<CrossEntropy, CollectiveError> {
     match rivals {
-        &Rivals::All { label_smoothing, max_logits } => {
-            tiles::full(states, targets, scored, (label_smoothing, max_logits), uniform, workspace)
+        &Rivals::All { label_smoothing, logits } => {
+            tiles::full(states, targets, scored, (label_smoothing, logits), uniform, workspace)
         }
         Rivals::Drawn { items, contest } => sampled(states, targets, scored, (items, contest), uniform),
     }

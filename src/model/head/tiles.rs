@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CrossEntropy, Scored, Share, draw};
+use super::{CrossEntropy, Logits, Scored, Share, draw};
 use crate::collective::{Collective, CollectiveError, exact};
 use crate::device::host::each_alone;
 use crate::model::rows::add_rows;
@@ -40,9 +40,10 @@ pub struct Workspace(Option<Tensor>);
 
 impl Workspace {
     /// Room for `n` numbers.
-    fn room(&mut self, n: i64, device: Device) -> &Tensor {
-        let fits = self.0.take().filter(|room| room.size()[0] >= n && room.device() == device);
-        self.0.insert(fits.unwrap_or_else(|| Tensor::empty([n], (Kind::Float, device))))
+    fn room(&mut self, n: i64, of: (Kind, Device)) -> &Tensor {
+        let is_fit = |room: &Tensor| room.size()[0] >= n && (room.kind(), room.device()) == of;
+        let fits = self.0.take().filter(is_fit);
+        self.0.insert(fits.unwrap_or_else(|| Tensor::empty([n], of)))
     }
 }
 
@@ -55,10 +56,16 @@ struct Cut {
     tile: i64,
     /// Whether the first round's probabilities are kept for the second.
     keeps: bool,
+    /// What they are rounded to.
+    kind: Kind,
 }
 
 impl Cut {
-    fn new((n_targets, n_items): (i64, i64), max_logits: i64, (device, n_threads): (Device, i64)) -> Self {
+    fn new(
+        (n_targets, n_items): (i64, i64),
+        Logits { kind, most }: Logits,
+        (device, n_threads): (Device, i64),
+    ) -> Self {
         let tile = match device {
             // As many for each thread.
             Device::Cpu => {
@@ -68,18 +75,18 @@ impl Cut {
             }
             _ => n_items,
         };
-        let fit = max_logits / n_items;
+        let fit = most / n_items;
         if fit >= n_targets.min(LEAST_TARGETS) {
             // Into equal parts: a last one of few targets would be a pass over the table for little.
             let n_parts = div_ceil(n_targets, fit.min(n_targets));
-            return Self { n_targets: div_ceil(n_targets, n_parts), tile, keeps: true };
+            return Self { n_targets: div_ceil(n_targets, n_parts), tile, keeps: true, kind };
         }
-        Self { n_targets, tile: tile.min(max_logits / n_targets / n_threads).max(1), keeps: false }
+        Self { n_targets, tile: tile.min(most / n_targets / n_threads).max(1), keeps: false, kind }
     }
 
     /// The same for any share: all targets at a time, and tiles that are bands.
-    fn exact(n_targets: i64, share: &Share<'_>, max_logits: i64) -> Self {
-        Self { n_targets, tile: share.band(), keeps: n_targets * share.most_rows() <= max_logits }
+    fn exact(n_targets: i64, share: &Share<'_>, Logits { kind, most }: Logits) -> Self {
+        Self { n_targets, tile: share.band(), keeps: n_targets * share.most_rows() <= most, kind }
     }
 }
 
@@ -88,7 +95,7 @@ pub(super) fn full(
     own_states: &Tensor,
     own_targets: &Tensor,
     scored: &mut Scored<'_>,
-    (label_smoothing, max_logits): (f64, i64),
+    (label_smoothing, logits): (f64, Logits),
     own_uniform: Option<&Tensor>,
     workspace: &mut Workspace,
 ) -> Result<CrossEntropy, CollectiveError> {
@@ -107,10 +114,8 @@ pub(super) fn full(
     for group in share.groups(counts) {
         let n_targets = group.end - group.start;
         let cut = match share.is_exact() {
-            true => Cut::exact(n_targets, share, max_logits),
-            false => {
-                Cut::new((n_targets, share.most_rows()), max_logits, (h.device(), n_threads(h.device())))
-            }
+            true => Cut::exact(n_targets, share, logits),
+            false => Cut::new((n_targets, share.most_rows()), logits, (h.device(), n_threads(h.device()))),
         };
         for first in (group.start..group.end).step_by(cut.n_targets as usize) {
             let n = cut.n_targets.min(group.end - first);
@@ -275,8 +280,10 @@ struct Lane {
     tiles: Vec<Range<i64>>,
     keeps: bool,
     is_exact: bool,
-    /// `[n, D]`.
+    /// `[n, D]`, f32.
     h: Tensor,
+    /// The same, as it is multiplied with the table.
+    factors: Tensor,
     /// Of the lane's rows, as are these.
     table: Tensor,
     bias: Tensor,
@@ -290,11 +297,13 @@ impl Lane {
     /// One for each thread, with as many tiles, as far as there are.
     fn cut(h: &Tensor, scored: &Scored<'_>, cut: Cut, workspace: &mut Workspace) -> Vec<Self> {
         let (n, n_items) = (h.size()[0], scored.table.size()[0]);
+        let factors = h.to_kind(cut.kind);
         let n_tiles = div_ceil(n_items, cut.tile);
         let tiles_each = div_ceil(n_tiles, n_threads(h.device()));
         let rows_each = tiles_each * cut.tile;
         let n_lanes = div_ceil(n_items, rows_each);
-        let room = workspace.room(n * if cut.keeps { n_items } else { cut.tile * n_lanes }, h.device());
+        let n_logits = n * if cut.keeps { n_items } else { cut.tile * n_lanes };
+        let room = workspace.room(n_logits, (cut.kind, h.device()));
         let lane = |number: i64| {
             let first_row = number * rows_each;
             let n_rows = rows_each.min(n_items - first_row);
@@ -309,6 +318,7 @@ impl Lane {
                 keeps: cut.keeps,
                 is_exact: scored.share.is_exact(),
                 h: h.shallow_clone(),
+                factors: factors.shallow_clone(),
                 table: rows(scored.table),
                 bias: rows(scored.bias),
                 table_gradient: rows(&scored.table_gradient),
@@ -327,10 +337,17 @@ impl Lane {
     /// `p_t` into its place, and `l_t: [1, n]`. The softmax has `exp(0)` over its sum where the largest logit is.
     fn softmax(&self, tile: &Range<i64>) -> Tensor {
         let p = self.probabilities(tile);
-        let _ = rows(&self.bias, tile).addmm_out(&p, &self.h, &rows(&self.table, tile).tr());
-        let largest = p.amax([1i64].as_slice(), false);
+        let _ =
+            rows(&self.bias, tile).to_kind(p.kind()).addmm_out(&p, &self.factors, &self.vectors(tile).tr());
+        let largest = || p.amax([1i64].as_slice(), false).to_kind(Kind::Float);
+        let largest_logit = largest();
         let _ = p.softmax_int_out(&p, 1, None);
-        (largest - p.amax([1i64].as_slice(), false).log()).unsqueeze(0)
+        (largest_logit - largest().log()).unsqueeze(0)
+    }
+
+    /// The vectors of a tile's items, as they are multiplied: `[C, D]`.
+    fn vectors(&self, tile: &Range<i64>) -> Tensor {
+        rows(&self.table, tile).to_kind(self.factors.kind())
     }
 
     /// The second round, with `w_t: [n, tiles]`: adds to the gradients of the lane's rows and returns what it adds to those of
@@ -346,9 +363,19 @@ impl Lane {
             if let Some((draws, first_tile, first_row)) = draws {
                 draws.draw_from(&p, first_tile + number, first_row + self.first_row + tile.start);
             }
-            let _ = rows(&self.table_gradient, tile).addmm_(&p.tr(), &(&self.h * &weight));
-            let _ = rows(&self.bias_gradient, tile).addmv_(&p.tr(), &weight.squeeze_dim(1));
-            sums.add(&(p.matmul(&rows(&self.table, tile)) * weight));
+            let weighed = &self.h * &weight;
+            let (mut of_table, mut of_bias) =
+                (rows(&self.table_gradient, tile), rows(&self.bias_gradient, tile));
+            if p.kind() == Kind::Float {
+                let _ = of_table.addmm_(&p.tr(), &weighed);
+                let _ = of_bias.addmv_(&p.tr(), &weight.squeeze_dim(1));
+            } else {
+                let with_one = Tensor::cat(&[&weighed, &weight], 1).to_kind(p.kind());
+                let products = p.tr().matmul(&with_one);
+                of_table += products.narrow(1, 0, weighed.size()[1]);
+                of_bias += products.select(1, weighed.size()[1]);
+            }
+            sums.add(&(p.matmul(&self.vectors(tile)) * weight));
         }
         sums.0
     }
@@ -423,21 +450,28 @@ mod tests {
 
     #[test]
     fn targets_are_cut_into_equal_parts_that_fit() {
-        let cut = |sizes, max_logits| Cut::new(sizes, max_logits, (Device::Cpu, 1));
-        assert_eq!(cut((100, 1000), 1 << 20), Cut { n_targets: 100, tile: 1008, keeps: true });
+        let kind = Kind::Float;
+        let cut = |sizes, most| Cut::new(sizes, Logits { kind, most }, (Device::Cpu, 1));
+        assert_eq!(cut((100, 1000), 1 << 20), Cut { n_targets: 100, tile: 1008, keeps: true, kind });
         // 167 fit: eight parts of 154 rather than seven of 167 and one of 59.
-        assert_eq!(cut((1228, 100_000), 16 << 20), Cut { n_targets: 154, tile: 4000, keeps: true });
+        assert_eq!(cut((1228, 100_000), 16 << 20), Cut { n_targets: 154, tile: 4000, keeps: true, kind });
         // One fits: all at once, twice.
-        assert_eq!(cut((1228, 10_000_000), 16 << 20), Cut { n_targets: 1228, tile: 4096, keeps: false });
-        assert_eq!(cut((10_000, 10_000_000), 16 << 20), Cut { n_targets: 10_000, tile: 1677, keeps: false });
+        assert_eq!(
+            cut((1228, 10_000_000), 16 << 20),
+            Cut { n_targets: 1228, tile: 4096, keeps: false, kind }
+        );
+        assert_eq!(
+            cut((10_000, 10_000_000), 16 << 20),
+            Cut { n_targets: 10_000, tile: 1677, keeps: false, kind }
+        );
         // Each of three threads has as many tiles, and its own room.
-        let on_three = |sizes, max_logits| Cut::new(sizes, max_logits, (Device::Cpu, 3));
+        let on_three = |sizes, most| Cut::new(sizes, Logits { kind, most }, (Device::Cpu, 3));
         assert_eq!(on_three((100, 10_000), 1 << 20).tile, 3344);
         assert_eq!(on_three((10_000, 10_000_000), 16 << 20).tile, 559);
         // No room at all, and still something is done.
-        assert_eq!(cut((10, 1000), 1), Cut { n_targets: 10, tile: 1, keeps: false });
-        let on_gpu = Cut::new((1228, 100_000), 16 << 20, (Device::Cuda(0), 1));
-        assert_eq!(on_gpu, Cut { n_targets: 154, tile: 100_000, keeps: true });
+        assert_eq!(cut((10, 1000), 1), Cut { n_targets: 10, tile: 1, keeps: false, kind });
+        let on_gpu = Cut::new((1228, 100_000), Logits { kind, most: 16 << 20 }, (Device::Cuda(0), 1));
+        assert_eq!(on_gpu, Cut { n_targets: 154, tile: 100_000, keeps: true, kind });
     }
 
     #[test]
