@@ -100,6 +100,30 @@ impl Batch {
         }
     }
 
+    /// Consecutive parts of whole micro-batches: so many, about as many micro-batches in each.
+    pub fn split(&self, n_parts: usize) -> Vec<Self> {
+        let n_parts = n_parts.clamp(1, self.segments.len().max(1));
+        let (mut session, mut event) = (0, 0);
+        let part = |number: usize| {
+            let place = |number: usize| number * self.segments.len() / n_parts;
+            let segments = &self.segments[place(number)..place(number + 1)];
+            let n_sessions: usize = segments.iter().map(|segment| segment.n_sessions).sum();
+            let sessions = session..session + n_sessions;
+            let lengths = self.lengths[sessions.clone()].to_vec();
+            let n_events = lengths.iter().sum::<usize>() as i64;
+            let columns = self.columns.iter().map(|column| column.narrow(0, event, n_events)).collect();
+            (session, event) = (sessions.end, event + n_events);
+            Self {
+                columns,
+                lengths,
+                session_seeds: self.session_seeds[sessions].to_vec(),
+                step_seed: self.step_seed,
+                segments: segments.to_vec(),
+            }
+        };
+        (0..n_parts).map(part).collect()
+    }
+
     /// Splits each session into its known part and the event to be predicted: the batch without every
     /// session's last event, and the item indices `[B]` of those.
     pub fn split_last(&self) -> (Self, Tensor) {
@@ -143,6 +167,21 @@ impl<'a> Noise<'a> {
     /// For a pass over `batch` in a run whose sessions are at most `max_length` long.
     pub fn new(batch: &'a Batch, max_length: usize) -> Self {
         Self { segments: &batch.segments, max_length, n_draws: 0 }
+    }
+
+    /// What is drawn next for a part of the batch.
+    pub fn of_part<'b>(&self, part: &'b Batch) -> Noise<'b> {
+        Noise { segments: &part.segments, ..*self }
+    }
+
+    /// Draws made so far.
+    pub fn n_draws(&self) -> u64 {
+        self.n_draws
+    }
+
+    /// Goes on where its parts have come to.
+    pub fn go_on_from(&mut self, n_draws: u64) {
+        self.n_draws = n_draws;
     }
 
     /// Dropout (Srivastava et al. 2014) of `x: [N, ..]` with probability `p`, scaled to keep its mean. The first

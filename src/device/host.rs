@@ -64,17 +64,18 @@ pub fn in_parallel<P: Send, R: Send>(parts: impl Iterator<Item = P>, work: impl 
     })
 }
 
-/// The same for work of libtorch, each part on one of its threads: many short operations are quicker so than each on all
-/// threads. A single part has them all.
+/// The same for work of libtorch, each part on a thread of its own, or several where there are more threads than parts: many
+/// short operations are quicker so than each on all threads. Whether gradients are to be had is for the work to say.
 pub fn each_alone<P: Send, R: Send>(parts: Vec<P>, work: impl Fn(P) -> R + Sync) -> Vec<R> {
     if parts.len() < 2 {
         return parts.into_iter().map(work).collect();
     }
     let n_threads = tch::get_num_threads();
+    let n_each = (n_threads / parts.len() as i32).max(1);
     let results = in_parallel(parts.into_iter(), |part| {
         // Each thread has its own number, and its own mind about gradients.
-        tch::set_num_threads(1);
-        tch::no_grad(|| work(part))
+        tch::set_num_threads(n_each);
+        work(part)
     });
     tch::set_num_threads(n_threads);
     results

@@ -165,9 +165,8 @@ pub struct Input {
     to_body: Linear,
 }
 
-/// Rows that were looked up in a table: a leaf of the autograd graph, so that no gradient as large as the table arises.
+/// Rows that were looked up in a table.
 pub(super) struct Lookup<'a> {
-    column: usize,
     /// The table's parameter.
     pub table: usize,
     /// Row of each event, `[T + 1]`.
@@ -264,13 +263,12 @@ impl Input {
             .collect()
     }
 
-    /// *All ranks* of the share. Looks the categorical columns up; `leaves`: as leaves of the autograd graph.
+    /// *All ranks* of the share. Looks the categorical columns up, in the order of the channels.
     pub(super) fn look_up<'a>(
         &self,
         parameters: &Parameters,
         columns: &[Tensor],
         share: &Share<'a>,
-        leaves: bool,
     ) -> Result<Vec<Lookup<'a>>, CollectiveError> {
         let tables = self.channels.iter().filter_map(|(channel, _)| match channel {
             &Channel::Table { column, table } => Some((column, table)),
@@ -285,30 +283,29 @@ impl Input {
                 };
                 let of_table = parameters.leaf(table).detach();
                 let vectors = asked.fetch(|places| of_table.index_select(0, places))?;
-                let vectors = vectors.to_kind(Kind::Float).set_requires_grad(leaves);
-                Ok(Lookup { column, table, rows, vectors, asked })
+                Ok(Lookup { table, rows, vectors: vectors.to_kind(Kind::Float), asked })
             })
             .collect()
     }
 
-    /// The vector of what stands at each position, `[P, body_width]`, and that of the mask, `[1, body_width]`. `shown`: see
-    /// [`super::Layout`].
+    /// The vector of what stands at each position, `[P, body_width]`, and that of the mask, `[1, body_width]`. `looked_up`: the
+    /// vectors of [`Input::look_up`]; `shown`: see [`super::Layout`].
     pub(super) fn positions(
         &self,
         parameters: &Parameters,
         columns: &[Tensor],
-        lookups: &[Lookup<'_>],
+        looked_up: &[Tensor],
         shown: &Tensor,
     ) -> (Tensor, Option<Tensor>) {
+        let mut looked_up = looked_up.iter();
         let channels: Vec<Tensor> = self
             .channels
             .iter()
             .map(|(channel, norm)| {
                 let value = |column: usize| columns[column].to_kind(Kind::Float).unsqueeze(1);
                 let vectors = match channel {
-                    Channel::Table { column, .. } => {
-                        let found = lookups.iter().find(|lookup| lookup.column == *column);
-                        found.expect("every table is looked up").vectors.shallow_clone()
+                    Channel::Table { .. } => {
+                        looked_up.next().expect("every table is looked up").shallow_clone()
                     }
                     Channel::Value { column } => value(*column),
                     Channel::Values { columns, projection } => {

@@ -7,6 +7,7 @@
 
 mod body;
 mod counts;
+mod encoder;
 mod gru;
 pub mod head;
 pub mod import;

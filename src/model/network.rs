@@ -7,17 +7,18 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
-use super::body::{Body, Layout};
-use super::head::{CrossEntropy, HeadConfig, Rivals, Scored, Workspace, cross_entropy};
+use super::encoder::{Encoder, Passage};
+use super::head::{CrossEntropy, Rivals, Scored, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
 use super::rows::add_rows;
-use super::{Gru, Neural, Parameters, Recommender, Share, View, Xlnet};
+use super::{Neural, Parameters, Recommender, Share, View};
 use crate::collective::CollectiveError;
 use crate::collective::exact::ExactSum;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
+use crate::device::host::each_alone;
 use crate::device::laps::Laps;
 use crate::device::send;
 use crate::optim::squares;
@@ -40,14 +41,8 @@ pub struct LossSum {
 /// A model with its parameters, of which the tables of items may be a share.
 pub struct Network<'a> {
     parameters: Parameters,
-    input: Input,
-    body: Body,
+    encoder: Encoder,
     objective: Objective,
-    head: HeadConfig,
-    /// Width of the states.
-    width: i64,
-    /// From states to vectors that are scored against items.
-    to_item: Linear,
     /// Tells original events from replaced ones.
     detector: Option<Linear>,
     /// The table that items are scored against.
@@ -55,8 +50,6 @@ pub struct Network<'a> {
     /// Number of tables and their like, which come first among the parameters.
     n_tables: usize,
     share: Share<'a>,
-    /// Length that sessions are padded to where the padding is attended to.
-    padded_length: Option<usize>,
     workspace: Workspace,
     /// What gradients of the tables that are shared out are added up in, if in whole numbers.
     own_sum: Option<RefCell<ExactSum>>,
@@ -67,6 +60,31 @@ fn settle(own_sum: &Option<RefCell<ExactSum>>, parameters: &Parameters) {
     if let Some(sum) = own_sum {
         sum.borrow_mut().take(&mut parameters.own_gradients());
     }
+}
+
+/// Goes back from the scalar `from`: its gradients by the parameters `rest`, of which those that it does not follow from are
+/// undefined, and by what was looked up.
+fn back(from: &Tensor, parameters: &Parameters, rest: Range<usize>, looked_up: &[Tensor]) -> Vec<Tensor> {
+    let leaves = rest.clone().map(|index| parameters.leaf(index));
+    let inputs: Vec<&Tensor> = leaves.chain(looked_up).collect();
+    let mut gradients = Tensor::run_backward(&[from], &inputs, false, false);
+    for (gradient, vectors) in gradients[rest.len()..].iter_mut().zip(looked_up) {
+        if !gradient.defined() {
+            *gradient = vectors.detach().zeros_like();
+        }
+    }
+    gradients
+}
+
+/// Rows of consecutive parts, without the padding between them: its row ends each part.
+fn joined<'a>(parts: impl ExactSizeIterator<Item = &'a Tensor>) -> Tensor {
+    let last = parts.len() - 1;
+    let own_rows = |(number, part): (usize, &Tensor)| match number {
+        _ if number == last => part.shallow_clone(),
+        _ => part.narrow(0, 0, part.size()[0] - 1),
+    };
+    let mut rows: Vec<Tensor> = parts.enumerate().map(own_rows).collect();
+    if last == 0 { rows.remove(0) } else { Tensor::cat(&rows, 0) }
 }
 
 impl Network<'static> {
@@ -108,7 +126,6 @@ impl<'a> Network<'a> {
         share: Share<'a>,
     ) -> Result<Self, String> {
         let (input, head, objective) = (config.input(), config.head(), config.objective());
-        let width = config.width();
         let mut initial = Initial::default();
         initial.table(ITEM_TABLES[0], input.item_width, input.init_std, &share);
         initial.column(ITEM_TABLES[1], 0.0, &share);
@@ -120,34 +137,20 @@ impl<'a> Network<'a> {
         let first_table = initial.len();
         Input::declare_tables(input, features, &mut initial);
         let n_tables = initial.len();
-        let attends = matches!(config, Neural::Xlnet(_));
-        let part = (first_table, objective.masks(attends), width);
-        let input_block = Input::declare(input, features, part, &mut initial)?;
-        let (body, attends_to_padding) = match config {
-            Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, &mut initial)), false),
-            Neural::Xlnet(xlnet) => {
-                (Body::Xlnet(Xlnet::declare(xlnet, &mut initial)), xlnet.attend_to_padding)
-            }
-        };
-        let to_item = initial.linear("head.projection", width, input.item_width);
-        let detector =
-            matches!(objective, Objective::Replaced { .. }).then(|| initial.linear("detector", width, 1));
+        let encoder = Encoder::declare(config, features, (first_table, max_length), &mut initial)?;
+        let detector = matches!(objective, Objective::Replaced { .. })
+            .then(|| initial.linear("detector", config.width(), 1));
         let parameters = Parameters::new(initial, device);
         let own_sum = share.is_exact().then(|| RefCell::new(ExactSum::new(&parameters.own_gradients())));
         Ok(Self {
             parameters,
             own_sum,
-            input: input_block,
-            body,
+            encoder,
             objective: objective.clone(),
-            head: head.clone(),
-            width,
-            to_item,
             detector,
             scored_table,
             n_tables,
             share,
-            padded_length: attends_to_padding.then_some(max_length),
             workspace: Workspace::default(),
         })
     }
@@ -209,8 +212,10 @@ impl<'a> Network<'a> {
         rivals: &Rivals,
         laps: &mut Laps,
     ) -> Result<LossSum, CollectiveError> {
-        let plan = self.objective.training(batch, self.attends());
-        self.backward_as_planned(batch, plan, noise, rivals, laps)
+        let plan = |part: &Batch| self.objective.training(part, self.encoder.attends());
+        let parts = batch.split(self.n_parts(batch)).into_iter();
+        let parts = parts.map(|part| (plan(&part), part)).collect();
+        self.backward_in_parts(batch, parts, noise, rivals, laps)
     }
 
     /// The same with what is hidden and predicted given.
@@ -225,44 +230,89 @@ impl<'a> Network<'a> {
         rivals: &Rivals,
         laps: &mut Laps,
     ) -> Result<LossSum, CollectiveError> {
+        let whole = batch.split(1).into_iter().map(|whole| (plan.clone(), whole)).collect();
+        self.backward_in_parts(batch, whole, noise, rivals, laps)
+    }
+
+    /// Micro-batches go through the encoder in so many parts, each on threads of its own: its operations are small for many.
+    fn n_parts(&self, batch: &Batch) -> usize {
+        match self.device() {
+            // What is judged as a whole is drawn as a whole.
+            Device::Cpu if self.detector.is_none() => {
+                batch.segments.len().min(tch::get_num_threads().max(1) as usize)
+            }
+            _ => 1,
+        }
+    }
+
+    fn backward_in_parts(
+        &mut self,
+        batch: &Batch,
+        parts: Vec<(Plan, Batch)>,
+        noise: &mut Noise<'_>,
+        rivals: &Rivals,
+        laps: &mut Laps,
+    ) -> Result<LossSum, CollectiveError> {
         let device = self.device();
-        let n_targets = plan.targets.len();
-        let counts = self.share.counts(n_targets as i64)?;
+        let n_targets: Vec<usize> = parts.iter().map(|(plan, _)| plan.targets.len()).collect();
+        let counts = self.share.counts(n_targets.iter().sum::<usize>() as i64)?;
         if counts.iter().sum::<i64>() == 0 {
             return Ok(LossSum { loss: Tensor::zeros([], (Kind::Double, device)), n_targets: 0 });
         }
-        let columns = self.input.columns(batch, true);
-        let lookups = self.input.look_up(&self.parameters, &columns, &self.share, true)?;
-        let predicted = send(&Tensor::from_slice(&plan.targets), device);
+        let uniform = self.detector.map(|_| self.uniform(&parts));
+        let (encoder, parameters) = (&self.encoder, &self.parameters);
+        let columns = encoder.input.columns(batch, true);
+        let lookups = encoder.input.look_up(parameters, &columns, &self.share)?;
+        let whole = Passage::whole(columns, &lookups);
+        let (mut work, mut predicted, mut first) = (Vec::with_capacity(parts.len()), Vec::new(), 0);
+        for (plan, part) in parts {
+            let n_events = part.n_events() as i64;
+            predicted.extend(plan.targets.iter().map(|target| first + target));
+            work.push((parameters.handle(), whole.part(first, n_events).into_leaves(), plan, part));
+            first += n_events;
+        }
+        let predicted = send(&Tensor::from_slice(&predicted), device);
         let targets = batch.items().index_select(0, &predicted);
-        let uniform = self.detector.map(|_| self.uniform(batch, &plan));
-        let plan = self.lay_out(plan);
-        let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
-        let sessions = self.session_vectors(&states);
+        let drawn_before = &*noise;
+        let encoded = each_alone(work, |(parameters, passage, plan, part)| {
+            let mut noise = drawn_before.of_part(&part);
+            let states = encoder.states(&parameters, &passage, (plan, &part), Some(&mut noise));
+            (encoder.vectors(&parameters, &states), parameters, passage.vectors, noise.n_draws())
+        });
         laps.end("forward");
+        let vectors =
+            Tensor::cat(&encoded.iter().map(|(vectors, ..)| vectors.detach()).collect::<Vec<_>>(), 0);
         let CrossEntropy { mut loss, state_gradient, drawn } = tch::no_grad(|| {
-            let (own_sum, parameters) = (&self.own_sum, &self.parameters);
+            let own_sum = &self.own_sum;
             let mut scored = Scored {
-                table: &self.parameters.leaf(self.scored_table).detach(),
-                bias: &self.parameters.leaf(ITEM_BIAS).detach(),
-                table_gradient: self.parameters.gradient(self.scored_table),
-                bias_gradient: self.parameters.gradient(ITEM_BIAS),
+                table: &parameters.leaf(self.scored_table).detach(),
+                bias: &parameters.leaf(ITEM_BIAS).detach(),
+                table_gradient: parameters.gradient(self.scored_table),
+                bias_gradient: parameters.gradient(ITEM_BIAS),
                 share: &self.share,
                 counts: &counts,
                 settle: &|| settle(own_sum, parameters),
             };
-            let (states, workspace) = (sessions.detach(), &mut self.workspace);
-            cross_entropy(&states, &targets, &mut scored, rivals, uniform.as_ref(), workspace)
+            cross_entropy(&vectors, &targets, &mut scored, rivals, uniform.as_ref(), &mut self.workspace)
         })?;
         laps.end("loss");
-        self.backward_from((&sessions * &state_gradient).sum(Kind::Float), &lookups)?;
+        let sizes: Vec<i64> = n_targets.iter().map(|&n| n as i64).collect();
+        let gradients = state_gradient.split_with_sizes(sizes.as_slice(), 0);
+        let n_draws = encoded.iter().map(|(.., n_draws)| *n_draws).max().unwrap_or(0);
+        let rest = self.rest();
+        let work = encoded.into_iter().zip(gradients).collect();
+        let gradients = each_alone(work, |((vectors, parameters, looked_up, _), gradient)| {
+            back(&(vectors * gradient).sum(Kind::Float), &parameters, rest.clone(), &looked_up)
+        });
+        self.add_gradients(&gradients, &lookups)?;
+        noise.go_on_from(n_draws);
         if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
             (self.detector, drawn, &self.objective)
         {
             loss += self.detect(detector, *weight, batch, (&predicted, &drawn), noise)?;
         }
         laps.end("backward");
-        Ok(LossSum { loss, n_targets })
+        Ok(LossSum { loss, n_targets: n_targets.iter().sum() })
     }
 
     /// Replaced-item detection: the events `predicted: [N]` become the items `drawn: [N]`; every event is judged. Adds
@@ -279,33 +329,38 @@ impl<'a> Network<'a> {
         replaced.columns[0] = batch.items().index_copy(0, predicted, drawn);
         let is_replaced = replaced.items().ne_tensor(batch.items()).to_kind(Kind::Float);
         // A body that reads forward only judges by what came before, one that attends by all.
-        let plan = self.lay_out(Plan::all(&batch.lengths, Visible::All));
-        let columns = self.input.columns(&replaced, true);
-        let lookups = self.input.look_up(&self.parameters, &columns, &self.share, true)?;
-        let states = self.states(&columns, &lookups, (&plan, batch), Some(noise));
+        let plan = Plan::all(&batch.lengths, Visible::All);
+        let columns = self.encoder.input.columns(&replaced, true);
+        let lookups = self.encoder.input.look_up(&self.parameters, &columns, &self.share)?;
+        let passage = Passage::whole(columns, &lookups).into_leaves();
+        let states = self.encoder.states(&self.parameters, &passage, (plan, batch), Some(noise));
         let verdicts = detector.apply(&self.parameters, &states).squeeze_dim(1);
         let no_weight = None::<&Tensor>;
         let loss = weight
             * verdicts.binary_cross_entropy_with_logits(&is_replaced, no_weight, no_weight, Reduction::Sum);
-        self.backward_from(loss.shallow_clone(), &lookups)?;
+        let gradients = back(&loss, &self.parameters, self.rest(), &passage.vectors);
+        self.add_gradients(&[gradients], &lookups)?;
         Ok(loss.detach().to_kind(Kind::Double))
     }
 
-    /// Goes back from the scalar `from` and adds the gradients of all that is not a table, and those of looked-up rows.
-    fn backward_from(&self, from: Tensor, lookups: &[Lookup<'_>]) -> Result<(), CollectiveError> {
-        let rest = self.n_tables..self.parameters.views().len();
-        let leaves = rest.clone().map(|index| self.parameters.leaf(index));
-        let inputs: Vec<&Tensor> = leaves.chain(lookups.iter().map(|lookup| &lookup.vectors)).collect();
-        let gradients = Tensor::run_backward(&[from], &inputs, false, false);
+    /// All parameters but the tables.
+    fn rest(&self) -> Range<usize> {
+        self.n_tables..self.parameters.views().len()
+    }
+
+    /// Adds what [`back`] gave for each part of a batch.
+    fn add_gradients(&self, of_parts: &[Vec<Tensor>], lookups: &[Lookup<'_>]) -> Result<(), CollectiveError> {
+        let rest = self.rest();
         tch::no_grad(|| {
-            let (of_rest, of_lookups) = gradients.split_at(rest.len());
-            // What a pass did not use has no gradient.
-            for (index, gradient) in rest.zip(of_rest).filter(|(_, gradient)| gradient.defined()) {
-                let _ = self.parameters.gradient(index).g_add_(gradient);
+            for of_part in of_parts {
+                // What a pass did not use has no gradient.
+                for (index, gradient) in rest.clone().zip(of_part).filter(|(_, gradient)| gradient.defined())
+                {
+                    let _ = self.parameters.gradient(index).g_add_(gradient);
+                }
             }
-            for (lookup, gradient) in lookups.iter().zip(of_lookups) {
-                let gradient =
-                    if gradient.defined() { gradient } else { &lookup.vectors.detach().zeros_like() };
+            for (lookup, number) in lookups.iter().zip(rest.len()..) {
+                let gradient = joined(of_parts.iter().map(|of_part| &of_part[number]));
                 // The padding row is read but never learnt from reading it.
                 let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
                 let mut of_table = self.parameters.gradient(lookup.table);
@@ -318,42 +373,16 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// The states that `plan` reads, `[N, D]`.
-    fn states(
-        &self,
-        columns: &[Tensor],
-        lookups: &[Lookup<'_>],
-        (plan, batch): (&Plan, &Batch),
-        noise: Option<&mut Noise<'_>>,
-    ) -> Tensor {
-        if plan.reads.is_empty() {
-            return Tensor::zeros([0, self.width], (Kind::Float, self.device()));
-        }
-        self.laid_out_states(columns, lookups, &Layout::new(plan, batch, self.device()), noise)
-    }
-
-    fn laid_out_states(
-        &self,
-        columns: &[Tensor],
-        lookups: &[Lookup<'_>],
-        layout: &Layout,
-        noise: Option<&mut Noise<'_>>,
-    ) -> Tensor {
-        let (x, mask) = self.input.positions(&self.parameters, columns, lookups, &layout.shown);
-        let query = mask.filter(|_| self.objective.two_streams());
-        self.body.states(&self.parameters, (x, query), layout, noise)
-    }
-
     /// The states that `plan` reads of `batch`, nothing being learnt: `[N, D]`.
     ///
     /// # Errors
     /// Those of the collective, where the tables are shared out.
     pub fn read(&self, batch: &Batch, plan: Plan) -> Result<Tensor, CollectiveError> {
         tch::no_grad(|| {
-            let plan = self.lay_out(plan);
-            let columns = self.input.columns(batch, false);
-            let lookups = self.input.look_up(&self.parameters, &columns, &self.share, false)?;
-            Ok(self.states(&columns, &lookups, (&plan, batch), None))
+            let columns = self.encoder.input.columns(batch, false);
+            let lookups = self.encoder.input.look_up(&self.parameters, &columns, &self.share)?;
+            let passage = Passage::whole(columns, &lookups);
+            Ok(self.encoder.states(&self.parameters, &passage, (plan, batch), None))
         })
     }
 
@@ -362,22 +391,23 @@ impl<'a> Network<'a> {
     /// that depends on how many sessions there are, so that it can be traced.
     pub fn next_scores(&self, columns: &[Tensor], lengths: &Tensor, width: i64) -> Tensor {
         tch::no_grad(|| {
+            let (encoder, parameters) = (&self.encoder, &self.parameters);
             let columns: Vec<Tensor> =
                 columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
-            let looked_up = self.input.look_up(&self.parameters, &columns, &self.share, false);
+            let looked_up = encoder.input.look_up(parameters, &columns, &self.share);
             let lookups = looked_up.expect("an exported model has all rows, and asks nobody");
-            let padded_length = self.padded_length.map(|length| length as i64);
-            let layout = Layout::next(&self.objective, self.attends(), lengths, (width, padded_length));
-            let states = self.laid_out_states(&columns, &lookups, &layout, None);
-            self.scores(&self.session_vectors(&states), 0..self.share.n_items)
+            let passage = Passage::whole(columns, &lookups);
+            let vectors = encoder.next_vectors(parameters, &passage, &self.objective, (lengths, width));
+            self.scores(&vectors, 0..self.share.n_items)
         })
     }
 
     /// Events of a session that can be read in service.
     pub fn served_length(&self, max_length: usize) -> usize {
         // Where padding is attended to, the model knows sessions of one length only, the mask included.
-        self.padded_length
-            .map_or(max_length, |length| length - usize::from(self.objective.masks(self.attends())))
+        self.encoder
+            .padded_length
+            .map_or(max_length, |length| length - usize::from(self.objective.masks(self.encoder.attends())))
     }
 
     /// Ends learning, and keeps tables of vectors in type `kind`: they are nearly all of a model. Items are then scored in
@@ -389,31 +419,11 @@ impl<'a> Network<'a> {
         }
     }
 
-    /// Whether the body attends to positions in any order, or reads forward only.
-    fn attends(&self) -> bool {
-        matches!(self.body, Body::Xlnet(_))
-    }
-
-    fn lay_out(&self, plan: Plan) -> Plan {
-        match self.padded_length {
-            Some(length) => plan.padded(length),
-            None => plan,
-        }
-    }
-
-    /// States `[N, D]` → vectors `[N, item_width]`, whose products with those of items are their scores.
-    fn session_vectors(&self, states: &Tensor) -> Tensor {
-        let vectors = self.to_item.apply(&self.parameters, states);
-        let vectors = if self.head.relu { vectors.relu() } else { vectors };
-        if self.head.temperature == 1.0 { vectors } else { vectors / self.head.temperature }
-    }
-
     /// A number in 0..1 for each target, from its session's seed.
-    fn uniform(&self, batch: &Batch, plan: &Plan) -> Tensor {
-        let numbers: Vec<f32> = batch
-            .session_seeds
+    fn uniform(&self, parts: &[(Plan, Batch)]) -> Tensor {
+        let numbers: Vec<f32> = parts
             .iter()
-            .zip(&plan.reads_per_session)
+            .flat_map(|(plan, batch)| batch.session_seeds.iter().zip(&plan.reads_per_session))
             .flat_map(|(&seed, &n)| {
                 let mut generator = ChaCha8Rng::seed_from_u64(derive_seed(seed, "replaced", &[]));
                 (0..n).map(move |_| generator.random())
@@ -441,8 +451,8 @@ impl Recommender for Network<'_> {
     }
 
     fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
-        let states = self.read(known, self.objective.next(&known.lengths, self.attends()))?;
-        Ok(tch::no_grad(|| self.session_vectors(&states)))
+        let states = self.read(known, self.objective.next(&known.lengths, self.encoder.attends()))?;
+        Ok(tch::no_grad(|| self.encoder.vectors(&self.parameters, &states)))
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {

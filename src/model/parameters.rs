@@ -5,6 +5,7 @@
 //! follows them is the same on every rank, and it alone is reduced.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -168,7 +169,7 @@ impl View {
 
 /// Named parameters, in the order in which they were declared.
 pub struct Parameters {
-    views: Vec<View>,
+    views: Arc<[View]>,
     values: Tensor,
     /// Gradients, and behind them what travels with them: see [`Parameters::reduced`].
     gradients: Tensor,
@@ -217,12 +218,23 @@ impl Parameters {
         let gradients = Tensor::zeros([end + TAIL], (Kind::Float, device));
         let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
         let n_own = n_shares.checked_sub(1).map_or(0, |last| views[last].end());
-        Self { views, values, gradients, leaves, n_own }
+        Self { views: views.into(), values, gradients, leaves, n_own }
     }
 
     /// The parameters, in order.
     pub fn views(&self) -> &[View] {
         &self.views
+    }
+
+    /// The same parameters, for another thread.
+    pub fn handle(&self) -> Self {
+        Self {
+            views: Arc::clone(&self.views),
+            values: self.values.shallow_clone(),
+            gradients: self.gradients.shallow_clone(),
+            leaves: self.leaves.iter().map(Tensor::shallow_clone).collect(),
+            n_own: self.n_own,
+        }
     }
 
     /// Number of values, with those in between.
@@ -318,7 +330,7 @@ impl Parameters {
         {
             return Err(format!("unknown parameter `{name}`"));
         }
-        for view in &self.views {
+        for view in self.views() {
             let (_, tensor) = named
                 .iter()
                 .find(|(name, _)| *name == view.name)

@@ -239,7 +239,7 @@ fn part(
 ) -> Result<Tensor, CollectiveError> {
     let share = scored.share;
     let lanes = Lane::cut(h, scored, cut, workspace);
-    let logs = each_alone(lanes, |lane| (lane.logs(), lane));
+    let logs = each_alone(lanes, |lane| (tch::no_grad(|| lane.logs()), lane));
     let (logs, lanes): (Vec<Tensor>, Vec<Lane>) = logs.into_iter().unzip();
     let logs = Tensor::cat(&logs, 0);
     // Of all ranks: tile by tile where it matters which there are, else their sum alone, as they may be many.
@@ -266,7 +266,8 @@ fn part(
     }
     let first_row = share.rows.start;
     let sums = each_alone(work, |(mut lane, weights, first_tile, draws)| {
-        lane.gradients(&weights, draws.as_ref().map(|draws| (draws, first_tile, first_row)))
+        let draws = draws.as_ref().map(|draws| (draws, first_tile, first_row));
+        tch::no_grad(|| lane.gradients(&weights, draws))
     });
     sums.into_iter().for_each(|sum| state_gradients.add_sums(sum));
     Ok(log_sums)
