@@ -1,5 +1,5 @@
-//! Writes where libtorch lies into the binary, so that it starts without `LD_LIBRARY_PATH`, and compiles what tch
-//! leaves out of libtorch's tracer.
+//! Writes where libtorch lies into the binary, so that it starts without `LD_LIBRARY_PATH`, shows libtorch what it has to say
+//! about the CPU, and compiles what tch leaves out of libtorch's tracer.
 
 use std::path::Path;
 
@@ -8,6 +8,9 @@ fn main() {
     println!("cargo::rerun-if-changed=src/export/trace.cpp");
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
+    // See src/device/host.rs.
+    let answer = "mkl_serv_intel_cpu_true";
+    println!("cargo::rustc-link-arg=-Wl,--undefined={answer},--export-dynamic-symbol={answer}");
     let include = Path::new(&lib).with_file_name("include");
     cc::Build::new()
         .cpp(true)

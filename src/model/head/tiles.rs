@@ -360,7 +360,8 @@ impl Lane {
                 let _ = self.softmax(tile);
             }
             let p = self.probabilities(tile);
-            let weight = weights.narrow(1, number, 1);
+            // In memory of its own: where numbers lie may change how MKL adds them up.
+            let weight = weights.narrow(1, number, 1).copy();
             if let Some((draws, first_tile, first_row)) = draws {
                 draws.draw_from(&p, first_tile + number, first_row + self.first_row + tile.start);
             }
