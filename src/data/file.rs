@@ -58,6 +58,11 @@ impl Sessions {
         self.offsets[row]..self.offsets[row + 1]
     }
 
+    /// Events of each session.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.offsets.windows(2).map(|ends| ends[1] - ends[0]).collect()
+    }
+
     /// Day of session `row`, and its row in that day's file: what identifies it, however it is read.
     pub fn place(&self, row: usize) -> (i64, u64) {
         self.places[row]

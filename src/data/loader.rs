@@ -77,18 +77,24 @@ impl Loader {
                     // The receiver may be gone after an error of its own: then nobody is left to tell.
                     Err(error) => return drop(ready.send(Err(error))),
                 };
+                let orders: Vec<Vec<usize>> = lanes
+                    .iter()
+                    .zip(&sessions)
+                    .map(|(lane, sessions)| lane.order(&sessions.lengths(), plan.shape.micro_batch))
+                    .collect();
                 let before = epoch * steps_per_epoch;
                 for step in first_step.saturating_sub(before)..steps_per_epoch.min(n_steps - before) {
                     let at = |stream, place: &[u64]| {
                         let place = [&[plan.day as u64, epoch as u64], place].concat();
                         derive_seed(plan.seed, stream, &place)
                     };
-                    let micro_batches = lanes.iter().zip(&sessions).map(|(lane, sessions)| {
-                        let taken = plan.shape.micro_batch_rows(sessions.len(), step);
-                        let seed = at("micro-batch", &[step as u64, lane.index as u64]);
-                        let segment = Segment { seed, n_sessions: taken.len() };
-                        (segment, lane.order[taken].iter().map(|&row| (sessions, row)).collect::<Vec<_>>())
-                    });
+                    let micro_batches =
+                        lanes.iter().zip(&orders).zip(&sessions).map(|((lane, order), sessions)| {
+                            let taken = plan.shape.micro_batch_rows(sessions.len(), step);
+                            let seed = at("micro-batch", &[step as u64, lane.index as u64]);
+                            let segment = Segment { seed, n_sessions: taken.len() };
+                            (segment, order[taken].iter().map(|&row| (sessions, row)).collect::<Vec<_>>())
+                        });
                     let pass = |rows: &[(&Sessions, usize)], segments| Batch {
                         session_seeds: rows
                             .iter()

@@ -2,7 +2,8 @@
 //!
 //! A global batch is a fixed number of micro-batches. Micro-batch `l` of every step is drawn from *lane* `l`:
 //! the day's row groups, in an order shuffled per epoch, are laid end to end and cut into as many lanes of
-//! equal length (to one session) as a global batch has micro-batches, and each lane is shuffled in itself.
+//! equal length (to one session) as a global batch has micro-batches, and each lane is shuffled in itself: so that its
+//! micro-batches hold about equally many events, as ranks wait for the one that has most to do.
 //! A rank owns whole lanes, so it reads its share of the day's bytes (plus at most the two row groups that its
 //! lane begins and ends in), while who owns a lane changes nothing about what is in it. All lanes end within one
 //! session of each other, so every rank runs the same number of steps, and nothing is dropped or seen twice.
@@ -10,8 +11,8 @@
 
 use std::ops::Range;
 
-use rand::SeedableRng;
 use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -30,15 +31,39 @@ fn generator(seed: u64, stream: &str, place: &[u64]) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(derive_seed(seed, stream, place))
 }
 
-/// One lane of an epoch: the rows it covers, and the order in which its sessions are seen.
+/// One lane of an epoch, and the rows it covers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lane {
     /// Position of its micro-batch in every step.
     pub index: usize,
     /// Row spans by row group.
     pub spans: Vec<(usize, Range<usize>)>,
-    /// Order of the sessions of `spans`, laid end to end.
-    pub order: Vec<usize>,
+    /// Of the order in which its sessions are seen.
+    seed: u64,
+}
+
+impl Lane {
+    /// The order in which its sessions are seen, which have so many events each and are numbered as in `spans` laid end to
+    /// end. Sorted by length, sessions are cut into as many strata as a micro-batch has sessions; each micro-batch gets one
+    /// of every stratum, drawn without replacement (stratified sampling).
+    pub fn order(&self, lengths: &[usize], micro_batch: usize) -> Vec<usize> {
+        let mut generator = ChaCha8Rng::seed_from_u64(self.seed);
+        let n = lengths.len();
+        let mut sessions: Vec<usize> = (0..n).collect();
+        sessions.shuffle(&mut generator);
+        sessions.sort_by_key(|&session| lengths[session]);
+        // Strata differ by one session at most; chance decides which have one more, and go into the last micro-batch.
+        let shift = generator.random_range(0..micro_batch);
+        let start = |stratum: usize| (stratum * n + shift) / micro_batch;
+        let drawn = |stratum: usize| {
+            let mut sessions = sessions[start(stratum)..start(stratum + 1)].to_vec();
+            sessions.shuffle(&mut generator);
+            sessions
+        };
+        let strata: Vec<Vec<usize>> = (0..micro_batch).map(drawn).collect();
+        let of = |place: usize| strata.iter().filter_map(move |stratum| stratum.get(place).copied());
+        (0..n.div_ceil(micro_batch)).flat_map(of).collect()
+    }
 }
 
 /// What a day's steps are cut from.
@@ -88,10 +113,9 @@ pub fn lanes_of_rank(
     (rank..shape.n_lanes)
         .step_by(world_size)
         .map(|index| {
-            let rows = shape.lane_rows(n_sessions, index);
-            let mut order: Vec<usize> = (0..rows.len()).collect();
-            order.shuffle(&mut generator(seed, "lane", &[place[0], place[1], index as u64]));
-            Lane { index, spans: spans_in_order(group_rows, &groups, rows), order }
+            let spans = spans_in_order(group_rows, &groups, shape.lane_rows(n_sessions, index));
+            let seed = derive_seed(seed, "lane", &[place[0], place[1], index as u64]);
+            Lane { index, spans, seed }
         })
         .collect()
 }
@@ -129,15 +153,26 @@ mod tests {
             .iter()
             .map(|lane| lane.spans.iter().flat_map(|(g, rows)| rows.clone().map(|r| (*g, r))).collect())
             .collect();
+        let orders: Vec<Vec<usize>> = lanes
+            .iter()
+            .zip(&rows)
+            .map(|(lane, rows)| lane.order(&rows.iter().map(length).collect::<Vec<_>>(), shape.micro_batch))
+            .collect();
         (0..shape.steps(n))
             .map(|step| {
-                let of_lane = |lane: &Lane| {
-                    let taken = shape.micro_batch_rows(lane.order.len(), step);
-                    lane.order[taken].iter().map(|&i| rows[lane.index][i]).collect::<Vec<_>>()
+                let of_lane = |(order, rows): (&Vec<usize>, &Vec<(usize, usize)>)| {
+                    let taken = shape.micro_batch_rows(order.len(), step);
+                    order[taken].iter().map(|&i| rows[i]).collect::<Vec<_>>()
                 };
-                lanes.iter().flat_map(of_lane).collect()
+                orders.iter().zip(&rows).flat_map(of_lane).collect()
             })
             .collect()
+    }
+
+    /// Events of a session: 2 to 20, most have few.
+    fn length((group, row): &(usize, usize)) -> usize {
+        2 + (derive_seed(9, "length", &[*group as u64, *row as u64]) % 1000).pow(3) as usize * 18
+            / 1_000_000_000
     }
 
     #[test]
@@ -170,9 +205,22 @@ mod tests {
     #[test]
     fn epochs_and_days_differ() {
         let shape = Shape { n_lanes: 2, micro_batch: 4 };
-        let order = |day, epoch| lanes_of_rank(&[40], shape, (7, day, epoch), (0, 1))[0].order.clone();
+        let order = |day, epoch| {
+            lanes_of_rank(&[40], shape, (7, day, epoch), (0, 1))[0].order(&[2; 20], shape.micro_batch)
+        };
         assert_ne!(order(1, 0), order(1, 1));
         assert_ne!(order(1, 0), order(2, 0));
+    }
+
+    #[test]
+    fn micro_batches_hold_about_as_many_events() {
+        let shape = Shape { n_lanes: 1, micro_batch: 32 };
+        let n_events: Vec<usize> =
+            epoch(&[32 * 100], shape, 1).iter().map(|step| step.iter().map(length).sum()).collect();
+        let mean = n_events.iter().sum::<usize>() as f64 / 100.0;
+        let largest = *n_events.iter().max().unwrap() as f64;
+        // Drawn without regard to lengths, the fullest of a hundred holds half as many again as the mean.
+        assert!(largest < 1.03 * mean, "{largest} beside {mean}");
     }
 
     #[test]

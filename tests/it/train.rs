@@ -161,16 +161,17 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
     let shop = Shop::new(300);
     // Three ranks share six lanes evenly, the last step of an epoch is short, and dropout is drawn as well.
     for dropout in ["model.dropout=0", "model.dropout=0.3"] {
-        shop.train(&format!("1 {dropout}"), &["--set", dropout]).success();
+        let set = ["--set", dropout, "--set", "train.epochs_per_day=3"];
+        shop.train(&format!("1 {dropout}"), &set).success();
         for n_ranks in [1, 2, 3, 4] {
             let run = format!("{n_ranks} mpi {dropout}");
-            let Some(finished) = shop.train_on(n_ranks, &run, &["--set", dropout]) else { return };
+            let Some(finished) = shop.train_on(n_ranks, &run, &set) else { return };
             finished.success();
             assert_same_runs(&shop, &format!("1 {dropout}"), &run);
         }
     }
     let steps = shop.records("1 model.dropout=0", "step");
-    assert_eq!(steps.len(), 2 * 2 * 300usize.div_ceil(48));
+    assert_eq!(steps.len(), 2 * 3 * 300usize.div_ceil(48));
     let (first, last) = (&steps[0]["loss"], &steps[steps.len() - 1]["loss"]);
     assert!(last.as_f64().unwrap() < first.as_f64().unwrap() - 0.5, "{first} to {last}");
     assert_ne!(steps[3]["loss"], shop.records("1 model.dropout=0.3", "step")[3]["loss"]);
