@@ -49,6 +49,9 @@ pub enum Reduce {
     Max,
 }
 
+/// What is done beside a call.
+pub type Work<'a> = &'a mut dyn FnMut();
+
 /// The ranks of one job, seen from one of them.
 ///
 /// Tensors are contiguous f32, f64, bf16, i64 or u8, of the same kind and size on every rank, and any shape: only their
@@ -71,6 +74,14 @@ pub trait Collective {
 
     /// *All ranks.* Combines `tensor` element by element over ranks, in place.
     fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) -> Result<(), CollectiveError>;
+
+    /// *All ranks.* As `all_reduce`, while this thread does `work`, which does not touch `tensor` and makes no call. On a
+    /// GPU that is what `work` queues.
+    fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
+        self.all_reduce(tensor, op)?;
+        work();
+        Ok(())
+    }
 
     /// *All ranks.* Every rank's `tensor` becomes that of rank `root`.
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError>;

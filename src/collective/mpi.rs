@@ -5,9 +5,9 @@ use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt::Debug;
 use std::io::Write;
-use std::panic::PanicHookInfo;
+use std::panic::{PanicHookInfo, resume_unwind};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mpi::datatype::Equivalence;
 use mpi::environment::Universe;
@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::bf16::Operations;
 use super::watch::{Watch, Watched};
-use super::{Call, Collective, CollectiveError, Reduce, host_name};
+use super::{Call, Collective, CollectiveError, Reduce, Work, host_name};
 
 /// Bytes in which a rank says what it came for; the longest call needs fewer.
 const WORDS_BYTES: usize = 96;
@@ -49,6 +49,8 @@ pub struct Mpi {
     /// On rank 0: what the ranks came for, [`WORDS_BYTES`] each. As long-lived as any receive into it.
     inbox: RefCell<Vec<u8>>,
     most_elements: usize,
+    /// Whether another thread may make calls while this one makes none.
+    lends: bool,
     // Freed before the universe ends, as fields drop in order.
     bf16: Operations,
     world: SimpleCommunicator,
@@ -57,10 +59,10 @@ pub struct Mpi {
 
 impl Mpi {
     /// *All ranks.* Joins the job, and makes a panic on any thread of this rank the end of it, with exit code 1.
-    /// The calls are made from the thread that joined.
+    /// The calls are made from the thread that joined, or from one that it waits for.
     pub fn join() -> Result<Self, CollectiveError> {
-        let (universe, _) =
-            mpi::initialize_with_threading(mpi::Threading::Funneled).ok_or(CollectiveError::Launch {
+        let (universe, threading) =
+            mpi::initialize_with_threading(mpi::Threading::Serialized).ok_or(CollectiveError::Launch {
                 problem: "this process has joined MPI before".to_owned(),
                 hint: "join once and hand the collective on",
             })?;
@@ -83,6 +85,7 @@ impl Mpi {
             watch: Watch::start(rank, hosts, end_late_job),
             inbox: RefCell::new(vec![b' '; WORDS_BYTES * world_size]),
             most_elements: MOST_ELEMENTS,
+            lends: threading >= mpi::Threading::Serialized,
             bf16: Operations::new(),
             world,
             _universe: universe,
@@ -288,6 +291,13 @@ fn unpadded(bytes: &[u8]) -> &str {
     str::from_utf8(bytes).unwrap_or_default().trim_end()
 }
 
+/// What a thread lends to another, and does not use itself until that has ended.
+struct Lent<'a>(&'a Mpi);
+
+// SAFETY: MPI was asked for calls from one thread at a time, whichever, and the fields that are not made for several threads are
+// touched by calls only. The borrow ends with a scope of threads.
+unsafe impl Send for Lent<'_> {}
+
 /// A checked tensor as MPI takes it.
 #[derive(Clone, Copy)]
 struct Buffer {
@@ -355,6 +365,29 @@ impl Collective for Mpi {
             self.done("MPI_Allreduce", n, code)?;
         }
         Ok(())
+    }
+
+    fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
+        if self.world_size == 1 || !self.lends {
+            self.all_reduce(tensor, op)?;
+            work();
+            return Ok(());
+        }
+        let before = self.watch.times();
+        let lent = Lent(self);
+        thread::scope(|scope| {
+            let call = scope.spawn(move || {
+                let Lent(mpi) = { lent };
+                // The others are at work.
+                tch::set_num_threads(1);
+                mpi.all_reduce(tensor, op)
+            });
+            work();
+            let since = Instant::now();
+            let done = call.join().unwrap_or_else(|panic| resume_unwind(panic));
+            self.watch.hide(before, since.elapsed());
+            done
+        })
     }
 
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError> {

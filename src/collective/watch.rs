@@ -57,6 +57,8 @@ pub struct Times {
     pub waiting: Duration,
     /// After that.
     pub moving: Duration,
+    /// Of both, what went on beside work and is counted as neither.
+    pub hidden: Duration,
 }
 
 struct Call {
@@ -152,6 +154,28 @@ impl Watch {
     /// What calls of all ranks took since this was last asked.
     pub fn take_times(&self) -> Times {
         std::mem::take(&mut self.log().times)
+    }
+
+    /// What calls of all ranks took since that was last taken.
+    pub(super) fn times(&self) -> Times {
+        self.log().times
+    }
+
+    /// Counts this as what calls took since they had taken `before`: a GPU knows better when its work was done.
+    pub(super) fn correct(&self, before: Times, moving: Duration) {
+        self.log().times = Times { moving: before.moving + moving, ..before };
+    }
+
+    /// Counts as hidden what calls took since they had taken `before`, but for the last of it, when somebody waited for their
+    /// end.
+    pub(super) fn hide(&self, before: Times, last: Duration) {
+        let times = &mut self.log().times;
+        let (waited, moved) = (times.waiting - before.waiting, times.moving - before.moving);
+        let moving = moved.min(last);
+        let waiting = waited.min(last - moving);
+        times.waiting = before.waiting + waiting;
+        times.moving = before.moving + moving;
+        times.hidden += waited + moved - waiting - moving;
     }
 
     /// The calls that follow belong to step `step` (from 1) of `day`.
@@ -328,8 +352,11 @@ mod tests {
         }
         drop(call);
         drop(watch.begin("a step".to_owned()));
-        let Times { waiting, moving } = watch.take_times();
-        assert_eq!((waiting.as_secs(), moving.as_secs()), (1, 1));
+        // Of the last half of it somebody waited for the end.
+        let before = Times { waiting: Duration::ZERO, ..Times::default() };
+        watch.hide(before, Duration::from_millis(500));
+        let Times { waiting, moving, hidden } = watch.take_times();
+        assert_eq!([waiting, moving, hidden].map(|time| time.as_millis() / 100), [0, 5, 15]);
         assert_eq!(watch.take_times(), Times::default());
     }
 

@@ -7,7 +7,7 @@ use tch::{Cuda, Device};
 use crate::collective::watch::{Times, Watch};
 
 /// A clock whose laps have names. What calls of the ranks took in a lap counts as `waiting` for those that came last, and as
-/// `communication`. On a GPU, the end of a lap waits for what is queued, so that its time is the GPU's too; a clock that is off
+/// `communication`; what of both went on beside a lap's work is `hidden`, and no time of its own. On a GPU, the end of a lap waits for what is queued, so that its time is the GPU's too; a clock that is off
 /// costs nothing.
 pub struct Laps {
     device: Device,
@@ -44,10 +44,11 @@ impl Laps {
         }
         let now = Instant::now();
         let mut took = now - self.since;
-        if let Some(Times { waiting, moving }) = self.watch.as_ref().map(Watch::take_times) {
+        if let Some(Times { waiting, moving, hidden }) = self.watch.as_ref().map(Watch::take_times) {
             took = took.saturating_sub(waiting + moving);
             self.add("waiting", waiting);
             self.add("communication", moving);
+            self.add("hidden", hidden);
         }
         self.add(name, took);
         self.since = now;

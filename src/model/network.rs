@@ -12,10 +12,10 @@ use super::head::{CrossEntropy, Rivals, Scored, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan, Visible};
 use super::parameters::{Initial, Linear};
-use super::rows::add_rows;
+use super::rows::{add_rows, add_rows_alike};
 use super::{Neural, Parameters, Recommender, Share, View};
-use crate::collective::CollectiveError;
 use crate::collective::exact::ExactSum;
+use crate::collective::{Collective, CollectiveError, Reduce};
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
 use crate::device::host::each_alone;
@@ -50,6 +50,9 @@ pub struct Network<'a> {
     /// Number of tables and their like, which come first among the parameters.
     n_tables: usize,
     share: Share<'a>,
+    /// With whom the gradients of what items are scored with are added up as soon as they are there, beside going back through
+    /// the body, and as what they travel. Those of what was looked up, which are there last, are few rows.
+    ahead: Option<(&'a dyn Collective, Kind)>,
     workspace: Workspace,
     /// What gradients of the tables that are shared out are added up in, if in whole numbers.
     own_sum: Option<RefCell<ExactSum>>,
@@ -142,6 +145,8 @@ impl<'a> Network<'a> {
             .then(|| initial.linear("detector", config.width(), 1));
         let parameters = Parameters::new(initial, device);
         let own_sum = share.is_exact().then(|| RefCell::new(ExactSum::new(&parameters.own_gradients())));
+        // What is judged is looked up by itself.
+        let ahead = share.copies().filter(|_| detector.is_none());
         Ok(Self {
             parameters,
             own_sum,
@@ -151,6 +156,7 @@ impl<'a> Network<'a> {
             scored_table,
             n_tables,
             share,
+            ahead,
             workspace: Workspace::default(),
         })
     }
@@ -168,6 +174,34 @@ impl<'a> Network<'a> {
     /// The tables, which lie first in the flat buffers and of which a step touches few rows.
     pub fn tables(&self) -> &[View] {
         &self.parameters.views()[..self.n_tables]
+    }
+
+    /// What the ranks have yet to sum after a pass, with the tail: flat.
+    pub fn to_reduce(&self) -> Tensor {
+        match self.ahead {
+            Some(_) => self.parameters.gradients_from(self.scored().end),
+            None => self.parameters.reduced(),
+        }
+    }
+
+    /// The parameters that items are scored with, which lie side by side.
+    fn scored(&self) -> Range<usize> {
+        self.scored_table.min(ITEM_BIAS)..self.scored_table.max(ITEM_BIAS) + 1
+    }
+
+    /// *All ranks*, if they reduce ahead: adds the gradients of what items are scored with up, and does `work` meanwhile.
+    fn reduce_scored(&self, work: &mut dyn FnMut()) -> Result<(), CollectiveError> {
+        let Some((ranks, kind)) = self.ahead else {
+            work();
+            return Ok(());
+        };
+        let mut gradients = self.parameters.gradients_of(self.scored());
+        let mut travelling = gradients.to_kind(kind);
+        ranks.reduce_during(&mut travelling, Reduce::Sum, work)?;
+        if kind != gradients.kind() {
+            gradients.copy_(&travelling);
+        }
+        Ok(())
     }
 
     /// *All ranks* of the share. Completes the gradients of the tables that are shared out, and returns the sum of their
@@ -257,6 +291,11 @@ impl<'a> Network<'a> {
         let n_targets: Vec<usize> = parts.iter().map(|(plan, _)| plan.targets.len()).collect();
         let counts = self.share.counts(n_targets.iter().sum::<usize>() as i64)?;
         if counts.iter().sum::<i64>() == 0 {
+            self.reduce_scored(&mut || ())?;
+            // Others may have read something.
+            let nothing = Tensor::zeros([0], (Kind::Int64, device));
+            let none = self.parameters.leaf(ITEM_TABLE).narrow(0, 0, 0).detach();
+            self.give_to_all(&nothing, &none)?;
             return Ok(LossSum { loss: Tensor::zeros([], (Kind::Double, device)), n_targets: 0 });
         }
         let uniform = self.detector.map(|_| self.uniform(&parts));
@@ -300,10 +339,14 @@ impl<'a> Network<'a> {
         let gradients = state_gradient.split_with_sizes(sizes.as_slice(), 0);
         let n_draws = encoded.iter().map(|(.., n_draws)| *n_draws).max().unwrap_or(0);
         let rest = self.rest();
-        let work = encoded.into_iter().zip(gradients).collect();
-        let gradients = each_alone(work, |((vectors, parameters, looked_up, _), gradient)| {
-            back(&(vectors * gradient).sum(Kind::Float), &parameters, rest.clone(), &looked_up)
-        });
+        let mut work: Vec<_> = encoded.into_iter().zip(gradients).collect();
+        let mut gradients = Vec::new();
+        self.reduce_scored(&mut || {
+            gradients =
+                each_alone(std::mem::take(&mut work), |((vectors, parameters, looked_up, _), gradient)| {
+                    back(&(vectors * gradient).sum(Kind::Float), &parameters, rest.clone(), &looked_up)
+                });
+        })?;
         self.add_gradients(&gradients, &lookups)?;
         noise.go_on_from(n_draws);
         if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
@@ -363,6 +406,10 @@ impl<'a> Network<'a> {
                 let gradient = joined(of_parts.iter().map(|of_part| &of_part[number]));
                 // The padding row is read but never learnt from reading it.
                 let read = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
+                if lookup.table == ITEM_TABLE && self.ahead.is_some() {
+                    self.give_to_all(&lookup.rows, &read)?;
+                    continue;
+                }
                 let mut of_table = self.parameters.gradient(lookup.table);
                 lookup.asked.give_back(&self.share, &read, |places, all| {
                     add_rows(&mut of_table, places, all, self.share.is_exact());
@@ -371,6 +418,16 @@ impl<'a> Network<'a> {
             }
             Ok(())
         })
+    }
+
+    /// *All ranks*, if they reduce ahead: adds gradients `[N, D]` of rows `[N]` of the item table, which every rank has some of,
+    /// to that of the table on all of them.
+    fn give_to_all(&self, rows: &Tensor, gradients: &Tensor) -> Result<(), CollectiveError> {
+        let Some((ranks, _)) = self.ahead else { return Ok(()) };
+        let counts = ranks.gather(&[rows.size()[0]])?;
+        let (rows, gradients) = (ranks.gather_rows(rows, &counts)?, ranks.gather_rows(gradients, &counts)?);
+        add_rows_alike(&mut self.parameters.gradient(ITEM_TABLE), &rows, &gradients);
+        Ok(())
     }
 
     /// The states that `plan` reads of `batch`, nothing being learnt: `[N, D]`.

@@ -262,6 +262,18 @@ impl Parameters {
         self.gradients.narrow(0, self.n_own, self.gradients.size()[0] - self.n_own)
     }
 
+    /// The gradients of parameter number `first` and all behind it, with what travels with them.
+    pub(super) fn gradients_from(&self, first: usize) -> Tensor {
+        let start = self.views[first].range.start;
+        self.gradients.narrow(0, start, self.gradients.size()[0] - start)
+    }
+
+    /// The gradients of parameters that lie side by side.
+    pub(super) fn gradients_of(&self, parameters: Range<usize>) -> Tensor {
+        let start = self.views[parameters.start].range.start;
+        self.gradients.narrow(0, start, self.views[parameters.end - 1].end() - start)
+    }
+
     /// The gradients that a rank alone has, complete without the others: flat.
     pub fn own_gradients(&self) -> Tensor {
         self.gradients.narrow(0, 0, self.n_own)

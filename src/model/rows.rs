@@ -22,6 +22,16 @@ pub(super) fn add_rows(table: &mut Tensor, to: &Tensor, of: &Tensor, exactly: bo
     let _ = table.scatter_add_(0, &across(&rows, &sums), &from_multiples(&sums));
 }
 
+/// The same, and to the last bit so on all ranks that add the same rows: a GPU adds in any order otherwise.
+pub(super) fn add_rows_alike(table: &mut Tensor, to: &Tensor, of: &Tensor) {
+    if table.device().is_cuda() {
+        // Sorts.
+        let _ = table.index_put_(&[Some(to)], of, true);
+    } else {
+        add_rows(table, to, of, false);
+    }
+}
+
 /// Numbers of rows, one for each number of rows `of: [N, ..]`.
 fn across(rows: &Tensor, of: &Tensor) -> Tensor {
     match of.dim() {

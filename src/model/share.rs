@@ -21,6 +21,8 @@ pub struct Share<'a> {
     pub n_items: i64,
     /// Those who hold the others.
     company: Option<&'a dyn Collective>,
+    /// Those who hold the same rows, and what their gradients travel as.
+    copies: Option<(&'a dyn Collective, Kind)>,
     /// Whether what ranks add up together must not depend on their number: sums are then made band by band, for the targets of
     /// each rank alone, and in whole numbers.
     is_exact: bool,
@@ -29,13 +31,20 @@ pub struct Share<'a> {
 impl<'a> Share<'a> {
     /// All rows.
     pub fn whole(n_items: i64) -> Self {
-        Self { rows: 0..n_items, n_items, company: None, is_exact: false }
+        Self { rows: 0..n_items, n_items, company: None, copies: None, is_exact: false }
+    }
+
+    /// All rows, which every rank has. Every rank makes one pass a step, in which gradients of the tables are added up over
+    /// ranks, as `kind`.
+    pub fn copy(n_items: i64, collective: &'a dyn Collective, kind: Kind) -> Self {
+        let copies = (collective.world_size() > 1).then_some((collective, kind));
+        Self { copies, ..Self::whole(n_items) }
     }
 
     /// A rank's, where every rank has its own. There must be [`Share::most_ranks`] of them at most.
     pub fn of_rank(n_items: i64, collective: &'a dyn Collective) -> Self {
         let rows = rows_of(n_items, collective.rank(), collective.world_size());
-        Self { rows, n_items, company: Some(collective), is_exact: false }
+        Self { rows, n_items, company: Some(collective), copies: None, is_exact: false }
     }
 
     /// The same, with sums that do not depend on the number of ranks.
@@ -92,6 +101,11 @@ impl<'a> Share<'a> {
     /// The ranks, where each has a share of its own.
     pub fn company(&self) -> Option<&'a dyn Collective> {
         self.company
+    }
+
+    /// The ranks that have the same rows and add up their gradients in a pass, and as what these travel.
+    pub fn copies(&self) -> Option<(&'a dyn Collective, Kind)> {
+        self.copies
     }
 
     /// Rows of the largest share.

@@ -8,7 +8,7 @@
 //! - The optimizer takes as long as there are parameters on a rank; all but the item table stay as large as they are.
 //! - A sum over ranks goes round a ring or up and down a tree, whichever is shorter; over several nodes, first within each, then
 //!   across, every rank with its own part, and back (Thakur et al. 2005).
-//! - Nothing of it is hidden behind arithmetic, and no rank is late.
+//! - No rank is late, and nothing of it goes on beside arithmetic, as the sum of a replicated table's gradients may.
 
 use serde::Serialize;
 

@@ -12,8 +12,8 @@ use crate::train::ItemTable;
 pub const TABLE: &str = "scaling.md";
 
 /// What steps are made of, in the order of a step.
-const PHASES: [&str; 8] =
-    ["data", "forward", "loss", "backward", "waiting", "communication", "optimizer", "records"];
+const PHASES: [&str; 9] =
+    ["data", "forward", "loss", "backward", "waiting", "communication", "optimizer", "records", "hidden"];
 
 /// Writes `scaling.md`, `scaling.json`, `scaling.svg` and `scaling.png`.
 ///

@@ -88,8 +88,8 @@ impl<'a> GradientLearner<'a> {
         }
 
         let own_squares = self.network.complete_own_gradients()?;
+        let mut sums = self.network.to_reduce();
         let parameters = self.network.parameters_mut();
-        let mut sums = parameters.reduced();
         let fault =
             self.fault.as_ref().and_then(|fault| fault.strike(day.rank(), day.state.position.global_step));
         if fault == Some(fault::Kind::Nan) {
@@ -106,8 +106,8 @@ impl<'a> GradientLearner<'a> {
             (None, _) => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
         }
         day.laps.end("communication");
-        let tail = parameters.tail();
-        let common = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
+        let (tail, reduced) = (parameters.tail(), parameters.reduced());
+        let common = reduced.narrow(0, 0, reduced.size()[0] - tail.size()[0]);
         let (scale, norm) = average_and_clip(&common, &own_squares, &tail.get(1), config.clip_norm);
         let status = Status::new(&tail, &norm, &own_loss);
         if config.non_finite == NonFinite::Stop || status.read().is_finite() {

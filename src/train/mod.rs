@@ -141,7 +141,9 @@ impl Parallel {
     /// The rows of the tables of items that this rank holds.
     pub fn share<'a>(&self, n_items: i64, reduction: Reduction, collective: &'a dyn Collective) -> Share<'a> {
         match (self.item_table, reduction) {
-            (ItemTable::Replicated, _) => Share::whole(n_items),
+            (ItemTable::Replicated, Reduction::Fast) => Share::copy(n_items, collective, Kind::Float),
+            (ItemTable::Replicated, Reduction::Bf16) => Share::copy(n_items, collective, Kind::BFloat16),
+            (ItemTable::Replicated, Reduction::Reproducible) => Share::whole(n_items),
             (ItemTable::Sharded, Reduction::Fast | Reduction::Bf16) => Share::of_rank(n_items, collective),
             (ItemTable::Sharded, Reduction::Reproducible) => Share::of_rank(n_items, collective).exactly(),
         }

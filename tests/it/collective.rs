@@ -70,6 +70,12 @@ fn every_call(ranks: &dyn Collective, device: Device) {
             ranks.all_reduce(&mut all, op).unwrap();
             assert_holds(&all, &expected, &what);
 
+            let (mut all, mut twice) = (mine.copy(), None);
+            ranks.reduce_during(&mut all, op, &mut || twice = Some(&mine + &mine)).unwrap();
+            assert_holds(&all, &expected, &what);
+            let doubled: Vec<i64> = values(rank, whole).iter().map(|value| 2 * value).collect();
+            assert_holds(&twice.unwrap(), &doubled, &what);
+
             let mut part = zeros(n, kind, device);
             ranks.reduce_scatter(&mine, &mut part, op).unwrap();
             assert_holds(&part, &slots(&expected), &what);

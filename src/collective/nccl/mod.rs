@@ -1,6 +1,6 @@
 //! Ranks as processes with a GPU each: NCCL moves tensors between device memories, MPI everything else.
 //!
-//! Calls run on libtorch's current stream, so they come after the work that fills a tensor and before the work that
+//! Calls run on libtorch's current stream but for those beside work, which have one of their own, so they come after the work that fills a tensor and before the work that
 //! reads it, and a buffer that libtorch's allocator hands out again is written by later work of the same stream only.
 //! A call returns when its work is queued.
 
@@ -13,13 +13,15 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use cudarc::driver::CudaContext;
+use cudarc::driver::result::{event, stream};
+use cudarc::driver::sys::{CUevent_flags, CUevent_wait_flags};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::os::unix::Library;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use super::watch::{Watch, Watched};
-use super::{Call, Collective, CollectiveError, Reduce};
+use super::{Call, Collective, CollectiveError, Reduce, Work};
 
 /// How often the watchdog asks NCCL whether the communicator still works.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -42,6 +44,8 @@ pub struct Nccl {
     gpu: usize,
     host_name: String,
     context: Arc<CudaContext>,
+    /// For calls beside work.
+    aside: Aside,
     get_current_stream: GetCurrentStream,
     watchdog: Option<(Sender<()>, JoinHandle<()>)>,
     // Left last, as fields drop in order.
@@ -67,6 +71,8 @@ impl Nccl {
         let nccl = host.agree(library::Nccl::load().map_err(missing))?;
         let get_current_stream = host.agree(current_stream_function().map_err(missing))?;
         let context = host.agree(cuda_context(gpu).map_err(missing))?;
+        let aside = Aside::new(&context).map_err(|error| missing(format!("GPU {gpu}: {error:?}")));
+        let aside = host.agree(aside)?;
         let id = match host.root() {
             Some(_) => nccl.unique_id().map_err(missing),
             None => Ok(ncclUniqueId { internal: [0; 128] }),
@@ -83,8 +89,17 @@ impl Nccl {
         let code = unsafe { (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank) };
         let communicator = Communicator(comm);
         let host_name = super::host_name();
-        let mut joined =
-            Self { nccl, communicator, gpu, host_name, context, get_current_stream, watchdog: None, host };
+        let mut joined = Self {
+            nccl,
+            communicator,
+            gpu,
+            host_name,
+            context,
+            aside,
+            get_current_stream,
+            watchdog: None,
+            host,
+        };
         let started = joined.done("ncclCommInitRank", 0, code);
         joined.host.agree(started)?;
         joined.watchdog = Some(watch(nccl, communicator));
@@ -137,12 +152,18 @@ impl Nccl {
         Ok(Some(watched))
     }
 
-    /// Turns NCCL's return code into an error that names this rank.
+    /// Ends a call, whose time is that of its work if times are asked for.
     fn done(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
+        self.queued(call, n_elements, code)?;
+        if self.watch().is_some_and(Watch::is_timing) {
+            Cuda::synchronize(self.gpu as i64);
+        }
+        Ok(())
+    }
+
+    /// Turns NCCL's return code into an error that names this rank.
+    fn queued(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
         if code == 0 {
-            if self.watch().is_some_and(Watch::is_timing) {
-                Cuda::synchronize(self.gpu as i64);
-            }
             return Ok(());
         }
         Err(CollectiveError::Library {
@@ -155,6 +176,61 @@ impl Nccl {
         })
     }
 }
+
+/// A stream beside libtorch's.
+struct Aside {
+    stream: Arc<CudaStream>,
+    /// On libtorch's: what is to be reduced is there; what was queued beside it is done.
+    filled: CudaEvent,
+    worked: CudaEvent,
+    /// On this one.
+    begun: CudaEvent,
+    ended: CudaEvent,
+}
+
+impl Aside {
+    fn new(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
+        let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let (filled, worked, begun, ended) = (event()?, event()?, event()?, event()?);
+        Ok(Self { stream: context.new_stream()?, filled, worked, begun, ended })
+    }
+
+    fn stream(&self) -> cudaStream_t {
+        self.stream.cu_stream().cast()
+    }
+
+    /// What is queued here from now on is behind what `main` has.
+    fn begin_behind(&self, main: cudaStream_t) -> Result<(), DriverError> {
+        // SAFETY: libtorch's streams are never destroyed; the event and this stream live as long as `self`.
+        unsafe {
+            event::record(self.filled.cu_event(), main.cast())?;
+            stream::wait_event(self.stream.cu_stream(), self.filled.cu_event(), AT_ONCE)?;
+        }
+        self.begun.record(&self.stream)
+    }
+
+    /// What `main` is given from now on is behind what is queued here.
+    fn end_before(&self, main: cudaStream_t) -> Result<(), DriverError> {
+        self.ended.record(&self.stream)?;
+        // SAFETY: as above.
+        unsafe {
+            event::record(self.worked.cu_event(), main.cast())?;
+            stream::wait_event(main.cast(), self.ended.cu_event(), AT_ONCE)
+        }
+    }
+
+    /// How long what was queued here took, and how much of it when the work beside it was done. Waits for it.
+    fn times(&self) -> Result<(Duration, Duration), DriverError> {
+        let between = |from: &CudaEvent| {
+            let ms = from.elapsed_ms(&self.ended)?;
+            Ok(Duration::from_secs_f32(ms.max(0.0) / 1e3))
+        };
+        let took = between(&self.begun)?;
+        Ok((took, between(&self.worked)?.min(took)))
+    }
+}
+
+const AT_ONCE: CUevent_wait_flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
 
 /// Ends the job when NCCL finds a peer or a link gone: its kernels would wait for them for ever.
 fn watch(nccl: &'static library::Nccl, communicator: Communicator) -> (Sender<()>, JoinHandle<()>) {
@@ -262,6 +338,33 @@ impl Collective for Nccl {
         // is queued on the same stream, behind this.
         let code = unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, stream) };
         self.done("ncclAllReduce", n, code)
+    }
+
+    fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
+        if !self.on_gpu(tensor) {
+            return self.host.reduce_during(tensor, op, work);
+        }
+        let call = Call::new("all_reduce", self);
+        call.check(tensor)?;
+        let watched = self.meet(call, tensor, op)?;
+        let timing = self.watch().filter(|watch| watch.is_timing()).map(|watch| (watch, watch.times()));
+        let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
+        let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
+        let failed = |error: DriverError| call.refuse(format!("GPU {}: {error:?}", self.gpu));
+        self.aside.begin_behind(stream).map_err(failed)?;
+        // SAFETY: as in `all_reduce`, but that work which touches `data` again is behind `end_before`.
+        let code =
+            unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, self.aside.stream()) };
+        self.queued("ncclAllReduce", n, code)?;
+        work();
+        self.aside.end_before(stream).map_err(failed)?;
+        drop(watched);
+        if let Some((watch, before)) = timing {
+            let (took, last) = self.aside.times().map_err(failed)?;
+            watch.correct(before, took);
+            watch.hide(before, last);
+        }
+        Ok(())
     }
 
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError> {
