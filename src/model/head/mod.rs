@@ -7,6 +7,7 @@
 //! `[N, V]` buffers. Autograd then goes on below from `(h · ∂h).sum()`, whose gradient is ∂h.
 
 mod sampled;
+mod softmax;
 mod tiles;
 
 use rand::{Rng, SeedableRng};

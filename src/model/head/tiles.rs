@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use super::softmax::softmax_rows;
 use super::{CrossEntropy, Logits, Scored, Share, draw};
 use crate::collective::{Collective, CollectiveError, exact};
 use crate::device::host::each_alone;
@@ -337,9 +338,13 @@ impl Lane {
 
     /// `p_t` into its place, and `l_t: [1, n]`. The softmax has `exp(0)` over its sum where the largest logit is.
     fn softmax(&self, tile: &Range<i64>) -> Tensor {
-        let p = self.probabilities(tile);
-        let _ =
-            rows(&self.bias, tile).to_kind(p.kind()).addmm_out(&p, &self.factors, &self.vectors(tile).tr());
+        let mut p = self.probabilities(tile);
+        let bias = rows(&self.bias, tile);
+        if (p.device(), p.kind()) == (Device::Cpu, Kind::Float) {
+            let _ = self.factors.mm_out(&p, &self.vectors(tile).tr());
+            return softmax_rows(&mut p, &bias).unsqueeze(0);
+        }
+        let _ = bias.to_kind(p.kind()).addmm_out(&p, &self.factors, &self.vectors(tile).tr());
         let largest = || p.amax([1i64].as_slice(), false).to_kind(Kind::Float);
         let largest_logit = largest();
         let _ = p.softmax_int_out(&p, 1, None);
