@@ -19,6 +19,7 @@ use tch::{Device, Kind, Tensor};
 use super::bf16::Operations;
 use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce, Work, host_name};
+use crate::device::has_free_core;
 
 /// Bytes in which a rank says what it came for; the longest call needs fewer.
 const WORDS_BYTES: usize = 96;
@@ -49,8 +50,7 @@ pub struct Mpi {
     /// On rank 0: what the ranks came for, [`WORDS_BYTES`] each. As long-lived as any receive into it.
     inbox: RefCell<Vec<u8>>,
     most_elements: usize,
-    /// Whether another thread may make calls while this one makes none.
-    lends: bool,
+    lends: Lends,
     // Freed before the universe ends, as fields drop in order.
     bf16: Operations,
     world: SimpleCommunicator,
@@ -85,7 +85,10 @@ impl Mpi {
             watch: Watch::start(rank, hosts, end_late_job),
             inbox: RefCell::new(vec![b' '; WORDS_BYTES * world_size]),
             most_elements: MOST_ELEMENTS,
-            lends: threading >= mpi::Threading::Serialized,
+            lends: match threading {
+                mpi::Threading::Serialized | mpi::Threading::Multiple => Lends::WhereACoreIsFree,
+                _ => Lends::Never,
+            },
             bf16: Operations::new(),
             world,
             _universe: universe,
@@ -100,6 +103,12 @@ impl Mpi {
     #[must_use]
     pub fn with_most_elements(self, most_elements: usize) -> Self {
         Self { most_elements, ..self }
+    }
+
+    /// Makes calls beside work on a thread of its own even if no core is free for it, so that tests reach that.
+    #[must_use]
+    pub fn always_lending(self) -> Self {
+        Self { lends: Lends::Always, ..self }
     }
 
     fn check_host(&self, call: Call, tensor: &Tensor) -> Result<(), CollectiveError> {
@@ -291,6 +300,16 @@ fn unpadded(bytes: &[u8]) -> &str {
     str::from_utf8(bytes).unwrap_or_default().trim_end()
 }
 
+/// When calls are made on another thread beside work on this one. Ranks wait for each other by asking again and again, which takes
+/// from the work as much as it hides unless there is a core for it.
+#[derive(Clone, Copy)]
+enum Lends {
+    /// This MPI does not allow it.
+    Never,
+    WhereACoreIsFree,
+    Always,
+}
+
 /// What a thread lends to another, and does not use itself until that has ended.
 struct Lent<'a>(&'a Mpi);
 
@@ -368,7 +387,12 @@ impl Collective for Mpi {
     }
 
     fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
-        if self.world_size == 1 || !self.lends {
+        let lends = match self.lends {
+            Lends::Never => false,
+            Lends::WhereACoreIsFree => has_free_core(self.local_size),
+            Lends::Always => true,
+        };
+        if self.world_size == 1 || !lends {
             self.all_reduce(tensor, op)?;
             work();
             return Ok(());

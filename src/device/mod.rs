@@ -106,8 +106,7 @@ pub fn place(
             Err(Missing::Driver(_)) => Device::Cpu,
         },
     };
-    let usable = available_parallelism().map_or(1, |n| n.get());
-    let (share, warning) = share_of_cores(usable, cores_of_host().unwrap_or(usable), local_size);
+    let (share, warning) = cores_of_rank(local_size);
     let n_threads = if n_threads == 0 {
         warnings.extend(warning);
         share
@@ -208,6 +207,17 @@ pub fn send_all(numbers: &[&[i64]], device: Device) -> Vec<Tensor> {
     let all = send(&Tensor::from_slice(&numbers.concat()), device);
     let lengths: Vec<i64> = numbers.iter().map(|numbers| numbers.len() as i64).collect();
     all.split_with_sizes(lengths.as_slice(), 0)
+}
+
+/// Whether one of the cores of this rank, one of `local_size` on this host, has no thread of libtorch.
+pub fn has_free_core(local_size: usize) -> bool {
+    cores_of_rank(local_size).0 > tch::get_num_threads() as usize
+}
+
+/// The cores of one of `local_size` ranks, and a warning where they are few.
+fn cores_of_rank(local_size: usize) -> (usize, Option<String>) {
+    let usable = available_parallelism().map_or(1, |n| n.get());
+    share_of_cores(usable, cores_of_host().unwrap_or(usable), local_size)
 }
 
 /// Threads for one of `local_size` ranks that may use `usable` of the host's `cores`.
