@@ -66,7 +66,7 @@ pub struct Config {
     pub log_every_steps: usize,
     /// Whether what the time of steps is spent on is recorded too. A GPU is then waited for between phases, which takes time.
     pub time_phases: bool,
-    /// Memory for logits, in MiB: the softmax is computed for as many targets at a time as this holds. Absent: 64 on the CPU,
+    /// Memory for logits, in MiB: the softmax is computed for as many targets at a time as this holds. Absent: 192 on the CPU,
     /// whose caches are small, and 1024 on a GPU, which does better with large products.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logits_mib: Option<usize>,
@@ -195,7 +195,7 @@ impl Config {
     }
 
     fn logits(&self, kind: Kind, device: Device) -> Logits {
-        let by_default = if device == Device::Cpu { 64 } else { 1024 };
+        let by_default = if device == Device::Cpu { 192 } else { 1024 };
         Logits::in_bytes(kind, self.logits_mib.unwrap_or(by_default) << 20)
     }
 }
