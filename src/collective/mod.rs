@@ -78,9 +78,8 @@ pub trait Collective {
     /// *All ranks.* As `all_reduce`, while this thread does `work`, which does not touch `tensor` and makes no call. On a
     /// GPU that is what `work` queues.
     fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
-        self.all_reduce(tensor, op)?;
         work();
-        Ok(())
+        self.all_reduce(tensor, op)
     }
 
     /// *All ranks.* Every rank's `tensor` becomes that of rank `root`.

@@ -393,9 +393,9 @@ impl Collective for Mpi {
             Lends::Always => true,
         };
         if self.world_size == 1 || !lends {
-            self.all_reduce(tensor, op)?;
+            // In this order ranks wait for each other's work once.
             work();
-            return Ok(());
+            return self.all_reduce(tensor, op);
         }
         let before = self.watch.times();
         let lent = Lent(self);

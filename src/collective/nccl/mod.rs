@@ -1,8 +1,9 @@
 //! Ranks as processes with a GPU each: NCCL moves tensors between device memories, MPI everything else.
 //!
-//! Calls run on libtorch's current stream but for those beside work, which have one of their own, so they come after the work that fills a tensor and before the work that
+//! Calls run on libtorch's current stream, so they come after the work that fills a tensor and before the work that
 //! reads it, and a buffer that libtorch's allocator hands out again is written by later work of the same stream only.
-//! A call returns when its work is queued.
+//! Those beside work have a stream of their own, and the two wait for each other before and after. A call returns when its
+//! work is queued.
 
 mod library;
 
