@@ -486,7 +486,9 @@ fn gbce_is_the_binary_cross_entropy_of_the_target_and_the_drawn() {
     let items = Tensor::from_slice(&[2i64, 9, 9, 17, 30]);
     let (states, targets, table, bias) = head();
     let leaves = [states, table, bias].map(|x| x.set_requires_grad(true));
-    let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr());
+    // What an item comes to that is the target as often as any other.
+    let average = (0.3f64 / 5.0).ln();
+    let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr()) + average;
     let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0)).to_kind(Kind::Float);
     let rivals = logits.index_select(1, &items).sigmoid();
     let of_rivals = ((Tensor::from(1f32) - rivals).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);

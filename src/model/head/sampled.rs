@@ -70,7 +70,12 @@ impl Contest {
                 let p = p.exp();
                 (loss, [p.narrow(1, 0, 1) - 1.0, p.narrow(1, 1, rivals.size()[1])])
             }
+            // Scores are compared as if each were higher by what an item of average popularity comes to, which costs nothing,
+            // as only their differences rank. All items would have to fall there first otherwise, by gradients so large that
+            // Adagrad has no steps left for anything else.
             Contest::Binary { target_weight } => {
+                let average = (target_weight / rivals.size()[1] as f64).ln();
+                let (target, rivals) = (target + average, rivals + average);
                 let of_target = target.neg().softplus().sum(Kind::Double) * *target_weight;
                 let loss = of_target + rivals.softplus().sum(Kind::Double);
                 (loss, [(target.sigmoid() - 1.0) * *target_weight, rivals.sigmoid()])
