@@ -30,8 +30,8 @@ mod world;
 
 use std::error::Error;
 
-use tch::Tensor;
 use tch::kind::Element;
+use tch::{Kind, Tensor};
 
 use call::Call;
 pub use error::CollectiveError;
@@ -103,6 +103,23 @@ pub trait Collective {
 
     /// Ends the whole job at once with exit code `code`, whatever the other ranks are doing.
     fn abort(&self, code: i32) -> !;
+}
+
+/// Lets `numbers` travel as numbers of this kind, rounded to them on the way out and where they arrive.
+///
+/// # Errors
+/// Those of `travel`.
+pub fn rounded(
+    numbers: &mut Tensor,
+    kind: Kind,
+    travel: impl FnOnce(&mut Tensor) -> Result<(), CollectiveError>,
+) -> Result<(), CollectiveError> {
+    let mut travelling = numbers.to_kind(kind);
+    travel(&mut travelling)?;
+    if kind != numbers.kind() {
+        numbers.copy_(&travelling);
+    }
+    Ok(())
 }
 
 /// The name of this host.

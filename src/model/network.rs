@@ -15,7 +15,7 @@ use super::parameters::{Initial, Linear};
 use super::rows::{add_rows, add_rows_alike};
 use super::{Neural, Parameters, Recommender, Share, View};
 use crate::collective::exact::ExactSum;
-use crate::collective::{Collective, CollectiveError, Reduce};
+use crate::collective::{Collective, CollectiveError, Reduce, rounded};
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features, Noise, with_seed};
 use crate::device::host::each_alone;
@@ -196,12 +196,7 @@ impl<'a> Network<'a> {
             return Ok(());
         };
         let mut gradients = self.parameters.gradients_of(self.scored());
-        let mut travelling = gradients.to_kind(kind);
-        ranks.reduce_during(&mut travelling, Reduce::Sum, work)?;
-        if kind != gradients.kind() {
-            gradients.copy_(&travelling);
-        }
-        Ok(())
+        rounded(&mut gradients, kind, |sums| ranks.reduce_during(sums, Reduce::Sum, work))
     }
 
     /// *All ranks* of the share. Completes the gradients of the tables that are shared out, and returns the sum of their

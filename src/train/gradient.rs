@@ -9,7 +9,7 @@ use super::reduction::Reduction;
 use super::{Day, Learner, NonFinite, Status, TrainError};
 use crate::checkpoint::{Checkpoint, Tensors};
 use crate::collective::exact::ExactSum;
-use crate::collective::{Collective, CollectiveError, Reduce};
+use crate::collective::{Collective, CollectiveError, Reduce, rounded};
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
 use crate::device::send;
@@ -154,9 +154,7 @@ fn add_up_in_bf16(
         return Ok(());
     }
     let mut gradients = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
-    let mut rounded = gradients.to_kind(Kind::BFloat16);
-    collective.all_reduce(&mut rounded, Reduce::Sum)?;
-    gradients.copy_(&rounded);
+    rounded(&mut gradients, Kind::BFloat16, |sums| collective.all_reduce(sums, Reduce::Sum))?;
     collective.all_reduce(&mut tail.shallow_clone(), Reduce::Sum)
 }
 
