@@ -1,11 +1,12 @@
 //! Writes where libtorch lies into the binary, so that it starts without `LD_LIBRARY_PATH`, shows libtorch what it has to say
-//! about the CPU, and compiles what tch leaves out of libtorch's tracer.
+//! about the CPU, and compiles what tch leaves out of libtorch's autograd, optimizers and tracer.
 
 use std::path::Path;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=src/export/trace.cpp");
+    let sources = ["src/device/operation.cpp", "src/export/trace.cpp", "src/optim/fused.cpp"];
+    sources.iter().for_each(|source| println!("cargo::rerun-if-changed={source}"));
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
     // See src/device/host.rs.
@@ -22,6 +23,6 @@ fn main() {
         // Nothing here is worth the time of an optimiser.
         .opt_level(0)
         .debug(false)
-        .file("src/export/trace.cpp")
-        .compile("bireme_trace");
+        .files(sources)
+        .compile("bireme_torch");
 }

@@ -6,7 +6,9 @@
 
 pub mod host;
 pub mod laps;
+pub mod operation;
 pub mod seats;
+pub mod vectors;
 
 use std::fs;
 use std::thread::available_parallelism;

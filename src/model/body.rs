@@ -71,8 +71,8 @@ pub struct Layout {
 pub(super) struct BySteps {
     /// Number of each position, i64 `[P]`.
     pub positions: Tensor,
-    /// Sessions that have so many positions: i64 `[L]`, on the CPU.
-    pub n_sessions: Tensor,
+    /// Sessions that have so many positions, for each of the `L`.
+    pub n_sessions: Vec<i64>,
     /// Where in this order the positions are that are read: i64 `[N]`.
     pub reads: Tensor,
 }
@@ -159,11 +159,7 @@ impl Layout {
             reads: next(),
             reads_all: plan.reads.len() == plan.shown.len(),
             positions_by_segment: batch.by_segment(&plan.lengths),
-            by_step: Some(BySteps {
-                positions: next(),
-                n_sessions: Tensor::from_slice(&steps.n_sessions),
-                reads: next(),
-            }),
+            by_step: Some(BySteps { positions: next(), n_sessions: steps.n_sessions, reads: next() }),
             reads_by_segment: batch.by_segment(&plan.reads_per_session),
             sessions_by_segment: batch.segments.iter().map(|segment| segment.n_sessions as i64).collect(),
         };

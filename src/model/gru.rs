@@ -1,10 +1,11 @@
 //! A GRU along the session (Hidasi et al. 2016, "Session-based recommendations with recurrent neural networks").
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::body::Layout;
 use super::parameters::Initial;
+use super::recurrence::recurrence;
 use super::rows::take_rows;
 use super::{HeadConfig, InputConfig, Objective, Parameters};
 use crate::data::Noise;
@@ -82,18 +83,18 @@ impl Gru {
         noise: Option<&mut Noise<'_>>,
     ) -> Tensor {
         let layers = self.first..self.first + 4 * self.n_layers as usize;
-        let layers = side_by_side(layers.map(|index| parameters.leaf(index)).collect());
-        let layers: Vec<&Tensor> = layers.iter().collect();
+        let layers: Vec<&Tensor> = layers.map(|index| parameters.leaf(index)).collect();
         // cuDNN goes back only through what was computed to learn.
         let learns = noise.is_some();
         let run = |x: &Tensor| match &layout.by_step {
             Some(steps) => {
-                let n_sessions = steps.n_sessions.int64_value(&[0]);
-                let h0 = x.new_zeros([self.n_layers, n_sessions, self.width], (x.kind(), x.device()));
                 let x = take_rows(x, &steps.positions);
-                let sizes = &steps.n_sessions;
-                let (states, _) =
-                    Tensor::gru_data(&x, sizes, &h0, &layers, true, self.n_layers, 0.0, learns, false);
+                let states = match x.device() {
+                    Device::Cpu => {
+                        layers.chunks(4).fold(x, |x, layer| recurrence(&x, &steps.n_sessions, layer))
+                    }
+                    _ => self.of_cudnn(&x, &steps.n_sessions, &layers, learns),
+                };
                 take_rows(&states, &steps.reads)
             }
             // In a trace, where the number of sessions is not known.
@@ -112,11 +113,19 @@ impl Gru {
             None => run(&x),
         }
     }
+
+    /// The states of positions step by step: `[P, D]` → `[P, D]`.
+    fn of_cudnn(&self, x: &Tensor, n_sessions: &[i64], layers: &[&Tensor], learns: bool) -> Tensor {
+        let n = n_sessions.first().copied().unwrap_or(0);
+        let h0 = x.new_zeros([self.n_layers, n, self.width], (x.kind(), x.device()));
+        let sizes = Tensor::from_slice(n_sessions);
+        Tensor::gru_data(x, &sizes, &h0, &side_by_side(layers), true, self.n_layers, 0.0, learns, false).0
+    }
 }
 
 /// A GRU's parameters, four a layer, in memory of their own, matrices first: where cuDNN looks for them, which would copy them
 /// otherwise, and say so each time.
-fn side_by_side(layers: Vec<&Tensor>) -> Vec<Tensor> {
+fn side_by_side(layers: &[&Tensor]) -> Vec<Tensor> {
     let is_matrix = |number: &usize| number % 4 < 2;
     let (matrices, biases): (Vec<usize>, Vec<usize>) = (0..layers.len()).partition(is_matrix);
     let order = [matrices, biases].concat();

@@ -16,6 +16,7 @@ mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
+mod recurrence;
 mod rows;
 mod share;
 mod xlnet;

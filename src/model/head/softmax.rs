@@ -6,6 +6,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::device::host::numbers;
+use crate::device::vectors::{self, Loop, exp};
 
 /// Numbers that are worked on side by side: whole vectors of any CPU.
 const LANES: usize = 32;
@@ -16,79 +17,44 @@ pub(super) fn softmax_rows(z: &mut Tensor, bias: &Tensor) -> Tensor {
     let (n_rows, n_columns) = (z.size()[0], z.size()[1] as usize);
     let mut logs = Tensor::empty([n_rows], (Kind::Float, Device::Cpu));
     let mut bias = bias.contiguous();
-    each_row(numbers(z), n_columns, numbers(&mut bias), numbers(&mut logs));
+    vectors::run(Rows { z: numbers(z), n_columns, bias: numbers(&mut bias), logs: numbers(&mut logs) });
     logs
 }
 
-fn each_row(z: &mut [f32], n_columns: usize, bias: &[f32], logs: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the CPU has what the function was compiled for.
-            return unsafe { with_avx512(z, n_columns, bias, logs) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: as above.
-            return unsafe { with_avx2(z, n_columns, bias, logs) };
+/// Rows of logits, in place.
+struct Rows<'a> {
+    z: &'a mut [f32],
+    n_columns: usize,
+    bias: &'a [f32],
+    logs: &'a mut [f32],
+}
+
+impl Loop for Rows<'_> {
+    #[inline(always)]
+    fn run<const FUSES: bool>(self) {
+        for (row, log) in self.z.chunks_exact_mut(self.n_columns).zip(self.logs) {
+            let mut most = [f32::NEG_INFINITY; LANES];
+            let larger = |a: f32, b: f32| if b > a { b } else { a };
+            for (row, bias) in row.chunks_mut(LANES).zip(self.bias.chunks(LANES)) {
+                for ((z, bias), most) in row.iter_mut().zip(bias).zip(&mut most) {
+                    *z += bias;
+                    *most = larger(*most, *z);
+                }
+            }
+            let most = most.into_iter().fold(f32::NEG_INFINITY, larger);
+            let mut sums = [0.0; LANES];
+            for row in row.chunks_mut(LANES) {
+                for (z, sum) in row.iter_mut().zip(&mut sums) {
+                    *z = exp::<FUSES>(*z - most);
+                    *sum += *z;
+                }
+            }
+            let sum: f32 = sums.iter().sum();
+            let share = sum.recip();
+            row.iter_mut().for_each(|z| *z *= share);
+            *log = most + sum.ln();
         }
     }
-    rows::<false>(z, n_columns, bias, logs);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn with_avx512(z: &mut [f32], n_columns: usize, bias: &[f32], logs: &mut [f32]) {
-    rows::<true>(z, n_columns, bias, logs);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn with_avx2(z: &mut [f32], n_columns: usize, bias: &[f32], logs: &mut [f32]) {
-    rows::<true>(z, n_columns, bias, logs);
-}
-
-/// `FUSES`: whether the CPU multiplies and adds at once.
-#[inline(always)]
-fn rows<const FUSES: bool>(z: &mut [f32], n_columns: usize, bias: &[f32], logs: &mut [f32]) {
-    for (row, log) in z.chunks_exact_mut(n_columns).zip(logs) {
-        let mut most = [f32::NEG_INFINITY; LANES];
-        let larger = |a: f32, b: f32| if b > a { b } else { a };
-        for (row, bias) in row.chunks_mut(LANES).zip(bias.chunks(LANES)) {
-            for ((z, bias), most) in row.iter_mut().zip(bias).zip(&mut most) {
-                *z += bias;
-                *most = larger(*most, *z);
-            }
-        }
-        let most = most.into_iter().fold(f32::NEG_INFINITY, larger);
-        let mut sums = [0.0; LANES];
-        for row in row.chunks_mut(LANES) {
-            for (z, sum) in row.iter_mut().zip(&mut sums) {
-                *z = exp::<FUSES>(*z - most);
-                *sum += *z;
-            }
-        }
-        let sum: f32 = sums.iter().sum();
-        let share = sum.recip();
-        row.iter_mut().for_each(|z| *z *= share);
-        *log = most + sum.ln();
-    }
-}
-
-/// `e^x` for `x` not above 0, to a relative 2e-7; below −87, `e^-87`. `x = n ln 2 + r`, and `e^r` by its series, the coefficients
-/// fitted to `|r| <= ln 2 / 2` (Moshier's Cephes library).
-#[inline(always)]
-fn exp<const FUSES: bool>(x: f32) -> f32 {
-    let fused = |a: f32, b: f32, c: f32| if FUSES { a.mul_add(b, c) } else { a * b + c };
-    // Added to it, a number loses what is behind its point, and what is before it is in the last bits.
-    const ROUNDS: f32 = 12_582_912.0;
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = fused(x, std::f32::consts::LOG2_E, ROUNDS);
-    let n = shifted - ROUNDS;
-    let r = fused(n, 2.121_944_4e-4, fused(n, -0.693_359_4, x));
-    let series = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
-    let series = series.into_iter().fold(1.987_569_2e-4, |sum, next| fused(sum, r, next));
-    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
-    fused(series, r * r, r + 1.0) * power
 }
 
 #[cfg(test)]
@@ -121,8 +87,9 @@ mod tests {
         let bias = [0.25; 50];
         let (mut here, mut plain) = (z.clone(), z);
         let mut logs = [[0.0; 2]; 2];
-        each_row(&mut here, 50, &bias, &mut logs[0]);
-        rows::<false>(&mut plain, 50, &bias, &mut logs[1]);
+        let [of_here, of_plain] = &mut logs;
+        vectors::run(Rows { z: &mut here, n_columns: 50, bias: &bias, logs: of_here });
+        Rows { z: &mut plain, n_columns: 50, bias: &bias, logs: of_plain }.run::<false>();
         let pairs = here.iter().chain(&logs[0]).zip(plain.iter().chain(&logs[1]));
         assert!(pairs.into_iter().all(|(a, b)| (a - b).abs() <= 1e-6 * a.abs() + 1e-9));
     }

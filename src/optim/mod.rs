@@ -1,5 +1,7 @@
 //! From summed gradients to new parameters: clipping, AdamW, Adagrad for tables, the learning rate's schedule.
 
+mod fused;
+
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -166,13 +168,26 @@ pub struct AdamW {
 const BETAS: (f64, f64) = (0.9, 0.999);
 const EPSILON: f64 = 1e-8;
 
-/// What a step multiplies by.
+/// How far a step goes.
 #[derive(Clone, Copy)]
 struct Rates {
-    /// The learning rate, with what corrects the moments for having begun at zero.
-    corrected: f64,
+    learning_rate: f64,
+    /// This one included.
+    n_steps: i32,
     /// What is left of a parameter after decay.
     kept: f64,
+}
+
+impl Rates {
+    /// The learning rate, with what corrects the moments for having begun at zero.
+    fn corrected(&self) -> f64 {
+        self.learning_rate * self.second_correction() / (1.0 - BETAS.0.powi(self.n_steps))
+    }
+
+    /// What the root of the second moment is too small by.
+    fn second_correction(&self) -> f64 {
+        (1.0 - BETAS.1.powi(self.n_steps)).sqrt()
+    }
 }
 
 impl AdamW {
@@ -190,9 +205,8 @@ impl AdamW {
     /// Changes `values: [n]` by one step against `gradients: [n]` times `scale: []`, which are zero afterwards.
     pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, learning_rate: f64) {
         self.n_steps += 1;
-        let (b1, b2) = BETAS;
-        let corrected = learning_rate * (1.0 - b2.powi(self.n_steps)).sqrt() / (1.0 - b1.powi(self.n_steps));
-        let rates = Rates { corrected, kept: 1.0 - learning_rate * self.weight_decay };
+        let kept = 1.0 - learning_rate * self.weight_decay;
+        let rates = Rates { learning_rate, n_steps: self.n_steps, kept };
         tch::no_grad(|| {
             let mut first = 0;
             for table in &self.lazy {
@@ -217,13 +231,8 @@ impl AdamW {
 /// One step of `[values, gradients, m, v]`, all contiguous and equally large; the gradients are zero afterwards.
 fn update(of: &[Tensor; 4], scale: &Tensor, rates: Rates) {
     let [mut values, mut gradients, mut m, mut v] = of.each_ref().map(Tensor::shallow_clone);
-    let (b1, b2) = BETAS;
     if values.device() != Device::Cpu {
-        let _ = gradients.g_mul_(scale);
-        let _ = m.lerp_(&gradients, 1.0 - b1);
-        let _ = v.g_mul_scalar_(b2).addcmul_(&(&gradients * (1.0 - b2)), &gradients);
-        let denominator = v.sqrt().g_add_scalar_(EPSILON);
-        let _ = values.addcdiv_(&(&m * -rates.corrected), &denominator);
+        fused::adamw(of, scale, rates);
         if rates.kept < 1.0 {
             let _ = values.g_mul_scalar_(rates.kept);
         }
@@ -247,11 +256,11 @@ fn update_here(
     gradients: &mut [f32],
     (m, v): (&mut [f32], &mut [f32]),
     scale: f32,
-    Rates { corrected, kept }: Rates,
+    rates: Rates,
 ) {
     let (b1, b2) = BETAS;
     let (rest_1, b2, rest_2) = ((1.0 - b1) as f32, b2 as f32, (1.0 - b2) as f32);
-    let (corrected, kept) = (corrected as f32, kept as f32);
+    let (corrected, kept) = (rates.corrected() as f32, rates.kept as f32);
     let blocks = values.chunks_mut(BLOCK).zip(gradients.chunks_mut(BLOCK));
     let moments = m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK));
     for ((values, gradients), (m, v)) in blocks.zip(moments) {
@@ -327,6 +336,29 @@ mod tests {
         let values: Vec<f32> = Vec::try_from(values).unwrap();
         for (ours, expected) in values.iter().zip(p) {
             assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");
+        }
+    }
+
+    #[test]
+    fn the_fused_step_is_the_same() {
+        let random =
+            |seed| crate::data::with_seed(seed, || Tensor::randn([1000], (Kind::Float, Device::Cpu)));
+        let start = [random(1), Tensor::zeros([1000], (Kind::Float, Device::Cpu))];
+        let of = |start: &[Tensor; 2]| [start[0].copy(), start[1].copy(), start[1].copy(), start[1].copy()];
+        let (ours, theirs) = (of(&start), of(&start));
+        for n_steps in 1..=5 {
+            let rates = Rates { learning_rate: 0.01, n_steps, kept: 1.0 };
+            let gradients = random(n_steps as u64 + 1) * 1e-3;
+            ours[1].shallow_clone().copy_(&gradients);
+            theirs[1].shallow_clone().copy_(&gradients);
+            let scale = Tensor::from(0.25f32);
+            update(&ours, &scale, rates);
+            fused::adamw(&theirs, &scale, rates);
+            for number in [0, 2, 3] {
+                let largest = |x: &Tensor| x.abs().max().double_value(&[]);
+                let apart = largest(&(&ours[number] - &theirs[number])) / largest(&ours[number]);
+                assert!(apart < 1e-6, "{n_steps} {number}: {apart}");
+            }
         }
     }
 
