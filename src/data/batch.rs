@@ -9,7 +9,9 @@ use tch::{Device, Kind, Tensor};
 use super::plan::derive_seed;
 use super::{Features, Sessions};
 use crate::device::host::{in_parallel, numbers, part_len};
+use crate::device::operation::follows;
 use crate::device::send;
+use crate::device::vectors::{self, Loop};
 
 /// One micro-batch within a pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -208,14 +210,11 @@ impl<'a> Noise<'a> {
             .iter()
             .map(|segment| derive_seed(segment.seed, "dropout", &[self.n_draws]))
             .collect();
-        let size = [&[x.size()[0]], drawn].concat();
-        let keys = Keys::new(&size, &seeds, counts);
-        let mask = match x.device() {
-            Device::Cpu => keys.mask_here(p),
-            device => keys.mask_on(device, p),
-        };
-        let mask = x.size()[1..].iter().zip(1..).fold(mask, |mask, (&size, dim)| mask.narrow(dim, 0, size));
-        x * mask
+        let keys = Keys::new(&x.size(), drawn, &seeds, counts);
+        match x.device() {
+            Device::Cpu => keys.drop_here(&x, p),
+            device => x * keys.mask_on(device, p),
+        }
     }
 }
 
@@ -229,34 +228,45 @@ struct Keys {
 }
 
 impl Keys {
-    /// The first `counts[0]` rows follow from the first seed, and so on.
-    fn new(size: &[i64], seeds: &[u64], counts: &[i64]) -> Self {
+    /// For a mask shaped as `size`. The first `counts[0]` rows follow from the first seed, and so on. A row is the beginning of
+    /// one shaped as `drawn`.
+    fn new(size: &[i64], drawn: &[i64], seeds: &[u64], counts: &[i64]) -> Self {
         let draw = |seed: u64, n: usize| {
             let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
             std::iter::repeat_with(move || (generator.next_u32() | 1).cast_signed()).take(n)
         };
+        let mut columns: Vec<i32> = draw(0, drawn.iter().product::<i64>() as usize).collect();
+        if size[1..] != *drawn {
+            let whole = Tensor::from_slice(&columns).view(drawn);
+            let part = size[1..].iter().zip(0..).fold(whole, |part, (&n, dim)| part.narrow(dim, 0, n));
+            columns = numbers(&mut part.contiguous()).to_vec();
+        }
         Self {
             size: size.to_vec(),
             rows: seeds.iter().zip(counts).flat_map(|(&seed, &n)| draw(seed, n as usize)).collect(),
-            columns: draw(0, size[1..].iter().product::<i64>() as usize).collect(),
+            columns,
         }
     }
 
-    /// Zero with probability `p`, else `1 / (1 − p)`: shaped as `size`.
-    fn mask_here(&self, p: f64) -> Tensor {
-        let mut mask = Tensor::empty(&self.size, (Kind::Float, Device::Cpu));
-        let (dropped, kept) = (threshold(p), (1.0 / (1.0 - p)) as f32);
+    /// `x` times the mask, which is zero with probability `p`, else `1 / (1 − p)`: on a CPU, where it is never written down.
+    fn drop_here(self, x: &Tensor, p: f64) -> Tensor {
+        let left = self.times(x, p);
+        follows(left, &[x], move |gradient| vec![self.times(&gradient, p)])
+    }
+
+    fn times(&self, x: &Tensor, p: f64) -> Tensor {
+        let mut x = x.detach().contiguous();
+        let mut left = x.empty_like();
         let n_columns = self.columns.len().max(1);
         let n_rows = part_len(self.rows.len(), 1);
-        let parts = numbers::<f32>(&mut mask).chunks_mut(n_rows * n_columns).zip(self.rows.chunks(n_rows));
-        in_parallel(parts, |(values, rows)| {
-            for (values, row) in values.chunks_mut(n_columns).zip(rows) {
-                for (value, column) in values.iter_mut().zip(&self.columns) {
-                    *value = if row.wrapping_mul(*column) < dropped { 0.0 } else { kept };
-                }
-            }
+        let values = numbers(&mut x).chunks(n_rows * n_columns);
+        let parts =
+            values.zip(numbers(&mut left).chunks_mut(n_rows * n_columns)).zip(self.rows.chunks(n_rows));
+        in_parallel(parts, |((x, left), rows)| {
+            let (threshold, kept) = (threshold(p), (1.0 / (1.0 - p)) as f32);
+            vectors::run(Drop { x, left, rows, columns: &self.columns, threshold, kept });
         });
-        mask
+        left
     }
 
     /// The same on a GPU.
@@ -266,6 +276,30 @@ impl Keys {
         let of_rows = keys.narrow(0, 0, n_rows).unsqueeze(1);
         let x = of_rows * keys.narrow(0, n_rows, n_columns);
         (x.ge(i64::from(threshold(p))) * (1.0 / (1.0 - p))).view(self.size.as_slice())
+    }
+}
+
+/// Some rows of `x`, and what is left of them.
+struct Drop<'a> {
+    x: &'a [f32],
+    left: &'a mut [f32],
+    rows: &'a [i32],
+    columns: &'a [i32],
+    threshold: i32,
+    kept: f32,
+}
+
+impl Loop for Drop<'_> {
+    #[inline(always)]
+    fn run<const FUSES: bool>(self) {
+        let n_columns = self.columns.len().max(1);
+        let rows = self.x.chunks_exact(n_columns).zip(self.left.chunks_exact_mut(n_columns)).zip(self.rows);
+        for ((x, left), row) in rows {
+            for ((x, left), column) in x.iter().zip(left).zip(self.columns) {
+                let mask = if row.wrapping_mul(*column) < self.threshold { 0.0 } else { self.kept };
+                *left = x * mask;
+            }
+        }
     }
 }
 
@@ -289,11 +323,16 @@ mod tests {
     use super::*;
 
     fn mask(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
-        let keys = Keys::new(size, seeds, counts);
-        let here = keys.mask_here(p);
+        let keys = Keys::new(size, &size[1..], seeds, counts);
         // What a GPU computes, which a CPU can too.
-        assert!(here.equal(&keys.mask_on(Device::Cpu, p)));
-        here
+        let there = keys.mask_on(Device::Cpu, p);
+        let ones = Tensor::ones(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let here = keys.drop_here(&ones, p);
+        assert!(here.equal(&there));
+        let weights = Tensor::arange(here.numel() as i64, (Kind::Float, Device::Cpu)).view(size);
+        let gradient = Tensor::run_backward(&[(&here * &weights).sum(Kind::Float)], &[&ones], false, false);
+        assert!(gradient[0].equal(&(there * weights)));
+        here.detach()
     }
 
     #[test]
@@ -308,6 +347,15 @@ mod tests {
         assert!(!drawn.narrow(0, 0, 300).equal(&alone.narrow(0, 0, 300)));
         assert_eq!(mask(&[0, 4], p, &[5], &[0]).size(), [0, 4]);
         assert_eq!(mask(&[2, 4, 3], 0.0, &[5], &[2]).sum(Kind::Float).double_value(&[]), 24.0);
+    }
+
+    #[test]
+    fn shorter_sessions_have_the_beginning_of_what_longer_ones_have() {
+        let of = |length: i64| {
+            let ones = Tensor::ones([3, 2, length, length], (Kind::Float, Device::Cpu));
+            Keys::new(&ones.size(), &[2, 6, 6], &[4], &[3]).drop_here(&ones, 0.4)
+        };
+        assert!(of(4).equal(&of(6).narrow(2, 0, 4).narrow(3, 0, 4)));
     }
 
     #[test]
