@@ -2,10 +2,11 @@
 
     bireme synth --events 3000000 --items 10000 --days 2 --seed 1 --out events.csv      # likewise 100000, 390000
     bireme preprocess --events events.csv --out 10k
-    python benches/training.py 10k 100k 390k [--models gru xlnet xlnet-side] [--runs 3] [--steps 20] [--device cuda]
+    python benches/training.py 10k 100k 390k [--models gru xlnet xlnet-side] [--runs 3] [--steps 20] [--device cuda | --ranks 2]
 
-Trains the tutorial's models for so many steps on day 1, in one process with all cores or on one GPU, and prints a table of
-Markdown: the median step's sessions a second, the least and largest of the runs' medians in brackets, GiB at most: of the
+Trains the tutorial's models for so many steps on day 1, in one process with all cores or on one GPU, or data-parallel in so many
+processes that share the cores (bireme by `mpirun`, PyTorch's DistributedDataParallel over gloo), and prints a table of
+Markdown: the median step's sessions a second, the least and largest of the runs' medians in brackets, GiB at most: of a
 process, or of the GPU, which nobody else may use meanwhile. `limit` is bireme's rate beside what the products of matrices
 alone would allow at the rate that `bireme doctor` measures: forward, and twice that backward, over the weights of the body for
 each event and over the item table for each target. The Python must have what benches/peers/requirements.txt names.
@@ -61,7 +62,8 @@ def bireme(options, data, model):
         sets = ["data.last_day=2", "train.epochs_per_day=1", f"train.max_steps_per_day={steps}", "train.log_every_steps=1"]
         sets += [f"train.global_batch={options.batch}", f"train.micro_batch={min(options.batch, 512)}"] if options.batch != 256 else []
         sets += [f"run.device={options.device}"] + ["run.precision=tf32"] * options.tf32 + options.set
-        command = [options.bireme, "train", "--config", HERE.parent / "configs" / f"{CONFIGS[model]}.toml", "--data", data, "--run-dir", run]
+        launch = ["mpirun", "--bind-to", "none", "-np", str(options.ranks)] if options.ranks > 1 else []
+        command = [*launch, options.bireme, "train", "--config", HERE.parent / "configs" / f"{CONFIGS[model]}.toml", "--data", data, "--run-dir", run]
         process = subprocess.Popen([*command, *(word for key in sets for word in ("--set", key))], stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status != 0:
@@ -93,7 +95,8 @@ def limit(options, data, model):
 
 
 def peer(options, data, model, *arguments):
-    command = [sys.executable, HERE / "peers" / "training.py", data, "--model", model, "--steps", str(options.steps), *arguments]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)] if options.ranks > 1 else []
+    command = [sys.executable, *launch, HERE / "peers" / "training.py", data, "--model", model, "--steps", str(options.steps), *arguments]
     command += ["--batch", str(options.batch), "--device", options.device] + ["--tf32"] * options.tf32
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return figures["sessions_per_s"], figures["peak_gib"]
@@ -108,12 +111,13 @@ def main():
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--ranks", type=int, default=1, help="processes, on CPUs")
     parser.add_argument("--tf32", action="store_true", help="on a GPU")
     parser.add_argument("--variants", nargs="+", help="these contestants only, besides bireme")
     parser.add_argument("--set", action="append", default=[], help="of `bireme train`")
     parser.add_argument("--bireme", default="target/release/bireme")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores, {options.device}, {options.batch} sessions a step" + ", tf32" * options.tf32)
+    print(f"{os.cpu_count()} cores, {options.device}, {options.batch} sessions a step" + ", tf32" * options.tf32 + f", {options.ranks} processes" * (options.ranks > 1))
     options.rate = multiply_rate(options)
     print(f"products of matrices: {options.rate / 1e9:.0f} GFLOP/s, f32")
     print("| | | sessions/s | GiB | bireme's, times | limit |\n| --- | --- | ---: | ---: | ---: | ---: |")
