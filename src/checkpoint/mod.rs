@@ -459,13 +459,16 @@ fn read(path: PathBuf) -> Result<Checkpoint, CheckpointError> {
     Ok(Checkpoint { path, state, tensors, occurrences })
 }
 
-/// The named tensors of a safetensors file.
+/// The named tensors of a safetensors file, each read when it is looked at.
 ///
 /// # Errors
 /// It cannot be read.
 pub fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointError> {
-    let read = Tensor::read_safetensors(path);
-    read.map_err(|source| CheckpointError::Tensors { action: "read", path: path.to_owned(), source })
+    tensor_file::map(path).map_err(|source| CheckpointError::Tensors {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn io_at<T>(action: &'static str, path: &Path, result: io::Result<T>) -> Result<T, CheckpointError> {

@@ -1,13 +1,15 @@
-//! A safetensors file that is written from front to back, so that no tensor need be whole in memory.
+//! Safetensors files: written from front to back and read where they are looked at, so that no tensor need be whole in memory.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
+use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
+use crate::device::host::numbers;
 use crate::model::Share;
 
 /// Numbers of a table that travel at a time.
@@ -78,6 +80,35 @@ fn write_numbers(file: &mut impl Write, numbers: &Tensor) -> io::Result<()> {
         file.write_all(&bytes)?;
     }
     Ok(())
+}
+
+/// The named tensors of a file, mapped into memory: what nobody looks at is not read, and what was read takes no memory that
+/// the system could not have back. The file must not be written to meanwhile; it may be removed.
+///
+/// # Errors
+/// It cannot be read, or is no whole safetensors file.
+pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
+    let refused = |err| TchError::SafeTensorError { path: path.display().to_string(), err };
+    let name = path.to_str().ok_or_else(|| TchError::FileFormat("its path is not UTF-8".to_owned()))?;
+    let n_bytes = fs::metadata(path)?.len();
+    if n_bytes == 0 {
+        return Err(refused(safetensors::SafeTensorError::HeaderTooSmall));
+    }
+    let file = Tensor::f_from_file(name, false, n_bytes as i64, (Kind::Uint8, Device::Cpu))?;
+    let mut whole = file.shallow_clone();
+    let bytes = numbers::<u8>(&mut whole);
+    let found = SafeTensors::deserialize(bytes).map_err(refused)?;
+    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+        let kind = Kind::try_from(view.dtype())?;
+        let start = view.data().as_ptr().addr() - bytes.as_ptr().addr();
+        let tensor = file.narrow(0, start as i64, view.data().len() as i64);
+        // Others may have put numbers where none of their kind can begin.
+        let is_aligned = start.is_multiple_of(kind.elt_size_in_bytes());
+        let tensor = if is_aligned { tensor } else { tensor.copy() };
+        let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+        Ok((name, tensor.f_view_dtype(kind)?.f_view(size.as_slice())?))
+    };
+    found.tensors().into_iter().map(tensor).collect()
 }
 
 /// *All ranks* of the share. Hands all numbers of `named` to `put` in order, whoever has them. What only this rank has may lie
@@ -152,7 +183,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let table = || Tensor::arange(200 * 3, (Kind::Float, Device::Cpu)).view([200, 3]);
         let rest = || Tensor::arange(5, (Kind::Float, Device::Cpu));
-        let read = |path: &Path| Tensor::read_safetensors(path).unwrap();
         for world_size in [1, 3] {
             let path = folder.path().join(format!("{world_size}"));
             let dealt = threads::spawn(world_size, |collective| {
@@ -174,7 +204,7 @@ mod tests {
                     deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &share, collective).unwrap()
                 })
             });
-            let named = read(&path);
+            let named = map(&path).unwrap();
             let of = |name: &str| &named.iter().find(|(other, _)| other == name).unwrap().1;
             assert!(of("item_table.weight").equal(&table()) && of("rest").equal(&rest()));
             for (which, n_saved) in [200, 90].into_iter().enumerate() {
@@ -182,7 +212,36 @@ mod tests {
                 assert!(Tensor::cat(&parts, 0).equal(&table().narrow(0, 0, n_saved)));
             }
         }
-        let [one, three] = ["1", "3"].map(|name| std::fs::read(folder.path().join(name)).unwrap());
+        let [one, three] = ["1", "3"].map(|name| fs::read(folder.path().join(name)).unwrap());
         assert_eq!(one, three);
+    }
+
+    #[test]
+    fn files_of_others_are_read_as_libtorch_reads_them_and_broken_ones_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        // Numbers that begin at odd places.
+        let header = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"F32","shape":[1,2],"data_offsets":[3,11]},"c":{"dtype":"F32","shape":[0],"data_offsets":[11,11]}}"#;
+        let numbers = [&[7u8, 8, 9][..], &1.5f32.to_le_bytes(), &(-2f32).to_le_bytes()].concat();
+        let whole = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &numbers].concat();
+        fs::write(&path, &whole).unwrap();
+        let of = |named: Vec<(String, Tensor)>| {
+            let mut named = named;
+            named.sort_by(|a, b| a.0.cmp(&b.0));
+            named
+        };
+        let (ours, theirs) = (of(map(&path).unwrap()), of(Tensor::read_safetensors(&path).unwrap()));
+        assert_eq!(ours.len(), 3);
+        for ((name, tensor), (other, expected)) in ours.iter().zip(&theirs) {
+            assert!(name == other && tensor.kind() == expected.kind() && tensor.equal(expected), "{name}");
+        }
+        // What is mapped stays when the file is gone.
+        fs::remove_file(&path).unwrap();
+        assert_eq!(ours[1].1.double_value(&[0, 1]), -2.0);
+        for n_bytes in [0, 7, 60, whole.len() - 1] {
+            fs::write(&path, &whole[..n_bytes]).unwrap();
+            assert!(map(&path).is_err(), "{n_bytes}");
+        }
+        assert!(map(folder.path()).is_err());
     }
 }
