@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rand::{RngCore, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::plan::derive_seed;
 use super::{Features, Sessions};
@@ -320,6 +320,8 @@ pub fn with_seed<T>(seed: u64, draw: impl FnOnce() -> T) -> T {
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     fn mask(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
