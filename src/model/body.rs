@@ -54,6 +54,10 @@ pub struct Layout {
     pub read_cells: Tensor,
     /// Number of the position that is read: i64 `[N]`.
     pub reads: Tensor,
+    /// Positions read of the session that most are read of, `R`.
+    most_reads: i64,
+    /// Slot `session * R + number` of each read, i64 `[N]`; none if `R` are read of every session.
+    read_slots: Option<Tensor>,
     /// Whether every position is read.
     pub reads_all: bool,
     /// Positions of each micro-batch.
@@ -137,14 +141,29 @@ impl Layout {
             })
             .collect();
         let steps = Steps::new(plan);
+        let most_reads = plan.reads_per_session.iter().copied().max().unwrap_or(0);
+        let slots = plan.reads_per_session.iter().enumerate();
+        let slots: Vec<i64> = slots
+            .flat_map(|(session, &n)| (0..n).map(move |number| (session * most_reads + number) as i64))
+            .collect();
+        let fills_slots = slots.len() == plan.lengths.len() * most_reads;
         let are_equal = plan.lengths.iter().all(|&n| n == length);
         let lengths: Vec<i64> = plan.lengths.iter().map(|&n| n as i64).collect();
         let order = match &plan.visible {
             Visible::Order(order) => &order[..],
             Visible::All | Visible::Before => &[],
         };
-        let numbers =
-            [&shown, &cells, &lengths, &read_cells, &plan.reads, &steps.positions, &steps.reads, order];
+        let numbers = [
+            &shown,
+            &cells,
+            &lengths,
+            &read_cells,
+            &plan.reads,
+            &slots,
+            &steps.positions,
+            &steps.reads,
+            order,
+        ];
         let mut sent = send_all(&numbers, device).into_iter();
         let mut next = || sent.next().expect("as many as were sent");
         let (shown, cells, lengths) = (next(), next(), next());
@@ -157,6 +176,8 @@ impl Layout {
             visible: Sight::All,
             read_cells: next(),
             reads: next(),
+            most_reads: most_reads as i64,
+            read_slots: Some(next()).filter(|_| !fills_slots),
             reads_all: plan.reads.len() == plan.shown.len(),
             positions_by_segment: batch.by_segment(&plan.lengths),
             by_step: Some(BySteps { positions: next(), n_sessions: steps.n_sessions, reads: next() }),
@@ -206,6 +227,8 @@ impl Layout {
             lengths: padded_length.is_none().then(|| lengths + i64::from(masks)),
             visible,
             reads: read_cells.shallow_clone(),
+            most_reads: 1,
+            read_slots: None,
             read_cells,
             reads_all: false,
             positions_by_segment: Vec::new(),
@@ -220,7 +243,7 @@ impl Layout {
         let width = x.size()[1];
         let padded = self.cells.as_ref().map(|cells| {
             let n_cells = self.n_sessions * self.length;
-            x.new_zeros([n_cells, width], (x.kind(), x.device())).index_copy(0, cells, x)
+            x.new_zeros([n_cells, width], (x.kind(), x.device())).index_copy_(0, cells, x)
         });
         padded.as_ref().unwrap_or(x).view([self.n_sessions, self.length, width])
     }
@@ -229,6 +252,22 @@ impl Layout {
     pub fn pack(&self, x: &Tensor) -> Tensor {
         let x = x.reshape([-1, x.size()[2]]);
         self.cells.as_ref().map_or(x.shallow_clone(), |cells| take_rows(&x, cells))
+    }
+
+    /// Reads `x: [N, H, D]` session by session: `[B, H, R, D]`, zero where fewer are read.
+    pub fn by_read(&self, x: &Tensor) -> Tensor {
+        let (n_heads, width) = (x.size()[1], x.size()[2]);
+        let spread = self.read_slots.as_ref().map(|slots| {
+            let size = [self.n_sessions * self.most_reads, n_heads, width];
+            x.new_zeros(size, (x.kind(), x.device())).index_copy_(0, slots, x)
+        });
+        spread.as_ref().unwrap_or(x).view([-1, self.most_reads, n_heads, width]).transpose(1, 2)
+    }
+
+    /// The other way round: `x: [B, H, R, D]` → `[N, H, D]`.
+    pub fn of_reads(&self, x: &Tensor) -> Tensor {
+        let x = x.transpose(1, 2).flatten(0, 1);
+        self.read_slots.as_ref().map_or(x.shallow_clone(), |slots| take_rows(&x, slots))
     }
 
     /// What must not be attended to, bool `[B or 1, L, L]` as (session, from, to); a position always sees itself. `None`

@@ -214,7 +214,9 @@ impl Layer {
         let x = x.view(size.as_slice()).permute([2, 0, 3, 1, 4]).contiguous();
         let r = table.matmul(&matrix(parameters, self.r));
         let r = r.view([-1, shape.n_heads, shape.head_width()]).permute([1, 2, 0]);
-        Keys { q: all_attend.then(|| x.get(2)), k: x.get(0), v: x.get(1), r }
+        let mut x = x.unbind(0).into_iter();
+        let mut next = || x.next().expect("as many as were multiplied");
+        Keys { k: next(), v: next(), q: all_attend.then(next), r }
     }
 
     /// What all positions find: `[P, D]`.
@@ -256,10 +258,9 @@ impl Layer {
         hidden: &Option<Tensor>,
         noise: &mut Option<&mut Noise<'_>>,
     ) -> Tensor {
-        let sessions = layout.read_sessions();
         let q = states.matmul(&matrix(parameters, self.q)).view([-1, shape.n_heads, shape.head_width()]);
-        let (k, v) = (take_rows(&keys.k, &sessions), take_rows(&keys.v, &sessions));
-        let by_content = (&q + parameters.leaf(self.r_w_bias)).unsqueeze(2).matmul(&k.transpose(2, 3));
+        let asked = layout.by_read(&(&q + parameters.leaf(self.r_w_bias)));
+        let by_content = layout.of_reads(&asked.matmul(&keys.k.transpose(2, 3)));
         let by_position =
             (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&keys.r).transpose(0, 1);
         let to = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
@@ -267,9 +268,9 @@ impl Layer {
         let columns = columns.unsqueeze(1).expand([-1, shape.n_heads, layout.length], false);
         let by_position = by_position.gather(2, &columns, false);
         let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
-        let weights = weights(by_content.squeeze_dim(2) + by_position, hidden, shape);
+        let weights = weights(by_content + by_position, hidden, shape);
         let weights = dropout_weights(noise, weights, shape.dropout, &layout.reads_by_segment);
-        let found = weights.unsqueeze(2).matmul(&v).reshape([-1, shape.width]);
+        let found = layout.of_reads(&layout.by_read(&weights).matmul(&keys.v)).reshape([-1, shape.width]);
         found.matmul(&matrix(parameters, self.o).tr())
     }
 
