@@ -33,7 +33,7 @@ use crate::model::Share;
 use manifest::{MANIFEST, Manifest};
 use retention::{Place, superseded};
 pub use saver::Saver;
-pub use share::share;
+pub use share::Shared;
 use tensor_file::{TensorFile, stream};
 
 const WEIGHTS: &str = "weights.safetensors";
@@ -165,9 +165,14 @@ impl Checkpoint {
         if counted as i64 == n_items {
             return Ok(());
         }
-        let problem = format!("it counts {counted} items, the schema has {n_items}");
+        let problem = counts_other_items(counted, n_items);
         Err(CheckpointError::Mismatch { path: self.path.clone(), problem })
     }
+}
+
+/// What is wrong with one that counts so many items.
+pub(crate) fn counts_other_items(n_counted: usize, n_items: i64) -> String {
+    format!("it counts {n_counted} items, the schema has {n_items}")
 }
 
 /// What can go wrong with a checkpoint.

@@ -1,5 +1,4 @@
-//! A checkpoint that rank 0 has read, on every rank: only rank 0 needs to see the run directory. Of tables that are shared
-//! out, every rank gets its own rows.
+//! A checkpoint that rank 0 has read, as every rank sees it: only rank 0 needs to see the run directory.
 
 use std::path::PathBuf;
 
@@ -7,9 +6,20 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::tensor_file::deal;
-use super::{Checkpoint, State, Tensors};
+use super::{Checkpoint, CheckpointError, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
-use crate::model;
+use crate::model::Share;
+
+/// What all ranks know of it. Tensors come over one by one when they are asked for, of tables that are shared out only a rank's own
+/// rows, so that none is whole in the memory of a rank that does not keep it.
+pub struct Shared<'a> {
+    head: Head,
+    /// What rank 0 has.
+    mine: Option<Tensors>,
+    occurrences: Vec<i64>,
+    rows: Share<'a>,
+    collective: &'a dyn Collective,
+}
 
 /// What there is to tell before the tensors themselves.
 #[derive(Serialize, Deserialize)]
@@ -29,56 +39,97 @@ struct Shape {
     size: Vec<i64>,
 }
 
-/// *All ranks.* What rank 0 brings, on every rank, which then holds these rows of the tables of items.
-///
-/// # Errors
-/// Those of the collective.
-pub fn share(
-    mine: Option<Checkpoint>,
-    rows: &model::Share<'_>,
-    collective: &dyn Collective,
-) -> Result<Option<Checkpoint>, CollectiveError> {
-    let shapes = |named: &[(String, Tensor)]| {
-        let shape = |(name, tensor): &(String, Tensor)| Shape {
-            name: name.clone(),
-            is_count: tensor.kind() == Kind::Int64,
-            size: tensor.size(),
+impl Shape {
+    fn of((name, tensor): &(String, Tensor)) -> Self {
+        Self { name: name.clone(), is_count: tensor.kind() == Kind::Int64, size: tensor.size() }
+    }
+}
+
+impl<'a> Shared<'a> {
+    /// *All ranks.* What rank 0 brings, of which a rank wants these rows of the tables of items.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn new(
+        mine: Option<Checkpoint>,
+        rows: Share<'a>,
+        collective: &'a dyn Collective,
+    ) -> Result<Option<Self>, CollectiveError> {
+        let head = mine.as_ref().map(|Checkpoint { path, state, tensors, occurrences }| Head {
+            path: path.clone(),
+            state: state.clone(),
+            weights: tensors.weights.iter().map(Shape::of).collect(),
+            optimizer: tensors.optimizer.iter().map(Shape::of).collect(),
+            n_occurrences: occurrences.len(),
+        });
+        let head = serde_json::to_vec(&head).expect("a state is JSON");
+        let head = collective.broadcast_bytes(head, 0)?;
+        let head: Option<Head> = serde_json::from_slice(&head).expect("what rank 0 has just written");
+        let Some(head) = head else { return Ok(None) };
+        let (mine, mut occurrences) = match mine {
+            Some(Checkpoint { tensors, occurrences, .. }) => (Some(tensors), occurrences),
+            None => (None, vec![0; head.n_occurrences]),
         };
-        named.iter().map(shape).collect()
-    };
-    let head = mine.as_ref().map(|checkpoint| Head {
-        path: checkpoint.path.clone(),
-        state: checkpoint.state.clone(),
-        weights: shapes(&checkpoint.tensors.weights),
-        optimizer: shapes(&checkpoint.tensors.optimizer),
-        n_occurrences: checkpoint.occurrences.len(),
-    });
-    let head = serde_json::to_vec(&head).expect("a state is JSON");
-    let head = collective.broadcast_bytes(head, 0)?;
-    let head: Option<Head> = serde_json::from_slice(&head).expect("what rank 0 has just written");
-    let Some(Head { path, state, weights, optimizer, n_occurrences }) = head else { return Ok(None) };
-    let (have, mut occurrences) = match mine {
-        Some(Checkpoint { tensors, occurrences, .. }) => (tensors, occurrences),
-        None => (Tensors::default(), vec![0; n_occurrences]),
-    };
-    let receive = |shapes: Vec<Shape>, have: Vec<(String, Tensor)>| {
-        let mut have = have.into_iter();
-        let receive = |Shape { name, is_count, size }| {
-            let kind = if is_count { Kind::Int64 } else { Kind::Float };
-            let mine = have.next().map(|(_, tensor)| tensor.contiguous());
-            if let Some(company) = rows.company().filter(|_| model::Share::is_table(&name)) {
-                return Ok((name, deal(mine.as_ref(), (&size, kind), rows, company)?));
+        let mut counted = Tensor::from_slice(&occurrences);
+        collective.broadcast(&mut counted, 0)?;
+        counted.copy_data(&mut occurrences, head.n_occurrences);
+        Ok(Some(Self { head, mine, occurrences, rows, collective }))
+    }
+
+    /// Its folder, where rank 0 sees it.
+    pub fn path(&self) -> &PathBuf {
+        &self.head.path
+    }
+
+    /// What is not a tensor.
+    pub fn state(&self) -> &State {
+        &self.head.state
+    }
+
+    /// How often each item occurred in training so far, `[V]`.
+    pub fn occurrences(&self) -> &[i64] {
+        &self.occurrences
+    }
+
+    /// Says that it belongs to another model or other data.
+    pub fn mismatch(&self, problem: String) -> CheckpointError {
+        CheckpointError::Mismatch { path: self.head.path.clone(), problem }
+    }
+
+    /// Names of what [`Shared::weights`] gives.
+    pub fn weight_names(&self) -> impl Iterator<Item = &str> + Clone {
+        self.head.weights.iter().map(|shape| shape.name.as_str())
+    }
+
+    /// Names of what [`Shared::optimizer`] gives.
+    pub fn optimizer_names(&self) -> impl Iterator<Item = &str> + Clone {
+        self.head.optimizer.iter().map(|shape| shape.name.as_str())
+    }
+
+    /// *All ranks*, each as far as the others. What the model predicts with.
+    pub fn weights(&self) -> impl Iterator<Item = Result<(&str, Tensor), CollectiveError>> {
+        self.each(&self.head.weights, self.mine.as_ref().map(|mine| &mine.weights))
+    }
+
+    /// *All ranks*, each as far as the others. What only further training needs.
+    pub fn optimizer(&self) -> impl Iterator<Item = Result<(&str, Tensor), CollectiveError>> {
+        self.each(&self.head.optimizer, self.mine.as_ref().map(|mine| &mine.optimizer))
+    }
+
+    fn each<'b>(
+        &'b self,
+        shapes: &'b [Shape],
+        mine: Option<&'b Vec<(String, Tensor)>>,
+    ) -> impl Iterator<Item = Result<(&'b str, Tensor), CollectiveError>> {
+        shapes.iter().enumerate().map(move |(number, Shape { name, is_count, size })| {
+            let kind = if *is_count { Kind::Int64 } else { Kind::Float };
+            let mine = mine.map(|mine| mine[number].1.contiguous());
+            if let Some(company) = self.rows.company().filter(|_| Share::is_table(name)) {
+                return Ok((name.as_str(), deal(mine.as_ref(), (size, kind), &self.rows, company)?));
             }
             let mut tensor = mine.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));
-            collective.broadcast(&mut tensor, 0)?;
-            Ok((name, tensor))
-        };
-        shapes.into_iter().map(receive).collect::<Result<Vec<_>, CollectiveError>>()
-    };
-    let weights = receive(weights, have.weights)?;
-    let tensors = Tensors { weights, optimizer: receive(optimizer, have.optimizer)? };
-    let mut counted = Tensor::from_slice(&occurrences);
-    collective.broadcast(&mut counted, 0)?;
-    counted.copy_data(&mut occurrences, n_occurrences);
-    Ok(Some(Checkpoint { path, state, tensors, occurrences }))
+            self.collective.broadcast(&mut tensor, 0)?;
+            Ok((name.as_str(), tensor))
+        })
+    }
 }

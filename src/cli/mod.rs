@@ -16,7 +16,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tch::Kind;
 
-use crate::checkpoint::{self, Position};
+use crate::checkpoint::{Position, Shared};
 use crate::collective::{self, Collective, CollectiveError, Reduce};
 use crate::config::{Config, ConfigError};
 use crate::data::Split;
@@ -689,8 +689,11 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         return export_on_root(collective, to_export);
     }
     let rows = job.config.parallel.share(data.n_items(), job.config.run.reduction, collective);
-    let from = checkpoint::share(from, &rows, collective).map_err(shared)?;
-    let going_on = from.as_ref().map(|from| (from.path.clone(), from.state.position, from.state.log_bytes));
+    let from = Shared::new(from, rows, collective).map_err(shared)?;
+    let going_on = from.as_ref().map(|from| {
+        let state = from.state();
+        (from.path().clone(), state.position, state.log_bytes)
+    });
     // What does not fit is known before anything is changed.
     let training = Training::new(&job.config, &data, job.place(), from);
     let training = agree(collective, training, |_| None)?;

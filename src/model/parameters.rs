@@ -337,19 +337,37 @@ impl Parameters {
     /// # Errors
     /// Names the first parameter that is missing, unknown or of another shape.
     pub fn assign(&self, flat: &Tensor, named: &[(String, Tensor)], growing: &[View]) -> Result<(), String> {
-        if let Some((name, _)) =
-            named.iter().find(|(name, _)| self.views.iter().all(|view| view.name != *name))
-        {
+        self.check_names(named.iter().map(|(name, _)| name.as_str()))?;
+        named.iter().try_for_each(|(name, tensor)| self.assign_one(flat, (name, tensor), growing))
+    }
+
+    /// The same for one of them.
+    ///
+    /// # Errors
+    /// It is unknown or of another shape.
+    pub fn assign_one(
+        &self,
+        flat: &Tensor,
+        (name, tensor): (&str, &Tensor),
+        growing: &[View],
+    ) -> Result<(), String> {
+        let view = self.views.iter().find(|view| view.name == name);
+        let view = view.ok_or_else(|| format!("unknown parameter `{name}`"))?;
+        copy_rows(name, tensor, &view.of(flat), growing.contains(view))
+    }
+
+    /// Whether these are the names of all parameters.
+    ///
+    /// # Errors
+    /// Names the first that is unknown or missing.
+    pub fn check_names<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
+        if let Some(name) = names.clone().find(|name| self.views.iter().all(|view| view.name != *name)) {
             return Err(format!("unknown parameter `{name}`"));
         }
-        for view in self.views() {
-            let (_, tensor) = named
-                .iter()
-                .find(|(name, _)| *name == view.name)
-                .ok_or_else(|| format!("parameter `{}` is missing", view.name))?;
-            copy_rows(&view.name, tensor, &view.of(flat), growing.contains(view))?;
+        match self.views.iter().find(|view| names.clone().all(|name| view.name != name)) {
+            Some(view) => Err(format!("parameter `{}` is missing", view.name)),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use tch::Tensor;
 
 use super::{Day, Learner, TrainError};
-use crate::checkpoint::{Checkpoint, Tensors};
+use crate::checkpoint::{Shared, Tensors};
 use crate::model::{Counts, Recommender};
 
 /// Counts that grow day by day.
@@ -40,7 +40,9 @@ impl Learner for CountLearner {
         self.0.load(weights)
     }
 
-    fn go_on(&mut self, from: &Checkpoint) -> Result<(), String> {
-        self.load_weights(&from.tensors.weights)
+    fn go_on(&mut self, from: &Shared<'_>) -> Result<(), TrainError> {
+        let weights = from.weights().map(|saved| saved.map(|(name, tensor)| (name.to_owned(), tensor)));
+        let weights = weights.collect::<Result<Vec<_>, _>>()?;
+        Ok(self.load_weights(&weights).map_err(|problem| from.mismatch(problem))?)
     }
 }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::fault::{self, Fault};
 use super::reduction::Reduction;
 use super::{Day, Learner, NonFinite, Status, TrainError};
-use crate::checkpoint::{Checkpoint, Tensors};
+use crate::checkpoint::{Shared, Tensors};
 use crate::collective::exact::ExactSum;
 use crate::collective::{Collective, CollectiveError, Reduce, rounded};
 use crate::config::Config;
@@ -223,21 +223,34 @@ impl Learner for GradientLearner<'_> {
         parameters.assign(&parameters.values(), &own.collect::<Vec<_>>(), &[])
     }
 
-    fn go_on(&mut self, from: &Checkpoint) -> Result<(), String> {
-        let parameters = self.network.parameters();
-        // A catalogue may have grown: its new rows are as they were made, without a past.
-        let tables = self.network.tables();
-        parameters.assign(&parameters.values(), &from.tensors.weights, tables)?;
-        for (of, first, flat) in self.optimizer.state() {
-            for (name, tensor) in parameters.named_from(flat, first) {
+    fn go_on(&mut self, from: &Shared<'_>) -> Result<(), TrainError> {
+        let mismatch = |problem| from.mismatch(problem);
+        let (parameters, tables) = (self.network.parameters(), self.network.tables());
+        parameters.check_names(from.weight_names()).map_err(mismatch)?;
+        let state = self.optimizer.state().into_iter().flat_map(|(of, first, flat)| {
+            let named = parameters.named_from(flat, first).into_iter();
+            named.map(move |(name, tensor)| {
                 let may_grow = tables.iter().any(|table| table.name == name);
-                let name = format!("{of}.{name}");
-                let saved = from.tensors.optimizer.iter().find(|(other, _)| *other == name);
-                let (_, saved) = saved.ok_or_else(|| format!("`{name}` is missing"))?;
-                copy_rows(&name, saved, &tensor, may_grow)?;
+                (format!("{of}.{name}"), tensor, may_grow)
+            })
+        });
+        let state: Vec<_> = state.collect();
+        let is_saved = |name: &str| from.optimizer_names().any(|saved| saved == name);
+        if let Some((name, ..)) = state.iter().find(|(name, ..)| !is_saved(name)) {
+            return Err(mismatch(format!("`{name}` is missing")).into());
+        }
+        // A catalogue may have grown: its new rows are as they were made, without a past.
+        for saved in from.weights() {
+            let (name, tensor) = saved?;
+            parameters.assign_one(&parameters.values(), (name, &tensor), tables).map_err(mismatch)?;
+        }
+        for saved in from.optimizer() {
+            let (name, saved) = saved?;
+            if let Some((_, tensor, may_grow)) = state.iter().find(|(wanted, ..)| wanted == name) {
+                copy_rows(name, &saved, tensor, *may_grow).map_err(mismatch)?;
             }
         }
-        self.optimizer.set_n_steps(from.state.optimizer_steps);
+        self.optimizer.set_n_steps(from.state().optimizer_steps);
         Ok(())
     }
 }

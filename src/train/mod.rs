@@ -16,7 +16,9 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, Saver, State, Tensors};
+use crate::checkpoint::{
+    CheckpointError, Checkpoints, Position, Saver, Shared, State, Tensors, counts_other_items,
+};
 use crate::collective::{Collective, CollectiveError};
 use crate::config;
 use crate::data::plan::Shape;
@@ -292,8 +294,8 @@ trait Learner {
     /// Takes the weights of what [`Learner::tensors`] of another run gave; the error says what does not fit.
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String>;
 
-    /// Takes all that a checkpoint holds of it; the error says what does not fit.
-    fn go_on(&mut self, from: &Checkpoint) -> Result<(), String>;
+    /// *All ranks.* Takes all that a checkpoint holds of it.
+    fn go_on(&mut self, from: &Shared<'_>) -> Result<(), TrainError>;
 }
 
 fn learner<'a>(
@@ -448,36 +450,35 @@ impl<'a> Training<'a> {
         config: &'a config::Config,
         data: &'a RunData,
         place: Place<'a>,
-        from: Option<Checkpoint>,
+        from: Option<Shared<'_>>,
     ) -> Result<Self, TrainError> {
         let n_items = data.features.n_items();
         let share = config.parallel.share(n_items, config.run.reduction, place.collective);
         let mut learner = learner(config, &data.features, place.device, share)?;
         let mut state = State::new(config, n_items, data.fingerprints.clone());
         let mut occurred = vec![0; n_items as usize];
-        let begin = from.as_ref().map(|checkpoint| checkpoint.state.position);
+        let begin = from.as_ref().map(|from| from.state().position);
         if let Some(from) = from {
-            let n_counted = from.occurrences.len();
+            let n_counted = from.occurrences().len();
             if n_counted as i64 > n_items {
-                from.check_items(n_items)?;
+                return Err(from.mismatch(counts_other_items(n_counted, n_items)).into());
             }
-            let mismatch = |problem| CheckpointError::Mismatch { path: from.path.clone(), problem };
-            let State { position, n_skipped, .. } = from.state;
+            let &State { position, n_skipped, .. } = from.state();
             let Position { day, day_steps, .. } = position;
             let Some((_, window, _)) = data.days.iter().find(|(other, ..)| *other == day) else {
                 let problem = format!("it is of day {day}, which the configuration does not train on");
-                return Err(mismatch(problem).into());
+                return Err(from.mismatch(problem).into());
             };
             let n_steps = plan(config, day, window).n_steps();
             if !position.is_end_of_day() && day_steps != n_steps {
                 let problem = format!("its day {day} has {day_steps} steps, and now it would have {n_steps}");
-                return Err(mismatch(problem).into());
+                return Err(from.mismatch(problem).into());
             }
-            learner.go_on(&from).map_err(mismatch)?;
-            occurred[..n_counted].copy_from_slice(&from.occurrences);
+            learner.go_on(&from)?;
+            occurred[..n_counted].copy_from_slice(from.occurrences());
             // Another metric's values are none of this one's.
-            let is_same_metric = from.state.config.checkpoint.keep_best == config.checkpoint.keep_best;
-            let evaluated = if is_same_metric { from.state.evaluated } else { BTreeMap::new() };
+            let is_same_metric = from.state().config.checkpoint.keep_best == config.checkpoint.keep_best;
+            let evaluated = if is_same_metric { from.state().evaluated.clone() } else { BTreeMap::new() };
             state = State { position, n_skipped, evaluated, ..state };
         }
         Ok(Self { config, data, place, learner, state, occurred, begin })
