@@ -187,6 +187,18 @@ def masked(items):
     return hidden
 
 
+def inputs(batch, options):
+    """What a model is given: columns, what is hidden, where it is read, and what it should say there."""
+    items = batch[ITEM]
+    if options.model == "gru":
+        hidden, following = None, functional.pad(items[:, 1:], (0, 1))
+    else:
+        hidden = masked(items)
+        following = items * hidden
+    read_at = following.flatten().nonzero()[:, 0]
+    return batch, hidden, read_at, following.flatten()[read_at]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -215,13 +227,19 @@ def main():
     body = Gru if options.model == "gru" else {"hf": HfXlnet, "lean": LeanXlnet}[options.variant]
     model = Recommender(body(rows, side), rows[ITEM]).to(options.device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    order = torch.randperm(len(columns[ITEM]), generator=torch.Generator().manual_seed(3))
+    if world_size > 1:
+        # DistributedDataParallel waits for the gradient of every parameter.
+        model(*inputs({name: column[order[:8]] for name, column in columns.items()}, options)).backward()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=7e-4, weight_decay=0, fused=True)
     run = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     run = torch.compile(run) if options.compile else run
 
     torch.manual_seed(2 + rank)
-    n = len(columns[ITEM])
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
+    n = len(order)
     own = options.batch // world_size
     seconds = []
     for step in range(options.warm_up + options.steps):
@@ -229,14 +247,7 @@ def main():
         batch = {name: column[order[first:first + own]] for name, column in columns.items()}
         began = time.perf_counter()
         batch = {name: column.to(options.device) for name, column in batch.items()}
-        items = batch[ITEM]
-        if options.model == "gru":
-            hidden, following = None, functional.pad(items[:, 1:], (0, 1))
-        else:
-            hidden = masked(items)
-            following = items * hidden
-        read_at = following.flatten().nonzero()[:, 0]
-        loss = run(batch, hidden, read_at, following.flatten()[read_at])
+        loss = run(*inputs(batch, options))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

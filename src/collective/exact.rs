@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Collective, CollectiveError, Reduce};
 use crate::device::host::{in_parallel, numbers, part_len};
+use crate::device::vectors::{self, Loop};
 
 /// Gradients are added up as whole multiples of 2⁻³⁶. Over a thousand targets that is 10⁻¹⁴ of a mean gradient,
 /// far below the 10⁻⁸ that AdamW adds to its root.
@@ -41,9 +42,14 @@ impl ExactSum {
         }
         let (total, terms) = (numbers::<i64>(&mut self.total), numbers::<f32>(terms));
         let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
-        let n_each = part_len(terms.len(), 1);
+        let n_each = part_len(terms.len(), BLOCK);
         let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
-        *n_bad += in_parallel(parts, |(total, terms)| take(total, terms)).into_iter().sum::<i64>();
+        let taken = in_parallel(parts, |(total, terms)| {
+            let mut n_bad = 0;
+            vectors::run(Take { total, terms, n_bad: &mut n_bad });
+            n_bad
+        });
+        *n_bad += taken.into_iter().sum::<i64>();
     }
 
     /// *All ranks.* Moves the sum over ranks to `sums: [n]`; NaN throughout if any term was out of range.
@@ -74,10 +80,9 @@ impl ExactSum {
         let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
         let unit = if *n_bad == 0 { UNIT } else { f64::NAN };
         *n_bad = 0;
-        for (sum, total) in sums.iter_mut().zip(total) {
-            *sum = (*total as f64 * unit) as f32;
-            *total = 0;
-        }
+        let n_each = part_len(sums.len(), BLOCK);
+        let parts = total.chunks_mut(n_each).zip(sums.chunks_mut(n_each));
+        in_parallel(parts, |(total, sums)| vectors::run(Move { total, sums, unit }));
     }
 }
 
@@ -92,23 +97,88 @@ pub fn from_multiples(sums: &Tensor) -> Tensor {
     (sums.to_kind(Kind::Double) * UNIT).to_kind(Kind::Float)
 }
 
-/// Adds terms to multiples of [`UNIT`] and sets them to zero. Returns how many were out of range.
-fn take(total: &mut [i64], terms: &mut [f32]) -> i64 {
-    // Added and taken away again, this rounds to whole numbers, ties to even: what is large enough to lose by it is whole
-    // already, as an f32 has 24 digits.
-    const ROUNDING: f64 = 1.5 * (1u64 << 52) as f64;
+/// Numbers that are looked at together: a row of a table, usually.
+const BLOCK: usize = 64;
+
+/// Added to a number that is no larger than 2⁵¹, this leaves in the last bits of an f64 the whole number next to it, ties to even:
+/// how many more than in its own.
+const WHOLE: f64 = 1.5 * (1u64 << 52) as f64;
+
+/// Adds terms to multiples of [`UNIT`], sets them to zero, and counts those that are out of range.
+struct Take<'a> {
+    total: &'a mut [i64],
+    terms: &'a mut [f32],
+    n_bad: &'a mut i64,
+}
+
+impl Loop for Take<'_> {
+    #[inline(always)]
+    fn run<const FUSES: bool>(self) {
+        // Multiples of 2⁵⁰ at most.
+        const SMALL: f32 = (1u32 << 14) as f32;
+        for (total, terms) in self.total.chunks_mut(BLOCK).zip(self.terms.chunks_mut(BLOCK)) {
+            // Bits without their sign are in the order of the numbers, and those of a NaN above all.
+            let largest = terms.iter().fold(0, |largest, term| term.abs().to_bits().max(largest));
+            if largest == 0 {
+                continue;
+            }
+            if largest > SMALL.to_bits() {
+                *self.n_bad += take_large(total, terms);
+                continue;
+            }
+            for (total, term) in total.iter_mut().zip(terms) {
+                let whole = f64::from(*term) / UNIT + WHOLE;
+                *total = total.wrapping_add(whole.to_bits().wrapping_sub(WHOLE.to_bits()).cast_signed());
+                *term = 0.0;
+            }
+        }
+    }
+}
+
+/// The same for terms of any size. Returns how many were out of range.
+fn take_large(total: &mut [i64], terms: &mut [f32]) -> i64 {
     let mut n_bad = 0;
-    for (total, term) in total.iter_mut().zip(terms).filter(|(_, term)| **term != 0.0) {
-        let multiple = f64::from(*term) / UNIT;
-        // A NaN is not within anything.
+    for (total, term) in total.iter_mut().zip(terms) {
+        // A NaN is not within anything. What is large enough to lose digits by being rounded is whole already.
         let is_within = f64::from(term.abs()) <= MOST;
         n_bad += i64::from(!is_within);
-        let is_whole = multiple.abs() >= (1u64 << 50) as f64;
-        let whole = if is_whole { multiple } else { (multiple + ROUNDING) - ROUNDING };
-        *total = total.wrapping_add(whole as i64);
+        *total = total.wrapping_add((f64::from(*term) / UNIT).round_ties_even() as i64);
         *term = 0.0;
     }
     n_bad
+}
+
+/// Moves sums of multiples out, times a unit.
+struct Move<'a> {
+    total: &'a mut [i64],
+    sums: &'a mut [f32],
+    unit: f64,
+}
+
+impl Loop for Move<'_> {
+    #[inline(always)]
+    fn run<const FUSES: bool>(self) {
+        for (total, sums) in self.total.chunks_mut(BLOCK).zip(self.sums.chunks_mut(BLOCK)) {
+            if total.iter().fold(0, |any, total| any | total) == 0 {
+                sums.fill((0.0 * self.unit) as f32);
+                continue;
+            }
+            // All bits that differ from the sign, of all of them.
+            let size = total.iter().fold(0, |size, total| size | (total ^ (total >> 63)));
+            let is_small = size < 1 << 51;
+            for (total, sum) in total.iter_mut().zip(sums) {
+                let whole = match is_small {
+                    true => {
+                        f64::from_bits(total.wrapping_add(WHOLE.to_bits().cast_signed()).cast_unsigned())
+                            - WHOLE
+                    }
+                    false => *total as f64,
+                };
+                *sum = (whole * self.unit) as f32;
+                *total = 0;
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -169,6 +239,9 @@ mod tests {
         let (mut sum, mut taken) = (ExactSum::new(&Tensor::from_slice(&terms)), Tensor::from_slice(&terms));
         sum.take(&mut taken);
         assert!(sum.total.narrow(0, 0, 100_000).equal(&expected));
+        let mut sums = Tensor::zeros([100_000], (Kind::Float, Device::Cpu));
+        ExactSum { total: sum.total.copy() }.move_into(&mut sums);
+        assert!(sums.equal(&from_multiples(&expected)));
         assert_eq!((sum.total.int64_value(&[100_000]), taken.count_nonzero(None).int64_value(&[])), (0, 0));
     }
 }
