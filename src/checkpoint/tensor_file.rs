@@ -82,8 +82,9 @@ fn write_numbers(file: &mut impl Write, numbers: &Tensor) -> io::Result<()> {
     Ok(())
 }
 
-/// The named tensors of a file, mapped into memory: what nobody looks at is not read, and what was read takes no memory that
-/// the system could not have back. The file must not be written to meanwhile; it may be removed.
+/// The named tensors of a file in the order in which they lie there, mapped into memory: what nobody looks at is not read, and
+/// what was read takes no memory that the system could not have back. The file must not be written to meanwhile; it may be
+/// removed.
 ///
 /// # Errors
 /// It cannot be read, or is no whole safetensors file.
@@ -98,6 +99,9 @@ pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
     let mut whole = file.shallow_clone();
     let bytes = numbers::<u8>(&mut whole);
     let found = SafeTensors::deserialize(bytes).map_err(refused)?;
+    let mut found = found.tensors();
+    // As they lie, not as a hash map gives them.
+    found.sort_by_key(|(name, view)| (view.data().as_ptr().addr(), name.clone()));
     let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let kind = Kind::try_from(view.dtype())?;
         let start = view.data().as_ptr().addr() - bytes.as_ptr().addr();
@@ -108,7 +112,7 @@ pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
         let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         Ok((name, tensor.f_view_dtype(kind)?.f_view(size.as_slice())?))
     };
-    found.tensors().into_iter().map(tensor).collect()
+    found.into_iter().map(tensor).collect()
 }
 
 /// *All ranks* of the share. Hands all numbers of `named` to `put` in order, whoever has them. What only this rank has may lie
