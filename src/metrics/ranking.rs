@@ -6,6 +6,7 @@ use tch::{Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
 use crate::model::Share;
+use crate::model::head::logsumexp_rows;
 
 /// First item index that may be recommended: padding (0) and unknown (1) never are.
 pub(crate) const FIRST_ITEM: i64 = 2;
@@ -47,7 +48,7 @@ pub fn rank_targets(
     let mut target_scores = None;
     let mut log_sums = Vec::new();
     let mut best = Best::new(k);
-    let mut last = None;
+    let mut only = None;
     for items in &chunks {
         let chunk = scores(items.clone());
         let inside = target.ge(items.start).logical_and(&target.lt(items.end));
@@ -56,11 +57,12 @@ pub fn rank_targets(
             .gather(1, &place, false)
             .where_self(&inside, &chunk.new_zeros([1], (chunk.kind(), chunk.device())));
         target_scores = Some(target_scores.map_or_else(|| found.shallow_clone(), |sum: Tensor| sum + &found));
-        log_sums.push(chunk.logsumexp([1i64].as_slice(), false).unsqueeze(0));
+        log_sums.push(logsumexp_rows(&chunk).unsqueeze(0));
         if let Some((_, recommendable)) = recommendable(items, &chunk, hidden) {
             best.add(&recommendable);
         }
-        last = Some(chunk);
+        // Not to be scored again, if it is all.
+        only = Some(chunk).filter(|_| chunks.len() == 1);
     }
     let mut target_scores = target_scores.expect("a catalogue");
     let log_sums = share.gather_rows(&Tensor::cat(&log_sums, 0), &share.n_tiles_by_rank(chunk))?;
@@ -74,7 +76,6 @@ pub fn rank_targets(
     let mut top = best.top();
     let mut n_better = Tensor::zeros_like(targets);
     let in_top = Tensor::zeros([share.len()], (Kind::Bool, targets.device()));
-    let only = last.filter(|_| chunks.len() == 1);
     let again =
         |items: &Range<i64>| only.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone);
     if let (Some(top), Some(company)) = (&mut top, share.company()) {

@@ -225,6 +225,11 @@ impl<'a> Network<'a> {
         Ok(all)
     }
 
+    /// Lets go of memory that only passes need, until the next one.
+    pub fn end_passes(&mut self) {
+        self.workspace = Workspace::default();
+    }
+
     /// The rows of the tables of items that are here.
     pub fn share(&self) -> &Share<'a> {
         &self.share

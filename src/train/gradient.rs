@@ -199,6 +199,7 @@ impl Learner for GradientLearner<'_> {
             }
             day.laps.end("records");
         }
+        self.network.end_passes();
         if n_done < n_steps {
             return Err(TrainError::LoaderEnded { day: day.plan.day, n_done, n_steps });
         }

@@ -21,6 +21,7 @@ use crate::collective::CollectiveError;
 use crate::device::send;
 
 use sampled::sampled;
+pub(crate) use softmax::logsumexp_rows;
 pub use tiles::Workspace;
 
 /// `[model.head]`.

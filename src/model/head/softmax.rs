@@ -5,7 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::device::host::numbers;
+use crate::device::host::{in_parallel, numbers, part_len};
 use crate::device::vectors::{self, Loop, exp};
 
 /// Numbers that are worked on side by side: whole vectors of any CPU.
@@ -21,6 +21,50 @@ pub(super) fn softmax_rows(z: &mut Tensor, bias: &Tensor) -> Tensor {
     logs
 }
 
+/// `logsumexp` of every row of `z: [n, C]`: `[n]`, without anything as large as `z`.
+pub(crate) fn logsumexp_rows(z: &Tensor) -> Tensor {
+    if (z.device(), z.kind()) != (Device::Cpu, Kind::Float) {
+        return z.logsumexp([1i64].as_slice(), false);
+    }
+    let (n_rows, n_columns) = (z.size()[0] as usize, z.size()[1] as usize);
+    let (mut z, mut logs) = (z.contiguous(), Tensor::empty([n_rows as i64], (Kind::Float, Device::Cpu)));
+    let n_each = part_len(n_rows, 1);
+    let parts = numbers::<f32>(&mut z).chunks(n_each * n_columns).zip(numbers(&mut logs).chunks_mut(n_each));
+    in_parallel(parts, |(z, logs)| vectors::run(LogSums { z, n_columns, logs }));
+    logs
+}
+
+/// Rows of logits, which stay.
+struct LogSums<'a> {
+    z: &'a [f32],
+    n_columns: usize,
+    logs: &'a mut [f32],
+}
+
+impl Loop for LogSums<'_> {
+    #[inline(always)]
+    fn run<const FUSES: bool>(self) {
+        for (row, log) in self.z.chunks_exact(self.n_columns).zip(self.logs) {
+            let mut most = [f32::NEG_INFINITY; LANES];
+            for row in row.chunks(LANES) {
+                row.iter().zip(&mut most).for_each(|(z, most)| *most = larger(*most, *z));
+            }
+            let most = most.into_iter().fold(f32::NEG_INFINITY, larger);
+            let mut sums = [0.0; LANES];
+            for row in row.chunks(LANES) {
+                row.iter().zip(&mut sums).for_each(|(z, sum)| *sum += exp::<FUSES>(*z - most));
+            }
+            *log = most + sums.iter().sum::<f32>().ln();
+        }
+    }
+}
+
+/// The larger of two numbers; of a number and NaN, the number.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
 /// Rows of logits, in place.
 struct Rows<'a> {
     z: &'a mut [f32],
@@ -34,7 +78,6 @@ impl Loop for Rows<'_> {
     fn run<const FUSES: bool>(self) {
         for (row, log) in self.z.chunks_exact_mut(self.n_columns).zip(self.logs) {
             let mut most = [f32::NEG_INFINITY; LANES];
-            let larger = |a: f32, b: f32| if b > a { b } else { a };
             for (row, bias) in row.chunks_mut(LANES).zip(self.bias.chunks(LANES)) {
                 for ((z, bias), most) in row.iter_mut().zip(bias).zip(&mut most) {
                     *z += bias;
@@ -75,7 +118,12 @@ mod tests {
             });
             let mut p = z.copy();
             let logs = softmax_rows(&mut p, &bias);
-            let logits = (z + bias).to_kind(Kind::Double);
+            let logits = z + bias;
+            assert!(is_close(
+                &logsumexp_rows(&logits),
+                &logits.to_kind(Kind::Double).logsumexp([1i64].as_slice(), false)
+            ));
+            let logits = logits.to_kind(Kind::Double);
             assert!(is_close(&p, &logits.softmax(1, Kind::Double)), "{n_columns}");
             assert!(is_close(&logs, &logits.logsumexp([1i64].as_slice(), false)), "{n_columns}");
         }
