@@ -6,7 +6,10 @@ use std::path::Path;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     let sources = ["src/device/operation.cpp", "src/export/trace.cpp", "src/optim/fused.cpp"];
-    sources.iter().for_each(|source| println!("cargo::rerun-if-changed={source}"));
+    sources
+        .iter()
+        .chain(&["src/device/guarded.h"])
+        .for_each(|source| println!("cargo::rerun-if-changed={source}"));
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
     // See src/device/host.rs.

@@ -1,6 +1,6 @@
 //! A checkpoint that rank 0 has read, as every rank sees it: only rank 0 needs to see the run directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::tensor_file::deal;
 use super::{Checkpoint, CheckpointError, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
+use crate::device::host::return_freed_memory;
 use crate::model::Share;
 
 /// What all ranks know of it. Tensors come over one by one when they are asked for, of tables that are shared out only a rank's own
@@ -77,7 +78,7 @@ impl<'a> Shared<'a> {
     }
 
     /// Its folder, where rank 0 sees it.
-    pub fn path(&self) -> &PathBuf {
+    pub fn path(&self) -> &Path {
         &self.head.path
     }
 
@@ -124,7 +125,12 @@ impl<'a> Shared<'a> {
         shapes.iter().enumerate().map(move |(number, Shape { name, is_count, size })| {
             let kind = if *is_count { Kind::Int64 } else { Kind::Float };
             let mine = mine.map(|mine| mine[number].1.contiguous());
-            if let Some(company) = self.rows.company().filter(|_| Share::is_table(name)) {
+            let is_table = Share::is_table(name);
+            if is_table {
+                // What the table before took goes back first.
+                return_freed_memory();
+            }
+            if let Some(company) = self.rows.company().filter(|_| is_table) {
                 return Ok((name.as_str(), deal(mine.as_ref(), (size, kind), &self.rows, company)?));
             }
             let mut tensor = mine.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));

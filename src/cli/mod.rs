@@ -692,7 +692,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     let from = Shared::new(from, rows, collective).map_err(shared)?;
     let going_on = from.as_ref().map(|from| {
         let state = from.state();
-        (from.path().clone(), state.position, state.log_bytes)
+        (from.path().to_owned(), state.position, state.log_bytes)
     });
     // What does not fit is known before anything is changed.
     let training = Training::new(&job.config, &data, job.place(), from);

@@ -264,7 +264,7 @@ impl Keys {
             values.zip(numbers(&mut left).chunks_mut(n_rows * n_columns)).zip(self.rows.chunks(n_rows));
         in_parallel(parts, |((x, left), rows)| {
             let (threshold, kept) = (threshold(p), (1.0 / (1.0 - p)) as f32);
-            vectors::run(Drop { x, left, rows, columns: &self.columns, threshold, kept });
+            vectors::run(DropRows { x, left, rows, columns: &self.columns, threshold, kept });
         });
         left
     }
@@ -280,7 +280,7 @@ impl Keys {
 }
 
 /// Some rows of `x`, and what is left of them.
-struct Drop<'a> {
+struct DropRows<'a> {
     x: &'a [f32],
     left: &'a mut [f32],
     rows: &'a [i32],
@@ -289,7 +289,7 @@ struct Drop<'a> {
     kept: f32,
 }
 
-impl Loop for Drop<'_> {
+impl Loop for DropRows<'_> {
     #[inline(always)]
     fn run<const FUSES: bool>(self) {
         let n_columns = self.columns.len().max(1);

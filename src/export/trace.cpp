@@ -7,20 +7,10 @@
 #include <torch/script.h>
 
 #include <cstdio>
-#include <exception>
+
+#include "../device/guarded.h"
 
 namespace {
-
-template <typename Work>
-int guarded(char* error, size_t capacity, Work work) {
-  try {
-    work();
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, capacity, "%s", e.what());
-    return 1;
-  }
-}
 
 // Tensors made during the trace lie where the first input lies, not where the tracing machine had them.
 void follow_input(torch::jit::Graph& graph) {

@@ -240,34 +240,24 @@ impl Layout {
 
     /// `x: [P, D]` → `[B, L, D]`, zero where there is no position.
     pub fn pad(&self, x: &Tensor) -> Tensor {
-        let width = x.size()[1];
-        let padded = self.cells.as_ref().map(|cells| {
-            let n_cells = self.n_sessions * self.length;
-            x.new_zeros([n_cells, width], (x.kind(), x.device())).index_copy_(0, cells, x)
-        });
-        padded.as_ref().unwrap_or(x).view([self.n_sessions, self.length, width])
+        let padded = spread(x, &self.cells, self.n_sessions * self.length);
+        padded.view([self.n_sessions, self.length, x.size()[1]])
     }
 
     /// `x: [B, L, D]` → `[P, D]`.
     pub fn pack(&self, x: &Tensor) -> Tensor {
-        let x = x.reshape([-1, x.size()[2]]);
-        self.cells.as_ref().map_or(x.shallow_clone(), |cells| take_rows(&x, cells))
+        picked(x.reshape([-1, x.size()[2]]), &self.cells)
     }
 
     /// Reads `x: [N, H, D]` session by session: `[B, H, R, D]`, zero where fewer are read.
     pub fn by_read(&self, x: &Tensor) -> Tensor {
-        let (n_heads, width) = (x.size()[1], x.size()[2]);
-        let spread = self.read_slots.as_ref().map(|slots| {
-            let size = [self.n_sessions * self.most_reads, n_heads, width];
-            x.new_zeros(size, (x.kind(), x.device())).index_copy_(0, slots, x)
-        });
-        spread.as_ref().unwrap_or(x).view([-1, self.most_reads, n_heads, width]).transpose(1, 2)
+        let slots = spread(x, &self.read_slots, self.n_sessions * self.most_reads);
+        slots.view([-1, self.most_reads, x.size()[1], x.size()[2]]).transpose(1, 2)
     }
 
     /// The other way round: `x: [B, H, R, D]` → `[N, H, D]`.
     pub fn of_reads(&self, x: &Tensor) -> Tensor {
-        let x = x.transpose(1, 2).flatten(0, 1);
-        self.read_slots.as_ref().map_or(x.shallow_clone(), |slots| take_rows(&x, slots))
+        picked(x.transpose(1, 2).flatten(0, 1), &self.read_slots)
     }
 
     /// What must not be attended to, bool `[B or 1, L, L]` as (session, from, to); a position always sees itself. `None`
@@ -327,5 +317,20 @@ impl Layout {
     /// Whether `of` is predicted, and not before `own`.
     fn not_before(of: &Tensor, own: &Tensor) -> Tensor {
         of.ge(0).logical_and(&of.ge_tensor(own))
+    }
+}
+
+/// Rows `x: [P, ..]` at their places among `n`, zero where there is none: `[n, ..]`. Without places there is a row for each.
+fn spread(x: &Tensor, places: &Option<Tensor>, n: i64) -> Tensor {
+    let Some(places) = places else { return x.shallow_clone() };
+    let size = [&[n], &x.size()[1..]].concat();
+    x.new_zeros(size, (x.kind(), x.device())).index_copy_(0, places, x)
+}
+
+/// The other way round: `x: [n, ..]` → `[P, ..]`.
+fn picked(x: Tensor, places: &Option<Tensor>) -> Tensor {
+    match places {
+        Some(places) => take_rows(&x, places),
+        None => x,
     }
 }

@@ -81,7 +81,7 @@ impl Walk {
     /// From the gradient of the states to those of `x`, `W`, `U`, `b` and `c`.
     fn back(self, states: &Tensor, gradient: Tensor) -> Vec<Tensor> {
         let width = self.width;
-        let mut gradient = gradient.contiguous();
+        let gradient = gradient.contiguous();
         // Of the states of a step by what follows them.
         let mut later = gradient.narrow(0, 0, 0);
         for (number, step) in self.steps.iter().enumerate().rev() {
@@ -111,9 +111,8 @@ impl Walk {
             true => self.of_state.zeros_like(),
             false => by_state.slice(0, n_first, None, 1).tr().matmul(&Tensor::cat(&befores, 0)),
         };
-        gradient = by_input.matmul(&self.of_input);
         vec![
-            gradient,
+            by_input.matmul(&self.of_input),
             in_order(by_input.tr().matmul(&self.x)),
             of_state,
             in_order(biases.narrow(0, 0, 3 * width)),

@@ -3,20 +3,15 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/full.h>
 
-#include <cstdio>
-#include <exception>
+#include "../device/guarded.h"
 
 // One step: parameters, gradients, first and second moments, all flat; gradients count divided by `scale`. Returns 0, or 1 with a
 // message in `error`.
 extern "C" int bireme_fused_adamw(at::Tensor** of, double n_steps, double learning_rate, const double* betas, double epsilon,
                                   at::Tensor* scale, char* error, size_t capacity) {
-  try {
+  return guarded(error, capacity, [&] {
     auto steps = at::full({}, n_steps, of[0]->options());
     at::_fused_adamw_({*of[0]}, {*of[1]}, {*of[2]}, {*of[3]}, {}, {steps}, learning_rate, betas[0], betas[1],
                       /*weight_decay=*/0.0, epsilon, /*amsgrad=*/false, /*maximize=*/false, *scale);
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, capacity, "%s", e.what());
-    return 1;
-  }
+  });
 }

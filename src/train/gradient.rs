@@ -12,7 +12,6 @@ use crate::collective::exact::ExactSum;
 use crate::collective::{Collective, CollectiveError, Reduce, rounded};
 use crate::config::Config;
 use crate::data::{Batch, Features, Loader, Noise};
-use crate::device::host::return_freed_memory;
 use crate::device::send;
 use crate::model::head::{Contestants, Rivals};
 use crate::model::parameters::copy_rows;
@@ -245,16 +244,12 @@ impl Learner for GradientLearner<'_> {
         for saved in from.weights() {
             let (name, tensor) = saved?;
             parameters.assign_one(&parameters.values(), (name, &tensor), tables).map_err(mismatch)?;
-            drop(tensor);
-            return_freed_memory();
         }
         for saved in from.optimizer() {
             let (name, saved) = saved?;
             if let Some((_, tensor, may_grow)) = state.iter().find(|(wanted, ..)| wanted == name) {
                 copy_rows(name, &saved, tensor, *may_grow).map_err(mismatch)?;
             }
-            drop(saved);
-            return_freed_memory();
         }
         self.optimizer.set_n_steps(from.state().optimizer_steps);
         Ok(())
