@@ -3,7 +3,7 @@
 use bireme_etl::{Coded, Options, SESSIONS_BY_DAY, WORKFLOW, Workflow, preprocess};
 use serde_json::Value;
 
-use crate::support::{Row, days, decoded, read, rows, scratch, shared};
+use crate::support::{Row, days, decoded, read, rows, scratch};
 
 const COLUMNS: [(Coded, &str); 5] = [
     (Coded::Product, "product_id-list_seq"),
@@ -27,11 +27,10 @@ fn near(a: f64, b: f64) -> bool {
 
 #[test]
 fn the_golden_events_give_the_golden_sessions() {
-    let (Some(events), Some(golden)) = (shared("golden/etl_events.csv"), shared("golden/etl_golden.json"))
-    else {
-        return;
-    };
-    let golden: Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+    let events = folder.join("etl_events.csv");
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(folder.join("etl_golden.json")).unwrap()).unwrap();
     let dir = scratch();
     let out = dir.path().join("out");
     let mut options = Options::new(vec![events], out.clone());

@@ -1,4 +1,4 @@
-//! Files that tests read: made on the spot, or the reference numbers beside the project.
+//! Files that tests read: made by them, or kept in tests/golden.
 
 use std::collections::HashMap;
 use std::env;
@@ -14,7 +14,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use tch::Tensor;
 
-/// The folder of reference numbers and real events: `BIREME_SHARED`, or `../shared`. A test without it is skipped.
+/// The folder of real events: `BIREME_SHARED`, or `../shared`. A test without it is skipped.
 pub fn shared() -> Option<PathBuf> {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
     let dir = env::var_os("BIREME_SHARED").map_or(beside, PathBuf::from);
@@ -22,16 +22,20 @@ pub fn shared() -> Option<PathBuf> {
         return Some(dir);
     }
     println!(
-        "skipped: there is no `{}` with reference numbers (`BIREME_SHARED` names another)",
+        "skipped: there is no `{}` with real events (`BIREME_SHARED` names another)",
         dir.display()
     );
     None
 }
 
-/// Named tensors of a reference file.
-pub fn golden(shared: &Path, name: &str) -> HashMap<String, Tensor> {
-    let path = shared.join("golden").join(format!("{name}.safetensors"));
-    Tensor::read_safetensors(path).unwrap().into_iter().collect()
+/// A file of tests/golden, whose README describes them.
+pub fn golden_path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+/// Named tensors of `tests/golden/NAME.safetensors`.
+pub fn golden(name: &str) -> HashMap<String, Tensor> {
+    Tensor::read_safetensors(golden_path(&format!("{name}.safetensors"))).unwrap().into_iter().collect()
 }
 
 /// Largest absolute difference.

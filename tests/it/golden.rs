@@ -1,7 +1,6 @@
 //! The models and the metrics give the original's numbers.
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use bireme::data::{Batch, Features, Noise, Segment};
 use bireme::device::laps::Laps;
@@ -17,7 +16,7 @@ use bireme::optim::{Optimizer, Schedule, TableOptimizer, average_and_clip};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::fixtures::{self, ITEM, distance, features, golden, shared};
+use crate::fixtures::{self, ITEM, distance, features, golden, golden_path};
 
 const MASK: &str = "heads.0.body.0._masking.masked_item_embedding";
 
@@ -122,8 +121,8 @@ fn xlnet(golden: &Named, info: &Value, length: usize) -> Network<'static> {
     Network::new(&Neural::Xlnet(&config), &features, length, (1, Device::Cpu)).unwrap()
 }
 
-fn info(shared: &Path, name: &str) -> Value {
-    let text = std::fs::read_to_string(shared.join("golden").join(format!("{name}.json"))).unwrap();
+fn info(name: &str) -> Value {
+    let text = std::fs::read_to_string(golden_path(&format!("{name}.json"))).unwrap();
     serde_json::from_str(&text).unwrap()
 }
 
@@ -168,8 +167,7 @@ fn originals<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<String, Str
 
 #[test]
 fn gru_has_the_loss_and_every_gradient_of_the_original() {
-    let Some(shared) = shared() else { return };
-    let golden = golden(&shared, "gru_tiny_batch_first");
+    let golden = golden("gru_tiny_batch_first");
     let weights = stored_weights(&golden);
     let originals = originals(weights.iter().map(|(name, _)| name));
     // As many logits at once as there are for one target, for four, and for all.
@@ -192,8 +190,7 @@ fn gru_has_the_loss_and_every_gradient_of_the_original() {
 
 #[test]
 fn gru_has_the_logits_of_the_original_at_every_target() {
-    let Some(shared) = shared() else { return };
-    let golden = golden(&shared, "gru_tiny_batch_first");
+    let golden = golden("gru_tiny_batch_first");
     let network = gru_tiny(&golden, &[]);
     let items = &golden["in.product_id-list_seq"];
     let expected = &golden["train.act.4_logits_at_labels"];
@@ -215,8 +212,7 @@ fn gru_has_the_logits_of_the_original_at_every_target() {
 /// its numbers check us all the same: with the mask vector as one more item, hidden events are events of that item.
 #[test]
 fn gru_has_the_logits_of_the_original_at_evaluation() {
-    let Some(shared) = shared() else { return };
-    let golden = golden(&shared, "gru_tiny_batch_first");
+    let golden = golden("gru_tiny_batch_first");
     let network = gru_tiny(&golden, &[&golden[&format!("w.{MASK}")]]);
     let items = &golden["in.product_id-list_seq"];
     for session in 0..4 {
@@ -231,11 +227,10 @@ fn gru_has_the_logits_of_the_original_at_evaluation() {
 
 #[test]
 fn xlnet_has_the_states_and_logits_of_the_original() {
-    let Some(shared) = shared() else { return };
     for (name, length, tolerance) in
         [("xlnet_tiny", 5, 1e-5), ("xlnet_tiny_side", 5, 1e-5), ("xlnet_tutorial_size", 20, 1e-4)]
     {
-        let (golden, info) = (golden(&shared, name), info(&shared, name));
+        let (golden, info) = (golden(name), info(name));
         let network = xlnet(&golden, &info, length);
         load(&network, weights_of(&golden, &info, &network));
         let batch = batch_of(&golden);
@@ -268,8 +263,7 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
 /// Hugging Face's XLNet by itself: what the layers make of given vectors.
 #[test]
 fn xlnet_layers_are_those_of_hugging_face() {
-    let Some(shared) = shared() else { return };
-    let golden = golden(&shared, "xlnet_body_tiny");
+    let golden = golden("xlnet_body_tiny");
     let config = XlnetConfig { width: 8, n_heads: 2, dropout: 0.0, ..XlnetConfig::default() };
     let mut initial = Initial::default();
     let xlnet = Xlnet::declare(&config, &mut initial);
@@ -313,9 +307,8 @@ fn weights_of(golden: &Named, info: &Value, network: &Network) -> Vec<(String, T
 
 #[test]
 fn xlnet_has_the_loss_and_every_gradient_of_the_original() {
-    let Some(shared) = shared() else { return };
     for (name, n_parameters) in [("xlnet_tiny", 39), ("xlnet_tiny_side", 41)] {
-        let (golden, info) = (golden(&shared, name), info(&shared, name));
+        let (golden, info) = (golden(name), info(name));
         let weights = stored_weights(&golden);
         let originals = originals(weights.iter().map(|(name, _)| name));
         for max_logits in [1, 1000] {
@@ -338,9 +331,8 @@ fn xlnet_has_the_loss_and_every_gradient_of_the_original() {
 
 #[test]
 fn models_of_the_tutorials_size_have_the_gradients_of_the_original() {
-    let Some(shared) = shared() else { return };
     let name = "xlnet_tutorial_size";
-    let (golden, info) = (golden(&shared, name), info(&shared, name));
+    let (golden, info) = (golden(name), info(name));
     let mut network = xlnet(&golden, &info, 20);
     load(&network, weights_of(&golden, &info, &network));
     let batch = batch_of(&golden);
@@ -368,8 +360,7 @@ fn models_of_the_tutorials_size_have_the_gradients_of_the_original() {
 
 #[test]
 fn five_steps_end_in_the_weights_of_the_original() {
-    let Some(shared) = shared() else { return };
-    let (golden, info) = (golden(&shared, "xlnet_tiny"), info(&shared, "xlnet_tiny"));
+    let (golden, info) = (golden("xlnet_tiny"), info("xlnet_tiny"));
     let mut network = xlnet(&golden, &info, 5);
     load(&network, stored_weights(&golden));
     let batch = batch_of(&golden);
@@ -403,8 +394,7 @@ fn five_steps_end_in_the_weights_of_the_original() {
 
 #[test]
 fn metrics_are_those_of_the_original() {
-    let Some(shared) = shared() else { return };
-    let golden = golden(&shared, "metrics");
+    let golden = golden("metrics");
     let mut tally = Tally::default();
     for batch in ["b1", "b2"] {
         let (scores, labels) = (&golden[&format!("scores.{batch}")], &golden[&format!("labels.{batch}")]);

@@ -592,8 +592,7 @@ fn configurations_in_the_repository_are_complete() {
 
 #[test]
 fn weights_of_the_original_become_a_run() {
-    let Some(shared) = fixtures::shared() else { return };
-    let golden = fixtures::golden(&shared, "xlnet_tiny");
+    let golden = fixtures::golden("xlnet_tiny");
     let shop = Shop::new(20);
     fixtures::days(&shop.data(), 3, 20, 30);
     let tiny = "kind = \"xlnet\"\nwidth = 8\nn_heads = 2\ninput = { item_width = 6, projection_width = 8 }\n";
