@@ -1,6 +1,8 @@
 //! Operations of our own in libtorch's autograd.
 
-use std::ffi::c_void;
+use std::any::Any;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
 
 use tch::Tensor;
@@ -13,7 +15,14 @@ type Back = Box<dyn FnOnce(Tensor) -> Vec<Tensor> + Send>;
 type Kept = Option<Back>;
 
 unsafe extern "C" {
-    fn bireme_follows(output: *mut C_tensor, inputs: *const *const C_tensor, n: usize, back: *mut c_void);
+    fn bireme_follows(
+        output: *mut C_tensor,
+        inputs: *const *const C_tensor,
+        n: usize,
+        back: *mut c_void,
+        error: *mut c_char,
+        capacity: usize,
+    ) -> c_int;
 }
 
 /// Says that `output`, computed in whatever way from `inputs`, follows from them: where one of these is learnt, gradients go on
@@ -26,8 +35,21 @@ pub fn follows(
     let inputs: Vec<*const C_tensor> = inputs.iter().map(|input| input.as_ptr()).collect();
     let back: Kept = Some(Box::new(back));
     let back = Box::into_raw(Box::new(back));
-    // SAFETY: all pointers are to live tensors, as many as said, and `back` is given away.
-    unsafe { bireme_follows(output.as_mut_ptr(), inputs.as_ptr(), inputs.len(), back.cast()) };
+    let mut error: [c_char; 1024] = [0; 1024];
+    // SAFETY: all pointers are to live tensors, as many as said, `back` is given away, and there is room for as many
+    // characters as said.
+    let failed = unsafe {
+        bireme_follows(
+            output.as_mut_ptr(),
+            inputs.as_ptr(),
+            inputs.len(),
+            back.cast(),
+            error.as_mut_ptr(),
+            error.len(),
+        )
+    };
+    // SAFETY: it is a C string, empty or written by `snprintf`.
+    assert!(failed == 0, "{}", unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy());
     output
 }
 
@@ -37,20 +59,48 @@ unsafe extern "C" fn bireme_go_back(
     gradient: *mut C_tensor,
     of_inputs: *mut *mut C_tensor,
     n: usize,
-) {
+    error: *mut c_char,
+    capacity: usize,
+) -> c_int {
     // SAFETY: `back` is what `follows` gave away, and nobody else looks at it meanwhile; the gradient is ours; there is room
-    // for as many pointers as said.
-    let (back, gradient, of_inputs) = unsafe {
-        (&mut *back.cast::<Kept>(), Tensor::from_ptr(gradient), slice::from_raw_parts_mut(of_inputs, n))
+    // for as many pointers and characters as said.
+    let (back, gradient, of_inputs, error) = unsafe {
+        (
+            &mut *back.cast::<Kept>(),
+            Tensor::from_ptr(gradient),
+            slice::from_raw_parts_mut(of_inputs, n),
+            slice::from_raw_parts_mut(error.cast::<u8>(), capacity),
+        )
     };
-    let back = back.take().expect("gradients go back once, as nothing is kept for a second time");
-    let gradients = back(gradient);
-    assert_eq!(gradients.len(), n, "as many gradients as inputs");
-    for (place, mut gradient) in of_inputs.iter_mut().zip(gradients) {
-        *place = gradient.as_mut_ptr();
-        // It is the caller's now.
-        std::mem::forget(gradient);
+    // A panic must not unwind into C++, which is undefined behaviour.
+    let gradients = catch_unwind(AssertUnwindSafe(|| {
+        let back = back.take().expect("gradients go back once, as nothing is kept for a second time");
+        let gradients = back(gradient);
+        assert_eq!(gradients.len(), n, "as many gradients as inputs");
+        gradients
+    }));
+    match gradients {
+        Ok(gradients) => {
+            for (place, mut gradient) in of_inputs.iter_mut().zip(gradients) {
+                *place = gradient.as_mut_ptr();
+                // The caller frees it.
+                std::mem::forget(gradient);
+            }
+            0
+        }
+        Err(panic) => {
+            let text = panic_text(&*panic).as_bytes();
+            let n = text.len().min(capacity - 1);
+            error[..n].copy_from_slice(&text[..n]);
+            error[n] = 0;
+            1
+        }
     }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message")
 }
 
 #[unsafe(no_mangle)]
@@ -87,6 +137,14 @@ mod tests {
         let (ours, theirs) = (of(&|a, b| product(a, b, &witness)), of(&|a, b| a * b));
         assert!(ours.iter().zip(&theirs).all(|(ours, theirs)| ours.equal(theirs)), "{ours:?} {theirs:?}");
         assert_eq!(Arc::strong_count(&witness), 1, "a way back that was gone is kept");
+    }
+
+    #[test]
+    fn a_panic_on_the_way_back_is_an_error_of_libtorch() {
+        let a = Tensor::from_slice(&[1f32]).set_requires_grad(true);
+        let output = follows(tch::no_grad(|| &a * 2.0), &[&a], |_| panic!("no way back"));
+        let error = Tensor::f_run_backward(&[output], &[&a], false, false).unwrap_err();
+        assert!(error.to_string().contains("no way back"), "{error}");
     }
 
     #[test]

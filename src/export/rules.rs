@@ -16,57 +16,36 @@ pub const FILE: &str = "model.pt";
 /// Checks the module `path` and its configuration.
 ///
 /// # Errors
-/// Says which rule is broken.
+/// Names the rule that is broken.
 pub fn check(config: &ModelConfig, path: &Path) -> Result<(), String> {
-    check_config(config, &arguments(path)?)?;
+    let arguments = arguments(path)?;
+    check_config(config)?;
+    let (inputs, outputs) = (input_positions(config, &arguments)?, output_positions(config)?);
     let module = CModule::load(path).map_err(|error| error.to_string())?;
-    // Sizes other than those of the trace, and each other than 1, so that one that was baked in shows.
+    // Sizes other than those of the trace, and each other than 1, so that a size that the trace
+    // holds as a constant shows.
     for (n_sessions, any) in [(5, 4), (1, 7)] {
-        let inputs = config.input.iter().map(|input| {
+        let mut values: Vec<(usize, IValue)> = Vec::with_capacity(inputs.len());
+        for (input, &position) in config.input.iter().zip(&inputs) {
             let mut size = vec![n_sessions];
             size.extend(input.dims.iter().map(|&dim| if dim < 0 { any } else { dim }));
-            IValue::Tensor(Tensor::ones(size, (kind(input.data_type()).expect("checked"), Device::Cpu)))
-        });
-        let outputs = module.forward_is(&inputs.collect::<Vec<_>>()).map_err(|error| error.to_string())?;
-        check_outputs(config, &outputs, n_sessions)?;
+            let options = (kind(input.data_type()).expect("checked"), Device::Cpu);
+            values.push((position, IValue::Tensor(Tensor::ones(size, options))));
+        }
+        values.sort_by_key(|(position, _)| *position);
+        let values: Vec<IValue> = values.into_iter().map(|(_, value)| value).collect();
+        let results = module.forward_is(&values).map_err(|error| error.to_string())?;
+        check_outputs(config, &outputs, &results, n_sessions)?;
     }
     Ok(())
 }
 
-fn check_config(config: &ModelConfig, arguments: &[String]) -> Result<(), String> {
+fn check_config(config: &ModelConfig) -> Result<(), String> {
     if config.platform != "pytorch_libtorch" && config.backend != "pytorch" {
         return Err("the platform must be `pytorch_libtorch`".to_owned());
     }
     if config.input.is_empty() || config.output.is_empty() {
         return Err("the configuration must name all inputs and outputs".to_owned());
-    }
-    if config.input.len() != arguments.len() {
-        return Err(format!(
-            "`forward` takes {} arguments, the configuration has {} inputs",
-            arguments.len(),
-            config.input.len()
-        ));
-    }
-    let names = config.input.iter().map(|input| input.name.as_str());
-    match names.clone().find(|name| !arguments.iter().any(|argument| argument == name)) {
-        // Inputs are then found by the names of arguments, whatever their order.
-        None => {}
-        Some(name) => {
-            let numbers: Option<Vec<usize>> = names.map(index_of).collect();
-            if numbers.is_none_or(|numbers| !is_permutation(numbers)) {
-                return Err(format!(
-                    "input `{name}` is neither an argument of `forward` nor numbered as `<name>__<number>`"
-                ));
-            }
-        }
-    }
-    let outputs = config.output.iter().map(|output| output.name.as_str());
-    let numbers: Vec<Option<usize>> = outputs.map(index_of).collect();
-    // Numbered all or none: then the order of the configuration is that of the tuple.
-    if numbers.iter().any(Option::is_some)
-        && !numbers.into_iter().collect::<Option<Vec<_>>>().is_some_and(is_permutation)
-    {
-        return Err("some outputs are numbered and others are not".to_owned());
     }
     let inputs = config.input.iter().map(|input| (&input.name, input.data_type(), &input.dims));
     let outputs = config.output.iter().map(|output| (&output.name, output.data_type(), &output.dims));
@@ -81,20 +60,62 @@ fn check_config(config: &ModelConfig, arguments: &[String]) -> Result<(), String
     Ok(())
 }
 
-fn check_outputs(config: &ModelConfig, outputs: &IValue, n_sessions: i64) -> Result<(), String> {
-    let IValue::Tuple(outputs) = outputs else {
+/// The argument of `forward` that each configured input becomes: by name, or else by its number.
+fn input_positions(config: &ModelConfig, arguments: &[String]) -> Result<Vec<usize>, String> {
+    if config.input.len() != arguments.len() {
+        return Err(format!(
+            "`forward` takes {} arguments, the configuration has {} inputs",
+            arguments.len(),
+            config.input.len()
+        ));
+    }
+    let names: Vec<&str> = config.input.iter().map(|input| input.name.as_str()).collect();
+    let place = |name: &&str| arguments.iter().position(|argument| argument == name);
+    if let Some(positions) = names.iter().map(place).collect::<Option<Vec<_>>>() {
+        return Ok(positions);
+    }
+    numbers_of(&names).ok_or_else(|| {
+        let unknown = names.iter().find(|name| place(name).is_none()).unwrap_or(&names[0]);
+        format!("input `{unknown}` is neither an argument of `forward` nor numbered as `<name>__<number>`")
+    })
+}
+
+/// The place of each configured output in the tuple that `forward` returns: its number, or else its
+/// place in the configuration.
+fn output_positions(config: &ModelConfig) -> Result<Vec<usize>, String> {
+    let names: Vec<&str> = config.output.iter().map(|output| output.name.as_str()).collect();
+    if names.iter().all(|name| number_of(name).is_none()) {
+        return Ok((0..names.len()).collect());
+    }
+    numbers_of(&names).ok_or_else(|| {
+        let listed: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+        format!(
+            "the outputs {} are not numbered from 0 to {} without gaps",
+            listed.join(", "),
+            names.len() - 1
+        )
+    })
+}
+
+fn check_outputs(
+    config: &ModelConfig,
+    positions: &[usize],
+    results: &IValue,
+    n_sessions: i64,
+) -> Result<(), String> {
+    let IValue::Tuple(results) = results else {
         return Err("`forward` must return a tuple of tensors".to_owned());
     };
-    if outputs.len() != config.output.len() {
+    if results.len() != config.output.len() {
         return Err(format!(
             "`forward` returns {} tensors, the configuration has {} outputs",
-            outputs.len(),
+            results.len(),
             config.output.len()
         ));
     }
-    for (output, value) in config.output.iter().zip(outputs) {
-        let IValue::Tensor(tensor) = value else {
-            return Err(format!("output `{}` is no tensor", output.name));
+    for (output, &position) in config.output.iter().zip(positions) {
+        let IValue::Tensor(tensor) = &results[position] else {
+            return Err(format!("output `{}` is not a tensor", output.name));
         };
         if Some(tensor.kind()) != kind(output.data_type()) {
             return Err(format!("output `{}` is of type {:?}", output.name, tensor.kind()));
@@ -114,13 +135,17 @@ fn check_outputs(config: &ModelConfig, outputs: &IValue, n_sessions: i64) -> Res
 }
 
 /// The number in `<name>__<number>`.
-fn index_of(name: &str) -> Option<usize> {
+fn number_of(name: &str) -> Option<usize> {
     name.rsplit_once("__").and_then(|(_, number)| number.parse().ok())
 }
 
-fn is_permutation(mut numbers: Vec<usize>) -> bool {
-    numbers.sort_unstable();
-    numbers.into_iter().eq(0..).then_some(()).is_some()
+/// The numbers of all names, if they are a permutation of 0, 1, …
+fn numbers_of(names: &[&str]) -> Option<Vec<usize>> {
+    let numbers: Vec<usize> = names.iter().map(|name| number_of(name)).collect::<Option<_>>()?;
+    let mut sorted = numbers.clone();
+    sorted.sort_unstable();
+    let is_permutation = sorted.iter().enumerate().all(|(place, &number)| number == place);
+    is_permutation.then_some(numbers)
 }
 
 /// The tensors that the backend has.
@@ -137,4 +162,43 @@ fn kind(datatype: DataType) -> Option<Kind> {
         DataType::TypeFp64 => Kind::Double,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use bireme_serve::protocol::{ModelInput, ModelOutput};
+
+    use super::*;
+
+    fn config(inputs: &[&str], outputs: &[&str]) -> ModelConfig {
+        let input = |name: &&str| ModelInput { name: (*name).into(), ..ModelInput::default() };
+        let output = |name: &&str| ModelOutput { name: (*name).into(), ..ModelOutput::default() };
+        ModelConfig {
+            input: inputs.iter().map(input).collect(),
+            output: outputs.iter().map(output).collect(),
+            ..ModelConfig::default()
+        }
+    }
+
+    #[test]
+    fn inputs_are_found_by_name_or_by_number() {
+        let arguments = ["a".to_owned(), "b".to_owned()];
+        let positions = |names: &[&str]| input_positions(&config(names, &[]), &arguments);
+        assert_eq!(positions(&["b", "a"]), Ok(vec![1, 0]));
+        assert_eq!(positions(&["x__1", "y__0"]), Ok(vec![1, 0]));
+        for names in [&["x__0", "y__2"][..], &["a", "y__1"], &["x", "y"], &["x__0", "y__0"], &["a"]] {
+            assert!(positions(names).is_err(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn outputs_are_numbered_without_gaps_or_not_at_all() {
+        let positions = |names: &[&str]| output_positions(&config(&[], names));
+        assert_eq!(positions(&["x__0", "y__1"]), Ok(vec![0, 1]));
+        assert_eq!(positions(&["x__1", "y__0"]), Ok(vec![1, 0]));
+        assert_eq!(positions(&["scores", "items"]), Ok(vec![0, 1]));
+        for names in [&["x__0", "y__2"][..], &["x__0", "y"], &["x__1", "y__1"]] {
+            assert!(positions(names).is_err(), "{names:?}");
+        }
+    }
 }

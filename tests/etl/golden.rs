@@ -1,5 +1,7 @@
 //! Two hundred events come out as NVTabular 0.7 makes them.
 
+use std::path::Path;
+
 use bireme_etl::{Coded, Options, SESSIONS_BY_DAY, WORKFLOW, Workflow, preprocess};
 use serde_json::Value;
 
