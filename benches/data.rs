@@ -42,7 +42,7 @@ fn rates(config: &str, data: &str, runs: usize) -> Result<Vec<f64>, Box<dyn std:
     let config = Config::load(config.as_ref(), &[])?;
     tch::set_num_threads(1);
     let days = Days::open(data.as_ref(), &config.data)?;
-    let day = config.data.first_day;
+    let day = config.data.first_day.unwrap_or(1);
     let train = &config.train;
     let plan = DayPlan {
         window: Window::new(vec![days.file(day, Split::Train)?.into()]),

@@ -149,26 +149,30 @@ impl Config {
         if !(0.1..=1e9).contains(&self.run.patience_seconds) {
             return refuse("run", format!("`patience_seconds` cannot be {}", self.run.patience_seconds));
         }
-        let data::Config { first_day, last_day, max_length, .. } = self.data;
-        if last_day <= first_day {
-            return refuse("data", format!("`last_day` {last_day} is not after `first_day` {first_day}"));
+        let checks = [
+            ("data", self.data.check()),
+            ("train", self.train.check()),
+            ("model", self.model.check(self.data.max_length)),
+            ("evaluate", self.evaluate.check()),
+            ("checkpoint", self.checkpoint.check()),
+        ];
+        checks
+            .into_iter()
+            .try_for_each(|(section, checked)| checked.or_else(|problem| refuse(section, problem)))
+    }
+
+    /// Checks the threads of a rank against its host's cores.
+    ///
+    /// # Errors
+    /// More threads than could be of use.
+    pub fn check_threads(&self, n_cores: usize) -> Result<(), ConfigError> {
+        let (n_threads, most) = (self.run.threads_per_rank, (4 * n_cores).clamp(16, 1024));
+        if n_threads <= most {
+            return Ok(());
         }
-        if max_length < 2 {
-            return refuse("data", format!("`max_length` {max_length} leaves nothing to predict from"));
-        }
-        if self.data.window_days == 0 {
-            return refuse("data", "`window_days` must be at least 1".to_owned());
-        }
-        if let Err(problem) = self.train.check() {
-            return refuse("train", problem);
-        }
-        if let Err(problem) = self.model.check() {
-            return refuse("model", problem);
-        }
-        if self.evaluate.block == 0 || self.evaluate.scores_mib == 0 {
-            return refuse("evaluate", "`block` and `scores_mib` must be at least 1".to_owned());
-        }
-        Ok(())
+        let problem =
+            format!("`threads_per_rank` cannot be {n_threads}: at most {most} on a host of {n_cores} cores");
+        Err(ConfigError::Value { section: "run".to_owned(), problem })
     }
 
     /// A key that is other than in `earlier` and would make the run another, with its two values; none if the run could go
@@ -213,6 +217,42 @@ impl Config {
     }
 }
 
+/// Checks a number of things of which there must be one at least.
+///
+/// # Errors
+/// Names the key.
+pub(crate) fn check_count(key: &str, value: usize, most: usize) -> Result<(), String> {
+    match value {
+        0 => Err(format!("`{key}` must be at least 1")),
+        _ if value > most => Err(format!("`{key}` cannot be {value}: at most {most}")),
+        _ => Ok(()),
+    }
+}
+
+/// Checks a width or a number of layers, heads or vectors.
+///
+/// # Errors
+/// Names the key.
+pub(crate) fn check_width(key: &str, value: i64, most: i64) -> Result<(), String> {
+    match value {
+        ..1 => Err(format!("`{key}` cannot be {value}")),
+        _ if value > most => Err(format!("`{key}` cannot be {value}: at most {most}")),
+        _ => Ok(()),
+    }
+}
+
+/// Largest width of anything: products of three of them are still numbers.
+pub(crate) const MOST_WIDTH: i64 = 1 << 20;
+
+/// Checks a number that is computed with as f32, not below `least`.
+///
+/// # Errors
+/// Names the key.
+pub(crate) fn check_finite(key: &str, value: f64, least: f32) -> Result<(), String> {
+    let rounded = value as f32;
+    if rounded.is_finite() && rounded >= least { Ok(()) } else { Err(format!("`{key}` cannot be {value}")) }
+}
+
 /// The values in `value` by their dotted keys, which begin with `prefix`.
 fn flatten(prefix: &str, value: &Value, keys: &mut BTreeMap<String, String>) {
     match value {
@@ -230,7 +270,7 @@ fn flatten(prefix: &str, value: &Value, keys: &mut BTreeMap<String, String>) {
 
 fn section<T: DeserializeOwned>(table: &mut Table, name: &str) -> Result<T, ConfigError> {
     let value = table.remove(name).unwrap_or_else(|| Value::Table(Table::new()));
-    value.try_into().map_err(|error: toml::de::Error| {
+    value.clone().try_into().map_err(|error: toml::de::Error| {
         let message = error.message();
         let mut quoted = message.split('`').skip(1).step_by(2);
         match (message.starts_with("unknown field"), quoted.next()) {
@@ -238,8 +278,30 @@ fn section<T: DeserializeOwned>(table: &mut Table, name: &str) -> Result<T, Conf
                 key: format!("{name}.{key}"),
                 nearest: nearest(key, quoted).map(|near| format!("{name}.{near}")),
             },
-            _ => ConfigError::Value { section: name.to_owned(), problem: message.to_owned() },
+            _ => {
+                let key = culprit::<T>(&value, message).map_or(String::new(), |key| format!("`{key}`: "));
+                ConfigError::Value { section: name.to_owned(), problem: format!("{key}{message}") }
+            }
         }
+    })
+}
+
+/// The key of a section without which an error would be another: the key that it is about. Serde does not name it where
+/// sections are enums.
+fn culprit<T: DeserializeOwned>(section: &Value, message: &str) -> Option<String> {
+    let mut keys = BTreeMap::new();
+    flatten("", section, &mut keys);
+    keys.into_keys().find(|key| {
+        let mut without = section.clone();
+        let path: Vec<&str> = key.split('.').collect();
+        let (last, tables) = path.split_last().expect("a key has a part");
+        let mut inner = Some(&mut without);
+        for table in tables {
+            inner = inner.and_then(|inner| inner.get_mut(*table));
+        }
+        let removed = inner.and_then(Value::as_table_mut).and_then(|table| table.remove(*last));
+        let other = without.try_into::<T>().err();
+        removed.is_some() && other.is_none_or(|other| other.message() != message)
     })
 }
 

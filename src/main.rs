@@ -1,5 +1,6 @@
 //! Arguments in, exit code out.
 
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::env;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
@@ -7,6 +8,40 @@ use std::os::unix::ffi::OsStrExt;
 use clap::Parser;
 
 use bireme::cli::Cli;
+use bireme::device::memory;
+
+/// The system's allocator. Where it has no memory, Rust would abort without a word of what the process was doing.
+struct Allocator;
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
+
+fn allocated(memory: *mut u8, n_bytes: usize) -> *mut u8 {
+    if memory.is_null() { memory::end_process(n_bytes) } else { memory }
+}
+
+// SAFETY: each call is passed on to the system's allocator as it is, and what that returns is returned.
+unsafe impl GlobalAlloc for Allocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        allocated(unsafe { System.alloc(layout) }, layout.size())
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as above.
+        allocated(unsafe { System.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, n_bytes: usize) -> *mut u8 {
+        // SAFETY: as above.
+        allocated(unsafe { System.realloc(memory, layout, n_bytes) }, n_bytes)
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
 
 /// What libraries read from the environment as they are loaded, where it is not set.
 const ENVIRONMENT: [&CStr; 2] = [

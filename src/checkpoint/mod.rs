@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::collective::{Collective, CollectiveError, Root};
+use crate::config::check_finite;
 use crate::metrics::Measure;
 use crate::model::Share;
 
@@ -67,6 +68,16 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self { every_steps: 0, every_minutes: 0.0, keep_last: 2, keep_days: false, keep_best: None }
+    }
+}
+
+impl Config {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Says which key is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        check_finite("every_minutes", self.every_minutes, 0.0)
     }
 }
 
@@ -295,14 +306,24 @@ impl Checkpoints {
     /// # Errors
     /// There is none, or it cannot be read.
     pub fn newest(&self) -> Result<(Checkpoint, Vec<String>), CheckpointError> {
-        let mut skipped = Vec::new();
-        for (_, path) in self.folders()?.into_iter().rev() {
-            match Manifest::problem(&path) {
-                Some(problem) => skipped.push(format!("`{}`: {problem}", path.display())),
-                None => return Ok((read(path)?, skipped)),
+        loop {
+            let (mut skipped, mut is_outdated) = (Vec::new(), false);
+            for (_, path) in self.folders()?.into_iter().rev() {
+                let found: Result<(), String> = match Manifest::problem(&path) {
+                    Some(problem) => Err(problem),
+                    None => match read(path.clone()) {
+                        Err(error) if !path.exists() => Err(error.to_string()),
+                        found => return Ok((found?, skipped)),
+                    },
+                };
+                // A run that goes on meanwhile removes older ones, and has written newer ones before.
+                is_outdated |= !path.exists();
+                skipped.extend(found.err().map(|problem| format!("`{}`: {problem}", path.display())));
+            }
+            if !is_outdated {
+                return Err(CheckpointError::None { dir: self.dir.clone(), skipped });
             }
         }
-        Err(CheckpointError::None { dir: self.dir.clone(), skipped })
     }
 
     /// The complete one whose folder has this name.

@@ -19,8 +19,8 @@ use tch::Kind;
 use crate::checkpoint::{Position, Shared};
 use crate::collective::{self, Collective, CollectiveError, Reduce};
 use crate::config::{Config, ConfigError};
-use crate::data::Split;
-use crate::device::{self, DeviceChoice, seats};
+use crate::data::{Days, Split};
+use crate::device::{self, DeviceChoice, memory, seats};
 use crate::doctor;
 use crate::etl;
 use crate::export::{self, ExportError, Exported};
@@ -29,10 +29,11 @@ use crate::report::runs::CONFIG;
 use crate::report::{self, Report, compare, runs};
 use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{
-    Ended, ImportedWeights, Place, Reduction, RunData, Signals, TrainError, TrainedRun, Training,
+    Ended, ImportedWeights, Place, Purpose, Reduction, RunData, Signals, TrainError, TrainedRun, Training,
+    check_memory,
 };
 
-use run_dir::{Opened, RunDirError, begin_run, open_run, prepare_run_dir};
+use run_dir::{Opened, RunDirError, begin_run, lock_run_dir, open_run, prepare_run_dir};
 
 /// Trains session-based recommenders on many GPUs.
 ///
@@ -506,7 +507,8 @@ fn explain(error: &dyn Error, hint: Option<&str>) -> String {
 
 /// Runs a command and returns its exit code.
 pub fn run(cli: Cli) -> i32 {
-    let done = match cli.command {
+    // Where libtorch is refused memory it throws, and tch panics: an error like others.
+    let done = memory::catch(|| match cli.command {
         Command::Synth(args) => synth(&args),
         Command::Preprocess(args) => preprocess(&args),
         Command::Train(args) => train(&args),
@@ -518,7 +520,8 @@ pub fn run(cli: Cli) -> i32 {
         Command::Report(args) => report(&args),
         Command::Doctor(args) => doctor(&args),
         Command::Bench(args) => bench::bench(&args),
-    };
+    });
+    let done = done.unwrap_or_else(|refused| Err(Failure { exit_code: 1, message: Some(refused) }));
     match done {
         Ok(()) => 0,
         Err(Failure { exit_code, message }) => {
@@ -591,7 +594,11 @@ struct Job {
 impl Job {
     /// *All ranks.* Joins the job this process was started into.
     fn join(load: impl FnOnce() -> Result<Config, ConfigError>) -> Result<Self, Failure> {
-        let choose = || load().map(|config| ((config.run.device, config.run.threads_per_rank), config));
+        let choose = || {
+            let config = load()?;
+            config.check_threads(device::n_cores())?;
+            Ok::<_, ConfigError>(((config.run.device, config.run.threads_per_rank), config))
+        };
         let (place, collective, config) = join(choose)?;
         if place.device.is_cuda() {
             let is_deterministic = config.run.reduction == Reduction::Reproducible;
@@ -666,18 +673,26 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     // First of all: a job that is told to stop while it starts stops after its first step.
     let signals = Signals::listen();
     let args = &command.run;
-    let job = Job::join(|| Config::load(&args.config, &args.set))?;
+    let mut job = Job::join(|| Config::load(&args.config, &args.set))?;
+    let resolved = job.config.data.resolve_days(&args.data, None);
     let collective = &*job.collective;
-    let world_size = collective.world_size();
+    let (rank, world_size) = (collective.rank(), collective.world_size());
     let signals = agree(collective, signals, |_| None)?;
-    let data = agree(collective, RunData::open(&args.data, &job.config, world_size), |_| None)?;
+    agree(collective, resolved, |_| None)?;
+    let data = agree(collective, RunData::open(&args.data, &job.config, world_size), TrainError::hint)?;
     agree(collective, data.compare_ranks(collective), |_| None)?;
+    let n_sessions = Some(data.n_sessions());
+    let fits = check_memory(&job.config, data.features(), job.place(), Purpose::Train, n_sessions);
+    agree(collective, fits, TrainError::hint)?;
+    let checked = data.check_rows((rank, world_size), job.place.n_threads);
+    let mut checked = agree(collective, checked, TrainError::hint)?;
     let run_dir = args.run_dir();
     let to_export = command.export_options();
     let exportable = to_export.as_ref().map_or(Ok(()), |options| export::check(options, &job.config));
     agree(collective, exportable, ExportError::hint)?;
-    let opened = collective.root().map(|_| open_run(command, &job, &data)).transpose();
-    let Opened { from, skipped, is_done, is_new } = agree(collective, opened, |_| None)?.unwrap_or_default();
+    let opened = collective.root().map(|root| open_run(root, command, &job, &data)).transpose();
+    let opened = agree(collective, opened, |_| None)?.unwrap_or_default();
+    let Opened { lock: _lock, from, skipped, is_done, is_new } = opened;
     warn_of(&skipped);
     let shared = |error: CollectiveError| Failure { exit_code: 1, message: Some(explain(&error, None)) };
     let mut done_on_root = [u8::from(is_done)];
@@ -719,7 +734,14 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         let path = path.display();
         report.say(&format!("going on from `{path}`: day {day}, {day_step} of {day_steps} steps done"));
     }
-    let fitted = training.fit(&run_dir, &mut report, &signals);
+    let mut n_left = [checked.n_left() as i64];
+    collective.sum_i64(&mut n_left).map_err(shared)?;
+    if n_left[0] > 0 {
+        let [n_left] = n_left;
+        report.say(&format!("the rows of the last {n_left} sessions are checked beside the training"));
+    }
+    checked.go_on_in_background();
+    let fitted = training.fit(&run_dir, &mut report, &signals, &mut checked);
     match job.end(fitted)? {
         Ended::Done => {
             report.say(&format!("metrics, results and checkpoints are in `{}`", run_dir.display()));
@@ -818,12 +840,18 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let collective = &*job.collective;
     let which = (args.day, args.split);
     let device = job.place.device;
+    let features = Days::open(&args.data, &job.config.data).map(|days| days.features().clone());
+    let features = agree(collective, features, |_| None)?;
+    let fits = check_memory(&job.config, &features, job.place(), Purpose::Read, None);
+    agree(collective, fits, TrainError::hint)?;
+    let lock = collective.root().filter(|_| args.save).map(|root| lock_run_dir(root, &args.run_dir));
+    let _lock = agree(collective, lock.transpose(), |_| None)?;
     let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place());
     let opened = match &args.exported {
         Some(repository) => opened.and_then(|run| run.with_exported(repository, &args.name, device)),
         None => opened,
     };
-    let run = agree(collective, opened, |_| None)?;
+    let run = agree(collective, opened, TrainError::hint)?;
     if collective.root().is_some() {
         warn_of(run.skipped());
     }
@@ -840,12 +868,19 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
 
 /// On one rank: a file is read and another written.
 fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
-    let job = Job::join(|| Config::load(&args.run.config, &args.run.set))?;
+    let mut job = Job::join(|| Config::load(&args.run.config, &args.run.set))?;
     let run_dir = args.run.run_dir();
+    let days = job.config.data.resolve_days(&args.run.data, Some(args.day));
+    agree(&*job.collective, days, |_| None)?;
+    let features = Days::open(&args.run.data, &job.config.data).map(|days| days.features().clone());
+    let features = agree(&*job.collective, features, |_| None)?;
+    let fits = check_memory(&job.config, &features, job.place(), Purpose::Read, None);
+    agree(&*job.collective, fits, TrainError::hint)?;
     let Some(root) = job.collective.root() else { return Ok(()) };
     // Read before the run directory is touched, which may hold another run.
     let weights = ImportedWeights::read((&args.weights, args.day), &args.run.data, &job.config)
-        .map_err(|error| Failure::refused(&error, None))?;
+        .map_err(|error| Failure::refused(&error, error.hint()))?;
+    let _lock = lock_run_dir(root, &run_dir).map_err(|error| Failure::refused(&error, None))?;
     prepare_run_dir(root, &run_dir, &args.run, &job).map_err(|error| Failure::refused(&error, None))?;
     weights
         .write(root, &run_dir)

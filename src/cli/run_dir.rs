@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bireme_base::lock::{Lock, LockError};
+
 use super::{Job, ResumeArg, TrainArgs, TrainCommand};
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints};
 use crate::collective::Root;
@@ -11,7 +13,7 @@ use crate::config::{Config, ConfigError};
 use crate::device;
 use crate::etl;
 use crate::export;
-use crate::report::runs::{CONFIG, RUN};
+use crate::report::runs::{CONFIG, LOCK, RUN};
 use crate::report::{self, evaluations};
 use crate::train::RunData;
 
@@ -32,6 +34,8 @@ pub(super) enum RunDirError {
     OtherData { path: PathBuf, file: String },
     #[error("`{0}` exists: replace it with `--overwrite`")]
     Evaluated(PathBuf),
+    #[error("the run directory `{path}` is {problem}: wait for it to end, or choose another run directory")]
+    InUse { path: PathBuf, problem: LockError },
     #[error("cannot write to the run directory `{path}`")]
     Io { path: PathBuf, source: io::Error },
     #[error(transparent)]
@@ -42,9 +46,23 @@ pub(super) enum RunDirError {
     Checkpoint(#[from] CheckpointError),
 }
 
+/// Makes the run directory where it is missing, and locks it until the process ends.
+///
+/// One process at a time writes to a run directory. Reading it needs no lock: a checkpoint appears whole.
+pub(super) fn lock_run_dir(_: Root, run_dir: &Path) -> Result<Lock, RunDirError> {
+    let io = |source| RunDirError::Io { path: run_dir.to_owned(), source };
+    fs::create_dir_all(run_dir).map_err(io)?;
+    Lock::acquire(&run_dir.join(LOCK)).map_err(|error| match error {
+        LockError::Io { source, .. } => io(source),
+        problem => RunDirError::InUse { path: run_dir.to_owned(), problem },
+    })
+}
+
 /// A run directory that has been looked at.
 #[derive(Default)]
 pub(super) struct Opened {
+    /// The right to write to it; none where nothing is left to write.
+    pub lock: Option<Lock>,
     /// Where to go on from, if not from the beginning.
     pub from: Option<Checkpoint>,
     /// Checkpoints that are not whole, and what is wrong with each.
@@ -55,8 +73,26 @@ pub(super) struct Opened {
     pub is_new: bool,
 }
 
-/// Looks for the run that the directory holds, and changes nothing.
-pub(super) fn open_run(command: &TrainCommand, job: &Job, data: &RunData) -> Result<Opened, RunDirError> {
+/// Locks the run directory and looks for the run that it holds, and changes nothing else.
+pub(super) fn open_run(
+    root: Root,
+    command: &TrainCommand,
+    job: &Job,
+    data: &RunData,
+) -> Result<Opened, RunDirError> {
+    let lock = lock_run_dir(root, &command.run.run_dir());
+    if let Err(in_use @ RunDirError::InUse { .. }) = lock {
+        return Err(in_use);
+    }
+    let opened = find_run(command, job, data)?;
+    // A run that is done may lie where nothing can be written.
+    if opened.is_done {
+        return Ok(Opened { lock: lock.ok(), ..opened });
+    }
+    Ok(Opened { lock: Some(lock?), ..opened })
+}
+
+fn find_run(command: &TrainCommand, job: &Job, data: &RunData) -> Result<Opened, RunDirError> {
     let args = &command.run;
     let path = args.run_dir();
     let holds_run = path.join(CONFIG).exists();
@@ -79,9 +115,10 @@ pub(super) fn open_run(command: &TrainCommand, job: &Job, data: &RunData) -> Res
         return Err(RunDirError::OtherData { path, file: file.to_owned() });
     }
     let position = from.as_ref().map(|from| from.state.position);
-    let is_end = position.is_some_and(|at| at.day + 1 == job.config.data.last_day && at.is_end_of_day());
+    let is_end =
+        position.is_some_and(|at| at.day + 1 == job.config.data.training_days().end && at.is_end_of_day());
     let is_done = is_end && path.join(report::RESULTS).exists();
-    Ok(Opened { from, skipped, is_done, is_new: false })
+    Ok(Opened { from, skipped, is_done, is_new: false, lock: None })
 }
 
 /// Makes the run directory, or readies the run that it holds to go on.

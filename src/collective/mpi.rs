@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use super::bf16::Operations;
 use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce, Work, host_name};
-use crate::device::has_free_core;
+use crate::device::{has_free_core, memory};
 
 /// Bytes in which a rank says what it came for; the longest call needs fewer.
 const WORDS_BYTES: usize = 96;
@@ -277,8 +277,9 @@ fn end_job(rank: &str, watch: &Watch, panic: &PanicHookInfo) {
         BacktraceStatus::Captured => format!("\n{backtrace}"),
         _ => String::new(),
     };
+    let what = memory::refused(panic.payload()).unwrap_or_else(|| format!("{panic}{backtrace}"));
     // One write, so that the lines of several ranks do not mix; nobody is left to tell if it fails.
-    let text = format!("{rank}, thread `{thread}`, {}: {panic}{backtrace}\n", watch.whereabouts());
+    let text = format!("{rank}, thread `{thread}`, {}: {what}\n", watch.whereabouts());
     let _ = std::io::stderr().write_all(text.as_bytes());
     abort(1)
 }

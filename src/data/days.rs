@@ -86,8 +86,29 @@ impl Days {
     }
 
     /// The days there are, ascending.
-    pub fn days(&self) -> impl Iterator<Item = i64> {
+    pub fn days(&self) -> impl DoubleEndedIterator<Item = i64> {
         self.partitions.keys().copied()
+    }
+
+    /// The first of them.
+    pub fn first(&self) -> i64 {
+        self.days().next().expect("a folder without days is refused")
+    }
+
+    /// The last of them.
+    pub fn last(&self) -> i64 {
+        self.days().next_back().expect("a folder without days is refused")
+    }
+
+    /// As a message names them: `1 to 3, 5`.
+    pub(super) fn in_words(&self) -> String {
+        let days: Vec<i64> = self.days().collect();
+        let runs = days.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+            [first, .., last] => format!("{first} to {last}"),
+            [day, ..] => day.to_string(),
+            [] => unreachable!("a run has a day"),
+        });
+        runs.collect::<Vec<_>>().join(", ")
     }
 
     /// Opens one part of a day and checks its footer and columns.
@@ -95,9 +116,10 @@ impl Days {
     /// # Errors
     /// A missing day, a file that is missing or not parquet, a column that is missing or of a wrong type.
     pub fn file(&self, day: i64, split: Split) -> Result<SessionFile, DataError> {
-        let partition = self.partitions.get(&day).ok_or_else(|| {
-            let have: Vec<_> = self.days().map(|day| day.to_string()).collect();
-            DataError::MissingDay { day, dir: self.dir.clone(), have: have.join(", ") }
+        let partition = self.partitions.get(&day).ok_or_else(|| DataError::MissingDay {
+            day,
+            dir: self.dir.clone(),
+            have: self.in_words(),
         })?;
         SessionFile::open((&partition.join(split.file()), day), &self.features, self.max_length)
     }

@@ -191,6 +191,19 @@ impl SessionFile {
         Ok(sessions)
     }
 
+    /// Checks all rows of a row group.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn check(&self, group: usize) -> Result<(), DataError> {
+        let reader = open_parquet(&self.path)?;
+        if group >= reader.metadata().num_row_groups() {
+            let problem = ParquetError::EOF(format!("{group} of {} row groups", self.group_rows.len()));
+            return Err(DataError::Parquet { path: self.path.clone(), source: problem });
+        }
+        self.read_group(&reader, group, 0..self.group_rows[group]).map(drop)
+    }
+
     /// The row spans of rows `rows` of the whole file, in file order.
     pub fn spans(&self, rows: Range<usize>) -> Vec<(usize, Range<usize>)> {
         let in_file_order: Vec<usize> = (0..self.group_rows.len()).collect();
@@ -226,7 +239,11 @@ impl SessionFile {
             }
             if columns.is_empty() {
                 if let Some(row) = lists.lengths.iter().position(|&length| length < 2) {
-                    return Err(at(row, "has a session of one event: at least two are needed".to_owned()));
+                    return Err(DataError::ShortSession {
+                        path: self.path.clone(),
+                        row: first_row + row,
+                        column: feature.name.clone(),
+                    });
                 }
                 lengths.clone_from(&lists.lengths);
             } else if let Some(row) = (0..rows.len()).find(|&row| lengths[row] != lists.lengths[row]) {

@@ -6,6 +6,7 @@
 
 pub mod host;
 pub mod laps;
+pub mod memory;
 pub mod operation;
 pub mod seats;
 pub mod vectors;
@@ -234,6 +235,12 @@ fn share_of_cores(usable: usize, cores: usize, local_size: usize) -> (usize, Opt
         )
     });
     (usable, warning)
+}
+
+/// Cores that this process may use, or its host has, whichever are more.
+pub fn n_cores() -> usize {
+    let usable = available_parallelism().map_or(1, |n| n.get());
+    cores_of_host().unwrap_or(usable).max(usable)
 }
 
 /// Cores of this host, also those this process may not use.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
+use crate::config::check_count;
 use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
 use crate::model::{Recommender, Share};
 
@@ -41,6 +42,17 @@ pub struct Config {
     pub scores_mib: usize,
     /// Which items of a session may be recommended to it again.
     pub reminders: Reminders,
+}
+
+impl Config {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Says which key is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        check_count("block", self.block, 1 << 20)?;
+        check_count("scores_mib", self.scores_mib, 1 << 24)
+    }
 }
 
 /// `evaluate.reminders`: which items of a session may be recommended to it again.

@@ -7,7 +7,8 @@ use super::body::Layout;
 use super::parameters::Initial;
 use super::recurrence::recurrence;
 use super::rows::take_rows;
-use super::{HeadConfig, InputConfig, Objective, Parameters};
+use super::{HeadConfig, InputConfig, MOST_LAYERS, Objective, Parameters};
+use crate::config::{MOST_WIDTH, check_width};
 use crate::data::Noise;
 
 /// `[model]` with `kind = "gru"`.
@@ -43,11 +44,8 @@ impl Default for GruConfig {
 
 impl GruConfig {
     pub(super) fn check(&self) -> Result<(), String> {
-        let widths = [("hidden_width", self.hidden_width), ("n_layers", self.n_layers)];
-        if let Some((key, value)) = widths.iter().find(|(_, value)| *value < 1) {
-            return Err(format!("`{key}` cannot be {value}"));
-        }
-        Ok(())
+        check_width("hidden_width", self.hidden_width, MOST_WIDTH)?;
+        check_width("n_layers", self.n_layers, MOST_LAYERS)
     }
 }
 

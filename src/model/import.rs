@@ -40,6 +40,15 @@ pub fn name_of(original: &str) -> Result<Option<String>, String> {
         .ok_or_else(unknown)
 }
 
+/// The name without what DistributedDataParallel (`module.`) and `torch.compile` (`_orig_mod.`) put into it.
+fn unwrapped(name: &str) -> String {
+    let mut name = name.split('.').filter(|part| *part != "_orig_mod").collect::<Vec<_>>().join(".");
+    while let Some(rest) = name.strip_prefix("module.") {
+        name = rest.to_owned();
+    }
+    name
+}
+
 /// Renames a state dictionary, for a model whose parameters are named `wanted` and whose item id is the feature `item`.
 ///
 /// # Errors
@@ -50,11 +59,14 @@ pub fn rename<T>(
     wanted: impl Fn(&str) -> bool,
 ) -> Result<Vec<(String, T)>, String> {
     let item_table = format!("tables.{item}.weight");
-    let mut renamed = Vec::new();
+    let mut renamed: Vec<(String, T)> = Vec::new();
     for (name, value) in original {
-        let Some(ours) = name_of(&name)? else { continue };
+        let Some(ours) = name_of(&unwrapped(&name))? else { continue };
         let ours = if ours == item_table { "item_table.weight".to_owned() } else { ours };
         // The original has a mask vector even where nothing is ever hidden.
+        if renamed.iter().any(|(other, _)| *other == ours) {
+            return Err(format!("`{name}` is there twice, wrapped and as it is"));
+        }
         if ours != "input.mask" || wanted(&ours) {
             renamed.push((ours, value));
         }
@@ -65,6 +77,24 @@ pub fn rename<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wrappers_of_a_model_leave_its_names_alone() {
+        let plain = "heads.0.body.2.module.weight_ih_l0";
+        let names = |names: &[&str]| {
+            let original = names.iter().map(|name| ((*name).to_owned(), ())).collect();
+            rename(original, "item", |_| true)
+                .map(|renamed| renamed.into_iter().map(|(name, ())| name).collect())
+        };
+        for prefix in ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."] {
+            let found: Vec<String> = names(&[&format!("{prefix}{plain}")]).unwrap();
+            assert_eq!(found, ["gru.weight_ih_l0"], "{prefix}");
+        }
+        let compiled: Vec<String> = names(&["heads.0.body._orig_mod.2.module.weight_ih_l0"]).unwrap();
+        assert_eq!(compiled, ["gru.weight_ih_l0"]);
+        let twice: Result<Vec<String>, String> = names(&[plain, &format!("module.{plain}")]);
+        assert!(twice.unwrap_err().contains("is there twice"));
+    }
 
     #[test]
     fn names_of_other_models_are_refused() {

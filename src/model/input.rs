@@ -10,6 +10,7 @@ use super::rows::take_rows;
 use super::share::Asked;
 use super::{ITEM_TABLE, Parameters, Share};
 use crate::collective::CollectiveError;
+use crate::config::{MOST_WIDTH, check_finite, check_width};
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features};
 use crate::device::send;
@@ -92,18 +93,16 @@ impl InputConfig {
             Continuous::SoftOneHot { n_vectors, width } => (n_vectors, width),
         };
         let widths = [
-            ("item_width", self.item_width),
-            ("feature_width", self.feature_width),
-            ("projection_width", self.projection_width.unwrap_or(1)),
-            ("continuous.n_vectors", continuous.0),
-            ("continuous.width", continuous.1),
+            ("input.item_width", self.item_width),
+            ("input.feature_width", self.feature_width),
+            ("input.projection_width", self.projection_width.unwrap_or(1)),
+            ("input.continuous.n_vectors", continuous.0),
+            ("input.continuous.width", continuous.1),
         ];
-        if let Some((key, value)) = widths.iter().find(|(_, value)| *value < 1) {
-            return Err(format!("`input.{key}` cannot be {value}"));
+        for (key, value) in widths {
+            check_width(key, value, MOST_WIDTH)?;
         }
-        if !(self.init_std.is_finite() && self.init_std >= 0.0) {
-            return Err(format!("`input.init_std` cannot be {}", self.init_std));
-        }
+        check_finite("input.init_std", self.init_std, 0.0)?;
         if !(0.0..1.0).contains(&self.swap_noise) {
             return Err(format!("`input.swap_noise` {} is not within 0 <= p < 1", self.swap_noise));
         }

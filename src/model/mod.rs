@@ -32,7 +32,7 @@ pub use gru::{Gru, GruConfig};
 pub use head::{HeadConfig, LossConfig};
 pub use input::InputConfig;
 pub use neighbours::{Decay, Neighbours, NeighboursConfig};
-pub use network::{ITEM_TABLES, LossSum, Network};
+pub use network::{ITEM_TABLES, LossSum, Network, ParameterSizes};
 pub use objective::Objective;
 pub use parameters::{Parameters, View};
 pub use share::Share;
@@ -41,7 +41,11 @@ pub use xlnet::{Xlnet, XlnetConfig};
 use network::ITEM_TABLE;
 
 use crate::collective::CollectiveError;
+use crate::config::check_finite;
 use crate::data::{Batch, Features};
+
+/// Largest number of layers of a body.
+const MOST_LAYERS: i64 = 1000;
 
 /// Section `[model]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,13 +75,16 @@ pub enum Neural<'a> {
 }
 
 impl Config {
-    /// Checks what the types leave open.
+    /// Checks what the types leave open, for sessions of at most `max_length` events.
     ///
     /// # Errors
     /// Says which key is wrong.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self, max_length: usize) -> Result<(), String> {
         match self {
             Config::Vsknn(neighbours) => neighbours.check(),
+            Config::Xlnet(xlnet) => {
+                xlnet.check_length(max_length).and_then(|()| Neural::Xlnet(xlnet).check())
+            }
             _ => self.neural().map_or(Ok(()), Neural::check),
         }
     }
@@ -96,7 +103,14 @@ impl Config {
     /// # Errors
     /// Says which key and which feature do not go together.
     pub fn check_features(&self, features: &Features) -> Result<(), String> {
-        self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ()))
+        let n_items = features.n_items();
+        match self {
+            // Sessions are kept as item indices of 32 bits.
+            Config::Vsknn(_) if n_items > 1 << 32 => {
+                Err(format!("`kind` vsknn knows at most {} items, not {n_items}", 1u64 << 32))
+            }
+            _ => self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ())),
+        }
     }
 
     /// Its name, with its objective where that is not the usual one.
@@ -164,10 +178,7 @@ impl<'a> Neural<'a> {
         if !(0.0..1.0).contains(&self.dropout()) {
             return Err(format!("`dropout` {} is not within 0 <= p < 1", self.dropout()));
         }
-        let temperature = self.head().temperature;
-        if !(temperature.is_finite() && temperature > 0.0) {
-            return Err(format!("`head.temperature` cannot be {temperature}"));
-        }
+        check_finite("head.temperature", self.head().temperature, f32::MIN_POSITIVE)?;
         self.input().check()?;
         self.objective().check()
     }

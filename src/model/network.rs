@@ -90,6 +90,63 @@ fn joined<'a>(parts: impl ExactSizeIterator<Item = &'a Tensor>) -> Tensor {
     if last == 0 { rows.remove(0) } else { Tensor::cat(&rows, 0) }
 }
 
+/// A model's parameters, by index, and what knows where they are.
+struct Declared {
+    scored_table: usize,
+    n_tables: usize,
+    encoder: Encoder,
+    detector: Option<Linear>,
+}
+
+fn declare_parameters(
+    config: &Neural<'_>,
+    features: &Features,
+    max_length: usize,
+    share: &Share<'_>,
+    initial: &mut Initial,
+) -> Result<Declared, String> {
+    let (input, head, objective) = (config.input(), config.head(), config.objective());
+    initial.table(ITEM_TABLES[0], input.item_width, input.init_std, share);
+    initial.column(ITEM_TABLES[1], 0.0, share);
+    let scored_table = if head.tied {
+        ITEM_TABLE
+    } else {
+        initial.table(ITEM_TABLES[2], input.item_width, input.init_std, share)
+    };
+    let first_table = initial.len();
+    Input::declare_tables(input, features, initial);
+    let n_tables = initial.len();
+    let encoder = Encoder::declare(config, features, (first_table, max_length), initial)?;
+    let is_replaced = matches!(objective, Objective::Replaced { .. });
+    let detector = is_replaced.then(|| initial.linear("detector", config.width(), 1));
+    Ok(Declared { scored_table, n_tables, encoder, detector })
+}
+
+/// Names and sizes of a model's parameters.
+pub struct ParameterSizes {
+    /// In the order of the flat buffers: tables first.
+    pub named: Vec<(String, Vec<i64>)>,
+    /// How many of them are tables and their like.
+    pub n_tables: usize,
+}
+
+impl ParameterSizes {
+    /// Of the parameters that [`Network::with_share`] would make.
+    ///
+    /// # Errors
+    /// A configuration that does not fit the features.
+    pub fn new(
+        config: &Neural<'_>,
+        features: &Features,
+        max_length: usize,
+        share: &Share<'_>,
+    ) -> Result<Self, String> {
+        let mut initial = Initial::sizes_only();
+        let n_tables = declare_parameters(config, features, max_length, share, &mut initial)?.n_tables;
+        Ok(Self { named: initial.into_sizes(), n_tables })
+    }
+}
+
 impl Network<'static> {
     /// Draws initial parameters; the same on every rank for the same `seed`.
     ///
@@ -128,21 +185,9 @@ impl<'a> Network<'a> {
         device: Device,
         share: Share<'a>,
     ) -> Result<Self, String> {
-        let (input, head, objective) = (config.input(), config.head(), config.objective());
         let mut initial = Initial::default();
-        initial.table(ITEM_TABLES[0], input.item_width, input.init_std, &share);
-        initial.column(ITEM_TABLES[1], 0.0, &share);
-        let scored_table = if head.tied {
-            ITEM_TABLE
-        } else {
-            initial.table(ITEM_TABLES[2], input.item_width, input.init_std, &share)
-        };
-        let first_table = initial.len();
-        Input::declare_tables(input, features, &mut initial);
-        let n_tables = initial.len();
-        let encoder = Encoder::declare(config, features, (first_table, max_length), &mut initial)?;
-        let detector = matches!(objective, Objective::Replaced { .. })
-            .then(|| initial.linear("detector", config.width(), 1));
+        let Declared { scored_table, n_tables, encoder, detector } =
+            declare_parameters(config, features, max_length, &share, &mut initial)?;
         let parameters = Parameters::new(initial, device);
         let own_sum = share.is_exact().then(|| RefCell::new(ExactSum::new(&parameters.own_gradients())));
         // What is judged is looked up by itself.
@@ -151,7 +196,7 @@ impl<'a> Network<'a> {
             parameters,
             own_sum,
             encoder,
-            objective: objective.clone(),
+            objective: config.objective().clone(),
             detector,
             scored_table,
             n_tables,

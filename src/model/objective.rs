@@ -7,6 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::config::check_finite;
 use crate::data::Batch;
 
 /// `[model.objective]`.
@@ -129,16 +130,19 @@ impl Objective {
                     None => Ok(()),
                 };
             }
-            Objective::Permutation { max_span: 0, .. } => {
-                return Err("`objective.max_span` cannot be 0".to_owned());
+            Objective::Permutation { max_span: max_span @ (0 | 65_537..), .. } => {
+                return Err(format!("`objective.max_span` cannot be {max_span}"));
             }
-            Objective::Replaced { weight, .. } if !(weight.is_finite() && weight >= 0.0) => {
+            Objective::Replaced { weight, .. } if check_finite("", weight, 0.0).is_err() => {
                 return Err(format!("`objective.weight` cannot be {weight}"));
             }
             Objective::Masked { probability }
             | Objective::Permutation { probability, .. }
             | Objective::Replaced { probability, .. } => probability,
         };
+        if (f64::MIN_POSITIVE..1e-6).contains(&probability) {
+            return Err(format!("`objective.probability` {probability} is less than 0.000001"));
+        }
         if !(probability > 0.0 && probability < 1.0) {
             return Err(format!("`objective.probability` {probability} is not within 0 < p < 1"));
         }

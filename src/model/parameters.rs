@@ -18,6 +18,8 @@ pub struct Initial {
     values: Vec<(String, Tensor)>,
     /// How many of them, the first, are shares of tables.
     n_shares: usize,
+    /// Where only sizes are asked for, these, and no values.
+    sizes: Option<Vec<(String, Vec<i64>)>>,
 }
 
 /// Rows of a table that are drawn at a time. A draw is the same in one go and in blocks, if blocks are whole multiples of 16
@@ -25,44 +27,63 @@ pub struct Initial {
 const BLOCK_ROWS: i64 = 1 << 16;
 
 impl Initial {
+    /// Notes the sizes of parameters, which take no memory.
+    pub(super) fn sizes_only() -> Self {
+        Self { sizes: Some(Vec::new()), ..Self::default() }
+    }
+
+    /// What was noted.
+    pub(super) fn into_sizes(self) -> Vec<(String, Vec<i64>)> {
+        self.sizes.unwrap_or_default()
+    }
+
     /// Number of parameters so far.
     pub fn len(&self) -> usize {
-        self.values.len()
+        self.sizes.as_ref().map_or(self.values.len(), Vec::len)
     }
 
     /// Whether there are none so far.
     pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
+        self.len() == 0
     }
 
     /// The rows of a table `[V, D]` that are here, of a table normally distributed around 0: the same whoever holds which.
     /// Shares come before all other parameters.
     pub fn table(&mut self, name: impl Into<String>, width: i64, std: f64, share: &Share<'_>) -> usize {
-        let rows = Tensor::empty([share.len(), width], (Kind::Float, Device::Cpu));
-        let mut start = 0;
-        while start < share.n_items {
-            // The last block is not smaller than the others, lest it be drawn in another way.
-            let left = share.n_items - start;
-            let n = if left < 2 * BLOCK_ROWS { left } else { BLOCK_ROWS };
-            let block = Tensor::randn([n, width], (Kind::Float, Device::Cpu)) * std;
-            let here = start.max(share.rows.start)..(start + n).min(share.rows.end);
-            if !here.is_empty() {
-                let n_here = here.end - here.start;
-                let mut to = rows.narrow(0, here.start - share.rows.start, n_here);
-                to.copy_(&block.narrow(0, here.start - start, n_here));
+        self.add_share(name.into(), &[share.len(), width], share, || {
+            let rows = Tensor::empty([share.len(), width], (Kind::Float, Device::Cpu));
+            let mut start = 0;
+            while start < share.n_items {
+                // The last block is not smaller than the others, lest it be drawn in another way.
+                let left = share.n_items - start;
+                let n = if left < 2 * BLOCK_ROWS { left } else { BLOCK_ROWS };
+                let block = Tensor::randn([n, width], (Kind::Float, Device::Cpu)) * std;
+                let here = start.max(share.rows.start)..(start + n).min(share.rows.end);
+                if !here.is_empty() {
+                    let n_here = here.end - here.start;
+                    let mut to = rows.narrow(0, here.start - share.rows.start, n_here);
+                    to.copy_(&block.narrow(0, here.start - start, n_here));
+                }
+                start += n;
             }
-            start += n;
-        }
-        self.add_share(name.into(), rows, share)
+            rows
+        })
     }
 
     /// A number for each item that is here, all the same.
     pub fn column(&mut self, name: impl Into<String>, value: f64, share: &Share<'_>) -> usize {
-        self.add_share(name.into(), Tensor::full([share.len()], value, (Kind::Float, Device::Cpu)), share)
+        let full = || Tensor::full([share.len()], value, (Kind::Float, Device::Cpu));
+        self.add_share(name.into(), &[share.len()], share, full)
     }
 
-    fn add_share(&mut self, name: String, tensor: Tensor, share: &Share<'_>) -> usize {
-        let index = self.add(name, tensor);
+    fn add_share(
+        &mut self,
+        name: String,
+        size: &[i64],
+        share: &Share<'_>,
+        draw: impl FnOnce() -> Tensor,
+    ) -> usize {
+        let index = self.add(name, size, draw);
         if share.company().is_some() {
             debug_assert_eq!(index, self.n_shares, "shares come first");
             self.n_shares = index + 1;
@@ -72,18 +93,19 @@ impl Initial {
 
     /// Normally distributed around 0.
     pub fn normal(&mut self, name: impl Into<String>, size: &[i64], std: f64) -> usize {
-        self.add(name.into(), Tensor::randn(size, (Kind::Float, Device::Cpu)) * std)
+        self.add(name.into(), size, || Tensor::randn(size, (Kind::Float, Device::Cpu)) * std)
     }
 
     /// Uniform in ±1/√fan_in, as PyTorch begins its linear and recurrent layers.
     pub fn uniform(&mut self, name: impl Into<String>, size: &[i64], fan_in: i64) -> usize {
         let bound = (fan_in as f64).powf(-0.5);
-        self.add(name.into(), Tensor::empty(size, (Kind::Float, Device::Cpu)).uniform_(-bound, bound))
+        let draw = || Tensor::empty(size, (Kind::Float, Device::Cpu)).uniform_(-bound, bound);
+        self.add(name.into(), size, draw)
     }
 
     /// All the same.
     pub fn constant(&mut self, name: impl Into<String>, size: &[i64], value: f64) -> usize {
-        self.add(name.into(), Tensor::full(size, value, (Kind::Float, Device::Cpu)))
+        self.add(name.into(), size, || Tensor::full(size, value, (Kind::Float, Device::Cpu)))
     }
 
     /// A linear layer as PyTorch begins it.
@@ -104,9 +126,12 @@ impl Initial {
         LayerNorm { weight, bias: self.constant(format!("{name}.bias"), &[width], 0.0), width, epsilon }
     }
 
-    fn add(&mut self, name: String, tensor: Tensor) -> usize {
-        self.values.push((name, tensor));
-        self.values.len() - 1
+    fn add(&mut self, name: String, size: &[i64], draw: impl FnOnce() -> Tensor) -> usize {
+        match &mut self.sizes {
+            Some(sizes) => sizes.push((name, size.to_vec())),
+            None => self.values.push((name, draw())),
+        }
+        self.len() - 1
     }
 }
 
@@ -201,7 +226,7 @@ const TAIL: i64 = 4;
 impl Parameters {
     /// Lays the given tensors out one after the other, with zeros in between.
     pub fn new(initial: Initial, device: Device) -> Self {
-        let Initial { values: initial, n_shares } = initial;
+        let Initial { values: initial, n_shares, .. } = initial;
         let mut views: Vec<View> = Vec::with_capacity(initial.len());
         for (name, tensor) in &initial {
             let (start, n) = (views.last().map_or(0, View::end), tensor.numel() as i64);

@@ -266,7 +266,7 @@ pub(super) fn if_here(rows: Tensor, here: Option<&Tensor>) -> Tensor {
 fn rows_of(n_items: i64, rank: usize, world_size: usize) -> Range<i64> {
     let start = |rank: usize| {
         let band_number = rank as i64 * n_bands(n_items) / world_size as i64;
-        (band_number * band(n_items)).min(n_items)
+        band_number.saturating_mul(band(n_items)).min(n_items)
     };
     start(rank)..start(rank + 1)
 }
@@ -282,7 +282,7 @@ fn n_bands(n_items: i64) -> i64 {
 
 /// How many times `b` it takes to hold `a`, neither below zero.
 pub(super) fn div_ceil(a: i64, b: i64) -> i64 {
-    (a + b - 1) / b
+    a / b + i64::from(a % b != 0)
 }
 
 #[cfg(test)]

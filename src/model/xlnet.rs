@@ -18,7 +18,8 @@ use tch::{Device, Kind, Tensor};
 use super::body::Layout;
 use super::parameters::{Initial, LayerNorm, Linear};
 use super::rows::take_rows;
-use super::{HeadConfig, InputConfig, Objective, Parameters};
+use super::{HeadConfig, InputConfig, MOST_LAYERS, Objective, Parameters};
+use crate::config::{MOST_WIDTH, check_finite, check_width};
 use crate::data::Noise;
 
 /// `[model]` with `kind = "xlnet"`.
@@ -65,23 +66,35 @@ impl Default for XlnetConfig {
     }
 }
 
+/// Attention weights of a session for which dropout is drawn, at most: a GiB of numbers.
+const MOST_WEIGHTS: u128 = 1 << 28;
+
 impl XlnetConfig {
     pub(super) fn check(&self) -> Result<(), String> {
-        let sizes = [("width", self.width), ("n_heads", self.n_heads), ("n_layers", self.n_layers)];
-        if let Some((key, value)) = sizes.iter().find(|(_, value)| *value < 1) {
-            return Err(format!("`{key}` cannot be {value}"));
-        }
+        check_width("width", self.width, MOST_WIDTH)?;
+        check_width("n_heads", self.n_heads, MOST_WIDTH)?;
+        check_width("n_layers", self.n_layers, MOST_LAYERS)?;
         if self.width % self.n_heads != 0 || self.width % 2 != 0 {
             return Err(format!(
                 "`width` {} is not an even number divisible by `n_heads` {}",
                 self.width, self.n_heads
             ));
         }
-        let positive = [("init_std", self.init_std), ("layer_norm_epsilon", self.layer_norm_epsilon)];
-        match positive.iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
-            Some((key, value)) => Err(format!("`{key}` cannot be {value}")),
-            None => Ok(()),
+        check_finite("init_std", self.init_std, f32::MIN_POSITIVE)?;
+        check_finite("layer_norm_epsilon", self.layer_norm_epsilon, f32::MIN_POSITIVE)
+    }
+
+    /// Checks that the dropout of attention weights, `[H, L, L]` for the longest session, can be drawn.
+    pub(super) fn check_length(&self, max_length: usize) -> Result<(), String> {
+        let n_weights = self.n_heads.max(1) as u128 * (max_length as u128).pow(2);
+        if self.dropout == 0.0 || n_weights <= MOST_WEIGHTS {
+            return Ok(());
         }
+        Err(format!(
+            "`dropout` of attention over `data.max_length` {max_length} events by `n_heads` {} is drawn \
+             for {n_weights} weights: at most {MOST_WEIGHTS}",
+            self.n_heads
+        ))
     }
 }
 

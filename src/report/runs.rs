@@ -18,6 +18,9 @@ pub(crate) const CONFIG: &str = "config.toml";
 /// File of a run directory: with what and on what it ran.
 pub(crate) const RUN: &str = "run.json";
 
+/// File of a run directory: locked by the process that writes to it.
+pub(crate) const LOCK: &str = ".lock";
+
 /// Models that only count: what the others have to beat.
 const BASELINES: [&str; 4] = ["popularity", "recent", "markov", "vsknn"];
 

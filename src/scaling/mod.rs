@@ -230,7 +230,8 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     }
     let config = Config::load(&options.config, &options.set)?;
     let days = Days::open(&options.data, &config.data)?;
-    let day = days.file(config.data.first_day, Split::Train)?;
+    let first_day = config.data.first_day.unwrap_or(days.first());
+    let day = days.file(first_day, Split::Train)?;
     let Some(neural) = config.model.neural() else { return Err(ScalingError::Counts) };
     let (batch, lanes) = (config.train.global_batch, config.train.global_batch / config.train.micro_batch);
     if let Some(&ranks) = options.ranks.iter().find(|&&ranks| ranks > lanes || ranks == 0) {
@@ -397,9 +398,12 @@ impl Options {
             paths.iter().flat_map(|(option, path)| [(*option).to_owned(), path.display().to_string()]),
         );
         let Run { item_table, global_batch, .. } = run;
-        let first_day = Config::load(&self.config, &self.set)?.data.first_day;
+        let config = Config::load(&self.config, &self.set)?;
+        let days = Days::open(&self.data, &config.data)?;
+        let first_day = config.data.first_day.unwrap_or(days.first());
         let keys = [
             format!("run.threads_per_rank={threads_per_rank}"),
+            format!("data.first_day={first_day}"),
             format!("data.last_day={}", first_day + 1),
             format!("parallel.item_table={}", item_table.name()),
             format!("train.global_batch={global_batch}"),

@@ -3,9 +3,11 @@
 mod counting;
 mod fault;
 mod gradient;
+mod memory;
 mod reduction;
 mod signals;
 mod trained;
+mod weights_file;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -20,10 +22,13 @@ use crate::checkpoint::{
     CheckpointError, Checkpoints, Position, Saver, Shared, State, Tensors, counts_other_items,
 };
 use crate::collective::{Collective, CollectiveError};
-use crate::config;
+use crate::config::{self, check_count, check_finite};
 use crate::data::plan::Shape;
-use crate::data::{DataError, DayPlan, Days, Features, SessionFile, Split, Window, occurrences};
+use crate::data::{
+    AT_THE_START, DataError, DayPlan, Days, Features, RowCheck, SessionFile, Split, Window, occurrences,
+};
 use crate::device::laps::Laps;
+use crate::device::memory::set_phase;
 use crate::metrics::EvaluateError;
 use crate::model::head::Logits;
 use crate::model::{self, Counts, Evidence, LossConfig, Neighbours, Neural, Recommender, Share};
@@ -32,10 +37,12 @@ use crate::report::{Record, Report, ReportError, write_results};
 
 use counting::CountLearner;
 use gradient::GradientLearner;
+pub use memory::{NotEnoughMemory, Purpose, check_memory};
 pub use reduction::Reduction;
 pub use signals::Signals;
 use trained::EvaluationTask;
 pub use trained::{ImportedWeights, TrainedRun};
+pub use weights_file::WeightsError;
 
 /// Section `[train]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,6 +80,9 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logits_mib: Option<usize>,
 }
+
+/// Micro-batches of a global batch at most: each has its own order and its own part of every day's file.
+const MOST_LANES: usize = 1 << 16;
 
 impl Default for Config {
     fn default() -> Self {
@@ -159,19 +169,24 @@ impl Config {
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
         let positive = [
-            ("epochs_per_day", self.epochs_per_day),
-            ("micro_batch", self.micro_batch),
-            ("global_batch", self.global_batch),
-            ("log_every_steps", self.log_every_steps),
-            ("logits_mib", self.logits_mib.unwrap_or(1)),
-            ("max_steps_per_day", self.max_steps_per_day.unwrap_or(1)),
+            ("epochs_per_day", self.epochs_per_day, 1 << 20),
+            ("micro_batch", self.micro_batch, 1 << 20),
+            ("global_batch", self.global_batch, usize::MAX),
+            ("log_every_steps", self.log_every_steps, usize::MAX),
+            ("logits_mib", self.logits_mib.unwrap_or(1), 1 << 24),
+            ("max_steps_per_day", self.max_steps_per_day.unwrap_or(1), usize::MAX),
         ];
-        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("`{key}` must be at least 1"));
-        }
+        positive.into_iter().try_for_each(|(key, value, most)| check_count(key, value, most))?;
         if !self.global_batch.is_multiple_of(self.micro_batch) {
             return Err(format!(
                 "`global_batch` {} is not a whole number of micro-batches of {}",
+                self.global_batch, self.micro_batch
+            ));
+        }
+        let n_lanes = self.global_batch / self.micro_batch;
+        if n_lanes > MOST_LANES {
+            return Err(format!(
+                "`global_batch` {} is {n_lanes} micro-batches of `micro_batch` {}: at most {MOST_LANES}",
                 self.global_batch, self.micro_batch
             ));
         }
@@ -186,10 +201,7 @@ impl Config {
             ("weight_decay", self.weight_decay),
             ("clip_norm", self.clip_norm),
         ];
-        match finite.iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
-            Some((key, value)) => Err(format!("`{key}` cannot be {value}")),
-            None => Ok(()),
-        }
+        finite.into_iter().try_for_each(|(key, value)| check_finite(key, value, 0.0))
     }
 
     fn shape(&self) -> Shape {
@@ -265,6 +277,15 @@ pub enum TrainError {
     /// A model that does not fit the data's features.
     #[error("section `[model]` of the configuration: {0}")]
     Model(String),
+    /// A loss that does not fit the catalogue.
+    #[error("section `[train]` of the configuration: {0}")]
+    Loss(String),
+    /// Weights of elsewhere that cannot be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A model that does not fit into memory.
+    #[error(transparent)]
+    Memory(#[from] NotEnoughMemory),
     /// The loader stopped before its last step.
     #[error("the loader of day {day} ended after {n_done} of {n_steps} steps")]
     LoaderEnded {
@@ -275,6 +296,18 @@ pub enum TrainError {
         /// Steps it owed.
         n_steps: usize,
     },
+}
+
+impl TrainError {
+    /// What to do about it, where that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Data(error) => error.hint(),
+            Self::Memory(error) => Some(error.hint()),
+            Self::Weights(error) => error.hint(),
+            _ => None,
+        }
+    }
 }
 
 /// Something that learns day by day.
@@ -333,7 +366,9 @@ pub struct Place<'a> {
 pub struct RunData {
     features: Features,
     /// (day, the train files up to it, the next day's valid file).
-    days: Vec<(i64, Window, SessionFile)>,
+    days: Vec<(i64, Window, Arc<SessionFile>)>,
+    /// Each of these files once, in the order in which they are read.
+    files: Vec<Arc<SessionFile>>,
     /// What each of these files is, by day and part.
     fingerprints: BTreeMap<String, String>,
 }
@@ -347,6 +382,10 @@ impl RunData {
     pub fn open(dir: &Path, config: &config::Config, world_size: usize) -> Result<Self, TrainError> {
         let days = Days::open(dir, &config.data)?;
         config.model.check_features(days.features()).map_err(TrainError::Model)?;
+        let n_items = days.features().n_items();
+        if config.model.neural().is_some() {
+            config.train.loss.check_items(n_items).map_err(TrainError::Loss)?;
+        }
         let n_lanes = config.train.shape().n_lanes;
         if world_size > n_lanes {
             let limit = format!(
@@ -357,27 +396,48 @@ impl RunData {
         let mut trained = Vec::new();
         let mut steps = Vec::new();
         let mut fingerprints = BTreeMap::new();
+        let mut files = Vec::new();
         let mut open = |day, split: Split| {
-            let file = days.file(day, split)?;
+            let file = Arc::new(days.file(day, split)?);
             fingerprints.insert(format!("{day}/{}", split.name()), file.fingerprint()?);
+            files.push(Arc::clone(&file));
             Ok::<_, DataError>(file)
         };
-        for day in config.data.first_day..config.data.last_day {
-            trained.push(Arc::new(open(day, Split::Train)?));
+        let training_days = config.data.training_days();
+        for day in training_days.clone() {
+            trained.push(open(day, Split::Train)?);
             let window = trained[trained.len().saturating_sub(config.data.window_days)..].to_vec();
             steps.push((day, Window::new(window), open(day + 1, Split::Valid)?));
         }
-        check_shares(config, days.features().n_items(), world_size)?;
+        check_shares(config, n_items, world_size)?;
         let n_sessions: usize = trained.iter().map(|file| file.n_sessions()).sum();
         if world_size > n_sessions {
             let limit = format!(
                 "the {n_sessions} training sessions of days {} to {}",
-                config.data.first_day,
-                config.data.last_day - 1
+                training_days.start,
+                training_days.end - 1
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        Ok(Self { features: days.features().clone(), days: steps, fingerprints })
+        Ok(Self { features: days.features().clone(), days: steps, files, fingerprints })
+    }
+
+    /// The columns that are read.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// Sessions of all files.
+    pub fn n_sessions(&self) -> usize {
+        self.files.iter().map(|file| file.n_sessions()).sum()
+    }
+
+    /// Begins to check all rows: see [`RowCheck`].
+    ///
+    /// # Errors
+    /// Names the first row that no model can use.
+    pub fn check_rows(&self, ranks: (usize, usize), n_threads: usize) -> Result<RowCheck, TrainError> {
+        Ok(RowCheck::begin(&self.files, ranks, n_threads, AT_THE_START)?)
     }
 
     /// Rows of the catalogue `V`.
@@ -452,6 +512,7 @@ impl<'a> Training<'a> {
         place: Place<'a>,
         from: Option<Shared<'_>>,
     ) -> Result<Self, TrainError> {
+        set_phase("setting the model up");
         let n_items = data.features.n_items();
         let share = config.parallel.share(n_items, config.run.reduction, place.collective);
         let mut learner = learner(config, &data.features, place.device, share)?;
@@ -488,7 +549,13 @@ impl<'a> Training<'a> {
     ///
     /// # Errors
     /// See [`TrainError`].
-    pub fn fit(self, run_dir: &Path, report: &mut Report, signals: &Signals) -> Result<Ended, TrainError> {
+    pub fn fit(
+        self,
+        run_dir: &Path,
+        report: &mut Report,
+        signals: &Signals,
+        rows: &mut RowCheck,
+    ) -> Result<Ended, TrainError> {
         let Self { config, data, place, mut learner, mut state, mut occurred, begin } = self;
         let root = place.collective.root();
         let checkpoints = Checkpoints::of(run_dir);
@@ -498,6 +565,7 @@ impl<'a> Training<'a> {
             data.days.iter().filter(|(day, ..)| begin.is_none_or(|begin| begin.day <= *day))
         {
             let plan = plan(config, *day, window);
+            set_phase(format!("training on day {day}"));
             if begin.is_none_or(|begin| begin.day != *day) {
                 add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
                 let global_step = state.position.global_step;
@@ -512,6 +580,7 @@ impl<'a> Training<'a> {
                     place,
                     report: &mut *report,
                     signals,
+                    rows: &mut *rows,
                     checkpoints: &checkpoints,
                     saver: &mut saver,
                     occurrences: &occurred,
@@ -528,6 +597,8 @@ impl<'a> Training<'a> {
                 }
             }
 
+            rows.poll()?;
+            set_phase(format!("evaluating on day {}", day + 1));
             let task = EvaluationTask {
                 file: valid,
                 features: &data.features,
@@ -634,6 +705,7 @@ struct Day<'a> {
     place: Place<'a>,
     report: &'a mut Report,
     signals: &'a Signals,
+    rows: &'a mut RowCheck,
     checkpoints: &'a Checkpoints,
     /// On rank 0.
     saver: &'a mut Option<Saver>,
@@ -699,6 +771,7 @@ impl Day<'_> {
         lr: f64,
         status: &Status,
     ) -> Result<ControlFlow<()>, TrainError> {
+        self.rows.poll()?;
         let config = self.config;
         let step = self.state.position.day_step;
         let (done, n_steps) = (step + 1, self.plan.n_steps());

@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use tch::Device;
 
-use super::{Learner, Place, TrainError, check_shares, learner};
-use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, State, Tensors, read_tensors};
+use super::{Learner, Place, TrainError, check_shares, learner, weights_file};
+use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Position, State, Tensors};
 use crate::collective::{Collective, Root};
 use crate::config;
-use crate::data::{Days, Features, SessionFile, Split, occurrences};
+use crate::data::{AT_THE_START, Days, Features, RowCheck, SessionFile, Split, occurrences};
+use crate::device::memory::set_phase;
 use crate::export::ScriptedModel;
 use crate::metrics::{Evaluation, evaluate};
 use crate::model::{Recommender, Share, import};
@@ -78,15 +80,17 @@ impl ImportedWeights {
     ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
         let features = days.features();
+        let original = weights_file::read(weights)?;
+        set_phase("setting the model up");
         let mut learner = learner(config, features, Device::Cpu, Share::whole(features.n_items()))?;
-        let original = read_tensors(weights)?;
         let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
         let wanted = |name: &str| names.iter().any(|other| other == name);
         import::rename(original, &features.columns()[0].name, wanted)
             .and_then(|renamed| learner.load_weights(&renamed))
             .map_err(|problem| CheckpointError::Mismatch { path: weights.to_owned(), problem })?;
+        let first_day = config.data.training_days().start;
         let mut occurred = vec![0; features.n_items() as usize];
-        for trained in days.days().filter(|&trained| config.data.first_day <= trained && trained <= day) {
+        for trained in days.days().filter(|&trained| first_day <= trained && trained <= day) {
             let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
             occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
         }
@@ -111,7 +115,7 @@ pub struct TrainedRun<'a> {
     exported: Option<ScriptedModel>,
     skipped: Vec<String>,
     features: Features,
-    file: SessionFile,
+    file: Arc<SessionFile>,
     occurrences: Vec<i64>,
     train_day: i64,
     eval_day: i64,
@@ -136,7 +140,10 @@ impl<'a> TrainedRun<'a> {
         let Checkpoint { state, tensors, path, occurrences } = checkpoint;
         let train_day = state.position.day;
         let eval_day = day.unwrap_or(train_day + 1);
-        let file = days.file(eval_day, split)?;
+        let file = Arc::new(days.file(eval_day, split)?);
+        let ranks = (place.collective.rank(), place.collective.world_size());
+        RowCheck::begin(std::slice::from_ref(&file), ranks, 1, AT_THE_START)?;
+        set_phase("setting the model up");
         let n_items = days.features().n_items();
         check_shares(config, n_items, place.collective.world_size())?;
         let share = config.parallel.share(n_items, config.run.reduction, place.collective);

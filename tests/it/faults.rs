@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -71,6 +72,94 @@ fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_sta
         assert!(on.join("manifest.json").exists());
         shop.train(fault, &EXACT).success();
     }
+}
+
+#[test]
+fn memory_that_is_refused_is_an_error_with_the_bytes_and_the_phase() {
+    let shop = shop();
+    let ended = run_within(
+        Command::new(PROGRAM).args(shop.arguments("run", &EXACT)).env("BIREME_FAULT", "memory@0:14"),
+        Duration::from_secs(60),
+    );
+    assert_eq!(ended.code, Some(1), "{ended:#?}");
+    let told = "error: cannot allocate memory: 4194304.0 GiB asked for while training on day 2";
+    assert!(ended.stderr.contains(told) && !ended.stderr.contains("panicked"), "{ended:#?}");
+    shop.train("run", &EXACT).success();
+}
+
+#[test]
+fn a_run_directory_has_one_owner() {
+    let shop = shop();
+    let more = [&EXACT[..4], &["--set", "checkpoint.every_steps=1"]].concat();
+    // The first stops itself in the middle of its work.
+    let start = |run: &str, fault: &str| {
+        let mut command = Command::new(PROGRAM);
+        command.args(shop.arguments(run, &more)).env("BIREME_FAULT", fault);
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut first = start("run", "stop@0:14");
+    while !is_stopped(&first) {
+        sleep(Duration::from_millis(5));
+    }
+    let pid = first.id();
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let told = format!("run` is in use by process {pid} on {}", host.trim());
+    let refused = |finished: &crate::mpirun::Finished| {
+        assert_eq!(finished.code, Some(2), "{finished:#?}");
+        assert_eq!(finished.stderr.matches("error: ").count(), 1, "{finished:#?}");
+        assert!(finished.stderr.contains(&told), "{told}\n{finished:#?}");
+    };
+    let records = shop.records("run", "step").len();
+    for other in [&["--resume=auto"][..], &["--resume=never"], &["--resume=anyway"], &["--overwrite"]] {
+        refused(&shop.train("run", &[&more[..], other].concat()));
+    }
+    if let Some(finished) = shop.train_on(2, "run", &more) {
+        refused(&finished);
+    }
+    let (run, data) = (shop.run_dir("run"), shop.data());
+    let evaluate = |save: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("evaluate").arg("--run-dir").arg(&run).arg("--data").arg(&data).args(save);
+        run_within(&mut command, Duration::from_secs(60))
+    };
+    refused(&evaluate(&["--save"]));
+    // Who only reads does not disturb.
+    evaluate(&[]).success();
+    assert_eq!(shop.records("run", "step").len(), records);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // What has crashed holds nothing.
+    let on = shop.train("run", &more).success();
+    assert!(on.stderr.contains("going on from"), "{on:#?}");
+
+    // Of two first starts at the same time one wins.
+    let mut both = [start("new", "stop@0:0"), start("new", "stop@0:0")];
+    let begun = Instant::now();
+    let loser = loop {
+        assert!(begun.elapsed() < Duration::from_secs(60), "neither has ended");
+        if let Some(loser) = both.iter_mut().position(|one| one.try_wait().unwrap().is_some()) {
+            break loser;
+        }
+        sleep(Duration::from_millis(5));
+    };
+    let [a, b] = both;
+    let (loser, mut winner) = if loser == 0 { (a, b) } else { (b, a) };
+    let output = loser.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains(&format!("is in use by process {} on ", winner.id())), "{stderr}");
+    winner.kill().unwrap();
+    winner.wait().unwrap();
+    shop.train("new", &more).success();
+}
+
+/// Whether a process has been stopped by a signal.
+fn is_stopped(child: &Child) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    // The name before it may hold anything but this.
+    let state = stat.rsplit(") ").next().unwrap().chars().next();
+    assert_ne!(state, Some('Z'), "it has ended");
+    state == Some('T')
 }
 
 #[test]

@@ -201,8 +201,8 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     sessions.dedup();
     fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
     let config = bireme::data::Config {
-        first_day: 1,
-        last_day: 2,
+        first_day: Some(1),
+        last_day: Some(2),
         window_days: 1,
         max_length: 20,
         features: Vec::new(),
@@ -617,6 +617,27 @@ fn weights_of_the_original_become_a_run() {
     let saved = Tensor::read_safetensors(saved).unwrap();
     let (_, mask) = saved.iter().find(|(name, _)| name == "input.mask").unwrap();
     assert_eq!(distance(mask, &golden["w.heads.0.body.0._masking.masked_item_embedding"]), 0.0);
+
+    // So do those of a model that was trained in parallel and compiled.
+    let wrapped: Vec<(String, &Tensor)> =
+        weights.iter().map(|(name, weight)| (format!("_orig_mod.module.{name}"), *weight)).collect();
+    Tensor::write_safetensors(&wrapped, &file).unwrap();
+    import("wrapped", &[]).success();
+    let [plain, unwrapped] = ["run", "wrapped"].map(|run| {
+        fs::read(shop.run_dir(run).join("checkpoints/day-0002-step-00000000/weights.safetensors")).unwrap()
+    });
+    assert!(plain == unwrapped);
+    let doubles: Vec<(&str, Tensor)> =
+        weights.iter().map(|(name, weight)| (*name, weight.to_kind(Kind::Double))).collect();
+    Tensor::write_safetensors(&doubles, &file).unwrap();
+    import("doubles", &[]).success();
+    let all_but_one: Vec<(&str, &Tensor)> =
+        weights.iter().filter(|(name, _)| !name.ends_with("output_layer_bias")).copied().collect();
+    Tensor::write_safetensors(&all_but_one, &file).unwrap();
+    let missing = import("missing", &[]);
+    assert_eq!(missing.code, Some(2), "{missing:#?}");
+    assert!(missing.stderr.contains("parameter `item_table.bias` is missing"), "{missing:#?}");
+    Tensor::write_safetensors(&weights, &file).unwrap();
 
     let other = import("other", &["--set", "model.width=16"]);
     assert_eq!(other.code, Some(2), "{other:#?}");

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::fixtures;
 use crate::mpirun::Finished;
-use crate::train::{ALL_FEATURES, PROGRAM, Shop, XLNET, config_with};
+use crate::train::{ALL_FEATURES, CONFIG, PROGRAM, Shop, XLNET, config_with};
 
 /// Everything that makes a run's course a matter of bits, a checkpoint after every third step, and dropout.
 pub const EXACT: [&str; 6] = [
@@ -68,7 +68,7 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
     let shop = shop();
     let with_features = [&EXACT[..], &ALL_FEATURES].concat();
     for (model, config, set) in
-        [("gru", crate::train::CONFIG.to_owned(), &EXACT[..]), ("xlnet", config_with(XLNET), &with_features)]
+        [("gru", CONFIG.to_owned(), &EXACT[..]), ("xlnet", config_with(XLNET), &with_features)]
     {
         fs::write(shop.config(), config).unwrap();
         let unbroken = format!("{model} unbroken");
@@ -192,6 +192,48 @@ fn a_run_goes_on_with_the_same_configuration_and_data_only() {
     fixtures::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
     refused(shop.train("run", &EXACT), "the file of day and part `1/train` has changed");
     shop.train("run", &[&EXACT[..], &["--resume=anyway"]].concat()).success();
+}
+
+#[test]
+fn a_run_without_days_takes_all_there_are_and_those_that_follow() {
+    let shop = shop();
+    let (before, rest) = CONFIG.split_once("[data]").unwrap();
+    let (_, rest) = rest.split_once("[model]").unwrap();
+    fs::write(shop.config(), format!("{before}[model]{rest}")).unwrap();
+    shop.train("run", &EXACT).success();
+    let written = fs::read_to_string(shop.run_dir("run").join("config.toml")).unwrap();
+    assert!(written.contains("first_day = 1\nlast_day = 3\n"), "{written}");
+    let done = shop.train("run", &EXACT).success();
+    assert!(done.stderr.contains("and it is done"), "{done:#?}");
+
+    for part in ["train", "valid"] {
+        let sessions = fixtures::sessions(200, 40, 5);
+        fixtures::write_sessions(&shop.data().join(format!("4/{part}.parquet")), &sessions, |_| 0.0);
+    }
+    let on = shop.train("run", &EXACT).success();
+    assert!(on.stderr.contains("going on from"), "{on:#?}");
+    let days: Vec<i64> =
+        shop.records("run", "day").iter().map(|record| record["day"].as_i64().unwrap()).collect();
+    assert_eq!(days, [1, 2, 3]);
+    shop.train("unbroken", &EXACT).success();
+    assert_came_to_the_same(&shop, "run", "unbroken");
+
+    // A day before the first would be another run.
+    fs::create_dir(shop.data().join("0")).unwrap();
+    let other = shop.train("run", &EXACT);
+    assert_eq!(other.code, Some(2), "{other:#?}");
+    fs::copy(shop.data().join("1/train.parquet"), shop.data().join("0/train.parquet")).unwrap();
+    let other = shop.train("run", &EXACT);
+    assert_eq!(other.code, Some(2), "{other:#?}");
+    assert!(other.stderr.contains("`data.first_day` was 1, and is 0 now"), "{other:#?}");
+    shop.train("run", &[&EXACT[..], &["--set", "data.first_day=1"]].concat()).success();
+    // So would be a run that ends earlier than it has.
+    for day in ["0", "4"] {
+        fs::remove_dir_all(shop.data().join(day)).unwrap();
+    }
+    let other = shop.train("run", &EXACT);
+    assert_eq!(other.code, Some(2), "{other:#?}");
+    assert!(other.stderr.contains("`data.last_day` was 4, and is 3 now"), "{other:#?}");
 }
 
 #[test]

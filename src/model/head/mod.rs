@@ -100,11 +100,32 @@ impl LossConfig {
             Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. } if n_negatives < 1 => {
                 Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
             }
-            Self::Sampled { power, .. } if !power.is_finite() => {
+            // Beyond, a power of an occurrence is infinite or 0.
+            Self::Sampled { power, .. } if !(-10.0..=10.0).contains(&power) => {
                 Err(format!("`loss.power` cannot be {power}"))
             }
             Self::Gbce { calibration, .. } if !(0.0..=1.0).contains(&calibration) => {
                 Err(format!("`loss.calibration` {calibration} is not within 0 to 1"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl LossConfig {
+    /// Checks what depends on the rows of the item table.
+    ///
+    /// # Errors
+    /// Says which key is wrong.
+    pub fn check_items(&self, n_items: i64) -> Result<(), String> {
+        let n_recommendable = (n_items - 2).max(0);
+        match *self {
+            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. }
+                if n_negatives > n_recommendable =>
+            {
+                Err(format!(
+                    "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of the catalogue"
+                ))
             }
             _ => Ok(()),
         }
