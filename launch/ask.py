@@ -68,12 +68,13 @@ def main():
     answer = server.infer(options.name, [*inputs, top_k])
     server.close()
     known = names(options.repository, options.name)
-    ids, scores = answer.as_numpy("item_ids"), answer.as_numpy("item_scores")
+    ids, scores, n_items = (answer.as_numpy(name) for name in ("item_ids", "item_scores", "n_items"))
     for row, session in enumerate(answer.as_numpy("session").reshape(-1)):
         print(f"session {session.decode()}")
         for event in sessions[row]:
             print(f"  {event['event_type']:12} {event['product_id']:>9}  {event['brand'] or '-':12} {event['category_code'] or '-'}")
-        for id, score in zip(ids[row], scores[row]):
+        # What follows the first `n_items` has no meaning.
+        for id, score in list(zip(ids[row], scores[row]))[: n_items[row].item()]:
             brand, category, price = known[id]
             print(f"  next {score:7.2f} {id:>9}  {brand:12} {category}  {price:.2f}")
 

@@ -44,7 +44,8 @@ mkdir "$aside/mpi/pmix"
 [ -z "$pmix" ] || find "$(dirname "$pmix")" -maxdepth 4 -path '*pmix*' -name 'help-*.txt' -exec cp {} "$aside/mpi/pmix/" \;
 
 cp "$bin" "$aside/bin/bireme"
-cp "$(dirname "$bin")/libtriton_bireme.so" "$aside/bin/" 2>/dev/null || true
+cp "$(dirname "$bin")/libtriton_bireme.so" "$aside/bin/" ||
+    echo "bundle.sh: without \`libtriton_bireme.so\` the bundle exports with \`--python-backend\` only" >&2
 strip --strip-unneeded "$aside"/bin/*
 
 # Libraries of all of these, but for libtorch's and for those that every host with libtorch has.

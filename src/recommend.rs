@@ -19,7 +19,7 @@ use tch::Device;
 use crate::etl::serving::{self, Preprocessor, SESSION};
 use crate::etl::tensor::Tensor;
 use crate::etl::{self, BadRows, ProductInWords, RawEvent, RowCounts, Workflow};
-use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, Names};
+use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, Names};
 
 pub use write::{Format, Writer};
 
@@ -165,6 +165,10 @@ pub fn recommend(
     let etl = etl.ok_or_else(|| of_model(Fault::invalid("it was not written by `bireme export`")))?;
     let dir = options.repository.join(&etl.config.name).join(etl.version.to_string());
     let etl = Preprocessor::load(&dir)?;
+    if !model.config.output.iter().any(|output| output.name == N_ITEMS) {
+        let problem = "it was exported by an older version, without `n_items`: export it again";
+        return Err(of_model(Fault::invalid(problem)));
+    }
 
     let (events, counts) = etl::first_events(&options.events, options.first, options.bad_rows)?;
     let mut found = false;
@@ -173,7 +177,7 @@ pub fn recommend(
         let rows: Vec<RawEvent> =
             sessions.iter().flat_map(|events| events.iter().copied().cloned()).collect();
         let inputs = serving::request(&rows, options.top as i32, options.exclude_seen);
-        let outputs = [SESSION, ITEM_IDS, ITEM_SCORES, FALLBACK].map(str::to_owned);
+        let outputs = [SESSION, ITEM_IDS, ITEM_SCORES, FALLBACK, N_ITEMS].map(str::to_owned);
         let request = Request { inputs, outputs: outputs.into(), ..Request::default() };
         let outputs = model.infer_and_wait(request).map_err(of_model)?;
         let answers = Answers::read(&outputs).map_err(|problem| of_model(Fault::invalid(problem)))?;
@@ -216,16 +220,20 @@ struct Answers<'a> {
     ids: Vec<i64>,
     scores: Vec<f32>,
     fallback: Vec<bool>,
+    n_items: Vec<i32>,
 }
 
 impl<'a> Answers<'a> {
     fn read(outputs: &'a [Tensor]) -> Result<Self, String> {
-        let [sessions, ids, scores, fallback] = outputs else { return Err("outputs are missing".to_owned()) };
+        let [sessions, ids, scores, fallback, n_items] = outputs else {
+            return Err("outputs are missing".to_owned());
+        };
         Ok(Self {
             sessions: sessions.view().texts()?,
             ids: ids.view().i64s()?,
             scores: scores.view().f32s()?,
             fallback: fallback.view().bools()?,
+            n_items: n_items.view().i32s()?,
         })
     }
 
@@ -244,8 +252,8 @@ impl<'a> Answers<'a> {
                 price: event.price,
             });
         let top_k = self.ids.len() / self.sessions.len();
-        let places = row * top_k..(row + 1) * top_k;
-        // −1 stands where nothing is left.
+        let n_items = usize::try_from(self.n_items[row]).unwrap_or(0).min(top_k);
+        let places = row * top_k..row * top_k + n_items;
         let products = self.ids[places.clone()].iter().map(|&id| workflow.product(id));
         let recommended = products.zip(&self.scores[places]);
         let recommended =

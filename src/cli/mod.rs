@@ -5,7 +5,6 @@ mod run_dir;
 
 use std::error::Error;
 use std::fs;
-use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -273,12 +272,13 @@ struct ServeArgs {
     /// Load this model at the start, and the steps of an ensemble; may be given several times [default: all]
     #[arg(long = "load", value_name = "NAME")]
     models: Vec<String>,
-    /// Where to listen for HTTP; port 0 stands for any that is free
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
-    http: SocketAddr,
+    /// Where to listen for HTTP: `127.0.0.1:8000`, `[::1]:8000`, or a name, of whose addresses the first is taken that
+    /// this machine has, IPv4 before IPv6; port 0 stands for any that is free
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8000")]
+    http: String,
     /// Where to listen for gRPC
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8001")]
-    grpc: SocketAddr,
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8001")]
+    grpc: String,
     /// Ask for `Authorization: Bearer KEY` with a key of this file, one in a line; health checks need none
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
@@ -717,7 +717,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     let n_bytes = going_on.as_ref().map_or(0, |(_, _, n_bytes)| *n_bytes);
     let mut report = agree(collective, Report::open(collective.root(), &run_dir, n_bytes), |_| None)?;
     let seats = seats::seats(&job.place, collective).map_err(shared)?;
-    for warning in job.place.warnings.iter().chain(&seats::warnings(&seats)) {
+    for warning in job.place.warnings.iter().chain(&seats::warnings(&seats)).chain(data.warnings()) {
         report.say(&format!("warning: {warning}"));
     }
     if world_size > 1 {
@@ -793,8 +793,8 @@ fn serve(args: &ServeArgs) -> Result<(), Failure> {
     let options = bireme_serve::Options {
         repository: args.repository.clone(),
         models: args.models.clone(),
-        http: args.http,
-        grpc: args.grpc,
+        http: args.http.clone(),
+        grpc: args.grpc.clone(),
         api_keys: args.api_keys.clone(),
         limits: args.limits(),
         drain: Duration::from_secs(args.drain_seconds),

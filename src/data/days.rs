@@ -11,6 +11,7 @@ use super::{Config, DataError, SessionFile};
 #[derive(Clone, Debug)]
 pub struct Features {
     columns: Vec<Feature>,
+    warnings: Vec<String>,
 }
 
 impl Features {
@@ -33,9 +34,14 @@ impl Features {
                     schema.features.iter().filter(|f| f.is_list()).map(|f| f.name.as_str()).collect();
                 DataError::UnknownFeature { feature: name.clone(), have: have.join(", ") }
             })?;
-            columns.push(feature.clone());
+            columns.push(feature.check()?.clone());
         }
-        Ok(Self { columns })
+        Ok(Self { columns, warnings: schema.warnings.clone() })
+    }
+
+    /// What the schema holds that this version does not know.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// All columns, in the order of a batch: the item id first.

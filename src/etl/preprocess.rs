@@ -473,6 +473,7 @@ fn schema(workflow: &Workflow, days: &[Day]) -> Schema {
         Feature { name: name.into(), value_count, domain: Domain::Float(range), tags: tags(of) }
     };
     Schema {
+        warnings: Vec::new(),
         features: vec![
             Feature {
                 name: session::SESSION.into(),

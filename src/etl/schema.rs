@@ -2,14 +2,20 @@
 //!
 //! [`Schema`] is the part of a `tensorflow_metadata` schema that a model needs, read and written in protobuf's
 //! text format: for every column its name, whether it is a list, the range of its values, and its tags. The
-//! format's reference is <https://protobuf.dev/reference/protobuf/textformat-spec/>; this reader takes the whole
-//! syntax of messages, lists, strings and numbers, and refuses fields that it does not know, so that a
-//! misspelled key cannot be lost in silence.
+//! format's reference is <https://protobuf.dev/reference/protobuf/textformat-spec/>. Fields that
+//! `tensorflow_metadata` does not have are ignored with a warning; a feature that no model can read
+//! is refused when a model asks for it.
 
+use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fmt::{self, Write as _};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bireme_base::message::quoted as quote;
+use bireme_protocol::prost_reflect::{DynamicMessage, ReflectMessage as _, Value};
+use bireme_protocol::schema as protocol;
+use bireme_protocol::text::{self, Parsed, TextError};
 use thiserror::Error;
 
 /// Columns of the raw events, as REES46 names them.
@@ -84,15 +90,16 @@ pub enum SchemaError {
         source: std::io::Error,
     },
     /// The text is no schema.
-    #[error("schema `{}`, line {line}: {message}", path.display())]
+    #[error("schema `{}`, {problem}", path.display())]
     Text {
         /// The schema's path.
         path: PathBuf,
-        /// Counted from 1.
-        line: usize,
-        /// What is wrong there.
-        message: String,
+        /// What is wrong where.
+        problem: TextError,
     },
+    /// A model asks for a feature that none can read.
+    #[error("{0}")]
+    Unusable(String),
     /// No feature, or more than one, is tagged as the item.
     #[error("the schema tags {found} features with `{ITEM_ID_TAG}`, where exactly one is needed")]
     ItemId {
@@ -106,6 +113,8 @@ pub enum SchemaError {
 pub struct Schema {
     /// In the order of the file.
     pub features: Vec<Feature>,
+    /// What was ignored when it was read.
+    pub warnings: Vec<String>,
 }
 
 /// One column.
@@ -131,12 +140,14 @@ pub struct ValueCount {
 }
 
 /// The values of a column, both ends included; without a range, nothing is promised.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Domain {
     /// `type: INT`.
     Int(Option<IntRange>),
     /// `type: FLOAT`.
     Float(Option<FloatRange>),
+    /// No model can read the column, for the reason that follows.
+    Unusable(String),
 }
 
 /// The range of an integer column.
@@ -186,6 +197,17 @@ impl Feature {
         }
     }
 
+    /// Refuses a column that no model can read.
+    ///
+    /// # Errors
+    /// The reason, with file and line.
+    pub fn check(&self) -> Result<&Self, SchemaError> {
+        match &self.domain {
+            Domain::Unusable(problem) => Err(SchemaError::Unusable(problem.clone())),
+            _ => Ok(self),
+        }
+    }
+
     /// Whether the column carries this tag.
     pub fn has_tag(&self, tag: &str) -> bool {
         self.tags.iter().any(|t| t == tag)
@@ -204,11 +226,7 @@ impl Schema {
             path: path.into(),
             source,
         })?;
-        Self::parse(&text).map_err(|fault| SchemaError::Text {
-            path: path.into(),
-            line: fault.line,
-            message: fault.message,
-        })
+        Self::parse(&text, path)
     }
 
     /// Writes the schema in protobuf's text format, such that [`Schema::read`] gives back an equal one.
@@ -232,88 +250,148 @@ impl Schema {
     /// The column that holds the items: the one tagged `item_id`.
     ///
     /// # Errors
-    /// None or several carry the tag.
+    /// None or several carry the tag, or no model can read the one that does.
     pub fn item_id(&self) -> Result<&Feature, SchemaError> {
         let tagged: Vec<_> = self.features.iter().filter(|f| f.has_tag(ITEM_ID_TAG)).collect();
         match tagged[..] {
-            [feature] => Ok(feature),
+            [feature] => feature.check(),
             _ => Err(SchemaError::ItemId { found: tagged.len() }),
         }
     }
 
-    fn parse(text: &str) -> Result<Self, Fault> {
-        let root = Parser::new(text).message(0, None)?;
+    /// Reads a text; `path` is its file in messages.
+    fn parse(text: &str, path: &Path) -> Result<Self, SchemaError> {
+        let at = |problem| SchemaError::Text { path: path.into(), problem };
+        let Parsed { message, mut ignored, values } =
+            text::parse(&protocol::descriptor(), text).map_err(at)?;
+        ignored.retain(|field| !protocol::UNREAD.contains(&field.path.as_str()));
+        let mut warnings = Vec::new();
+        if !ignored.is_empty() {
+            let (path, fields) = (path.display(), text::list(&ignored));
+            warnings.push(format!("schema `{path}`: ignored what this version does not know: {fields}"));
+        }
+        let lines = values.iter().filter(|place| place.field == "feature").map(|place| place.line);
         let mut features: Vec<Feature> = Vec::new();
-        for field in root.fields {
-            if field.name != "feature" {
-                return Err(field.unknown("a schema", &["feature"]));
-            }
-            let line = field.line;
-            let feature = Feature::from_message(field.message()?)?;
-            if features.iter().any(|f| f.name == feature.name) {
-                return Err(Fault::at(line, format!("the feature `{}` is there twice", feature.name)));
+        let mut names = HashSet::new();
+        for (message, line) in messages(&message, "feature").iter().zip(lines) {
+            let feature = Feature::from_message(message, (path, line));
+            if !feature.name.is_empty() && !names.insert(feature.name.clone()) {
+                let message = format!("the feature {} is there twice", quote(&feature.name));
+                return Err(at(TextError { line, column: 1, message }));
             }
             features.push(feature);
         }
-        Ok(Self { features })
+        Ok(Self { features, warnings })
     }
 }
 
 impl Feature {
-    fn from_message(message: Message) -> Result<Self, Fault> {
-        const KNOWN: [&str; 6] = ["name", "value_count", "type", "int_domain", "float_domain", "annotation"];
-        let line = message.line;
-        let (mut name, mut value_count, mut kind) = (None, None, None);
-        let (mut ints, mut floats, mut tags) = (None, None, Vec::new());
-        for field in message.fields {
-            match field.name.as_str() {
-                "name" => field.set(&mut name, Field::text)?,
-                "type" => field.set(&mut kind, Field::kind)?,
-                "value_count" => field.set(&mut value_count, |f| {
-                    let mut range = RangeFields::default();
-                    range.take("a value count", &["min", "max"], f.message()?)?;
-                    let (min, max) = range.ints((0, i64::MAX))?;
-                    Ok(ValueCount { min, max })
-                })?,
-                "int_domain" => field.set(&mut ints, |f| {
-                    let mut range = RangeFields::default();
-                    range.take(
-                        "an integer domain",
-                        &["name", "min", "max", "is_categorical"],
-                        f.message()?,
-                    )?;
-                    // A cardinality is the maximum and one more.
-                    let (min, max) = range.ints((i64::MIN, i64::MAX - 1))?;
-                    Ok(IntRange { min, max, is_categorical: range.is_categorical.unwrap_or(false) })
-                })?,
-                "float_domain" => field.set(&mut floats, |f| {
-                    let mut range = RangeFields::default();
-                    range.take("a float domain", &["name", "min", "max"], f.message()?)?;
-                    let (min, max) = range.floats((f64::NEG_INFINITY, f64::INFINITY))?;
-                    Ok(FloatRange { min, max })
-                })?,
-                "annotation" => {
-                    for field in field.message()?.fields {
-                        match field.name.as_str() {
-                            "tag" => tags.push(field.text()?),
-                            _ => return Err(field.unknown("an annotation", &["tag"])),
-                        }
-                    }
-                }
-                _ => return Err(field.unknown("a feature", &KNOWN)),
-            }
-        }
-        let name = name.ok_or_else(|| Fault::at(line, "a feature without a `name`".into()))?;
-        let lacks = |what: &str| Fault::at(line, format!("the feature `{name}` {what}"));
-        let domain = match (kind, ints, floats) {
-            (Some(Kind::Int), ints, None) => Domain::Int(ints),
-            (Some(Kind::Float), None, floats) => Domain::Float(floats),
-            (Some(Kind::Int), ..) => return Err(lacks("is of `type: INT` and has a `float_domain`")),
-            (Some(Kind::Float), ..) => return Err(lacks("is of `type: FLOAT` and has an `int_domain`")),
-            (None, ..) => return Err(lacks("has no `type`")),
-        };
-        Ok(Self { name, value_count, domain, tags })
+    fn from_message(message: &DynamicMessage, (path, line): (&Path, usize)) -> Self {
+        let name = string(message, "name").unwrap_or_default();
+        let annotation = submessage(message, "annotation");
+        let tags = annotation.iter().flat_map(|annotation| strings(annotation, "tag")).collect();
+        let value_count = submessage(message, "value_count").map(|count| ValueCount {
+            min: int(&count, "min").unwrap_or(0),
+            max: int(&count, "max").unwrap_or(i64::MAX),
+        });
+        let domain = domain(message, value_count).unwrap_or_else(|problem| {
+            let feature =
+                if name.is_empty() { "a feature".into() } else { format!("the feature {}", quote(&name)) };
+            Domain::Unusable(format!("schema `{}`, line {line}: {feature} {problem}", path.display()))
+        });
+        Self { name, value_count, domain, tags }
     }
+}
+
+/// What a feature's values are, or why no model can read it.
+fn domain(message: &DynamicMessage, value_count: Option<ValueCount>) -> Result<Domain, String> {
+    if string(message, "name").is_none_or(|name| name.is_empty()) {
+        return Err("has no `name`".into());
+    }
+    if value_count.is_some_and(|ValueCount { min, max }| min > max || min < 0) {
+        return Err("has a `value_count` whose `min` is negative or greater than `max`".into());
+    }
+    let (ints, floats) = (submessage(message, "int_domain"), submessage(message, "float_domain"));
+    match (enum_name(message, "type").as_deref(), ints, floats) {
+        (Some("INT"), _, Some(_)) => Err("is of `type: INT` and has a `float_domain`".into()),
+        (Some("FLOAT"), Some(_), _) => Err("is of `type: FLOAT` and has an `int_domain`".into()),
+        (Some("INT"), None, None) => Ok(Domain::Int(None)),
+        (Some("FLOAT"), None, None) => Ok(Domain::Float(None)),
+        (Some("INT"), Some(of), None) => {
+            let range = IntRange {
+                min: int(&of, "min").unwrap_or(i64::MIN),
+                // A cardinality is the maximum and one more.
+                max: int(&of, "max").unwrap_or(i64::MAX - 1),
+                is_categorical: of
+                    .get_field_by_name("is_categorical")
+                    .is_some_and(|value| value.as_bool() == Some(true)),
+            };
+            if range.min > range.max {
+                return Err("has an `int_domain` whose `min` is greater than `max`".into());
+            }
+            if range.is_categorical && (range.max < 0 || range.max == i64::MAX) {
+                return Err(format!(
+                    "has categories up to {}: codes count from 0, below 2^63 - 1",
+                    range.max
+                ));
+            }
+            Ok(Domain::Int(Some(range)))
+        }
+        (Some("FLOAT"), None, Some(of)) => {
+            let range = FloatRange {
+                min: float(&of, "min").unwrap_or(f64::NEG_INFINITY),
+                max: float(&of, "max").unwrap_or(f64::INFINITY),
+            };
+            if range.min > range.max {
+                return Err("has a `float_domain` whose `min` is greater than `max`".into());
+            }
+            Ok(Domain::Float(Some(range)))
+        }
+        (Some(of @ ("BYTES" | "STRUCT")), ..) => {
+            Err(format!("is of `type: {of}`; models read `INT` and `FLOAT`"))
+        }
+        _ => Err("has no `type`".into()),
+    }
+}
+
+// Fields of a message, where they are set.
+
+fn field<'m>(message: &'m DynamicMessage, name: &str) -> Option<Cow<'m, Value>> {
+    message.has_field_by_name(name).then(|| message.get_field_by_name(name)).flatten()
+}
+
+fn string(message: &DynamicMessage, name: &str) -> Option<String> {
+    field(message, name).and_then(|value| value.as_str().map(str::to_owned))
+}
+
+fn strings(message: &DynamicMessage, name: &str) -> Vec<String> {
+    let values = field(message, name);
+    let values = values.as_deref().and_then(Value::as_list).unwrap_or_default();
+    values.iter().filter_map(|value| value.as_str().map(str::to_owned)).collect()
+}
+
+fn int(message: &DynamicMessage, name: &str) -> Option<i64> {
+    field(message, name).and_then(|value| value.as_i64())
+}
+
+fn float(message: &DynamicMessage, name: &str) -> Option<f64> {
+    field(message, name).and_then(|value| value.as_f64())
+}
+
+fn enum_name(message: &DynamicMessage, name: &str) -> Option<String> {
+    let number = field(message, name)?.as_enum_number()?;
+    let kind = message.descriptor().get_field_by_name(name)?.kind();
+    Some(kind.as_enum()?.get_value(number)?.name().to_owned())
+}
+
+fn submessage(message: &DynamicMessage, name: &str) -> Option<DynamicMessage> {
+    field(message, name).and_then(|value| value.as_message().cloned())
+}
+
+fn messages(message: &DynamicMessage, name: &str) -> Vec<DynamicMessage> {
+    let values = field(message, name);
+    let values = values.as_deref().and_then(Value::as_list).unwrap_or_default();
+    values.iter().filter_map(|value| value.as_message().cloned()).collect()
 }
 
 impl fmt::Display for Schema {
@@ -325,7 +403,8 @@ impl fmt::Display for Schema {
             if let Some(ValueCount { min, max }) = feature.value_count {
                 writeln!(f, "  value_count {{\n    min: {min}\n    max: {max}\n  }}")?;
             }
-            match feature.domain {
+            match &feature.domain {
+                Domain::Unusable(_) => {}
                 Domain::Int(range) => {
                     writeln!(f, "  type: INT")?;
                     if let Some(IntRange { min, max, is_categorical }) = range {
@@ -377,325 +456,18 @@ fn quoted(text: &str) -> String {
     out
 }
 
-// The text format, down to a tree of named fields.
-
-/// Something wrong on a line.
-#[derive(Debug)]
-struct Fault {
-    line: usize,
-    message: String,
-}
-
-impl Fault {
-    fn at(line: usize, message: String) -> Self {
-        Self { line, message }
-    }
-}
-
-struct Message {
-    line: usize,
-    fields: Vec<Field>,
-}
-
-struct Field {
-    name: String,
-    line: usize,
-    value: Value,
-}
-
-enum Value {
-    Message(Message),
-    Text(String),
-    /// A number, an enum's name, `true` or `false`: what it is depends on the field.
-    Word(String),
-}
-
-enum Kind {
-    Int,
-    Float,
-}
-
-impl Field {
-    fn fault(&self, needed: &str) -> Fault {
-        Fault::at(self.line, format!("`{}` needs {needed}", self.name))
-    }
-
-    fn unknown(&self, parent: &str, known: &[&str]) -> Fault {
-        let known = known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
-        Fault::at(self.line, format!("`{}` is no field of {parent}, which has {known}", self.name))
-    }
-
-    /// Fills a field that may be there once.
-    fn set<T>(self, slot: &mut Option<T>, read: impl FnOnce(Self) -> Result<T, Fault>) -> Result<(), Fault> {
-        if slot.is_some() {
-            return Err(Fault::at(self.line, format!("`{}` is there twice", self.name)));
-        }
-        *slot = Some(read(self)?);
-        Ok(())
-    }
-
-    fn message(self) -> Result<Message, Fault> {
-        let fault = self.fault("a block in braces");
-        if let Value::Message(message) = self.value { Ok(message) } else { Err(fault) }
-    }
-
-    fn text(self) -> Result<String, Fault> {
-        let fault = self.fault("a text in quotes");
-        if let Value::Text(text) = self.value { Ok(text) } else { Err(fault) }
-    }
-
-    fn word<T>(self, needed: &str, read: impl FnOnce(&str) -> Option<T>) -> Result<T, Fault> {
-        let word = if let Value::Word(word) = &self.value { read(word) } else { None };
-        word.ok_or_else(|| self.fault(needed))
-    }
-
-    fn kind(self) -> Result<Kind, Fault> {
-        self.word("`INT` or `FLOAT`", |word| match word {
-            "INT" => Some(Kind::Int),
-            "FLOAT" => Some(Kind::Float),
-            _ => None,
-        })
-    }
-
-    fn int(self) -> Result<i64, Fault> {
-        self.word("an integer", |word| word.parse().ok())
-    }
-
-    fn float(self) -> Result<f64, Fault> {
-        // The format allows `1.5f`; the names of infinity and NaN are Rust's too.
-        self.word("a number", |word| {
-            let digits = word
-                .strip_suffix(['f', 'F'])
-                .filter(|d| d.ends_with(|c: char| c.is_ascii_digit() || c == '.'));
-            digits.unwrap_or(word).parse().ok()
-        })
-    }
-
-    fn bool(self) -> Result<bool, Fault> {
-        self.word("`true` or `false`", |word| match word {
-            "true" | "True" | "t" | "1" => Some(true),
-            "false" | "False" | "f" | "0" => Some(false),
-            _ => None,
-        })
-    }
-}
-
-/// What `value_count`, `int_domain` and `float_domain` have in common, before the type is known.
-#[derive(Default)]
-struct RangeFields {
-    name: Option<String>,
-    min: Option<Field>,
-    max: Option<Field>,
-    is_categorical: Option<bool>,
-    line: usize,
-}
-
-impl RangeFields {
-    fn take(&mut self, parent: &str, known: &[&str], message: Message) -> Result<(), Fault> {
-        self.line = message.line;
-        for field in message.fields {
-            match field.name.as_str() {
-                name if !known.contains(&name) => return Err(field.unknown(parent, known)),
-                "name" => field.set(&mut self.name, Field::text)?,
-                "min" => field.set(&mut self.min, Ok)?,
-                "max" => field.set(&mut self.max, Ok)?,
-                _ => field.set(&mut self.is_categorical, Field::bool)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn ints(&mut self, unless_given: (i64, i64)) -> Result<(i64, i64), Fault> {
-        self.ends(Field::int, unless_given)
-    }
-
-    fn floats(&mut self, unless_given: (f64, f64)) -> Result<(f64, f64), Fault> {
-        self.ends(Field::float, unless_given)
-    }
-
-    fn ends<T: PartialOrd>(
-        &mut self,
-        read: impl Fn(Field) -> Result<T, Fault>,
-        unless_given: (T, T),
-    ) -> Result<(T, T), Fault> {
-        let (min, max) = (self.min.take().map(&read).transpose()?, self.max.take().map(&read).transpose()?);
-        let (min, max) = (min.unwrap_or(unless_given.0), max.unwrap_or(unless_given.1));
-        if min > max {
-            return Err(Fault::at(self.line, "`min` is greater than `max`".into()));
-        }
-        Ok((min, max))
-    }
-}
-
-struct Parser<'a> {
-    rest: &'a str,
-    line: usize,
-}
-
-impl<'a> Parser<'a> {
-    /// Blocks within blocks that are read; a schema needs three.
-    const DEEPEST: usize = 16;
-
-    fn new(text: &'a str) -> Self {
-        Self { rest: text, line: 1 }
-    }
-
-    fn fault<T>(&self, message: impl Into<String>) -> Result<T, Fault> {
-        Err(Fault::at(self.line, message.into()))
-    }
-
-    fn advance(&mut self, bytes: usize) -> &'a str {
-        let (taken, rest) = self.rest.split_at(bytes);
-        self.line += taken.bytes().filter(|b| *b == b'\n').count();
-        self.rest = rest;
-        taken
-    }
-
-    /// Passes over white space and comments.
-    fn skip(&mut self) {
-        loop {
-            let blank = self.rest.len() - self.rest.trim_start().len();
-            self.advance(blank);
-            if !self.rest.starts_with('#') {
-                return;
-            }
-            self.advance(self.rest.find('\n').unwrap_or(self.rest.len()));
-        }
-    }
-
-    /// Takes this character, if it comes next.
-    fn eat(&mut self, c: char) -> bool {
-        self.skip();
-        let found = self.rest.starts_with(c);
-        if found {
-            self.advance(c.len_utf8());
-        }
-        found
-    }
-
-    fn word(&mut self) -> Option<&'a str> {
-        self.skip();
-        let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '+' | '.');
-        let end = self.rest.find(|c| !is_word(c)).unwrap_or(self.rest.len());
-        (end > 0).then(|| self.advance(end))
-    }
-
-    /// The fields up to `close`, or up to the end of the text at the top.
-    fn message(&mut self, depth: usize, close: Option<char>) -> Result<Message, Fault> {
-        let mut message = Message { line: self.line, fields: Vec::new() };
-        if depth > Self::DEEPEST {
-            return self.fault("blocks are nested too deeply");
-        }
-        loop {
-            self.skip();
-            match close {
-                Some(close) if self.eat(close) => return Ok(message),
-                Some(_) if self.rest.is_empty() => {
-                    return self
-                        .fault(format!("the text ends within the block opened on line {}", message.line));
-                }
-                None if self.rest.is_empty() => return Ok(message),
-                _ => self.field(depth, &mut message.fields)?,
-            }
-        }
-    }
-
-    fn field(&mut self, depth: usize, fields: &mut Vec<Field>) -> Result<(), Fault> {
-        let line = self.line;
-        let Some(name) = self.word() else {
-            let found = self.rest.chars().next().unwrap_or(' ');
-            return self.fault(format!("found `{found}` where a field's name should be"));
-        };
-        let colon = self.eat(':');
-        if self.eat('[') {
-            while !self.eat(']') {
-                fields.push(Field {
-                    name: name.into(),
-                    line: self.line,
-                    value: self.value(depth, name, true)?,
-                });
-                if !self.eat(',') && !self.rest.starts_with(']') {
-                    return self.fault(format!("the list of `{name}` needs `,` or `]`"));
-                }
-            }
-        } else {
-            fields.push(Field { name: name.into(), line, value: self.value(depth, name, colon)? });
-        }
-        // Fields may be separated by one of these.
-        let _ = self.eat(',') || self.eat(';');
-        Ok(())
-    }
-
-    fn value(&mut self, depth: usize, name: &str, colon: bool) -> Result<Value, Fault> {
-        if self.eat('{') {
-            return self.message(depth + 1, Some('}')).map(Value::Message);
-        }
-        if self.eat('<') {
-            return self.message(depth + 1, Some('>')).map(Value::Message);
-        }
-        if !colon {
-            return self.fault(format!("`{name}` needs `:` and a value, or a block in braces"));
-        }
-        if self.rest.starts_with(['"', '\'']) {
-            return self.text(name).map(Value::Text);
-        }
-        match self.word() {
-            Some(word) => Ok(Value::Word(word.into())),
-            None => self.fault(format!("`{name}` has no value")),
-        }
-    }
-
-    /// One or more quoted texts, which the format joins.
-    fn text(&mut self, name: &str) -> Result<String, Fault> {
-        let mut bytes = Vec::new();
-        while let Some(quote) = self.rest.chars().next().filter(|c| matches!(c, '"' | '\'')) {
-            self.advance(1);
-            loop {
-                let Some(c) = self.rest.chars().next().filter(|c| *c != '\n') else {
-                    return self.fault(format!("the text of `{name}` is not closed"));
-                };
-                self.advance(c.len_utf8());
-                match c {
-                    c if c == quote => break,
-                    '\\' => self.escape(&mut bytes)?,
-                    c => bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
-                }
-            }
-            self.skip();
-        }
-        String::from_utf8(bytes).or_else(|_| self.fault(format!("the text of `{name}` is not UTF-8")))
-    }
-
-    fn escape(&mut self, bytes: &mut Vec<u8>) -> Result<(), Fault> {
-        let plain = match self.rest.chars().next() {
-            Some('n') => b'\n',
-            Some('t') => b'\t',
-            Some('r') => b'\r',
-            Some(c @ ('"' | '\'' | '\\' | '?')) => c as u8,
-            Some(c) if c.is_digit(8) => {
-                let digits = self.rest.bytes().take(3).take_while(|b| (b'0'..=b'7').contains(b)).count();
-                let taken = self.advance(digits);
-                let Ok(byte) = u8::from_str_radix(taken, 8) else {
-                    return self.fault(format!("`\\{taken}` is no byte"));
-                };
-                bytes.push(byte);
-                return Ok(());
-            }
-            _ => return self.fault("an escape that is not one of \\n \\t \\r \\\" \\' \\\\ \\? or octal"),
-        };
-        self.advance(1);
-        bytes.push(plain);
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn parse(text: &str) -> Result<Schema, SchemaError> {
+        Schema::parse(text, Path::new("s"))
+    }
+
     #[test]
     fn a_schema_survives_its_own_text() {
         let schema = Schema {
+            warnings: Vec::new(),
             features: vec![
                 Feature {
                     name: "product \"id\"\u{7}\u{85}é-list_seq".into(),
@@ -712,7 +484,7 @@ mod tests {
                 Feature { name: "bare".into(), value_count: None, domain: Domain::Float(None), tags: vec![] },
             ],
         };
-        assert_eq!(Schema::parse(&schema.to_string()).unwrap(), schema);
+        assert_eq!(parse(&schema.to_string()).unwrap(), schema);
         assert_eq!(schema.item_id().unwrap().cardinality(), Some(118_335));
     }
 
@@ -720,7 +492,7 @@ mod tests {
     fn the_whole_syntax_is_read() {
         let text = "# a comment\nfeature: < name: 'a' 'b'; type: FLOAT, float_domain { min: -1.5f max: inf }\n\
                     annotation { tag: [\"x\", 'y'] } >";
-        let schema = Schema::parse(text).unwrap();
+        let schema = parse(text).unwrap();
         let feature = schema.feature("ab").unwrap();
         assert_eq!(feature.domain, Domain::Float(Some(FloatRange { min: -1.5, max: f64::INFINITY })));
         assert_eq!(feature.tags, ["x", "y"]);
@@ -728,28 +500,68 @@ mod tests {
     }
 
     #[test]
+    fn what_other_programs_write_is_read() {
+        let text = r#"feature {
+  name: "item" type: INT
+  int_domain { name: "item" min: 0 max: 100 is_categorical: true }
+  shape { dim { size: 20 } } presence { min_fraction: 1.0 } lifecycle_stage: PRODUCTION
+  annotation {
+    tag: "item_id"
+    extra_metadata { type_url: "type.googleapis.com/google.protobuf.Struct" value: "\n\021\n\013num_buckets\022\002\010\000" }
+    extra_metadata { [type.googleapis.com/google.protobuf.Struct] { fields { key: "is_list" value { bool_value: true } } } }
+    extra_metadata: [ { type_url: "" }, { [type.googleapis.com/nobody.Knows] < a: [1, 2] > } ]
+  }
+}
+string_domain { name: "words" value: ["a", "b"] }
+feature { name: "text" type: BYTES domain: "words" }
+feature { name: "odd" type: INT int_domain { min: 3 max: 2 } }
+feature { type: FLOAT }
+feature { name: "new" type: QUATERNION invented: 1 }"#;
+        let schema = parse(text).unwrap();
+        assert_eq!(schema.item_id().unwrap().cardinality(), Some(101));
+        let expected = "schema `s`: ignored what this version does not know: \
+                        `feature.type` (line 15), `feature.invented` (line 15)";
+        assert_eq!(schema.warnings, [expected]);
+        for (name, problem) in [
+            ("text", "line 12: the feature `text` is of `type: BYTES`"),
+            ("odd", "line 13: the feature `odd` has an `int_domain` whose `min` is greater"),
+            ("", "line 14: a feature has no `name`"),
+            ("new", "line 15: the feature `new` has no `type`"),
+        ] {
+            let error = schema.feature(name).unwrap().check().unwrap_err().to_string();
+            assert!(error.contains(problem), "{error}");
+        }
+        assert_eq!(parse(&schema.to_string()).unwrap().to_string(), schema.to_string());
+    }
+
+    #[test]
     fn faults_name_their_line() {
-        let cases = [
+        let item =
+            |rest: &str| format!("feature {{ name: \"a\" annotation {{ tag: \"item_id\" }}\n{rest} }}");
+        let texts = [
+            ("feature {\n  name: \"a\"\n".to_owned(), "line 3, column 1: expected '}' or a field name"),
+            ("feature {\n  name: \"a\n}".to_owned(), "line 2, column 11: "),
+            ("feature {\n  name: 7\n}".to_owned(), "line 2, column 9: expected a string"),
             (
-                "feature {\n  name: \"a\"\n  type: INT\n  int_domian { }\n}",
-                4,
-                "`int_domian` is no field of a feature",
+                "feature { name: \"a\" type: INT }\nfeature {\n name: \"a\" type: INT }".to_owned(),
+                "line 2, column 1: the feature `a` is there twice",
             ),
-            ("feature {\n  name: \"a\"\n", 3, "the text ends within the block opened on line 1"),
-            ("feature {\n  name: \"a\n}", 2, "the text of `name` is not closed"),
-            ("feature {\n  name: 7\n}", 2, "`name` needs a text in quotes"),
-            ("feature {\n  name: \"a\"\n  type: BYTES\n}", 3, "`type` needs `INT` or `FLOAT`"),
-            ("feature { name: \"a\" type: INT }\nfeature {\n name: \"a\" type: INT }", 2, "is there twice"),
-            ("feature { name: \"a\" type: INT int_domain {\n min: 3\n max: 2 } }", 1, "`min` is greater"),
-            ("feature { name: \"a\" type: INT value_count {\n max: -20 } }", 1, "`min` is greater"),
-            ("feature { name: \"a\" type: INT float_domain { } }", 1, "has a `float_domain`"),
-            ("}\n", 1, "found `}` where a field's name should be"),
-            ("feature { name: \"a\" name: \"b\" type: INT }", 1, "`name` is there twice"),
+            ("}\n".to_owned(), "line 1, column 1: expected a field name, but found '}'"),
+            ("feature { name: \"a\" name: \"b\" type: INT }".to_owned(), "'name' is already set"),
+            (item("type: BYTES"), "line 1: the feature `a` is of `type: BYTES`"),
+            (item("type: INT int_domain { min: 3 max: 2 }"), "whose `min` is greater than `max`"),
+            (item("type: INT value_count { max: -20 }"), "`value_count` whose `min` is negative or greater"),
+            (item("type: INT float_domain { }"), "is of `type: INT` and has a `float_domain`"),
+            (
+                item("type: INT int_domain { max: 9223372036854775807 is_categorical: true }"),
+                "categories up to",
+            ),
+            (item("int_domain { }"), "has no `type`"),
         ];
-        for (text, line, message) in cases {
-            let fault = Schema::parse(text).err().unwrap_or_else(|| panic!("{text:?} was read"));
-            assert!(fault.message.contains(message), "{text:?}: {}", fault.message);
-            assert_eq!(fault.line, line, "{text:?}: {}", fault.message);
+        for (text, message) in texts {
+            let error = parse(&text).and_then(|schema| schema.item_id().cloned());
+            let error = error.err().unwrap_or_else(|| panic!("{text:?} was read")).to_string();
+            assert!(error.contains(message) && error.contains("schema `s`"), "{text:?}: {error}");
         }
     }
 }

@@ -4,9 +4,11 @@
 //! events are kept, and sessions of a single event are served too. A server that loads this as a library and one that
 //! is this program run the same function on the same tensors.
 
+use std::fmt;
 use std::fs;
 use std::path::Path;
 
+use bireme_base::message::quoted;
 use chrono::DateTime;
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -24,9 +26,9 @@ pub const SESSION: &str = "session";
 pub const LENGTH: &str = "length";
 /// Items that are not to be recommended to each session, 0 where there are fewer: INT64 `[B, at least L]`.
 pub const HIDDEN: &str = "hidden";
-/// The places of the ranking that are asked for, 0 to K − 1: INT64 `[B, K]`.
+/// The places of the ranking that are asked for, 0 to K − 1, where the catalogue has as many items: INT64 `[B, K]`.
 pub const PLACES: &str = "places";
-/// Request input: how many recommendations a session gets, INT32 `[1]`.
+/// Request input or parameter: how many recommendations a session gets, INT32 `[1]`.
 pub const TOP_K: &str = "top_k";
 /// Request input or parameter: whether items of the session are left out, BOOL `[1]`.
 pub const EXCLUDE_SEEN: &str = "exclude_seen";
@@ -142,6 +144,9 @@ pub struct ServingSettings {
     pub max_top_k: usize,
     /// Sessions of a request at most.
     pub max_sessions: usize,
+    /// Items that can be recommended; absent of exports that bound `max_top_k` by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_recommendable: Option<usize>,
 }
 
 /// A parameter of a request.
@@ -152,6 +157,17 @@ pub enum Parameter {
     Int(i64),
     Float(f64),
     Text(String),
+}
+
+impl fmt::Display for Parameter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bool(value) => write!(f, "{value}"),
+            Self::Int(value) => write!(f, "{value}"),
+            Self::Float(value) => write!(f, "{value:?}"),
+            Self::Text(text) => write!(f, "the text {}", quoted(text)),
+        }
+    }
 }
 
 /// A fitted workflow in service.
@@ -178,8 +194,12 @@ impl Preprocessor {
     pub fn load(dir: &Path) -> Result<Self, Error> {
         let path = dir.join(SETTINGS);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let settings = serde_json::from_str(&text)
-            .map_err(|e| Error::Workflow { path: path.clone(), problem: e.to_string() })?;
+        let settings = serde_json::from_str(&text).map_err(|e| {
+            let (line, column) = (e.line(), e.column());
+            let problem =
+                format!("line {line}, column {column} is not what `bireme export` writes: export again");
+            Error::Workflow { path: path.clone(), problem }
+        })?;
         Ok(Self { workflow: Workflow::load(&dir.join(WORKFLOW))?, settings })
     }
 
@@ -237,7 +257,7 @@ impl Preprocessor {
     ) -> Result<Vec<Tensor>, String> {
         let ServingSettings { max_length, columns, max_sessions, .. } = &self.settings;
         let find = |name: &str| inputs.iter().find(|input| input.name == name);
-        let top_k = self.top_k(find(TOP_K))?;
+        let top_k = self.top_k(find(TOP_K), parameters)?;
         let exclude_seen = exclude_seen(find(EXCLUDE_SEEN), parameters)?;
         let events = events(inputs)?;
         let settings = Settings {
@@ -289,28 +309,62 @@ impl Preprocessor {
         Ok(outputs)
     }
 
-    fn top_k(&self, input: Option<&TensorView<'_>>) -> Result<i64, String> {
-        let &ServingSettings { top_k, max_top_k, .. } = &self.settings;
-        let Some(input) = input else { return Ok(top_k as i64) };
-        match input.i32s()?[..] {
-            [wanted] if wanted >= 1 && wanted as usize <= max_top_k => Ok(i64::from(wanted)),
-            [wanted] => Err(format!("`{TOP_K}` is {wanted}, and must be from 1 to {max_top_k}")),
-            ref several => Err(format!("`{TOP_K}` must be one number, not {}", several.len())),
+    /// How many recommendations a session gets: what is asked for, or as many as there are items.
+    fn top_k(
+        &self,
+        input: Option<&TensorView<'_>>,
+        parameters: &[(String, Parameter)],
+    ) -> Result<i64, String> {
+        let &ServingSettings { top_k, max_top_k, n_recommendable, .. } = &self.settings;
+        let input = match input.map(TensorView::i32s).transpose()?.as_deref() {
+            None => None,
+            Some(&[wanted]) => Some(i64::from(wanted)),
+            Some(several) => return Err(format!("`{TOP_K}` must be one number, not {}", several.len())),
+        };
+        let parameter = match parameter(parameters, TOP_K) {
+            None => None,
+            Some(&Parameter::Int(wanted)) => Some(wanted),
+            Some(other) => return Err(format!("parameter `{TOP_K}` must be a whole number, not {other}")),
+        };
+        let wanted = one_of(TOP_K, input, parameter)?.unwrap_or(top_k as i64);
+        if !(1..=max_top_k as i64).contains(&wanted) {
+            return Err(format!("`{TOP_K}` is {wanted}, and must be from 1 to {max_top_k}"));
         }
+        Ok(n_recommendable.map_or(wanted, |n| wanted.min(n as i64)))
     }
 }
 
 fn exclude_seen(input: Option<&TensorView<'_>>, parameters: &[(String, Parameter)]) -> Result<bool, String> {
-    if let Some(input) = input {
-        return match input.bools()?[..] {
-            [value] => Ok(value),
-            ref several => Err(format!("`{EXCLUDE_SEEN}` must be one truth value, not {}", several.len())),
-        };
-    }
-    match parameters.iter().find(|(name, _)| name == EXCLUDE_SEEN) {
-        None => Ok(false),
-        Some((_, Parameter::Bool(value))) => Ok(*value),
-        Some((_, other)) => Err(format!("parameter `{EXCLUDE_SEEN}` must be true or false, not {other:?}")),
+    let input = match input.map(TensorView::bools).transpose()?.as_deref() {
+        None => None,
+        Some(&[value]) => Some(value),
+        Some(several) => {
+            return Err(format!("`{EXCLUDE_SEEN}` must be one truth value, not {}", several.len()));
+        }
+    };
+    let parameter = match parameter(parameters, EXCLUDE_SEEN) {
+        None => None,
+        Some(&Parameter::Bool(value)) => Some(value),
+        Some(other) => return Err(format!("parameter `{EXCLUDE_SEEN}` must be true or false, not {other}")),
+    };
+    Ok(one_of(EXCLUDE_SEEN, input, parameter)?.unwrap_or(false))
+}
+
+fn parameter<'p>(parameters: &'p [(String, Parameter)], name: &str) -> Option<&'p Parameter> {
+    parameters.iter().find(|(known, _)| known == name).map(|(_, value)| value)
+}
+
+/// What may be given as an input or as a parameter, or as both if they agree.
+fn one_of<T: PartialEq + fmt::Display>(
+    name: &str,
+    input: Option<T>,
+    parameter: Option<T>,
+) -> Result<Option<T>, String> {
+    match (&input, &parameter) {
+        (Some(a), Some(b)) if a != b => {
+            Err(format!("`{name}` is {a} as an input and {b} as a parameter: give one of them"))
+        }
+        _ => Ok(input.or(parameter)),
     }
 }
 
@@ -327,7 +381,7 @@ fn events(inputs: &[TensorView<'_>]) -> Result<DataFrame, String> {
         };
         let rows = match *input.shape {
             [rows] | [rows, 1] => rows,
-            ref shape => return Err(format!("input `{name}` must have the shape [-1, 1], not {shape:?}")),
+            ref shape => return Err(format!("input `{name}` must have the shape [any, 1], not {shape:?}")),
         };
         let (first, n) = *n_rows.get_or_insert((*name, rows));
         if n != rows {

@@ -66,6 +66,11 @@ impl DataType {
         Self::ALL.into_iter().find(|datatype| datatype.name() == name)
     }
 
+    /// All names, for messages.
+    pub fn names() -> String {
+        Self::ALL.map(Self::name).join(", ")
+    }
+
     /// Bytes of an element; none for [`DataType::Bytes`], whose elements differ.
     pub fn size(self) -> Option<usize> {
         match self {
@@ -145,9 +150,12 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// A negative size, or more elements than can be counted.
     pub fn n_elements(&self) -> Result<usize, String> {
-        let sizes = self.shape.iter().map(|&size| usize::try_from(size).ok());
-        let product = sizes.into_iter().try_fold(1usize, |product, size| product.checked_mul(size?));
-        product.ok_or_else(|| format!("input `{}` cannot have the shape {:?}", self.name, self.shape))
+        let Self { name, shape, .. } = self;
+        if let Some(number) = shape.iter().position(|&size| size < 0) {
+            return Err(format!("input `{name}` has the shape {shape:?}: dimension {number} is negative"));
+        }
+        let product = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size as usize));
+        product.ok_or_else(|| format!("input `{name}` has the shape {shape:?}: too many elements to count"))
     }
 
     /// Checks that there are as many elements as the shape says.
@@ -160,13 +168,12 @@ impl<'a> TensorView<'a> {
         if Some(self.data.len()) == n.checked_mul(size) {
             return Ok(());
         }
-        Err(format!(
-            "input `{}` of shape {:?} and type {} cannot hold {} bytes",
-            self.name,
-            self.shape,
-            self.datatype,
-            self.data.len()
-        ))
+        let Self { name, datatype, shape, data } = self;
+        let holds = match data.len() % size {
+            0 => format!("{} elements", data.len() / size),
+            _ => format!("{} bytes", data.len()),
+        };
+        Err(format!("input `{name}` of shape {shape:?} must hold {n} elements of {datatype}, not {holds}"))
     }
 
     /// Elements of a type of `N` bytes, which was checked to be the tensor's.
@@ -286,8 +293,8 @@ mod tests {
             (&[3], good.data.clone(), "element 2: its length goes past the end"),
             (&[1], good.data.clone(), "5 bytes behind its 1 elements"),
             (&[1], vec![0xff, 0xff, 0xff, 0xff, 0], "element 0: its length goes past the end"),
-            (&[-1], good.data.clone(), "cannot have the shape"),
-            (&[i64::MAX, 4], good.data.clone(), "cannot have the shape"),
+            (&[-1], good.data.clone(), "has the shape [-1]: dimension 0 is negative"),
+            (&[i64::MAX, 4], good.data.clone(), "too many elements"),
         ];
         for (shape, data, message) in faults {
             let tensor = Tensor { shape: shape.to_vec(), data, ..good.clone() };
@@ -295,7 +302,7 @@ mod tests {
             assert!(error.contains(message), "{error}");
         }
         let short = Tensor { data: vec![0; 15], ..Tensor::ints("n", &[2], [1, 2]) };
-        assert!(short.view().i64s().unwrap_err().contains("cannot hold 15 bytes"));
+        assert!(short.view().i64s().unwrap_err().contains("must hold 2 elements of INT64, not 15 bytes"));
         assert!(short.view().f64s().unwrap_err().contains("must be of type FP64, not INT64"));
         let latin = Tensor { data: vec![1, 0, 0, 0, 0xe9], shape: vec![1], ..good };
         assert!(latin.view().texts().unwrap_err().contains("not UTF-8"));

@@ -26,7 +26,7 @@ use crate::model::{Network, Neural};
 use crate::report::runs::CONFIG;
 
 pub use repository::{EtlBackend, Names};
-pub use script::{FALLBACK, ITEM_IDS, ITEM_SCORES, OUTPUT};
+pub use script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
 pub use scripted::ScriptedModel;
 
 use script::Script;
@@ -145,8 +145,8 @@ impl ExportError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NoLibrary(_) => Some(
-                "`cargo build --release --workspace` makes it beside `bireme`, `--backend-library` names another place, \
-                 and `--python-backend` does without",
+                "`cargo build` makes it beside `bireme`, `--backend-library` names another place, and `--python-backend` \
+                 does without",
             ),
             Self::NoWorkflow(_) => Some("train on what `bireme preprocess` wrote"),
             _ => None,
@@ -293,7 +293,7 @@ struct Run {
     features: Features,
     occurrences: Vec<i64>,
     workflow: Workflow,
-    /// Product id of each item, −1 for padding and unknown.
+    /// Product id of each item; those of padding and unknown, −1, are never given out.
     product_ids: Vec<i64>,
     cardinalities: Vec<Option<i64>>,
     tables: Kind,
@@ -358,14 +358,14 @@ impl Run {
 
     fn preprocessor(&self) -> Result<Preprocessor, ExportError> {
         let columns = self.features.columns().iter();
-        let recommendable = (self.features.n_items() - crate::metrics::FIRST_ITEM).max(1) as usize;
-        let max_top_k = MAX_TOP_K.min(recommendable);
+        let n_recommendable = (self.features.n_items() - crate::metrics::FIRST_ITEM).max(1) as usize;
         let settings = ServingSettings {
             max_length: self.network.served_length(self.config.data.max_length),
             columns: columns.map(|f| ModelColumn::new(&f.name, f.is_categorical())).collect(),
-            top_k: TOP_K.min(max_top_k),
-            max_top_k,
+            top_k: TOP_K,
+            max_top_k: MAX_TOP_K,
             max_sessions: (MAX_SCORES_BYTES / (4 * self.features.n_items() as usize)).clamp(1, MAX_SESSIONS),
+            n_recommendable: Some(n_recommendable),
         };
         Ok(Preprocessor::new(self.workflow.clone(), settings))
     }
@@ -377,7 +377,7 @@ impl Run {
             columns: &settings.columns,
             cardinalities: &self.cardinalities,
             max_length: settings.max_length as i64,
-            max_top_k: settings.max_top_k as i64,
+            max_top_k: settings.max_top_k.min(self.product_ids.len()) as i64,
             product_ids: &self.product_ids,
             occurrences: &self.occurrences,
         }

@@ -74,7 +74,7 @@ class Preprocessor:
         `inputs` are arrays by name, texts as bytes; `parameters` are those of the request.
         """
         max_length, max_sessions = self.settings["max_length"], self.settings["max_sessions"]
-        top_k = self.top_k(inputs.get("top_k"))
+        top_k = self.top_k(inputs.get("top_k"), parameters)
         exclude_seen = self.exclude_seen(inputs.get("exclude_seen"), parameters)
         events, n_rows = read(inputs)
         if not len(events["user_session"]):
@@ -115,26 +115,30 @@ class Preprocessor:
         outputs["places"] = np.tile(np.arange(top_k, dtype=np.int64), (len(numbers), 1))
         return outputs
 
-    def top_k(self, wanted):
-        """How many recommendations a session gets."""
-        if wanted is None:
-            return self.settings["top_k"]
-        if wanted.size != 1:
-            raise Refused(f"`top_k` must be one number, not {wanted.size}")
-        if not 1 <= wanted.item() <= self.settings["max_top_k"]:
-            raise Refused(f"`top_k` is {wanted.item()}, and must be from 1 to {self.settings['max_top_k']}")
-        return wanted.item()
+    def top_k(self, wanted, parameters):
+        """How many recommendations a session gets: what is asked for, or as many as there are items."""
+        if wanted is not None:
+            if wanted.size != 1:
+                raise Refused(f"`top_k` must be one number, not {wanted.size}")
+            wanted = wanted.item()
+        parameter = parameters.get("top_k")
+        if parameter is not None and (not isinstance(parameter, int) or isinstance(parameter, bool)):
+            raise Refused(f"parameter `top_k` must be a whole number, not {told(parameter)}")
+        wanted = one_of("top_k", wanted, parameter, self.settings["top_k"])
+        if not 1 <= wanted <= self.settings["max_top_k"]:
+            raise Refused(f"`top_k` is {wanted}, and must be from 1 to {self.settings['max_top_k']}")
+        return min(wanted, self.settings["n_recommendable"])
 
     def exclude_seen(self, wanted, parameters):
-        """Whether items of the session are left out: the input's word, or else the parameter's."""
-        if wanted is None:
-            value = parameters.get("exclude_seen", False)
-            if not isinstance(value, bool):
-                raise Refused(f"parameter `exclude_seen` must be true or false, not {json.dumps(value)}")
-            return value
-        if wanted.size != 1:
-            raise Refused(f"`exclude_seen` must be one truth value, not {wanted.size}")
-        return bool(wanted.item())
+        """Whether items of the session are left out."""
+        if wanted is not None:
+            if wanted.size != 1:
+                raise Refused(f"`exclude_seen` must be one truth value, not {wanted.size}")
+            wanted = bool(wanted.item())
+        parameter = parameters.get("exclude_seen")
+        if parameter is not None and not isinstance(parameter, bool):
+            raise Refused(f"parameter `exclude_seen` must be true or false, not {told(parameter)}")
+        return one_of("exclude_seen", wanted, parameter, False)
 
     def encoded(self, name, events):
         """A column as a model reads it, a value for each event."""
@@ -162,6 +166,20 @@ class Preprocessor:
                 age = np.where(events["event_time"] > events["first_seen"], age, 0)
                 return normal_log(age / DAY, *self.normals["recency_log"])
         raise Refused(f"the workflow makes no `{name}`")
+
+
+def one_of(name, wanted, parameter, otherwise):
+    """What may be given as an input or as a parameter, or as both if they agree."""
+    if wanted is None or parameter is None or wanted == parameter:
+        given = [value for value in (wanted, parameter) if value is not None]
+        return given[0] if given else otherwise
+    wanted, parameter = (json.dumps(value) for value in (wanted, parameter))
+    raise Refused(f"`{name}` is {wanted} as an input and {parameter} as a parameter: give one of them")
+
+
+def told(value):
+    """The value of a parameter in a message."""
+    return f"the text `{value[:60]}`" if isinstance(value, str) else json.dumps(value)[:60]
 
 
 def read(inputs):

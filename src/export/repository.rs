@@ -2,7 +2,7 @@
 //!
 //! | model | what it is |
 //! | --- | --- |
-//! | `<name>` | ensemble: events to `item_ids` and `item_scores` |
+//! | `<name>` | ensemble: events to `item_ids`, `item_scores` and `n_items` |
 //! | `<name>_scores` | ensemble: events to `output`, the scores of the whole catalogue |
 //! | `<name>_etl` | events to the model's inputs |
 //! | `<name>_model` | TorchScript: those inputs to all of the outputs |
@@ -18,7 +18,7 @@ use bireme_serve::protocol::{
     ModelParameter,
 };
 
-use super::script::{FALLBACK, ITEM_IDS, ITEM_SCORES, OUTPUT};
+use super::script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
 use crate::etl::serving::{INPUTS, Preprocessor, SESSION};
 use crate::etl::tensor::DataType as Type;
 
@@ -63,7 +63,11 @@ impl Names {
 
 /// The four configurations, the two ensembles last.
 pub fn configs(names: &Names, etl: &Preprocessor, backend: EtlBackend, n_items: i64) -> [ModelConfig; 4] {
-    let recommended = [(ITEM_IDS, Type::Int64, vec![-1, -1]), (ITEM_SCORES, Type::Fp32, vec![-1, -1])];
+    let recommended = [
+        (ITEM_IDS, Type::Int64, vec![-1, -1]),
+        (ITEM_SCORES, Type::Fp32, vec![-1, -1]),
+        (N_ITEMS, Type::Int32, vec![-1, 1]),
+    ];
     let scored = [(OUTPUT, Type::Fp32, vec![-1, n_items])];
     [
         etl_config(&names.etl, etl, backend),
@@ -74,11 +78,11 @@ pub fn configs(names: &Names, etl: &Preprocessor, backend: EtlBackend, n_items: 
 }
 
 fn input(name: &str, datatype: Type, dims: Vec<i64>) -> ModelInput {
-    ModelInput { name: name.to_owned(), data_type: number(datatype), dims, optional: false }
+    ModelInput { name: name.to_owned(), data_type: number(datatype), dims, ..Default::default() }
 }
 
 fn output(name: &str, datatype: Type, dims: Vec<i64>) -> ModelOutput {
-    ModelOutput { name: name.to_owned(), data_type: number(datatype), dims }
+    ModelOutput { name: name.to_owned(), data_type: number(datatype), dims, ..Default::default() }
 }
 
 /// What a request holds.
@@ -120,6 +124,7 @@ fn model_config(name: &str, etl: &Preprocessor, n_items: i64) -> ModelConfig {
             output(ITEM_IDS, Type::Int64, vec![-1]),
             output(ITEM_SCORES, Type::Fp32, vec![-1]),
             output(FALLBACK, Type::Bool, vec![1]),
+            output(N_ITEMS, Type::Int32, vec![1]),
         ],
         scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching {
             preferred_batch_size: vec![PREFERRED_BATCH],

@@ -14,10 +14,12 @@ use crate::model::Network;
 
 /// Scores of all items: FP32 `[B, V]`.
 pub const OUTPUT: &str = "output";
-/// Product ids, the best first, −1 where nothing is left to recommend: INT64 `[B, K]`.
+/// Product ids, the best first: INT64 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning; it is −1.
 pub const ITEM_IDS: &str = "item_ids";
-/// Their scores: FP32 `[B, K]`.
+/// Their scores: FP32 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning; it is the lowest number.
 pub const ITEM_SCORES: &str = "item_scores";
+/// How many items are recommended to each session: INT32 `[B, 1]`.
+pub const N_ITEMS: &str = "n_items";
 /// Whether no item of the session is known, so that the most popular are recommended: BOOL `[B, 1]`.
 pub const FALLBACK: &str = "fallback";
 
@@ -39,12 +41,13 @@ pub struct Script<'a> {
     pub occurrences: &'a [i64],
 }
 
-/// Scores that no item has.
+/// The score behind the last recommendation. JSON has no infinity.
 const LOWEST: f64 = f32::MIN as f64;
 
 impl Script<'_> {
     /// Writes the module. Inputs: the columns `[B, L]`, [`LENGTH`], [`HIDDEN`], [`PLACES`] as
-    /// [`crate::etl::serving`] gives them; outputs: [`OUTPUT`], [`ITEM_IDS`], [`ITEM_SCORES`], [`FALLBACK`].
+    /// [`crate::etl::serving`] gives them; outputs: [`OUTPUT`], [`ITEM_IDS`], [`ITEM_SCORES`], [`FALLBACK`],
+    /// [`N_ITEMS`].
     ///
     /// # Errors
     /// What libtorch says.
@@ -74,10 +77,13 @@ impl Script<'_> {
                 let scores = self.network.next_scores(&columns, &lengths, self.max_length);
                 let fallback = columns[0].lt(FIRST_ITEM).all_dim(1, false);
                 let _ = set_rows(&scores, &fallback, &popularity);
-                let (items, item_scores) = ranking.best(&scores, hidden, places);
+                let Ranked { items, scores: item_scores, is_valid } = ranking.best(&scores, hidden, places);
                 let ids = product_ids.index_select(0, &items.reshape([-1])).reshape_as(&items);
-                let ids = ids.masked_fill(&item_scores.le(LOWEST), -1);
-                vec![scores, ids, item_scores, fallback.unsqueeze(1)]
+                let is_padding = is_valid.logical_not();
+                let ids = ids.masked_fill(&is_padding, -1);
+                let item_scores = item_scores.masked_fill(&is_padding, LOWEST);
+                let n_items = is_valid.sum_dim_intlist([1i64].as_slice(), true, Kind::Int);
+                vec![scores, ids, item_scores, fallback.unsqueeze(1), n_items]
             })
         })
     }
@@ -102,6 +108,14 @@ fn set_rows(x: &Tensor, chosen: &Tensor, row: &Tensor) -> Tensor {
     x.shallow_clone().index_copy_(0, &places, &rows)
 }
 
+/// The first items of each session's ranking: `[B, K]`.
+struct Ranked {
+    items: Tensor,
+    scores: Tensor,
+    /// Of those that may be recommended, which come first.
+    is_valid: Tensor,
+}
+
 /// Finds the best of many scores. The best `k` items lie in the `k` blocks with the highest maxima, so that only these
 /// need to be sorted: the maxima are found in one pass over memory.
 struct Ranking {
@@ -119,17 +133,27 @@ impl Ranking {
         Self { n_items, block }
     }
 
-    /// The first K items of each session's ranking, and their scores, by `scores: [B, V]` and `places: [B, K]`. What is `hidden`
-    /// (`[B, H]`), padding and unknown come last.
-    fn best(&self, scores: &Tensor, hidden: &Tensor, places: &Tensor) -> (Tensor, Tensor) {
+    /// The first K items of each session's ranking by `scores: [B, V]` and `places: [B, K]`. What is `hidden` (`[B, H]`),
+    /// padding and unknown come last, and are not valid.
+    fn best(&self, scores: &Tensor, hidden: &Tensor, places: &Tensor) -> Ranked {
         let first = hidden.narrow(1, 0, 1).zeros_like();
         let hidden = Tensor::cat(&[&hidden.clamp(0, self.n_items - 1), &first, &(&first + 1)], 1);
         // Hidden in place and put back: a copy would take longer than all the rest.
         let kept = scores.gather(1, &hidden, false);
-        let _ = scores.shallow_clone().scatter_value_(1, &hidden, LOWEST);
+        let _ = scores.shallow_clone().scatter_value_(1, &hidden, f64::NEG_INFINITY);
         let (values, items) = self.top(scores, places.size()[1]);
         let _ = scores.shallow_clone().scatter_(1, &hidden, &kept);
-        (items, values)
+        // By membership, not by score: a score may be anything. One more keeps places inside.
+        let (sorted, _) = Tensor::cat(&[&hidden, &(&first + self.n_items)], 1).sort(1, false);
+        let place = items.searchsorted(&sorted, false, false, "left", None::<&Tensor>);
+        let is_valid = sorted.gather(1, &place, false).ne_tensor(&items);
+        // What is valid comes first also where its score is −∞.
+        let order = is_valid.logical_not().to_kind(Kind::Int).argsort_stable(true, 1, false);
+        Ranked {
+            items: items.gather(1, &order, false),
+            scores: values.gather(1, &order, false),
+            is_valid: is_valid.gather(1, &order, false),
+        }
     }
 
     fn top(&self, scores: &Tensor, k: i64) -> (Tensor, Tensor) {
@@ -150,5 +174,34 @@ impl Ranking {
         }
         let (values, places) = scores.gather(1, &items, false).topk(k, 1, true, true);
         (values, items.gather(1, &places, false))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ints(rows: &[&[i64]]) -> Tensor {
+        Tensor::from_slice2(rows)
+    }
+
+    #[test]
+    fn what_is_hidden_is_never_valid_whatever_the_scores_are() {
+        let (low, none) = (f32::MIN, f32::NEG_INFINITY);
+        // Items 0 and 1 are padding and unknown.
+        let scores = Tensor::from_slice2(&[[9.0, 8.0, 1.0, 3.0, 2.0], [0.0, 0.0, low, none, none]]);
+        let before = scores.copy();
+        let hidden = ints(&[&[3, 0, 0], &[2, 0, 0]]);
+        let Ranked { items, is_valid, .. } =
+            Ranking::new(5, 5).best(&scores, &hidden, &ints(&[&[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4]]));
+        let n_valid: Vec<i64> =
+            is_valid.sum_dim_intlist([1i64].as_slice(), false, Kind::Int64).try_into().unwrap();
+        assert_eq!(n_valid, [2, 2]);
+        let valid = |row: i64| Vec::<i64>::try_from(items.get(row).narrow(0, 0, 2)).unwrap();
+        assert_eq!(valid(0), [4, 2]);
+        let mut second = valid(1);
+        second.sort_unstable();
+        assert_eq!(second, [3, 4]);
+        assert!(scores == before, "scores are as they were");
     }
 }

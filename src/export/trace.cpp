@@ -25,12 +25,18 @@ void follow_input(torch::jit::Graph& graph) {
   }
 }
 
-// What is ranked is ranked as far as the last input is wide: a size that was read in the trace is a constant.
+// What is ranked is ranked as far as the last input is wide, or as far as there are scores: a size that was read in the
+// trace is a constant.
 void rank_as_wide(torch::jit::Graph& graph) {
-  torch::jit::WithInsertPoint at_start(graph.block()->nodes().front());
-  auto* width = graph.insert(torch::jit::aten::size, {graph.inputs().back(), int64_t{1}});
+  std::vector<torch::jit::Node*> rankings;
   for (auto* node : graph.nodes()) {
-    if (node->kind() == torch::jit::aten::topk) node->replaceInput(1, width);
+    if (node->kind() == torch::jit::aten::topk) rankings.push_back(node);
+  }
+  for (auto* node : rankings) {
+    torch::jit::WithInsertPoint before(node);
+    auto* width = graph.insert(torch::jit::aten::size, {graph.inputs().back(), int64_t{1}});
+    auto* scores = graph.insert(torch::jit::aten::size, {node->input(0), int64_t{1}});
+    node->replaceInput(1, graph.insert(torch::jit::prim::min, {width, scores}));
   }
 }
 
@@ -39,7 +45,7 @@ void rank_as_wide(torch::jit::Graph& graph) {
 extern "C" {
 
 // Ends the trace that `atm_create_for_tracing` began: `module.forward` takes arguments of these names and returns the
-// outputs as a tuple. `topk` gives as many as the last argument is wide.
+// outputs as a tuple. `topk` gives as many as the last argument is wide, or as there are.
 int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size_t n_outputs, const char** arguments,
                        size_t n_arguments, char* error, size_t capacity) {
   int failed = guarded(error, capacity, [&] {

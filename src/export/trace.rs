@@ -43,7 +43,7 @@ impl Drop for Module {
 /// Runs `forward` on example inputs, which have the names of its arguments, and writes what it did with them as the
 /// TorchScript module `path`, whose `forward` takes the inputs in this order and returns the outputs as a tuple. Other
 /// tensors are kept as constants. Sizes that `forward` reads become constants too, but for those given to `topk`: these
-/// become the width of the last input.
+/// become the width of the last input, or the number of scores where that is smaller.
 ///
 /// # Errors
 /// What libtorch says.

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use bireme_base::message::single_line;
+
 /// Kinds of faults, each with a status of HTTP and of gRPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -13,6 +15,8 @@ pub enum Kind {
     NotFound,
     /// The body is longer than allowed.
     TooLarge,
+    /// The body is compressed in a way that this server does not read.
+    Encoding,
     /// This server cannot do that.
     Unsupported,
     /// More requests are waiting than allowed: try again.
@@ -27,11 +31,12 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Invalid,
         Self::Unauthorized,
         Self::NotFound,
         Self::TooLarge,
+        Self::Encoding,
         Self::Unsupported,
         Self::Full,
         Self::Unavailable,
@@ -46,6 +51,7 @@ impl Kind {
             Self::Unauthorized => 401,
             Self::NotFound => 404,
             Self::TooLarge => 413,
+            Self::Encoding => 415,
             Self::Unsupported => 501,
             Self::Full | Self::Unavailable => 503,
             Self::Timeout => 504,
@@ -60,7 +66,7 @@ impl Kind {
             Self::Unauthorized => tonic::Code::Unauthenticated,
             Self::NotFound => tonic::Code::NotFound,
             Self::TooLarge | Self::Full => tonic::Code::ResourceExhausted,
-            Self::Unsupported => tonic::Code::Unimplemented,
+            Self::Encoding | Self::Unsupported => tonic::Code::Unimplemented,
             Self::Unavailable => tonic::Code::Unavailable,
             Self::Timeout => tonic::Code::DeadlineExceeded,
             Self::Internal => tonic::Code::Internal,
@@ -74,6 +80,7 @@ impl Kind {
             Self::Unauthorized => "unauthorized",
             Self::NotFound => "not_found",
             Self::TooLarge => "too_large",
+            Self::Encoding => "encoding",
             Self::Unsupported => "unsupported",
             Self::Full => "full",
             Self::Unavailable => "unavailable",
@@ -98,7 +105,7 @@ impl Fault {
     pub fn new(kind: Kind, message: impl fmt::Display) -> Self {
         // Messages of libraries may bring their stack along.
         let message = message.to_string();
-        Self { kind, message: message.lines().next().unwrap_or_default().to_owned() }
+        Self { kind, message: single_line(message.lines().next().unwrap_or_default()) }
     }
 
     /// The request makes no sense.

@@ -1,5 +1,5 @@
-//! What every request passes, over either protocol: the API key, the length of its body, the memory of all bodies, and
-//! the clock.
+//! What every request passes, over either protocol: the API key, compression, the length of its body, the memory of all
+//! bodies, and the clock.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -10,15 +10,19 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::AUTHORIZATION;
+use axum::http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::{BoxError, Router};
+use bireme_base::message::quoted;
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
+use tower_http::compression::CompressionLayer;
+use tower_http::decompression::RequestDecompressionLayer;
 
 use crate::fault::{Fault, Kind};
 use crate::service::{Held, Service, take, timed_out};
@@ -67,25 +71,85 @@ impl Gate {
     }
 
     /// Puts the gate in front of all that a router has.
+    ///
+    /// Bodies are measured as the handlers read them, decompressed.
     pub fn in_front_of(self: &Arc<Self>, router: Router) -> Router {
-        router.layer(from_fn_with_state(self.clone(), pass))
+        let measured = router.layer(from_fn_with_state(self.clone(), measure));
+        // gRPC compresses its messages itself, which these layers leave alone.
+        let compressed = measured.layer(CompressionLayer::new()).layer(RequestDecompressionLayer::new());
+        compressed.layer(from_fn_with_state(self.clone(), admit))
     }
 }
 
-async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
+fn is_grpc(request: &Request) -> bool {
+    let content_type = request.headers().get(CONTENT_TYPE);
+    content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
+fn refuse(fault: Fault, is_grpc: bool) -> Response {
+    tracing::debug!(kind = fault.kind.name(), %fault, "refused");
+    if is_grpc { tonic::Status::from(fault).into_http() } else { fault.into_response() }
+}
+
+/// Checks the key and the compression of a request.
+async fn admit(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let content_type = request.headers().get("content-type");
-    let is_grpc = content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-    let refused = |fault: Fault| {
-        tracing::debug!(kind = fault.kind.name(), %fault, "refused");
-        if is_grpc { tonic::Status::from(fault).into_http() } else { fault.into_response() }
-    };
+    let is_grpc = is_grpc(&request);
     let is_open = path.starts_with(http::HEALTH) || grpc::HEALTH.contains(&path);
     if !is_open && gate.keys.as_ref().is_some_and(|keys| !keys.allow(&request)) {
         let wanted = "`Authorization: Bearer` must hold one of the server's API keys";
-        return refused(Fault::new(Kind::Unauthorized, wanted));
+        return refuse(Fault::new(Kind::Unauthorized, wanted), is_grpc);
     }
-    if path == grpc::STREAM {
+    let headers = request.headers_mut();
+    if is_grpc {
+        // Clients name all compressions that they know; those that use one want it in the answer.
+        if headers.get("grpc-encoding").is_none_or(|encoding| encoding == "identity") {
+            headers.remove("grpc-accept-encoding");
+        }
+    } else if let Err(fault) = normalise_encoding(headers) {
+        return refuse(fault, is_grpc);
+    }
+    next.run(request).await
+}
+
+/// Names the compression of a body as the layer behind expects it.
+///
+/// # Errors
+/// A compression that this server does not read, or several.
+fn normalise_encoding(headers: &mut HeaderMap) -> Result<(), Fault> {
+    let encodings: Vec<String> = headers
+        .get_all(CONTENT_ENCODING)
+        .iter()
+        .flat_map(|value| {
+            String::from_utf8_lossy(value.as_bytes())
+                .to_ascii_lowercase()
+                .split(',')
+                .map(|encoding| encoding.trim().to_owned())
+                .collect::<Vec<_>>()
+        })
+        .filter(|encoding| !matches!(encoding.as_str(), "" | "identity"))
+        .collect();
+    headers.remove(CONTENT_ENCODING);
+    let encoding = match &encodings[..] {
+        [] => return Ok(()),
+        [one] if one == "gzip" || one == "x-gzip" => "gzip",
+        [one] if one == "deflate" => "deflate",
+        others => {
+            let others = quoted(&others.join(", "));
+            let problem =
+                format!("the body is encoded with {others}; this server reads `gzip` and `deflate`");
+            return Err(Fault::new(Kind::Encoding, problem));
+        }
+    };
+    headers.insert(CONTENT_ENCODING, HeaderValue::from_static(encoding));
+    Ok(())
+}
+
+/// Measures the body of a request and its time.
+async fn measure(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
+    let is_grpc = is_grpc(&request);
+    let refused = |fault| refuse(fault, is_grpc);
+    if request.uri().path() == grpc::STREAM {
         // A stream lasts; what it sends at a time is limited where it is decoded.
         return next.run(request).await;
     }

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use bireme_base::message::quoted;
 use bireme_etl::serving::Parameter;
 use bireme_etl::tensor::{DataType, Tensor};
 use tokio::sync::Semaphore;
 use tokio_stream::{Stream, StreamExt};
+use tonic::codec::CompressionEncoding;
 use tonic::{Request as Call, Response, Status, Streaming};
 
 use crate::fault::{Fault, Kind};
-use crate::json::TIMEOUT;
 use crate::model::Model;
 use crate::model_config::datatype;
 use crate::protocol::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
@@ -31,7 +32,7 @@ use crate::protocol::{
     RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse,
     ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
-use crate::request::Request;
+use crate::request::{self, Request};
 use crate::service::{Answered, EXTENSIONS, Held, Service};
 
 /// What may be asked without an API key.
@@ -46,7 +47,10 @@ const MAX_STREAMS: usize = 64;
 pub fn router(service: Arc<Service>) -> Router {
     let max_body = service.limits.body;
     let calls = Calls { service, streams: Arc::new(Semaphore::new(MAX_STREAMS)) };
-    let calls = GrpcInferenceServiceServer::new(calls).max_decoding_message_size(max_body);
+    let mut calls = GrpcInferenceServiceServer::new(calls).max_decoding_message_size(max_body);
+    for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Deflate] {
+        calls = calls.accept_compressed(encoding).send_compressed(encoding);
+    }
     tonic::service::Routes::new(calls.max_encoding_message_size(usize::MAX)).into_axum_router()
 }
 
@@ -92,13 +96,13 @@ pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), F
     }
     let mut raw = raw.into_iter();
     let read = |InferInputTensor { name, datatype, shape, contents, .. }| {
-        let datatype = DataType::parse(&datatype)
-            .ok_or_else(|| Fault::invalid(format!("input `{name}` is of an unknown type `{datatype}`")))?;
+        let datatype = DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
         let data = match (raw.next(), contents) {
             (Some(bytes), None) => bytes.into(),
             (None, Some(contents)) => contained(&name, datatype, &contents)?,
             (Some(_), Some(_)) => {
-                return Err(Fault::invalid(format!("input `{name}` is given both raw and in `contents`")));
+                let name = quoted(&name);
+                return Err(Fault::invalid(format!("input {name} is given both raw and in `contents`")));
             }
             (None, None) => Vec::new(),
         };
@@ -106,29 +110,26 @@ pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), F
     };
     let inputs = inputs.into_iter().map(read).collect::<Result<_, _>>()?;
     if let Some(output) = outputs.iter().find(|output| output.parameters.contains_key("classification")) {
-        return Err(Fault::invalid(format!("output `{}`: this server does not classify", output.name)));
+        return Err(request::no_classes(&output.name));
     }
     let mut timeout = None;
     let mut others = Vec::new();
     for (name, InferParameter { parameter_choice }) in parameters {
         let value = match parameter_choice {
-            None => return Err(Fault::invalid(format!("parameter `{name}` has no value"))),
+            None => return Err(Fault::invalid(format!("parameter {} has no value", quoted(&name)))),
             Some(ParameterChoice::BoolParam(value)) => Parameter::Bool(value),
             Some(ParameterChoice::Int64Param(value)) => Parameter::Int(value),
             Some(ParameterChoice::StringParam(value)) => Parameter::Text(value),
             Some(ParameterChoice::DoubleParam(value)) => Parameter::Float(value),
             Some(ParameterChoice::Uint64Param(value)) => i64::try_from(value)
                 .map(Parameter::Int)
-                .map_err(|_| Fault::invalid(format!("parameter `{name}` is too large")))?,
+                .map_err(|_| Fault::invalid(format!("parameter {} is too large", quoted(&name))))?,
         };
-        match value {
-            Parameter::Int(microseconds) if name == TIMEOUT && microseconds > 0 => {
-                timeout = Some(Duration::from_micros(microseconds.unsigned_abs()));
-            }
-            value if name == TIMEOUT => {
-                return Err(Fault::invalid(format!("`{TIMEOUT}` must be microseconds, not {value:?}")));
-            }
-            value => others.push((name, value)),
+        if name == request::TIMEOUT {
+            timeout = request::timeout(&value)?;
+        } else {
+            request::check_parameter(&name)?;
+            others.push((name, value));
         }
     }
     let outputs = outputs.into_iter().map(|output| output.name).collect();
@@ -168,10 +169,11 @@ fn contained(name: &str, datatype: DataType, contents: &InferTensorContents) -> 
             Ok(data)
         }
         DataType::Fp16 | DataType::Bf16 => {
-            return Err(Fault::invalid(format!("input `{name}`: {datatype} must be given raw")));
+            let name = quoted(name);
+            return Err(Fault::invalid(format!("input {name}: {datatype} must be given raw")));
         }
     };
-    data.map_err(|value| Fault::invalid(format!("input `{name}`: {value} is no {datatype}")))
+    data.map_err(|value| Fault::invalid(format!("input {}: {value} is no {datatype}", quoted(name))))
 }
 
 impl Calls {
@@ -300,7 +302,8 @@ impl GrpcInferenceService for Calls {
     ) -> Answer<RepositoryModelLoadResponse> {
         let RepositoryModelLoadRequest { model_name, parameters, .. } = call.into_inner();
         if let Some(name) = parameters.keys().next() {
-            let problem = format!("this server loads what lies in its repository: no parameter `{name}`");
+            let problem =
+                format!("this server loads what lies in its repository: no parameter {}", quoted(name));
             return Err(Fault::invalid(problem).into());
         }
         self.service.load(model_name).await?;

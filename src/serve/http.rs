@@ -1,5 +1,6 @@
 //! The protocol over HTTP, and the page that Prometheus reads.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use axum::Router;
@@ -9,6 +10,7 @@ use axum::http::header::{CONTENT_TYPE, RETRY_AFTER as RETRY_AFTER_HEADER};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use bireme_base::message::quoted;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -180,9 +182,17 @@ async fn infer(
 
 /// A body, whole. What is wrong with it beyond that, the gate has noted.
 async fn read(body: Body) -> Result<Bytes, Fault> {
-    axum::body::to_bytes(body, usize::MAX)
-        .await
-        .map_err(|_| Fault::invalid("the body of the request did not come whole"))
+    axum::body::to_bytes(body, usize::MAX).await.map_err(|error| {
+        let mut source: Option<&dyn std::error::Error> = Some(&error);
+        while let Some(cause) = source {
+            let kind = cause.downcast_ref().map(std::io::Error::kind);
+            if let Some(ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other) = kind {
+                return Fault::invalid("the body is not compressed as its `Content-Encoding` says");
+            }
+            source = cause.source();
+        }
+        Fault::invalid("the body of the request did not come whole")
+    })
 }
 
 /// A body of JSON, or nothing.
@@ -191,7 +201,9 @@ async fn read_json(body: Body) -> Result<Value, Fault> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(Value::Null);
     }
-    serde_json::from_slice(&body).map_err(|error| Fault::invalid(format!("the body is no JSON: {error}")))
+    serde_json::from_slice(&body).map_err(|error| {
+        Fault::invalid(format!("the body is not JSON, at line {}, column {}", error.line(), error.column()))
+    })
 }
 
 async fn index(State(service): Shared, body: Body) -> Answer {
@@ -212,7 +224,8 @@ async fn load(State(service): Shared, Path(Named { model, .. }): Path<Named>, bo
     let parameters = parameters["parameters"].as_object();
     if let Some((name, _)) = parameters.and_then(|parameters| parameters.iter().next()) {
         return Err(Fault::invalid(format!(
-            "this server loads what lies in its repository: no parameter `{name}`"
+            "this server loads what lies in its repository: no parameter {}",
+            quoted(name)
         )));
     }
     service.load(model).await?;

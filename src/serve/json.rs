@@ -5,21 +5,21 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use bireme_base::message::quoted;
 use bireme_etl::serving::Parameter;
 use bireme_etl::tensor::{DataType, Tensor};
 use serde::de::{self, SeqAccess, Visitor};
 use serde::ser::SerializeSeq;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::error::Category;
+use serde_path_to_error::Segment;
 
 use crate::fault::Fault;
 use crate::model::Model;
-use crate::request::Request;
+use crate::request::{self, Request};
 
 /// The header with the length of the JSON in front of binary tensors.
 pub const HEADER_LENGTH: &str = "inference-header-content-length";
-
-/// The parameter with a request's own limit of time, in microseconds.
-pub const TIMEOUT: &str = "timeout";
 
 /// A request as it stood in a body.
 #[derive(Debug)]
@@ -35,23 +35,25 @@ pub struct Asked {
     all_binary: bool,
 }
 
+// What must be there is optional here, so that its absence is told in our own words.
+
 #[derive(Deserialize)]
 struct Body<'a> {
     #[serde(default, borrow)]
     id: Option<Cow<'a, str>>,
     #[serde(default)]
     parameters: BTreeMap<String, Scalar>,
-    #[serde(borrow)]
-    inputs: Vec<Input<'a>>,
+    #[serde(default, borrow)]
+    inputs: Option<Vec<Input<'a>>>,
     #[serde(default)]
     outputs: Vec<Output>,
 }
 
 #[derive(Deserialize)]
 struct Input<'a> {
-    name: String,
-    datatype: String,
-    shape: Vec<i64>,
+    name: Option<String>,
+    datatype: Option<String>,
+    shape: Option<Vec<i64>>,
     #[serde(default)]
     parameters: BTreeMap<String, Scalar>,
     #[serde(default, borrow)]
@@ -60,38 +62,87 @@ struct Input<'a> {
 
 #[derive(Deserialize)]
 struct Output {
-    name: String,
+    name: Option<String>,
     #[serde(default)]
     parameters: BTreeMap<String, Scalar>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+/// A value of a parameter.
+#[derive(Clone, Debug)]
 enum Scalar {
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Text(String),
+    Parameter(Parameter),
+    /// What no parameter holds: null, a list, an object.
+    Other(&'static str),
 }
 
-impl From<Scalar> for Parameter {
-    fn from(scalar: Scalar) -> Self {
-        match scalar {
-            Scalar::Bool(value) => Self::Bool(value),
-            Scalar::Int(value) => Self::Int(value),
-            Scalar::Float(value) => Self::Float(value),
-            Scalar::Text(value) => Self::Text(value),
-        }
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde_json::Value;
+        Ok(match Value::deserialize(deserializer)? {
+            Value::Bool(value) => Self::Parameter(Parameter::Bool(value)),
+            Value::String(value) => Self::Parameter(Parameter::Text(value)),
+            Value::Number(number) => Self::Parameter(match number.as_i64() {
+                Some(value) => Parameter::Int(value),
+                // Beyond 64 bits too, as Triton does.
+                None => Parameter::Float(number.as_f64().unwrap_or(f64::INFINITY)),
+            }),
+            Value::Null => Self::Other("null"),
+            Value::Array(_) => Self::Other("a list"),
+            Value::Object(_) => Self::Other("an object"),
+        })
     }
 }
 
 fn flag(parameters: &BTreeMap<String, Scalar>, name: &str) -> Result<Option<bool>, Fault> {
-    match parameters.get(name) {
-        None => Ok(None),
-        Some(Scalar::Bool(value)) => Ok(Some(*value)),
-        Some(other) => {
-            Err(Fault::invalid(format!("parameter `{name}` must be true or false, not {other:?}")))
+    let given = match parameters.get(name) {
+        None => return Ok(None),
+        Some(Scalar::Parameter(Parameter::Bool(value))) => return Ok(Some(*value)),
+        Some(Scalar::Parameter(other)) => other.to_string(),
+        Some(Scalar::Other(kind)) => (*kind).to_owned(),
+    };
+    Err(Fault::invalid(format!("parameter `{name}` must be true or false, not {given}")))
+}
+
+/// What is wrong with a body, by the place in it.
+fn unreadable(json: &[u8], error: &serde_json::Error) -> Fault {
+    let place = format!("line {}, column {}", error.line(), error.column());
+    match error.classify() {
+        Category::Data => {}
+        Category::Eof => return Fault::invalid(format!("the body is not JSON: it ends early, at {place}")),
+        _ if error.to_string().starts_with("recursion limit") => {
+            return Fault::invalid(format!("the body is not a request: it is nested too deeply, at {place}"));
         }
+        _ => return Fault::invalid(format!("the body is not JSON, at {place}")),
+    }
+    // Once more, with the path to the place, which takes longer.
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let Err(found) = serde_path_to_error::deserialize::<_, Body<'_>>(&mut deserializer) else {
+        return Fault::invalid(format!("the body is not a request, at {place}"));
+    };
+    let path = found.path().to_string();
+    if found.inner().to_string().starts_with("duplicate field") {
+        return Fault::invalid(format!(
+            "the body is not a request: a key is given twice in {}, at {place}",
+            quoted(&path)
+        ));
+    }
+    let last = found.path().iter().rev().find_map(|segment| match segment {
+        Segment::Map { key } => Some(key.as_str()),
+        _ => None,
+    });
+    let is_element = matches!(found.path().iter().last(), Some(Segment::Seq { .. }));
+    let wanted = match (last, is_element) {
+        (Some("id" | "name" | "datatype"), _) => "a text",
+        (Some("shape"), false) => "a list of whole numbers",
+        (Some("shape"), true) => "a whole number below 2^63",
+        (Some("inputs" | "outputs"), false) => "a list of objects",
+        (Some("data"), _) => "a list of numbers, of true and false, or of texts",
+        (Some(_), _) => "an object",
+        (None, _) => "an object with `inputs`",
+    };
+    match last {
+        None => Fault::invalid(format!("the body must be {wanted}, at {place}")),
+        Some(_) => Fault::invalid(format!("{} must be {wanted}, at {place}", quoted(&path))),
     }
 }
 
@@ -106,6 +157,18 @@ enum Cell<'a> {
     Uint(u64),
     Float(f64),
     Text(Cow<'a, str>),
+}
+
+impl fmt::Display for Cell<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bool(value) => write!(f, "{value}"),
+            Self::Int(value) => write!(f, "{value}"),
+            Self::Uint(value) => write!(f, "{value}"),
+            Self::Float(value) => write!(f, "{value:?}"),
+            Self::Text(text) => write!(f, "the text {}", quoted(text)),
+        }
+    }
 }
 
 impl<'de: 'a, 'a> Deserialize<'de> for Cells<'a> {
@@ -176,7 +239,7 @@ impl Cells<'_> {
         let mut data = Vec::with_capacity(self.0.len() * datatype.size().unwrap_or(8));
         for (number, cell) in self.0.into_iter().enumerate() {
             push(&mut data, datatype, &cell).ok_or_else(|| {
-                Fault::invalid(format!("input `{name}`, element {number}: {cell:?} is no {datatype}"))
+                Fault::invalid(format!("input {}, element {number}: {cell} is no {datatype}", quoted(name)))
             })?;
         }
         Ok(data)
@@ -237,31 +300,49 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
     let length = match header_length {
         None => body.len(),
         Some(text) => text.parse().ok().filter(|&length| length <= body.len()).ok_or_else(|| {
-            Fault::invalid(format!("`{HEADER_LENGTH}` is `{text}`, and the body has {} bytes", body.len()))
+            Fault::invalid(format!(
+                "`{HEADER_LENGTH}` is {}, and the body has {} bytes",
+                quoted(text),
+                body.len()
+            ))
         })?,
     };
     let (json, mut binary) = body.split_at(length);
-    let parsed: Body<'_> = serde_json::from_slice(json)
-        .map_err(|error| Fault::invalid(format!("the request is not what it should be: {error}")))?;
-    let mut inputs = Vec::with_capacity(parsed.inputs.len());
-    for Input { name, datatype, shape, parameters, data } in parsed.inputs {
-        let datatype = DataType::parse(&datatype)
-            .ok_or_else(|| Fault::invalid(format!("input `{name}` is of an unknown type `{datatype}`")))?;
+    let parsed: Body<'_> = serde_json::from_slice(json).map_err(|error| unreadable(json, &error))?;
+    let lacks = |what: &str| Fault::invalid(format!("the request lacks {what}"));
+    let given = parsed.inputs.ok_or_else(|| lacks("`inputs`"))?;
+    let mut inputs = Vec::with_capacity(given.len());
+    for (number, Input { name, datatype, shape, parameters, data }) in given.into_iter().enumerate() {
+        let name = name.ok_or_else(|| lacks(&format!("`inputs[{number}].name`")))?;
+        let of_input = |key: &str| lacks(&format!("the `{key}` of input {}", quoted(&name)));
+        let datatype = datatype.ok_or_else(|| of_input("datatype"))?;
+        let shape = shape.ok_or_else(|| of_input("shape"))?;
+        let datatype = DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
         let data = match (parameters.get("binary_data_size"), data) {
-            (Some(Scalar::Int(size)), None) => {
-                let size = usize::try_from(*size).ok();
-                let (own, rest) = size.and_then(|size| binary.split_at_checked(size)).ok_or_else(|| {
+            (Some(size), None) => {
+                let size = match size {
+                    Scalar::Parameter(Parameter::Int(size)) => usize::try_from(*size).ok(),
+                    _ => None,
+                };
+                let size = size.ok_or_else(|| {
+                    let name = quoted(&name);
+                    Fault::invalid(format!("`binary_data_size` of input {name} must be a number of bytes"))
+                })?;
+                let (own, rest) = binary.split_at_checked(size).ok_or_else(|| {
+                    let (name, n) = (quoted(&name), binary.len());
                     Fault::invalid(format!(
-                        "input `{name}` has fewer than the bytes that `binary_data_size` says"
+                        "`binary_data_size` of input {name} is {size}, and {n} bytes are left of the body"
                     ))
                 })?;
                 binary = rest;
                 own.to_vec()
             }
             (None, Some(cells)) => cells.into_data(&name, datatype)?,
-            _ => {
+            (given, _) => {
+                let both = if given.is_some() { "not both" } else { "and has neither" };
                 return Err(Fault::invalid(format!(
-                    "input `{name}` must have either `data` or `binary_data_size`"
+                    "input {} must have `data` or `binary_data_size`, {both}",
+                    quoted(&name)
                 )));
             }
         };
@@ -270,30 +351,43 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
     if !binary.is_empty() {
         return Err(Fault::invalid(format!("{} bytes follow the last input", binary.len())));
     }
-    let mut parameters = parsed.parameters;
-    let all_binary = flag(&parameters, "binary_data_output")?.unwrap_or(false);
-    parameters.remove("binary_data_output");
-    let timeout = match parameters.remove(TIMEOUT) {
-        None => None,
-        Some(Scalar::Int(microseconds)) if microseconds > 0 => {
-            Some(Duration::from_micros(microseconds.unsigned_abs()))
+    let all_binary = flag(&parsed.parameters, "binary_data_output")?.unwrap_or(false);
+    let (mut timeout, mut parameters) = (None, Vec::new());
+    for (name, value) in parsed.parameters {
+        let value = match value {
+            Scalar::Parameter(value) => value,
+            Scalar::Other(kind) => {
+                let name = quoted(&name);
+                return Err(Fault::invalid(format!(
+                    "parameter {name} must be true, false, a number or a text, not {kind}"
+                )));
+            }
+        };
+        match name.as_str() {
+            "binary_data_output" => {}
+            // Over gRPC it is a limit without end, as in Triton.
+            request::TIMEOUT if matches!(value, Parameter::Int(..0)) => {
+                return Err(Fault::invalid(format!("parameter `timeout` is {value}: it is negative")));
+            }
+            request::TIMEOUT => timeout = request::timeout(&value)?,
+            _ => {
+                request::check_parameter(&name)?;
+                parameters.push((name, value));
+            }
         }
-        Some(other) => {
-            return Err(Fault::invalid(format!("`{TIMEOUT}` must be microseconds, not {other:?}")));
-        }
-    };
+    }
     let mut wanted_binary = BTreeMap::new();
     let mut outputs = Vec::new();
-    for Output { name, parameters } in parsed.outputs {
+    for (number, Output { name, parameters }) in parsed.outputs.into_iter().enumerate() {
+        let name = name.ok_or_else(|| lacks(&format!("`outputs[{number}].name`")))?;
         if parameters.contains_key("classification") {
-            return Err(Fault::invalid(format!("output `{name}`: this server does not classify")));
+            return Err(request::no_classes(&name));
         }
         if let Some(is_binary) = flag(&parameters, "binary_data")? {
             wanted_binary.insert(name.clone(), is_binary);
         }
         outputs.push(name);
     }
-    let parameters = parameters.into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Asked {
         request: Request { inputs, outputs, parameters, max_answer: None },
         id: parsed.id.map(Cow::into_owned),
@@ -433,26 +527,59 @@ mod tests {
     fn what_makes_no_sense_is_refused() {
         let input = |rest: &str| format!(r#"{{"inputs":[{{"name":"a","shape":[1],{rest}}}]}}"#);
         for (body, message) in [
-            (String::new(), "not what it should be"),
-            ("[]".to_owned(), "not what it should be"),
-            (input(r#""datatype":"INT9","data":[1]"#), "unknown type `INT9`"),
-            (input(r#""datatype":"INT8","data":[300]"#), "element 0: Int(300) is no INT8"),
-            (input(r#""datatype":"INT64","data":["x"]"#), "is no INT64"),
-            (input(r#""datatype":"INT64","data":[null]"#), "expected numbers"),
-            (input(r#""datatype":"INT64""#), "either `data` or"),
-            (input(r#""datatype":"INT64","parameters":{"binary_data_size":8}"#), "fewer than the bytes"),
-            (input(r#""datatype":"INT64","parameters":{"binary_data_size":-8}"#), "fewer than the bytes"),
-            ("[".repeat(100_000), "not what it should be"),
+            (String::new(), "the body is not JSON: it ends early, at line 1, column 0"),
+            ("{inputs}".to_owned(), "the body is not JSON, at line 1, column 2"),
+            ("[]".to_owned(), "the body must be an object with `inputs`, at line 1, column"),
+            ("{}".to_owned(), "the request lacks `inputs`"),
+            (r#"{"inputs":7}"#.to_owned(), "`inputs` must be a list of objects, at line 1"),
+            (r#"{"inputs":[7]}"#.to_owned(), "`inputs[0]` must be an object, at line 1"),
+            (r#"{"inputs":[],"inputs":[]}"#.to_owned(), "a key is given twice"),
+            (r#"{"inputs":[{"name":"a"}]}"#.to_owned(), "lacks the `datatype` of input `a`"),
+            (r#"{"inputs":[{"name":["a"]}]}"#.to_owned(), "`inputs[0].name` must be a text"),
+            (r#"{"inputs":[{"shape":[1,2.5]}]}"#.to_owned(), "`inputs[0].shape[1]` must be a whole number"),
+            (r#"{"inputs":[],"id":7}"#.to_owned(), "`id` must be a text"),
+            (r#"{"inputs":[],"parameters":[]}"#.to_owned(), "`parameters` must be an object"),
+            (
+                r#"{"inputs":[],"parameters":{"x":null}}"#.to_owned(),
+                "parameter `x` must be true, false, a number",
+            ),
+            (r#"{"inputs":[],"parameters":{"timeout":"1s"}}"#.to_owned(), "microseconds, not the text `1s`"),
+            (r#"{"inputs":[],"parameters":{"timeout":-1}}"#.to_owned(), "`timeout` is -1: it is negative"),
+            (r#"{"inputs":[],"parameters":{"triton_x":1}}"#.to_owned(), "`triton_x`: names that begin with"),
+            (
+                r#"{"inputs":[],"parameters":{"binary_data_output":"no"}}"#.to_owned(),
+                "`binary_data_output` must be true or false, not the text `no`",
+            ),
+            (input(r#""datatype":"INT9","data":[1]"#), "unknown type `INT9`; types are BOOL, "),
+            (input(r#""datatype":"INT8","data":[300]"#), "element 0: 300 is no INT8"),
+            (input(r#""datatype":"INT64","data":["x"]"#), "element 0: the text `x` is no INT64"),
+            (input(r#""datatype":"INT64","data":[1.0]"#), "element 0: 1.0 is no INT64"),
+            (input(r#""datatype":"INT64","data":[null]"#), "`inputs[0].data"),
+            (input(r#""datatype":"INT64","data":{"a":1}"#), "must be a list of numbers"),
+            (input(r#""datatype":"INT64""#), "must have `data` or `binary_data_size`, and has neither"),
+            (
+                input(r#""datatype":"INT64","parameters":{"binary_data_size":8}"#),
+                "is 8, and 0 bytes are left",
+            ),
+            (
+                input(r#""datatype":"INT64","parameters":{"binary_data_size":-8}"#),
+                "must be a number of bytes",
+            ),
+            ("[".repeat(100_000), "the body must be an object"),
             (
                 format!(
                     r#"{{"inputs":[{{"name":"a","datatype":"INT8","shape":[1],"data":{}"#,
                     "[".repeat(100_000)
                 ),
-                "recursion",
+                "nested too deeply",
             ),
         ] {
             let fault = read(body.as_bytes(), None).unwrap_err();
-            assert!(fault.message.contains(message), "{fault}");
+            assert!(fault.message.contains(message), "{body:.80}: {fault}");
+        }
+        for (microseconds, limit) in [(0, None), (7, Some(Duration::from_micros(7)))] {
+            let body = format!(r#"{{"inputs":[],"parameters":{{"timeout":{microseconds}}}}}"#);
+            assert_eq!(read(body.as_bytes(), None).unwrap().timeout, limit);
         }
         assert!(read(b"{}", Some("3")).unwrap_err().message.contains("has 2 bytes"));
         assert!(read(br#"{"inputs":[]}1234"#, Some("13")).unwrap_err().message.contains("4 bytes follow"));

@@ -20,6 +20,8 @@ pub const VARIABLE: &str = "BIREME_LOG";
 pub fn start(format: Format) {
     let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_writer(stderr).with_env_filter(filter).with_target(false);
+    // A line that cannot be written would be reported on the standard error too, which panics.
+    let log = log.log_internal_errors(false);
     let started = match format {
         Format::Text => log.with_ansi(false).try_init(),
         Format::Json => log.json().flatten_event(true).try_init(),

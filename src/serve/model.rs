@@ -272,5 +272,5 @@ impl std::fmt::Debug for Model {
 
 /// A fault about a model that is not there.
 pub(crate) fn not_ready(name: &str, reason: &str) -> Fault {
-    Fault::new(Kind::NotFound, format!("model `{name}` is not ready: {reason}"))
+    Fault::new(Kind::NotFound, format!("model {} is not ready: {reason}", bireme_base::message::quoted(name)))
 }

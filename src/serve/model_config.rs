@@ -3,11 +3,13 @@
 use std::sync::LazyLock;
 
 use bireme_etl::tensor::DataType as Type;
+use bireme_protocol::text::{self, Ignored, Parsed};
 use prost::Message;
 use prost_reflect::prost_types::FileDescriptorSet;
 use prost_reflect::text_format::FormatOptions;
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
+use crate::protocol::model_config::SchedulingChoice;
 use crate::protocol::{DataType, ModelConfig};
 
 /// The file's name in a model's folder.
@@ -82,20 +84,49 @@ pub fn to_text(config: &ModelConfig) -> String {
     dynamic(config, &ORDERED).to_text_format_with_options(&FormatOptions::new().pretty(true)) + "\n"
 }
 
-/// Reads a configuration; fields that this program does not know are refused.
+/// A configuration that was read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Read {
+    /// What this server implements.
+    pub config: ModelConfig,
+    /// What it does not: names and lines.
+    pub ignored: Vec<Ignored>,
+}
+
+/// Reads a configuration. Fields that this server does not implement are ignored, unless results
+/// depend on them.
 ///
 /// # Errors
 /// Says what is wrong where.
-pub fn from_text(text: &str) -> Result<ModelConfig, String> {
-    let message =
-        DynamicMessage::parse_text_format(ORDERED.clone(), text).map_err(|error| error.to_string())?;
-    ModelConfig::decode(message.encode_to_vec().as_slice()).map_err(|error| error.to_string())
+pub fn from_text(text: &str) -> Result<Read, String> {
+    let Parsed { message, ignored, .. } = text::parse(&ORDERED, text).map_err(|error| error.to_string())?;
+    let config =
+        ModelConfig::decode(message.encode_to_vec().as_slice()).map_err(|error| error.to_string())?;
+    match unsupported(&config) {
+        Some(field) => Err(format!("this server does not implement `{field}`, on which results depend")),
+        None => Ok(Read { config, ignored }),
+    }
+}
+
+/// The first field that changes results and is not implemented.
+fn unsupported(config: &ModelConfig) -> Option<&'static str> {
+    let is_in_sequences = matches!(config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
+    let is_decoupled = config.model_transaction_policy.as_ref().is_some_and(|policy| policy.decoupled);
+    let fields = [
+        ("sequence_batching", is_in_sequences),
+        ("model_transaction_policy.decoupled", is_decoupled),
+        ("input.reshape", config.input.iter().any(|input| input.reshape.is_some())),
+        ("input.allow_ragged_batch", config.input.iter().any(|input| input.allow_ragged_batch)),
+        ("output.reshape", config.output.iter().any(|output| output.reshape.is_some())),
+        ("batch_input", !config.batch_input.is_empty()),
+        ("batch_output", !config.batch_output.is_empty()),
+    ];
+    fields.into_iter().find_map(|(field, is_set)| is_set.then_some(field))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::model_config::SchedulingChoice;
     use crate::protocol::model_ensembling::Step;
     use crate::protocol::{ModelEnsembling, ModelInput};
 
@@ -111,6 +142,7 @@ mod tests {
                 data_type: DataType::TypeString.into(),
                 dims: vec![-1, 1],
                 optional: true,
+                ..ModelInput::default()
             }],
             scheduling_choice: Some(SchedulingChoice::EnsembleScheduling(ModelEnsembling {
                 step: vec![step],
@@ -118,12 +150,58 @@ mod tests {
             ..ModelConfig::default()
         };
         let text = to_text(&config);
-        assert_eq!(from_text(&text).unwrap(), config);
+        assert_eq!(from_text(&text).unwrap(), Read { config: config.clone(), ignored: Vec::new() });
         assert_eq!(to_text(&config), text, "the same bytes each time");
         let json = to_json(&config);
         let step = &json["ensemble_scheduling"]["step"][0];
         assert_eq!((&step["input_map"]["b"], &step["model_version"]), (&"\"b\" é".into(), &(-1).into()));
         assert_eq!(json["input"][0]["data_type"], "TYPE_STRING");
-        assert!(from_text("nmae: \"n\"").unwrap_err().contains("nmae"));
+    }
+
+    #[test]
+    fn configurations_in_the_style_of_triton_are_read() {
+        let text = r#"
+            name: "n"
+            input [ { name: "x" data_type: TYPE_INT64 dims: [ -1, 1 ] format: FORMAT_NONE } ]
+            output [
+              { name: "y", data_type: TYPE_FP32, dims: [ 1 ], label_filename: "labels.txt" }
+            ]
+            instance_group [ { count: 3 kind: KIND_CPU rate_limiter { resources [ { name: "R" count: 4 } ] } } ]
+            optimization { execution_accelerators { gpu_execution_accelerator: [ { name: "tensorrt" } ] } }
+            model_warmup [{ name: "w" batch_size: 1 inputs { key: "x" value: { zero_data: true } } }]
+            response_cache { enable: true }
+            dynamic_batching { priority_levels: 2, preferred_batch_size: [ 4, 8 ] }
+            model_transaction_policy { decoupled: false }
+            version_policy: { all { } }
+            parameters: { key: "INFERENCE_MODE" value: { string_value: 'true' } }"#;
+        let Read { config, ignored } = from_text(text).unwrap();
+        assert_eq!((config.instance_group[0].count, config.input[0].dims.as_slice()), (3, &[-1, 1][..]));
+        let ignored: Vec<&str> = ignored.iter().map(|field| field.path.as_str()).collect();
+        let expected = [
+            "input.format",
+            "output.label_filename",
+            "instance_group.rate_limiter",
+            "optimization",
+            "model_warmup",
+            "response_cache",
+            "dynamic_batching.priority_levels",
+        ];
+        assert_eq!(ignored, expected);
+    }
+
+    #[test]
+    fn what_changes_results_is_refused() {
+        for (text, field) in [
+            ("sequence_batching { max_sequence_idle_microseconds: 5 }", "sequence_batching"),
+            ("model_transaction_policy { decoupled: true }", "model_transaction_policy.decoupled"),
+            ("input [ { name: 'x' reshape: { shape: [ ] } } ]", "input.reshape"),
+            ("output { reshape { shape: [ 1 ] } }", "output.reshape"),
+            ("batch_input [ { kind: BATCH_ITEM_SHAPE } ]", "batch_input"),
+        ] {
+            let problem = from_text(text).unwrap_err();
+            assert!(problem.contains(&format!("`{field}`")), "{problem}");
+        }
+        let problem = from_text("name: 'n'\ninput [ { name 'x' } ]").unwrap_err();
+        assert!(problem.starts_with("line 2, column 16: expected ':'"), "{problem}");
     }
 }

@@ -10,16 +10,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
+use bireme_base::message::quoted;
 use bireme_etl::chain;
 use bireme_etl::serving::Preprocessor;
+use bireme_protocol::text;
 use tch::Device;
 
-use crate::fault::{Fault, Kind};
+use crate::fault::{self, Fault};
 use crate::model::{Model, not_ready};
-use crate::model_config::{CONFIG, from_text};
+use crate::model_config::{CONFIG, Read, from_text};
 use crate::protocol::model_config::SchedulingChoice;
+use crate::protocol::model_instance_group::Kind;
 use crate::protocol::model_version_policy::PolicyChoice;
-use crate::protocol::{ModelConfig, ModelVersionPolicy};
+use crate::protocol::{ModelConfig, ModelInstanceGroup, ModelVersionPolicy};
 use crate::statistics::Metrics;
 use crate::torchscript::Module;
 
@@ -49,8 +52,11 @@ pub enum RepositoryError {
 
 impl From<RepositoryError> for Fault {
     fn from(error: RepositoryError) -> Self {
-        let kind =
-            if matches!(error, RepositoryError::Model { .. }) { Kind::Invalid } else { Kind::Internal };
+        let kind = if matches!(error, RepositoryError::Model { .. }) {
+            fault::Kind::Invalid
+        } else {
+            fault::Kind::Internal
+        };
         Self::new(kind, chain(&error))
     }
 }
@@ -87,6 +93,8 @@ pub struct Repository {
     models: RwLock<BTreeMap<String, Versions>>,
     /// Why models that somebody tried to load are not.
     reasons: Mutex<BTreeMap<String, String>>,
+    /// Warnings that were logged, once each.
+    warned: Mutex<BTreeSet<String>>,
     /// One change at a time.
     changing: Mutex<()>,
 }
@@ -108,6 +116,7 @@ impl Repository {
             metrics,
             models: RwLock::default(),
             reasons: Mutex::default(),
+            warned: Mutex::default(),
             changing: Mutex::default(),
         };
         match repository.names()?.is_empty() {
@@ -175,7 +184,7 @@ impl Repository {
         } else {
             let number: u64 = version
                 .parse()
-                .map_err(|_| Fault::invalid(format!("a version is a number, not `{version}`")))?;
+                .map_err(|_| Fault::invalid(format!("a version is a number, not {}", quoted(version))))?;
             versions.get(&number)
         };
         found.map(|loaded| loaded.model.clone()).ok_or_else(|| {
@@ -191,7 +200,7 @@ impl Repository {
         }
         match self.names() {
             Ok(names) if names.iter().any(|known| known == name) => not_ready(name, "it has not been loaded"),
-            _ => Fault::new(Kind::NotFound, format!("there is no model `{name}`")),
+            _ => Fault::new(fault::Kind::NotFound, format!("there is no model {}", quoted(name))),
         }
     }
 
@@ -248,12 +257,17 @@ impl Repository {
         let dir = self.dir.join(name);
         let path = dir.join(CONFIG);
         if !is_plain || !path.is_file() {
-            return Err(format!("the repository has no model `{name}`"));
+            return Err(format!("the repository has no model {}", quoted(name)));
         }
         let text = fs::read_to_string(&path).map_err(|error| format!("`{}`: {error}", path.display()))?;
-        let config = from_text(&text).map_err(|problem| format!("`{}`: {problem}", path.display()))?;
+        let read = from_text(&text).map_err(|problem| format!("`{}`: {problem}", path.display()))?;
+        self.warn_of(&read, &path);
+        let mut config = read.config;
+        if config.name.is_empty() {
+            name.clone_into(&mut config.name);
+        }
         if config.name != name {
-            return Err(format!("`{}` is of a model named `{}`", path.display(), config.name));
+            return Err(format!("`{}` is of a model named {}", path.display(), quoted(&config.name)));
         }
         let mut versions = Versions::new();
         for version in chosen_versions(config.version_policy.as_ref(), &dir)? {
@@ -287,6 +301,29 @@ impl Repository {
         Ok(())
     }
 
+    /// Logs what a configuration asks for in vain, once.
+    fn warn_of(&self, Read { config, ignored }: &Read, path: &Path) {
+        let path = path.display();
+        let mut warnings = Vec::new();
+        if !ignored.is_empty() {
+            let fields = text::list(ignored);
+            warnings.push(format!("`{path}`: ignored what this server does not implement: {fields}"));
+        }
+        let asks_for_gpu = |group: &ModelInstanceGroup| group.kind() == Kind::Gpu || !group.gpus.is_empty();
+        if config.instance_group.iter().any(asks_for_gpu) {
+            let device =
+                if self.device.is_cuda() { "the GPU that the server was started with" } else { "the CPU" };
+            warnings.push(format!("`{path}`: `instance_group` asks for GPUs; the model runs on {device}"));
+        }
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        for warning in warnings {
+            if !warned.contains(&warning) {
+                tracing::warn!("{warning}");
+                warned.insert(warning);
+            }
+        }
+    }
+
     /// A version of a model that runs.
     fn load_version(&self, config: &ModelConfig, version: u64, dir: &Path) -> Result<Loaded, String> {
         let mut files = Files::new();
@@ -316,9 +353,8 @@ impl Repository {
                     Arc::new(Module::load(&dir.join(file), config, self.device)?)
                 }
                 (backend, platform) => {
-                    return Err(format!(
-                        "this server has no backend `{backend}` for the platform `{platform}`"
-                    ));
+                    let (backend, platform) = (quoted(backend), quoted(platform));
+                    return Err(format!("this server has no backend {backend} for the platform {platform}"));
                 }
             };
         // A GPU runs one batch after the other anyway.

@@ -1,7 +1,10 @@
 //! A request for inference, and whether it fits a model.
 
+use std::time::Duration;
+
+use bireme_base::message::quoted;
 use bireme_etl::serving::Parameter;
-use bireme_etl::tensor::Tensor;
+use bireme_etl::tensor::{DataType, Tensor};
 
 use crate::fault::{Fault, Kind};
 use crate::model_config::datatype;
@@ -20,6 +23,48 @@ pub struct Request {
     pub max_answer: Option<usize>,
 }
 
+/// The parameter with a request's own limit of time, in microseconds.
+pub const TIMEOUT: &str = "timeout";
+
+/// A request's own limit of time: 0 and below are none, as in Triton.
+///
+/// # Errors
+/// It is not a whole number.
+pub fn timeout(value: &Parameter) -> Result<Option<Duration>, Fault> {
+    match value {
+        Parameter::Int(microseconds @ 1..) => Ok(Some(Duration::from_micros(microseconds.unsigned_abs()))),
+        Parameter::Int(_) => Ok(None),
+        other => Err(Fault::invalid(format!(
+            "parameter `{TIMEOUT}` must be a whole number of microseconds, not {other}"
+        ))),
+    }
+}
+
+/// Refuses a parameter whose name Triton keeps for itself. Others that no model looks for are ignored.
+///
+/// # Errors
+/// Says so.
+pub(crate) fn check_parameter(name: &str) -> Result<(), Fault> {
+    if name.starts_with("triton_") {
+        let name = quoted(name);
+        return Err(Fault::invalid(format!(
+            "parameter {name}: names that begin with `triton_` are reserved"
+        )));
+    }
+    Ok(())
+}
+
+/// A type that the protocol does not have.
+pub(crate) fn unknown_type(input: &str, datatype: &str) -> Fault {
+    let (input, datatype) = (quoted(input), quoted(datatype));
+    Fault::invalid(format!("input {input} is of an unknown type {datatype}; types are {}", DataType::names()))
+}
+
+/// Triton's classification extension.
+pub(crate) fn no_classes(output: &str) -> Fault {
+    Fault::invalid(format!("output {}: this server does not classify", quoted(output)))
+}
+
 impl Request {
     /// Checks names, types, sizes and the amount of data, so that a model need not.
     ///
@@ -30,10 +75,8 @@ impl Request {
         for (number, tensor) in self.inputs.iter().enumerate() {
             if !known.clone().any(|name| name == tensor.name) {
                 let names = known.collect::<Vec<_>>().join("`, `");
-                return Err(Fault::invalid(format!(
-                    "there is no input `{}`; inputs are `{names}`",
-                    tensor.name
-                )));
+                let name = quoted(&tensor.name);
+                return Err(Fault::invalid(format!("there is no input {name}; inputs are `{names}`")));
             }
             if self.inputs[..number].iter().any(|other| other.name == tensor.name) {
                 return Err(Fault::invalid(format!("input `{}` is given twice", tensor.name)));
@@ -59,10 +102,12 @@ impl Request {
             let is_batched = config.max_batch_size > 0;
             let mut dims = input.dims.clone();
             dims.splice(0..0, is_batched.then_some(-1));
-            let fits = |(&dim, &size): (&i64, &i64)| size >= 0 && (dim < 0 || dim == size);
+            tensor.view().n_elements().map_err(Fault::invalid)?;
+            let fits = |(&dim, &size): (&i64, &i64)| dim < 0 || dim == size;
             if dims.len() != tensor.shape.len() || !dims.iter().zip(&tensor.shape).all(fits) {
                 return Err(Fault::invalid(format!(
-                    "input `{name}` must have the shape {dims:?}, not {:?}",
+                    "input `{name}` must have the shape {}, not {:?}",
+                    shape_wanted(&dims),
                     tensor.shape
                 )));
             }
@@ -91,6 +136,16 @@ impl Request {
         }
         let missing =
             self.outputs.iter().find(|name| !config.output.iter().any(|output| output.name == **name));
-        missing.map_or(Ok(()), |name| Err(Fault::invalid(format!("there is no output `{name}`"))))
+        missing.map_or(Ok(()), |name| {
+            let outputs: Vec<&str> = config.output.iter().map(|output| output.name.as_str()).collect();
+            let (name, outputs) = (quoted(name), outputs.join("`, `"));
+            Err(Fault::invalid(format!("there is no output {name}; outputs are `{outputs}`")))
+        })
     }
+}
+
+/// A shape in which `any` stands where the size does not matter.
+fn shape_wanted(dims: &[i64]) -> String {
+    let size = |&dim: &i64| if dim < 0 { "any".to_owned() } else { dim.to_string() };
+    format!("[{}]", dims.iter().map(size).collect::<Vec<_>>().join(", "))
 }

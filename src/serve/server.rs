@@ -1,17 +1,19 @@
 //! Listens, serves, and ends without losing a request.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use bireme_base::message::quoted;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tch::Device;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, lookup_host};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
@@ -28,10 +30,10 @@ pub struct Options {
     pub repository: PathBuf,
     /// Models to load at the start; empty: all.
     pub models: Vec<String>,
-    /// Where to listen for HTTP.
-    pub http: SocketAddr,
-    /// Where to listen for gRPC.
-    pub grpc: SocketAddr,
+    /// Where to listen for HTTP, `HOST:PORT`.
+    pub http: String,
+    /// Where to listen for gRPC, `HOST:PORT`.
+    pub grpc: String,
     /// A file with API keys.
     pub api_keys: Option<PathBuf>,
     /// What a request may cost.
@@ -55,6 +57,17 @@ pub enum ServeError {
     Keys {
         /// The file.
         path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// An address has another form, or its name has no address.
+    #[error(
+        "{} is not an address to listen on, such as `127.0.0.1:8000`, `[::1]:8000` or `localhost:8000`",
+        quoted(address)
+    )]
+    Address {
+        /// The address.
+        address: String,
         /// Why not.
         source: std::io::Error,
     },
@@ -90,7 +103,8 @@ pub struct Addresses {
     pub grpc: SocketAddr,
 }
 
-/// Serves until SIGTERM or SIGINT, and then answers what it has begun. SIGHUP loads again what has changed.
+/// Serves until SIGTERM or SIGINT, and then answers what it has begun; a second one ends it at once. SIGHUP loads again
+/// what has changed.
 /// `listening` is called when models are loaded and clients may come.
 ///
 /// # Errors
@@ -119,21 +133,32 @@ async fn run(options: &Options, listening: impl FnOnce(Addresses)) -> Result<(),
     let mut interrupted = signal(SignalKind::interrupt()).map_err(ServeError::System)?;
     let mut hung_up = signal(SignalKind::hangup()).map_err(ServeError::System)?;
     // Before models are loaded, which takes longer than to see that an address is taken.
-    let of_http = listen(options.http).await?;
-    let of_grpc = listen(options.grpc).await?;
+    let of_http = listen(&options.http).await?;
+    let of_grpc = listen(&options.grpc).await?;
     let address = |listener: &TcpListener| listener.local_addr().map_err(ServeError::System);
     let addresses = Addresses { http: address(&of_http)?, grpc: address(&of_grpc)? };
 
     // Threads that share a batch wait for each other: each has a batch of its own instead.
     tch::set_num_threads(1);
     keep_freed_memory();
-    let compute = (options.device, options.n_threads.max(1));
-    let repository = Repository::open(&options.repository, compute, metrics.clone())?;
-    let names = if options.models.is_empty() { repository.names()? } else { options.models.clone() };
-    for name in &names {
-        repository.load(name)?;
-        tracing::info!(model = name, "loaded");
-    }
+    let loading = {
+        let (dir, models, metrics) = (options.repository.clone(), options.models.clone(), metrics.clone());
+        let compute = (options.device, options.n_threads.max(1));
+        tokio::task::spawn_blocking(move || {
+            let repository = Repository::open(&dir, compute, metrics)?;
+            for name in if models.is_empty() { repository.names()? } else { models } {
+                repository.load(&name)?;
+                tracing::info!(model = name, "loaded");
+            }
+            Ok::<_, RepositoryError>(repository)
+        })
+    };
+    let repository = tokio::select! {
+        loaded = loading => loaded.map_err(|error| ServeError::System(std::io::Error::other(error)))??,
+        // No request is lost before the first is taken.
+        _ = terminated.recv() => return Ok(()),
+        _ = interrupted.recv() => return Ok(()),
+    };
     let service = Arc::new(Service::new(repository, metrics, options.limits.clone()));
     if options.api_keys.is_none() {
         for address in [addresses.http, addresses.grpc] {
@@ -197,8 +222,27 @@ fn keep_freed_memory() {
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })
+/// Listens on the first address of a name that this machine has, IPv4 before IPv6.
+async fn listen(name: &str) -> Result<TcpListener, ServeError> {
+    let not_found = |source| ServeError::Address { address: name.to_owned(), source };
+    let mut addresses: Vec<SocketAddr> = lookup_host(name).await.map_err(not_found)?.collect();
+    addresses.sort_by_key(SocketAddr::is_ipv6);
+    let mut last = not_found(std::io::Error::new(ErrorKind::NotFound, "the name has no address"));
+    for address in addresses {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(source) => {
+                // A port that another server has must not lead clients to different servers.
+                let is_absent = source.kind() == ErrorKind::AddrNotAvailable
+                    || source.raw_os_error() == Some(libc::EAFNOSUPPORT);
+                last = ServeError::Listen { address, source };
+                if !is_absent {
+                    break;
+                }
+            }
+        }
+    }
+    Err(last)
 }
 
 /// Loads again what is loaded and has changed.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use bireme_base::message::single_line;
 use bireme_etl::tensor::{DataType, Tensor, TensorView};
 use tch::{CModule, Device, IValue, Kind, Tensor as Torch, no_grad};
 
@@ -52,7 +53,7 @@ impl Module {
             let datatype = datatype(number).filter(|&datatype| kind(datatype).is_ok());
             datatype
                 .map(|datatype| (name.clone(), datatype))
-                .ok_or(format!("`{name}` has no type of libtorch's"))
+                .ok_or(format!("`{name}` has no `data_type` that libtorch has"))
         };
         let inputs = config.input.iter().map(|input| declared(&input.name, input.data_type));
         let outputs = config.output.iter().map(|output| declared(&output.name, output.data_type));
@@ -123,7 +124,7 @@ impl Module {
         let inputs: Vec<_> = inputs.iter().map(|input| IValue::Tensor(input.shallow_clone())).collect();
         let tensor = |value| match value {
             IValue::Tensor(tensor) => Ok(tensor),
-            other => Err(format!("`forward` returned {other:?} among its outputs")),
+            _ => Err("`forward` returned something other than tensors".to_owned()),
         };
         // Of this thread. What it would gain is little, and lost again with each new shape that it is adapted to.
         tch::jit::f_set_graph_executor_optimize(false).map_err(one_line)?;
@@ -206,7 +207,7 @@ fn is_wanted(wanted: &[String], name: &str) -> bool {
 
 fn to_tensor(name: &str, datatype: DataType, output: &Torch) -> Result<Tensor, String> {
     if output.kind() != kind(datatype)? {
-        return Err(format!("output `{name}` is of type {:?}, not {datatype}", output.kind()));
+        return Err(format!("output `{name}` is not of the type {datatype} that the configuration says"));
     }
     let stored = if datatype == DataType::Bool { Kind::Uint8 } else { output.kind() };
     let on_host = output.f_to_device(Device::Cpu).and_then(|output| output.f_to_kind(stored));
@@ -234,5 +235,5 @@ fn kind(datatype: DataType) -> Result<Kind, String> {
 
 /// What libtorch says, without its stack.
 fn one_line(error: impl ToString) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+    single_line(error.to_string().lines().next().unwrap_or_default())
 }

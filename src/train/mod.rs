@@ -445,6 +445,11 @@ impl RunData {
         self.features.n_items()
     }
 
+    /// What the schema holds that this version does not know.
+    pub fn warnings(&self) -> &[String] {
+        self.features.warnings()
+    }
+
     /// *All ranks.* Whether all of them see the same data.
     ///
     /// # Errors

@@ -57,10 +57,22 @@ fn the_shared_schema_is_read() {
 }
 
 #[test]
-fn a_broken_schema_is_named_with_its_line() {
+fn a_broken_schema_is_named_with_its_place() {
     let dir = scratch();
     let path = dir.path().join("broken.pbtxt");
-    std::fs::write(&path, "feature {\n  name: \"a\"\n  tpye: INT\n}\n").unwrap();
+    std::fs::write(&path, "feature {\n  name: \"a\"\n  type INT\n}\n").unwrap();
     let error = Schema::read(&path).unwrap_err().to_string();
-    assert!(error.contains("broken.pbtxt`, line 3: `tpye` is no field of a feature"), "{error}");
+    assert!(error.contains("broken.pbtxt`, line 3, column 8: expected ':'"), "{error}");
+}
+
+#[test]
+fn a_field_that_is_not_known_is_named_with_its_line() {
+    let dir = scratch();
+    let path = dir.path().join("newer.pbtxt");
+    std::fs::write(&path, "feature {\n  name: \"a\"\n  tpye: INT\n}\n").unwrap();
+    let schema = Schema::read(&path).unwrap();
+    assert!(schema.warnings[0].contains("newer.pbtxt`: ignored") && schema.warnings.len() == 1);
+    assert!(schema.warnings[0].contains("`feature.tpye` (line 3)"), "{:?}", schema.warnings);
+    let error = schema.features[0].check().unwrap_err().to_string();
+    assert!(error.contains("newer.pbtxt`, line 1: the feature `a` has no `type`"), "{error}");
 }

@@ -124,6 +124,7 @@ fn preprocessor(dir: &std::path::Path, max_length: usize) -> Preprocessor {
         top_k: 20,
         max_top_k: 100,
         max_sessions: 3,
+        n_recommendable: Some(30),
     };
     Preprocessor::new(Workflow::load(&dir.join("out").join(WORKFLOW)).unwrap(), settings)
 }

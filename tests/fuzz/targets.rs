@@ -16,7 +16,7 @@ use std::sync::LazyLock;
 use bireme_etl::serving::{INPUTS, ModelColumn, Preprocessor, ServingSettings};
 use bireme_etl::tensor::TensorView;
 use bireme_etl::{BadRows, Options, Schema, WORKFLOW, Workflow, first_events, preprocess};
-use bireme_serve::model_config::{from_text, number, to_text};
+use bireme_serve::model_config::{Read, from_text, number, to_text};
 use bireme_serve::protocol::{ModelConfig, ModelInferRequest, ModelInput};
 use bireme_serve::request::Request;
 use bireme_serve::{grpc, json};
@@ -47,7 +47,14 @@ static PREPROCESSOR: LazyLock<Preprocessor> = LazyLock::new(|| {
     let workflow = Workflow::load(&SHOP.path().join("out").join(WORKFLOW)).expect("it has just been written");
     let columns = [("product_id-list_seq", true), ("price_log_norm-list_seq", false)];
     let columns = columns.map(|(name, is_categorical)| ModelColumn::new(name, is_categorical)).into();
-    let settings = ServingSettings { max_length: 20, columns, top_k: 20, max_top_k: 100, max_sessions: 64 };
+    let settings = ServingSettings {
+        max_length: 20,
+        columns,
+        top_k: 20,
+        max_top_k: 100,
+        max_sessions: 64,
+        n_recommendable: None,
+    };
     Preprocessor::new(workflow, settings)
 });
 
@@ -58,6 +65,7 @@ static CONFIG: LazyLock<ModelConfig> = LazyLock::new(|| {
         data_type: number(of.datatype),
         dims: of.dims.into(),
         optional: of.optional,
+        ..ModelInput::default()
     });
     ModelConfig { input: input.collect(), ..ModelConfig::default() }
 });
@@ -110,9 +118,10 @@ pub fn schema(bytes: &[u8]) {
         assert_eq!(again.to_string(), schema.to_string());
     }
     if let Ok(text) = std::str::from_utf8(bytes)
-        && let Ok(config) = from_text(text)
+        && let Ok(Read { config, .. }) = from_text(text)
     {
-        assert_eq!(to_text(&from_text(&to_text(&config)).expect("it was written")), to_text(&config));
+        let again = from_text(&to_text(&config)).expect("it was written").config;
+        assert_eq!(to_text(&again), to_text(&config));
     }
 }
 

@@ -69,6 +69,25 @@ impl Shop {
         shop.preprocessed(&events, "1..2")
     }
 
+    /// Sessions of three events that go round `n_items` products, the first of which is −1.
+    pub fn tiny(n_items: i64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut csv =
+            "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session\n"
+                .to_owned();
+        for (day, session, event) in
+            (1..=2).flat_map(|day| (0..40).flat_map(move |s| (0..3).map(move |e| (day, s, e))))
+        {
+            let product = (session + event) % n_items - 1;
+            csv += &format!(
+                "2019-10-0{day} 00:{session:02}:0{event} UTC,view,{product},7,,,1,1,s{day}-{session}\n"
+            );
+        }
+        let events = dir.path().join("events.csv");
+        fs::write(&events, csv).unwrap();
+        Self(dir).preprocessed(&events, "1..2")
+    }
+
     pub fn path(&self, name: &str) -> String {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
@@ -456,6 +475,7 @@ fn what_is_hidden_or_unknown_gets_what_is_left() {
     let mut expected = [vec![-1, -1], known[known.len() - 3..].to_vec()].concat();
     expected.sort_unstable();
     assert_eq!(left, expected, "the three that are left, then nothing");
+    assert_eq!(Vec::<i32>::try_from(outputs[4].flatten(0, -1)).unwrap(), [5, 5, 3]);
     // The scores of the whole catalogue know nothing of what is hidden.
     let again = model.run(prepared(&etl, &request, &[])).unwrap();
     assert_eq!(distance(&again[0], &outputs[0]), 0.0);

@@ -120,6 +120,32 @@ fn sessions_of_a_file_get_recommendations_in_every_form() {
 }
 
 #[test]
+fn shops_of_few_items_recommend_what_there_is() {
+    for n_items in [2, 3] {
+        let shop = Shop::tiny(n_items);
+        shop.train("run", MODELS[0].1);
+        shop.export_with("run", &["--python-backend"]).success();
+        let ask = |more: &[&str]| {
+            let more = [&["--name", "run", "--format", "json", "--top", "100"], more].concat();
+            objects(&recommend(&shop, "events.csv", &more).success().stdout)
+        };
+        let ids = |session: &Value, list: &str| -> Vec<i64> {
+            let products = session[list].as_array().unwrap().iter();
+            products.map(|product| product["product_id"].as_i64().unwrap()).collect()
+        };
+        for session in ask(&[]) {
+            let mut all = ids(&session, "recommended");
+            all.sort_unstable();
+            assert_eq!(all, (-1..n_items - 1).collect::<Vec<_>>(), "each product once, −1 too");
+        }
+        for session in ask(&["--exclude-seen", "--first", "2"]) {
+            let (seen, left) = (ids(&session, "seen"), ids(&session, "recommended"));
+            assert_eq!((seen.as_slice(), left.len() as i64), (&[-1, 0][..], n_items - 2), "{session}");
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_recommended_is_refused() {
     let shop = exported();
     let broken = fs::read_to_string(shop.path("events.csv")).unwrap().replacen("UTC", "noon", 1);

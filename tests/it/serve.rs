@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use flate2::Compression;
+use flate2::read::{GzDecoder, GzEncoder, ZlibDecoder, ZlibEncoder};
 use serde_json::{Value, json};
 
 use crate::export::{Event, MODELS, Shop};
@@ -181,7 +183,7 @@ fn what_a_client_may_cost_is_bounded() {
     }
 
     let faults: [(&str, &str, &str, u16, &str); 9] = [
-        (INFER, "", "", 400, "not what it should be"),
+        (INFER, "", "", 400, "the body is not JSON: it ends early"),
         (INFER, "", "{\"inputs\":[]}", 400, "input `event_time` is missing"),
         (INFER, "Inference-Header-Content-Length: 7\r\n", "{}", 400, "has 2 bytes"),
         ("POST /v2/models/other/infer", "", &request, 404, "no model `other`"),
@@ -240,6 +242,206 @@ fn what_a_client_may_cost_is_bounded() {
     assert_eq!(refused.status, 413, "{}", refused.head);
     assert!(refused.body.contains("ask for fewer sessions"), "{refused:?}");
     assert!(server.end().success());
+}
+
+fn packed(encoding: &str, body: &[u8]) -> Vec<u8> {
+    let level = Compression::default();
+    let packed = match encoding {
+        "gzip" => GzEncoder::new(body, level).read_to_end_vec(),
+        _ => ZlibEncoder::new(body, level).read_to_end_vec(),
+    };
+    packed.unwrap()
+}
+
+trait ReadToEnd: Read {
+    fn read_to_end_vec(mut self) -> std::io::Result<Vec<u8>>
+    where
+        Self: Sized,
+    {
+        let mut bytes = Vec::new();
+        self.read_to_end(&mut bytes).map(|_| bytes)
+    }
+}
+
+impl<R: Read> ReadToEnd for R {}
+
+/// Posts bytes to the model and gives status, head and body.
+fn post(address: &str, headers: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
+    let head = format!(
+        "{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
+    let answer = stream.read_to_end_vec().unwrap();
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap();
+    let head = String::from_utf8_lossy(&answer[..end]).to_lowercase();
+    let body = if head.contains("transfer-encoding: chunked") {
+        unchunked(&answer[end + 4..])
+    } else {
+        answer[end + 4..].to_vec()
+    };
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), head, body)
+}
+
+fn unchunked(mut chunks: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    loop {
+        let end = chunks.windows(2).position(|bytes| bytes == b"\r\n").unwrap();
+        let n = usize::from_str_radix(std::str::from_utf8(&chunks[..end]).unwrap(), 16).unwrap();
+        if n == 0 {
+            return body;
+        }
+        body.extend(&chunks[end + 2..end + 2 + n]);
+        chunks = &chunks[end + 4 + n..];
+    }
+}
+
+#[test]
+fn clients_are_answered_as_by_triton() {
+    let (shop, repository, request) = exported();
+    let server = serve(&repository, &shop, &["--max-body-mib", "1"]);
+    let http = server.http.as_str();
+    let plain = ask(http, INFER, "", &request).json();
+
+    // Compressed bodies, and compressed answers.
+    for encoding in ["gzip", "deflate"] {
+        let headers = format!("Content-Encoding: {encoding}\r\nAccept-Encoding: {encoding}\r\n");
+        let (status, head, body) = post(http, &headers, &packed(encoding, request.as_bytes()));
+        assert!(status == 200 && head.contains(&format!("content-encoding: {encoding}")), "{head}");
+        let body = match encoding {
+            "gzip" => GzDecoder::new(&body[..]).read_to_end_vec(),
+            _ => ZlibDecoder::new(&body[..]).read_to_end_vec(),
+        };
+        assert_eq!(serde_json::from_slice::<Value>(&body.unwrap()).unwrap(), plain);
+        // Behind the JSON in binary, whose length is that of the body decompressed.
+        let headers =
+            format!("Content-Encoding: {encoding}\r\nInference-Header-Content-Length: {}\r\n", request.len());
+        let (status, _, body) = post(http, &headers, &packed(encoding, request.as_bytes()));
+        assert_eq!((status, serde_json::from_slice::<Value>(&body).unwrap()), (200, plain.clone()));
+        // A bomb: 64 MiB of spaces in 64 KiB.
+        let (status, _, body) = post(http, &headers, &packed(encoding, &vec![b' '; 64 << 20]));
+        assert_eq!(status, 413, "{}", String::from_utf8_lossy(&body));
+        let half = &packed(encoding, request.as_bytes())[..40];
+        for broken in [half, b"plain", request.as_bytes()] {
+            let (status, _, body) = post(http, &headers, broken);
+            let body = String::from_utf8_lossy(&body).into_owned();
+            assert!(status == 400 && body.starts_with("{\"error\":\"the body "), "{status} {body}");
+        }
+    }
+    for encoding in ["br", "zstd", "gzip, deflate", "\u{fc}"] {
+        let (status, _, body) = post(http, &format!("Content-Encoding: {encoding}\r\n"), request.as_bytes());
+        let body = String::from_utf8_lossy(&body).into_owned();
+        assert!(status == 415 && body.contains("this server reads `gzip` and `deflate`"), "{status} {body}");
+    }
+    let (status, ..) = post(http, "Content-Encoding: identity\r\n", request.as_bytes());
+    assert_eq!(status, 200);
+
+    // Parameters.
+    let with = |parameters: &str, inputs: &str| {
+        let body = request.replacen('{', &format!("{{\"parameters\":{{{parameters}}},"), 1);
+        ask(http, INFER, "", &body.replacen("\"inputs\":[", &format!("\"inputs\":[{inputs}"), 1))
+    };
+    let top_k = |n: i32| format!(r#"{{"name":"top_k","datatype":"INT32","shape":[1],"data":[{n}]}},"#);
+    for (parameters, inputs, n) in [
+        (r#""top_k":3"#, String::new(), 3),
+        ("", top_k(4), 4),
+        (r#""top_k":4,"exclude_seen":true"#, top_k(4), 4),
+        (r#""timeout":0"#, String::new(), 20),
+        (r#""unknown":"x","of_site":1.5,"big":18446744073709551615"#, String::new(), 20),
+    ] {
+        let answer = with(parameters, &inputs);
+        assert_eq!(answer.status, 200, "{parameters}: {answer:?}");
+        assert_eq!(answer.json()["outputs"][0]["shape"], json!([1, n]), "{parameters}");
+    }
+    for (parameters, inputs, message) in [
+        (r#""top_k":3"#, top_k(4), "`top_k` is 4 as an input and 3 as a parameter"),
+        (r#""top_k":"3""#, String::new(), "parameter `top_k` must be a whole number, not the text `3`"),
+        (r#""top_k":3.5"#, String::new(), "parameter `top_k` must be a whole number, not 3.5"),
+        (r#""top_k":true"#, String::new(), "parameter `top_k` must be a whole number, not true"),
+        (r#""top_k":0"#, String::new(), "`top_k` is 0, and must be from 1 to 100"),
+        (r#""exclude_seen":1"#, String::new(), "parameter `exclude_seen` must be true or false, not 1"),
+        (r#""timeout":-5"#, String::new(), "parameter `timeout` is -5: it is negative"),
+        (r#""timeout":1.5"#, String::new(), "whole number of microseconds, not 1.5"),
+        (r#""x":[1]"#, String::new(), "parameter `x` must be true, false, a number or a text, not a list"),
+    ] {
+        let answer = with(parameters, &inputs);
+        assert_eq!(answer.status, 400, "{parameters}: {answer:?}");
+        assert!(answer.json()["error"].as_str().unwrap().contains(message), "{answer:?}");
+    }
+
+    // Shapes.
+    for (shape, message) in [
+        ("[-5,1]", "`event_time` has the shape [-5, 1]: dimension 0 is negative"),
+        ("[5,-1]", "`event_time` has the shape [5, -1]: dimension 1 is negative"),
+        ("[5]", "`event_time` must have the shape [any, 1], not [5]"),
+        ("[1,5]", "`event_time` must have the shape [any, 1], not [1, 5]"),
+        ("[4611686018427387904,4]", "too many elements to count"),
+        ("[4,1]", "bytes behind its 4 elements"),
+    ] {
+        let answer = ask(http, INFER, "", &request.replacen("[5,1]", shape, 1));
+        assert_eq!(answer.status, 400, "{shape}: {answer:?}");
+        assert!(answer.json()["error"].as_str().unwrap().contains(message), "{answer:?}");
+    }
+    assert!(server.end().success());
+}
+
+#[test]
+fn configurations_that_triton_takes_start_the_server() {
+    let (shop, repository, request) = exported();
+    let append = |model: &str, more: &str| {
+        let path = repository.join(model).join("config.pbtxt");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, text + more).unwrap();
+    };
+    append(
+        "gru_model",
+        "instance_group [ { count: 2 kind: KIND_GPU gpus: [ 0, 1 ] } ]\nresponse_cache { enable: true }\n\
+         optimization { graph { level: 1 } } # and so on\nmodel_warmup [{ name: 'w', batch_size: 1 }]\n",
+    );
+    let server = serve(&repository, &shop, &[]);
+    assert_eq!(ask(&server.http, INFER, "", &request).status, 200);
+    assert_eq!(ask(&server.http, "POST /v2/repository/models/gru/load", "", "").status, 200);
+    let log = server.log();
+    let ignored = "ignored what this server does not implement: `response_cache` (line ";
+    assert_eq!(log.matches(ignored).count(), 1, "{log}");
+    assert!(log.contains("`optimization` (line ") && log.contains("`model_warmup` (line "), "{log}");
+    assert_eq!(log.matches("`instance_group` asks for GPUs; the model runs on the CPU").count(), 1, "{log}");
+    append("gru_etl", "sequence_batching { }\n");
+    let refused = ask(&server.http, "POST /v2/repository/models/gru/load", "", "");
+    assert!(refused.status == 400 && refused.body.contains("`sequence_batching`"), "{refused:?}");
+    assert!(server.end().success());
+}
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing_and_names_are_addresses() {
+    let (shop, repository, request) = exported();
+    let script = "exec 2>/dev/full; exec \"$0\" serve --device cpu --repository \"$1\" \
+                  --http localhost:0 --grpc localhost:0 > \"$2\"";
+    let addresses = shop.path("addresses");
+    let mut server = std::process::Command::new("sh")
+        .env("BIREME_LOG", "debug")
+        .args(["-c", script, crate::train::PROGRAM, repository.to_str().unwrap(), &addresses])
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    let http = loop {
+        let text = fs::read_to_string(&addresses).unwrap_or_default();
+        if let Some(http) =
+            text.lines().find_map(|line| line.strip_prefix("http ")).filter(|_| text.contains("grpc "))
+        {
+            break http.to_owned();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60) && server.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(20));
+    };
+    for body in [request.as_str(), "{", request.as_str()] {
+        let status = if body == "{" { 400 } else { 200 };
+        assert_eq!(ask(&http, INFER, "", body).status, status);
+    }
+    let kill = format!("kill -s INT {}", server.id());
+    assert!(std::process::Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    assert!(server.wait().unwrap().success());
 }
 
 #[test]
@@ -311,6 +513,16 @@ fn a_server_that_cannot_start_says_why() {
     refused(start(&nowhere, &any), "nowhere");
     refused(start(&empty, &any), "holds no model");
     refused(start(repository, &["--http", &taken, "--grpc", "127.0.0.1:0"]), &taken);
+    for (address, message) in [
+        ("nowhere", "`nowhere` is not an address to listen on"),
+        ("127.0.0.1:99999", "`127.0.0.1:99999` is not an address"),
+        ("no-such-host.invalid:0", "`no-such-host.invalid:0` is not an address"),
+        ("192.0.2.1:0", "cannot listen on 192.0.2.1:0"),
+    ] {
+        refused(start(repository, &["--http", address, "--grpc", "127.0.0.1:0"]), message);
+    }
+    let port = taken.rsplit_once(':').unwrap().1;
+    refused(start(repository, &["--grpc", &format!("localhost:{port}"), "--http", "127.0.0.1:0"]), &taken);
     refused(start(repository, &[&any[..], &["--api-keys", &no_keys]].concat()), "no_keys");
     refused(start(repository, &[&any[..], &["--load", "other"]].concat()), "no model `other`");
     fs::write(shop.path("repository/gru/config.pbtxt"), "name: \"gru\"\nplatfrom: \"ensemble\"\n").unwrap();

@@ -17,7 +17,7 @@ struct StandIn(Module);
 
 impl Backend for StandIn {
     fn load(model: &ModelFiles) -> Result<Self, Box<dyn Error>> {
-        let config = from_text(&fs::read_to_string(model.dir.join(CONFIG))?)?;
+        let config = from_text(&fs::read_to_string(model.dir.join(CONFIG))?)?.config;
         Ok(Self(Module::load(&model.version_dir.join("model.pt"), &config, Device::Cpu)?))
     }
 

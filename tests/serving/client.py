@@ -186,6 +186,26 @@ class Checks:
         assert np.isfinite(answer.as_numpy("item_scores")).all()
         assert answer.as_numpy("fallback").all()
 
+    def check_compression(self):
+        """Requests and answers in the compressions that the client has."""
+        model = self.cases["models"][0]
+        for algorithm in ["gzip", "deflate"]:
+            if self.module is tritonclient.http:
+                more = {"request_compression_algorithm": algorithm, "response_compression_algorithm": algorithm}
+            else:
+                more = {"compression_algorithm": algorithm}
+            self.same(self.infer(model, self.events, 10, **more), model)
+
+    def check_top_k(self):
+        """As a parameter, and as both."""
+        for model in self.cases["models"]:
+            answer = self.infer(model, self.events, parameters={"top_k": 3})
+            assert answer.as_numpy("item_ids").shape[1] == 3
+            assert (answer.as_numpy("n_items") == 3).all()
+            self.refused("`top_k` is 4 as an input", lambda: self.infer(model, self.events, 4, parameters={"top_k": 3}))
+            self.refused("`top_k` must be a whole", lambda: self.infer(model, self.events, parameters={"top_k": "3"}))
+        self.infer(model, self.events, timeout=0)
+
     def check_exclusion(self):
         """Items of the session are left out if asked."""
         model = self.cases["models"][0]
