@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`schema`] | names the columns, and describes them to a model |
 //! | `events` | reads and checks CSV and parquet, batch by batch |
+//! | `time` | times of events, with their fractions of a second |
 //! | [`vocab`] | numbers the values of a column, and remembers them both ways |
 //! | `sessions` | sorts coded events, drops repeats, cuts sessions |
 //! | `buckets` | keeps more events than memory holds |
@@ -34,6 +35,7 @@ pub mod schema;
 pub mod serving;
 mod sessions;
 pub mod tensor;
+mod time;
 pub mod vocab;
 pub mod workflow;
 
@@ -45,5 +47,6 @@ pub use partition::{Day, Split};
 pub use preprocess::{Options, Report, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess};
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};
 pub use sessions::Keep;
+pub use time::EventTime;
 pub use vocab::{Coded, Value, Vocabulary};
 pub use workflow::{Applied, ProductInWords, Settings, Statistics, Workflow, copy_without_visitors};

@@ -280,7 +280,7 @@ impl Read {
                 let events = dictionaries.code(&batch);
                 products.resize(dictionaries.get(Coded::Product).len() + 1, Product::UNSEEN);
                 for event in &events {
-                    first_event = first_event.min(event.time);
+                    first_event = first_event.min(event.seconds);
                     products[event.code(Coded::Product) as usize].see(event);
                 }
                 n_events += events.len() as u64;
@@ -424,7 +424,7 @@ impl Sweep<'_> {
         let (mut n_held, mut n_late) = (0, 0);
         let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());
         for events in sessions(&events) {
-            let day_index = (events[0].time - self.first_event).div_euclid(DAY) + 1;
+            let day_index = (events[0].seconds - self.first_event).div_euclid(DAY) + 1;
             if day_index <= self.last_day {
                 n_held += 1;
                 let id = self.session_ids.get(events[0].code(Coded::Session) as usize);
@@ -446,7 +446,7 @@ impl Sweep<'_> {
     }
 
     fn is_used(&self, event: &Event) -> bool {
-        let calendar_day = event.time.div_euclid(DAY) - self.first_event.div_euclid(DAY) + 1;
+        let calendar_day = event.seconds.div_euclid(DAY) - self.first_event.div_euclid(DAY) + 1;
         self.options.days.as_ref().is_none_or(|days| days.contains(&calendar_day))
     }
 }
