@@ -33,6 +33,10 @@ pub(crate) struct Batch {
     pub price: Vec<f64>,
     /// By [`Coded`]; `None` for a column that is not there.
     pub cells: [Option<Cells>; 7],
+    /// Where each event is in its file, counted in `unit`, `[rows]`.
+    pub number: Vec<u64>,
+    /// `line` or `row`.
+    pub unit: &'static str,
 }
 
 /// The values of an encoded column, `[rows]`.
@@ -204,18 +208,22 @@ pub(crate) fn clean(
     let kept = if n_kept == frame.height() { frame.clone() } else { frame.filter(&has_session)? };
 
     let (batch, faults) = read_cells(&kept, path)?;
-    let Some((row, fault)) = faults.iter().min_by_key(|(row, _)| *row) else { return Ok(batch) };
+    let number = (first_row..).zip(has_session.iter());
+    let number: Vec<u64> = number.filter(|(_, kept)| *kept == Some(true)).map(|(row, _)| row).collect();
+    let Some((row, fault)) = faults.iter().min_by_key(|(row, _)| *row) else {
+        return Ok(Batch { number, ..batch });
+    };
     if bad_rows == BadRows::Refuse {
-        let row = has_session.iter().enumerate().filter(|(_, kept)| *kept == Some(true)).nth(*row);
-        return Err(fault.clone().at(path, "row", first_row + row.map_or(0, |(row, _)| row as u64)));
+        return Err(fault.clone().at(path, "row", number[*row]));
     }
     let mut good = vec![true; kept.height()];
     for (row, _) in &faults {
         good[*row] = false;
     }
+    let number = number.into_iter().zip(&good).filter(|(_, good)| **good).map(|(row, _)| row).collect();
     let good: BooleanChunked = good.into_iter().map(Some).collect();
     counts.bad += (kept.height() - good.num_trues()) as u64;
-    read_cells(&kept.filter(&good)?, path).map(|(batch, _)| batch)
+    read_cells(&kept.filter(&good)?, path).map(|(batch, _)| Batch { number, ..batch })
 }
 
 /// What is wrong in a row.
@@ -263,7 +271,7 @@ fn read_cells(frame: &DataFrame, path: &Path) -> Result<(Batch, Faults), Error> 
     };
     let ((time, mut faults), (price, price_faults), cells) = (time?, price?, cells?);
     faults.extend(price_faults);
-    let mut batch = Batch { time, price, cells: [const { None }; 7] };
+    let mut batch = Batch { time, price, cells: [const { None }; 7], number: Vec::new(), unit: "row" };
     for (place, (column, column_faults)) in batch.cells.iter_mut().zip(cells) {
         *place = column;
         faults.extend(column_faults);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::error::Error;
 use crate::events::{self, BadRows, Batch, Cells, RowCounts};
+use crate::inputs::check_distinct;
 use crate::time::EventTime;
 use crate::vocab::Coded;
 
@@ -32,6 +33,7 @@ pub fn first_events(
     n: usize,
     bad_rows: BadRows,
 ) -> Result<(Vec<RawEvent>, RowCounts), Error> {
+    check_distinct(files)?;
     let scratch = tempfile::tempdir().map_err(|source| Error::Io {
         action: "create a folder in",
         path: std::env::temp_dir(),

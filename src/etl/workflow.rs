@@ -79,7 +79,7 @@ pub struct Statistics {
 
 /// The layout of the files that this version writes and reads.
 pub(crate) const FORMAT: u32 = 3;
-const STATISTICS: &str = "statistics.json";
+pub(crate) const STATISTICS: &str = "statistics.json";
 const PRODUCTS: &str = "products.parquet";
 const CATEGORIES: &str = "categories.parquet";
 const FIRST_SEEN: &str = "first_event_time_ts";
