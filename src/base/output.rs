@@ -128,6 +128,23 @@ impl Target {
     }
 }
 
+/// Refuses an output that lies in a folder that a command reads.
+///
+/// # Errors
+/// Names both.
+pub fn check_outside(out: &Path, input: &Path) -> Result<(), OutputError> {
+    let target = match Target::of(out) {
+        Ok(Target::File(path) | Target::Folder(path) | Target::Missing(path)) => path,
+        _ => return Ok(()),
+    };
+    let Ok(input_path) = input.canonicalize() else { return Ok(()) };
+    if target.ancestors().any(|folder| folder.canonicalize().is_ok_and(|folder| folder == input_path)) {
+        let problem = format!("it lies in `{}`, which is read", input.display());
+        return Err(OutputError::Refused { path: out.into(), problem });
+    }
+    Ok(())
+}
+
 /// The folder that a path lies in.
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -212,6 +229,7 @@ struct Staging {
     parents: Vec<PathBuf>,
     /// Whether an interrupted command had left it.
     is_left: bool,
+    is_kept: bool,
     lock: Option<Lock>,
 }
 
@@ -236,9 +254,14 @@ impl Staging {
                 return Err(OutputError::Refused { path: given.into(), problem });
             }
             match Lock::acquire(&dir.join(LOCK)) {
-                Ok(lock) => return Ok(Self { dir, parents, is_left, lock: Some(lock) }),
+                Ok(lock) => return Ok(Self { dir, parents, is_left, is_kept: false, lock: Some(lock) }),
                 Err(LockError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
-                Err(LockError::Io { source, .. }) => return Err(refused(source)),
+                Err(LockError::Io { source, .. }) => {
+                    if !is_left {
+                        remove_staging(&dir);
+                    }
+                    return Err(refused(source));
+                }
                 Err(source) => return Err(OutputError::InUse { path: given.into(), source }),
             }
         }
@@ -258,7 +281,8 @@ impl Staging {
     }
 
     /// Leaves the folder where it is, with the only copy of what was there before.
-    fn keep(&self) {
+    fn keep(&mut self) {
+        self.is_kept = true;
         staged().retain(|staged| staged.dir != self.dir);
     }
 
@@ -271,11 +295,11 @@ impl Drop for Staging {
     fn drop(&mut self) {
         // Not while an interruption removes it too.
         let mut all = staged();
-        if let Some(place) = all.iter().position(|staged| staged.dir == self.dir) {
-            let Staged { dir, parents } = all.swap_remove(place);
-            remove_staging(&dir);
+        if !self.is_kept {
+            all.retain(|staged| staged.dir != self.dir);
+            remove_staging(&self.dir);
             // Only those that stayed empty.
-            parents.iter().rev().for_each(|parent| drop(fs::remove_dir(parent)));
+            self.parents.iter().rev().for_each(|parent| drop(fs::remove_dir(parent)));
         }
         drop(self.lock.take());
     }
@@ -444,6 +468,15 @@ impl Write for OutputFile {
     }
 }
 
+impl From<OutputError> for io::Error {
+    fn from(error: OutputError) -> Self {
+        match error {
+            OutputError::Io { source, .. } => source,
+            error => Self::other(error),
+        }
+    }
+}
+
 /// Writes a whole file.
 ///
 /// # Errors
@@ -491,8 +524,18 @@ pub struct OutputFolder {
     given: PathBuf,
     target: PathBuf,
     kind: FolderKind,
-    is_inside: bool,
+    mode: Mode,
     staging: Staging,
+}
+
+/// Where a folder is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// In a staging folder beside it, which is renamed.
+    Beside,
+    /// In a staging folder inside it, from which the entries are moved.
+    Inside,
+    InPlace,
 }
 
 impl OutputFolder {
@@ -511,37 +554,73 @@ impl OutputFolder {
         if path.as_os_str().is_empty() {
             return Err(problem("the path is empty"));
         }
-        let (target, is_inside) = match Target::of(path).map_err(OutputError::refused(path))? {
-            Target::Folder(target) => (target, true),
-            Target::Missing(target) => (target, false),
+        let (target, mode) = match Target::of(path).map_err(OutputError::refused(path))? {
+            Target::Folder(target) => (target, Mode::Inside),
+            Target::Missing(target) => (target, Mode::Beside),
             _ => return Err(problem("it is not a folder")),
         };
-        let staging = if is_inside {
+        let mut staging = if mode == Mode::Inside {
             // Before anything is created in a folder that is refused.
             check_free(&target, path, kind, overwrite)?;
+            // Of a command that began before the folder existed.
+            let beside = staging_beside(&target);
+            if is_staging(&beside) {
+                Staging::create(beside, path, Vec::new())?.begin(path, note)?;
+            }
             Staging::create(target.join(INSIDE), path, Vec::new())?
         } else {
             let made = make_folders(folder_of(&target)).map_err(OutputError::refused(path))?;
             let staging = Staging::create(staging_beside(&target), path, made.clone());
             staging.inspect_err(|_| made.iter().rev().for_each(|made| drop(fs::remove_dir(made))))?
         };
-        if is_inside {
-            recover(&staging.dir, &target, kind).map_err(OutputError::refused(path))?;
+        if mode == Mode::Inside
+            && let Err(error) = recover(&staging.dir, &target, kind)
+        {
+            staging.keep();
+            return Err(OutputError::refused(path)(error));
         }
         staging.begin(path, note)?;
         if target.is_dir() {
             // Another command may have published before the lock was acquired.
-            check_free(&target, path, kind, overwrite && is_inside)?;
+            check_free(&target, path, kind, overwrite && mode == Mode::Inside)?;
         }
         for entry in [OUT, SCRATCH] {
             fs::create_dir(staging.dir.join(entry)).map_err(OutputError::refused(path))?;
         }
-        Ok(Self { given: path.into(), target, kind, is_inside, staging })
+        Ok(Self { given: path.into(), target, kind, mode, staging })
+    }
+
+    /// Prepares `path`, which may be missing or empty, to be written in place: for a command whose
+    /// messages name files in it, and which leaves them where it fails. `note` is given a line where
+    /// what an interrupted command left is removed.
+    ///
+    /// # Errors
+    /// See [`OutputFolder::create`].
+    pub fn in_place(path: &Path, kind: FolderKind, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
+        let refused = OutputError::refused(path);
+        let is_left = is_staging(&path.join(INSIDE));
+        if path.is_dir() && !is_left {
+            check_free(path, path, kind, false)?;
+        }
+        let made = make_folders(path).map_err(&refused)?;
+        let target = path.canonicalize().map_err(&refused)?;
+        let staging = Staging::create(target.join(INSIDE), path, made)?;
+        if staging.is_left {
+            for name in ours(&target, kind).map_err(&refused)? {
+                remove(&target.join(name)).map_err(&refused)?;
+            }
+            note(&format!("removed from `{}` what an interrupted command left", path.display()));
+        }
+        check_free(&target, path, kind, false)?;
+        Ok(Self { given: path.into(), target, kind, mode: Mode::InPlace, staging })
     }
 
     /// The folder to write into.
     pub fn path(&self) -> PathBuf {
-        self.staging.out()
+        match self.mode {
+            Mode::InPlace => self.given.clone(),
+            Mode::Beside | Mode::Inside => self.staging.out(),
+        }
     }
 
     /// A folder for what helps to write, on the same file system.
@@ -554,16 +633,17 @@ impl OutputFolder {
     /// # Errors
     /// The disk is full, say.
     pub fn publish(self) -> Result<(), OutputError> {
-        let Self { given, target, kind, is_inside, staging } = self;
+        let Self { given, target, kind, mode, mut staging } = self;
         let failed = OutputError::io("write", &given);
         // Before the sync, which would write its blocks.
         let _ = fs::remove_dir_all(staging.dir.join(SCRATCH));
-        sync_tree(&staging.out()).map_err(OutputError::io("write", &given))?;
+        let written = if mode == Mode::InPlace { target.clone() } else { staging.out() };
+        sync_tree(&written).map_err(OutputError::io("write", &given))?;
         let guard = uninterrupted(&given)?;
-        let published = if is_inside {
-            place(&staging.dir, &target, kind)
-        } else {
-            fs::rename(staging.out(), &target).map(|()| sync_folder(folder_of(&target)))
+        let published = match mode {
+            Mode::Beside => fs::rename(staging.out(), &target).map(|()| sync_folder(folder_of(&target))),
+            Mode::Inside => place(&staging.dir, &target, kind),
+            Mode::InPlace => Ok(()),
         };
         drop(guard);
         if published.is_err() && !is_empty(&staging.dir.join(REPLACED)) {
@@ -571,6 +651,71 @@ impl OutputFolder {
         }
         published.map_err(failed)
     }
+}
+
+/// What a command adds to a folder.
+///
+/// Dropped without [`OutputEntries::publish`], it leaves what was there before.
+#[derive(Debug)]
+pub struct OutputEntries {
+    given: PathBuf,
+    staging: Staging,
+}
+
+impl OutputEntries {
+    /// Prepares `folder`, which may be missing, for entries that belong to `name`: one command at a
+    /// time adds them. `note` is given a line where what an interrupted command left is removed.
+    ///
+    /// # Errors
+    /// The folder cannot be written to, or another process adds entries of that name.
+    pub fn create(folder: &Path, name: &str, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
+        check_folder(folder)?;
+        let refused = OutputError::refused(folder);
+        let made = make_folders(folder).map_err(&refused)?;
+        let target = folder.canonicalize().map_err(&refused)?;
+        let staging = Staging::create(staging_beside(&target.join(name)), folder, made)?;
+        staging.begin(folder, note)?;
+        fs::create_dir(staging.out()).map_err(refused)?;
+        Ok(Self { given: folder.into(), staging })
+    }
+
+    /// The folder to write into.
+    pub fn path(&self) -> PathBuf {
+        self.staging.out()
+    }
+
+    /// Completes the entries; `place` moves them from the folder that they were written in.
+    ///
+    /// # Errors
+    /// The disk is full, say.
+    pub fn publish(self, place: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), OutputError> {
+        let out = self.path();
+        sync_tree(&out).map_err(OutputError::io("write", &self.given))?;
+        let guard = uninterrupted(&self.given)?;
+        let placed = place(&out);
+        sync_folder(&self.given);
+        drop(guard);
+        placed.map_err(OutputError::io("write", &self.given))
+    }
+}
+
+/// Refuses what is no folder, or one that cannot be written to or created.
+///
+/// # Errors
+/// Says why.
+pub fn check_folder(path: &Path) -> Result<(), OutputError> {
+    let problem = |problem: String| OutputError::Refused { path: path.into(), problem };
+    let target = match Target::of(path).map_err(OutputError::refused(path))? {
+        _ if path.as_os_str().is_empty() => return Err(problem("the path is empty".into())),
+        Target::Folder(target) | Target::Missing(target) => target,
+        _ => return Err(problem("it is not a folder".into())),
+    };
+    let mut ancestors = target.ancestors().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = ancestors.find(|folder| folder.exists()).unwrap_or(Path::new("."));
+    if !folder.is_dir() || !is_writable(folder) {
+        return Err(problem(format!("cannot create a file in `{}`", folder.display())));
+    }
+    Ok(())
 }
 
 /// Refuses a folder that holds something that is not to be replaced.
@@ -873,7 +1018,7 @@ mod tests {
     }
 
     /// Puts an output into the state in which a killed process leaves it.
-    fn kill(folder: OutputFolder) {
+    fn kill(mut folder: OutputFolder) {
         folder.staging.keep();
     }
 
@@ -895,6 +1040,13 @@ mod tests {
             assert_eq!(names(&path), ["days", "done"]);
         }
         assert_eq!(names(&dir), ["new", "there"]);
+
+        // The folder was made after the command was killed.
+        let path = dir.join("made");
+        kill(OutputFolder::create(&path, KIND, false, &mut silent).unwrap());
+        fs::create_dir(&path).unwrap();
+        drop(OutputFolder::create(&path, KIND, false, &mut |_| {}).unwrap());
+        assert_eq!(names(&dir), ["made", "new", "there"]);
     }
 
     #[test]
