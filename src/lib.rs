@@ -54,6 +54,7 @@ pub mod report;
 pub mod train;
 pub mod export;
 pub mod recommend;
+pub mod sink;
 pub mod doctor;
 pub mod scaling;
 pub mod cli;

@@ -3,12 +3,11 @@
 mod write;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::Permissions;
 use std::io::{self, BufWriter};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bireme_base::output::OutputError;
 use bireme_serve::Fault;
 use bireme_serve::repository::{Repository, RepositoryError};
 use bireme_serve::request::Request;
@@ -20,6 +19,7 @@ use crate::etl::serving::{self, Preprocessor, SESSION};
 use crate::etl::tensor::Tensor;
 use crate::etl::{self, BadRows, ProductInWords, RawEvent, RowCounts, Workflow};
 use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, Names};
+use crate::sink::Sink;
 
 pub use write::{Format, Writer};
 
@@ -92,6 +92,9 @@ pub enum RecommendError {
         /// How many events were looked at.
         n_events: usize,
     },
+    /// The output cannot be written to.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// The recommendations cannot be written.
     #[error("cannot write `{path}`")]
     Write {
@@ -105,43 +108,70 @@ pub enum RecommendError {
 impl RecommendError {
     /// 1 where the writing failed, 2 otherwise.
     pub fn exit_code(&self) -> i32 {
-        if matches!(self, Self::Write { .. }) { 1 } else { 2 }
+        match self {
+            Self::Output(error) => error.exit_code().into(),
+            Self::Write { .. } => 1,
+            _ => 2,
+        }
     }
 }
 
-/// Recommends into a file, which is whole when it has its name. Gives back what has been read.
+/// Recommends into a file, which has its name when it is complete. Returns what was read, or nothing
+/// where the reader of the standard output has seen enough. `note` is given a line where what an
+/// interrupted command left is removed.
 ///
 /// # Errors
 /// See [`RecommendError`].
-pub fn to_file(options: &Options, format: Format, path: &Path) -> Result<RowCounts, RecommendError> {
-    let at = |source| RecommendError::Write { path: path.to_owned(), source };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // As any new file, not for its owner's eyes alone.
-    let for_all = Permissions::from_mode(0o666);
-    let mut aside = tempfile::Builder::new().permissions(for_all).tempfile_in(folder).map_err(at)?;
-    let mut writer = Writer::new(format, BufWriter::new(aside.as_file_mut())).map_err(at)?;
-    let counts = recommend(options, |session| writer.write(session).map_err(at))?;
-    writer.finish().map_err(at)?;
-    aside.persist(path).map_err(|error| at(error.error))?;
-    Ok(counts)
+pub fn to_file(
+    options: &Options,
+    format: Format,
+    path: &Path,
+    note: &mut dyn FnMut(&str),
+) -> Result<Option<RowCounts>, RecommendError> {
+    etl::check_output(&options.events, path)?;
+    let mut sink = Sink::create(path, note)?;
+    let is_stdout = sink.is_stdout();
+    let written = write(options, format, &mut sink, path);
+    if let Some(counts) = unless_closed(written, is_stdout)? {
+        sink.publish()?;
+        return Ok(Some(counts));
+    }
+    Ok(None)
 }
 
-/// Recommends on the standard output. Gives back what has been read, or nothing where the reader of the output had seen
-/// enough.
+/// Recommends on the standard output. Returns what was read, or nothing where the reader of the
+/// output has seen enough.
 ///
 /// # Errors
 /// See [`RecommendError`].
 pub fn to_terminal(options: &Options, format: Format) -> Result<Option<RowCounts>, RecommendError> {
-    let at = |source| RecommendError::Write { path: PathBuf::from("the standard output"), source };
-    let write = || {
-        let mut writer = Writer::new(format, BufWriter::new(io::stdout())).map_err(at)?;
-        let counts = recommend(options, |session| writer.write(session).map_err(at))?;
-        writer.finish().map_err(at)?;
-        Ok(Some(counts))
-    };
-    match write() {
-        Err(RecommendError::Write { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => Ok(None),
-        done => done,
+    unless_closed(write(options, format, io::stdout(), Path::new("the standard output")), true)
+}
+
+fn write(
+    options: &Options,
+    format: Format,
+    out: impl io::Write + Send,
+    path: &Path,
+) -> Result<RowCounts, RecommendError> {
+    let at = |source| RecommendError::Write { path: path.to_owned(), source };
+    let mut writer = Writer::new(format, BufWriter::new(out)).map_err(at)?;
+    let counts = recommend(options, |session| writer.write(session).map_err(at))?;
+    writer.finish().map_err(at)?;
+    Ok(counts)
+}
+
+fn unless_closed<T>(
+    written: Result<T, RecommendError>,
+    is_stdout: bool,
+) -> Result<Option<T>, RecommendError> {
+    match written {
+        Err(RecommendError::Write { source, .. })
+            if is_stdout && source.kind() == io::ErrorKind::BrokenPipe =>
+        {
+            Ok(None)
+        }
+        written => written.map(Some),
     }
 }
 
@@ -157,6 +187,7 @@ pub fn recommend(
     mut each: impl FnMut(&Session<'_>) -> Result<(), RecommendError>,
 ) -> Result<RowCounts, RecommendError> {
     let Options { name, device, .. } = options;
+    etl::check_distinct(&options.events)?;
     let of_model = |fault| RecommendError::Model { model: name.clone(), fault };
     let repository = Repository::open(&options.repository, (*device, 1), Arc::new(Metrics::default()))?;
     repository.load(name)?;

@@ -129,7 +129,11 @@ impl fmt::Display for SynthReport {
 }
 
 impl SynthOptions {
-    fn check(&self) -> Result<(), SynthError> {
+    /// Refuses options out of range.
+    ///
+    /// # Errors
+    /// Names the option.
+    pub fn check(&self) -> Result<(), SynthError> {
         let few = |option, given, why| Err(SynthError::Option { option, given, fault: "few", why });
         let Self { events, items, days, .. } = *self;
         if items < LEAST_ITEMS {

@@ -5,8 +5,9 @@
 //! the owner lives. A process on another host that could lock the file watches the count before it goes on.
 
 use std::ffi::CStr;
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -82,6 +83,11 @@ impl Lock {
             Err(TryLockError::Error(e))
                 if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK)) => {}
             Err(TryLockError::Error(e)) => return Err(io(e)),
+        }
+        // The owner before may have removed the file between the opening and the locking.
+        let locked = file.metadata().map_err(io)?;
+        if !fs::metadata(path).is_ok_and(|of| (of.dev(), of.ino()) == (locked.dev(), locked.ino())) {
+            return Self::acquire_as(path, host, patience);
         }
         let before = read_record(&mut file).map_err(io)?;
         if Record::parse(&before).is_some_and(|record| record.owner.host != host) {
@@ -184,7 +190,7 @@ mod tests {
     fn a_record_of_another_host_counts_while_it_changes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
-        let write = |count| std::fs::write(&path, format!("7 {count} elsewhere\n")).unwrap();
+        let write = |count| fs::write(&path, format!("7 {count} elsewhere\n")).unwrap();
         write(1);
         Lock::acquire_as(&path, "here", Duration::from_millis(1)).unwrap();
 
@@ -202,7 +208,7 @@ mod tests {
     fn what_is_no_record_does_not_matter() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
-        std::fs::write(&path, "notes of somebody\n").unwrap();
+        fs::write(&path, "notes of somebody\n").unwrap();
         Lock::acquire(&path).unwrap();
     }
 }

@@ -1,14 +1,17 @@
 //! The command line: one subcommand a stage.
 
 mod bench;
+mod interrupt;
 mod run_dir;
 
 use std::error::Error;
 use std::fs;
+use std::io::{ErrorKind, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bireme_base::output::{self, OutputError, OutputFile};
 use bireme_serve::service::Limits;
 use bireme_serve::{Addresses, logs};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -25,7 +28,8 @@ use crate::etl;
 use crate::export::{self, ExportError, Exported};
 use crate::recommend;
 use crate::report::runs::CONFIG;
-use crate::report::{self, Report, compare, runs};
+use crate::report::{self, Report, compare, evaluations, runs};
+use crate::sink::{Sink, is_gzip};
 use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{
     Ended, ImportedWeights, Place, Purpose, Reduction, RunData, Signals, TrainError, TrainedRun, Training,
@@ -85,7 +89,7 @@ struct SynthArgs {
     /// The same options and seed give the same bytes
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// The CSV file to write
+    /// The CSV file to write; gzip if it ends in `.gz`; `-` is the standard output
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -343,7 +347,7 @@ struct RecommendArgs {
     /// The form of the answer
     #[arg(long, value_enum, default_value_t = FormatArg::Table)]
     format: FormatArg,
-    /// Write to a file [default: the terminal, except for parquet]
+    /// Write to a file, as gzip if it ends in `.gz` [default: the terminal, except for parquet]
     #[arg(long, value_name = "FILE", required_if_eq("format", "parquet"))]
     out: Option<PathBuf>,
     /// Where the network runs
@@ -494,6 +498,12 @@ struct Failure {
     message: Option<String>,
 }
 
+impl From<OutputError> for Failure {
+    fn from(error: OutputError) -> Self {
+        Self { exit_code: error.exit_code().into(), message: Some(explain(&error, None)) }
+    }
+}
+
 impl Failure {
     fn refused(error: &dyn Error, hint: Option<&str>) -> Self {
         Self { exit_code: 2, message: Some(explain(error, hint)) }
@@ -525,6 +535,7 @@ pub fn run(cli: Cli) -> i32 {
     match done {
         Ok(()) => 0,
         Err(Failure { exit_code, message }) => {
+            interrupt::end_if_interrupted();
             if let Some(message) = message {
                 report::error(&message);
             }
@@ -533,32 +544,36 @@ pub fn run(cli: Cli) -> i32 {
     }
 }
 
+/// Commands whose output a signal leaves as it was.
+fn clean_up_on_signals() -> Result<(), Failure> {
+    interrupt::clean_up_on_signals().map_err(|error| Failure::refused(&error, None))
+}
+
 fn synth(args: &SynthArgs) -> Result<(), Failure> {
+    clean_up_on_signals()?;
     let &SynthArgs { events, items, days, seed, ref out } = args;
-    let failed = |error: &dyn Error, exit_code| Failure {
-        exit_code,
-        message: Some(format!("`{}`: {}", out.display(), explain(error, None))),
+    let options = SynthOptions { events, items, days, seed };
+    options.check().map_err(|error| Failure::refused(&error, None))?;
+    let mut sink = Sink::create(out, &mut report::progress)?;
+    let is_stdout = sink.is_stdout();
+    let report = match synth::synth(&options, &mut sink) {
+        Ok(report) => report,
+        // The reader of the standard output has seen enough.
+        Err(SynthError::Write(error)) if is_stdout && error.kind() == ErrorKind::BrokenPipe => return Ok(()),
+        Err(SynthError::Write(source)) => {
+            return Err(OutputError::Io { action: "write", path: out.clone(), source }.into());
+        }
+        Err(error @ SynthError::Option { .. }) => return Err(Failure::refused(&error, None)),
     };
-    // Written aside: a file of that name is either whole or what it was before.
-    let mut aside = out.clone().into_os_string();
-    aside.push(".partial");
-    let aside = PathBuf::from(aside);
-    let mut file = fs::File::create(&aside).map_err(|error| failed(&error, 2))?;
-    let made = synth::synth(&SynthOptions { events, items, days, seed }, &mut file);
-    if made.is_err() {
-        // What cannot be removed now was not worth more either.
-        let _ = fs::remove_file(&aside);
-    }
-    let report = made.map_err(|error| match error {
-        SynthError::Option { .. } => Failure::refused(&error, None),
-        SynthError::Write(_) => failed(&error, 1),
-    })?;
-    fs::rename(&aside, out).map_err(|error| failed(&error, 1))?;
-    report::result(&report.to_string());
+    sink.publish()?;
+    // Not between the rows.
+    let print = if is_stdout { report::progress } else { report::result };
+    print(&report.to_string());
     Ok(())
 }
 
 fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
+    clean_up_on_signals()?;
     let out = args.extend.as_ref().or(args.out.as_ref()).expect("clap asks for one of them");
     let options = etl::Options {
         days: args.days.clone(),
@@ -764,12 +779,15 @@ fn export_on_root(collective: &dyn Collective, options: Option<export::Options>)
 }
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {
+    clean_up_on_signals()?;
     write_export(&args.options())
 }
 
 fn write_export(options: &export::Options) -> Result<(), Failure> {
-    let Exported { version, n_items, skipped } = export::export(options).map_err(|error: ExportError| {
-        Failure { exit_code: error.exit_code(), message: Some(explain(&error, error.hint())) }
+    let exported = export::export(options, &mut report::progress);
+    let Exported { version, n_items, skipped } = exported.map_err(|error: ExportError| Failure {
+        exit_code: error.exit_code(),
+        message: Some(explain(&error, error.hint())),
     })?;
     warn_of(&skipped);
     let (name, out) = (&options.name, options.out.display());
@@ -807,6 +825,7 @@ fn serve(args: &ServeArgs) -> Result<(), Failure> {
 }
 
 fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
+    clean_up_on_signals()?;
     let options = recommend::Options {
         repository: args.repository.clone(),
         name: args.name.clone(),
@@ -824,7 +843,11 @@ fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
         FormatArg::Parquet => recommend::Format::Parquet,
     };
     let done = match &args.out {
-        Some(out) => recommend::to_file(&options, format, out).map(Some),
+        Some(out) if format == recommend::Format::Parquet && is_gzip(out) => {
+            let problem = "parquet is compressed already: leave out `.gz`".to_owned();
+            return Err(OutputError::Refused { path: out.clone(), problem }.into());
+        }
+        Some(out) => recommend::to_file(&options, format, out, &mut report::progress),
         None => recommend::to_terminal(&options, format),
     };
     let counts =
@@ -856,6 +879,12 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
         warn_of(run.skipped());
     }
     let file = run.evaluation_file(&args.run_dir);
+    let writable = if args.save && collective.root().is_some() {
+        output::check_folder(&args.run_dir.join(evaluations::EVALUATIONS))
+    } else {
+        Ok(())
+    };
+    agree(collective, writable, |_| None)?;
     let taken = args.save && !args.overwrite && collective.root().is_some() && file.exists();
     agree(collective, if taken { Err(RunDirError::Evaluated(file)) } else { Ok(()) }, |_| None)?;
     let save = args.save.then_some(args.run_dir.as_path());
@@ -890,11 +919,17 @@ fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
 }
 
 fn report(args: &ReportArgs) -> Result<(), Failure> {
+    clean_up_on_signals()?;
     let refused = |error: &dyn Error| Failure::refused(error, None);
+    let failed = |error: report::WriteError| Failure {
+        exit_code: error.exit_code(),
+        message: Some(explain(&error, None)),
+    };
+    let folder =
+        report::create(&args.out, &args.runs, args.overwrite, &mut report::progress).map_err(failed)?;
     let runs = runs::read(&args.runs).map_err(|error| refused(&error))?;
     let comparison = compare::compare(&runs, args.resamples).map_err(|error| refused(&error))?;
-    report::write(&args.out, &comparison, args.overwrite)
-        .map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })?;
+    report::write(folder, &comparison).map_err(failed)?;
     for warning in &comparison.warnings {
         report::progress(&format!("warning: {warning}"));
     }
@@ -905,6 +940,9 @@ fn report(args: &ReportArgs) -> Result<(), Failure> {
 fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
     let (place, collective, ()) =
         join(|| Ok::<_, std::convert::Infallible>(((args.device.choice(), 0), ())))?;
+    let file = args.json.as_ref().filter(|_| collective.root().is_some());
+    let file = file.map(|file| OutputFile::create(file, &mut report::progress)).transpose();
+    let file = agree(&*collective, file, |_| None)?;
     let found = doctor::examine(&place, &args.dir, &*collective)
         .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
     if collective.root().is_some() {
@@ -912,10 +950,11 @@ fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
         for advice in &found.advice {
             report::progress(&format!("warning: {advice}"));
         }
-        if let Some(file) = &args.json {
+        if let (Some(mut file), Some(path)) = (file, &args.json) {
             let json = serde_json::to_string_pretty(&found).expect("numbers and words are JSON");
-            let message = |error| Some(format!("cannot write `{}`: {error}", file.display()));
-            fs::write(file, json).map_err(|error| Failure { exit_code: 1, message: message(error) })?;
+            let failed = |source| OutputError::Io { action: "write", path: path.clone(), source };
+            file.write_all(json.as_bytes()).map_err(failed)?;
+            file.publish()?;
         }
     }
     Ok(())

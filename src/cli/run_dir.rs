@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bireme_base::lock::{Lock, LockError};
+use bireme_base::output;
 
 use super::{Job, ResumeArg, TrainArgs, TrainCommand};
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints};
@@ -216,10 +217,8 @@ fn write_facts(run_dir: &Path, args: &TrainArgs, job: &Job) -> Result<(), RunDir
         "data": args.data,
         "earlier": before.unwrap_or_default(),
     });
-    let aside = run_dir.join(".partial");
-    let write_whole = |path: &Path, text: String| {
-        fs::write(&aside, text).and_then(|()| fs::rename(&aside, path)).map_err(at)
-    };
+    let write_whole =
+        |path: &Path, text: String| output::write(path, text.as_bytes()).map_err(|error| at(error.into()));
     // The configuration last: a directory without it holds no run yet.
     write_whole(&path, format!("{run:#}\n"))?;
     write_whole(&run_dir.join(CONFIG), job.config.to_toml())

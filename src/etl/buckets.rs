@@ -14,7 +14,6 @@ use crate::vocab::Coded;
 #[derive(Debug)]
 pub(crate) struct Buckets {
     files: Vec<(PathBuf, BufWriter<File>)>,
-    lengths: Vec<u32>,
 }
 
 impl Buckets {
@@ -35,17 +34,12 @@ impl Buckets {
             let file = File::create(&path).map_err(Error::io("create", &path))?;
             Ok((path, BufWriter::with_capacity(1 << 16, file)))
         };
-        Ok(Self {
-            files: (0..n_buckets).map(create).collect::<Result<_, Error>>()?,
-            lengths: vec![0; n_buckets],
-        })
+        Ok(Self { files: (0..n_buckets).map(create).collect::<Result<_, Error>>()? })
     }
 
     pub fn push(&mut self, events: impl IntoIterator<Item = Event>) -> Result<(), Error> {
-        for mut event in events {
+        for event in events {
             let bucket = event.code(Coded::Session) as usize % self.files.len();
-            event.order = self.lengths[bucket];
-            self.lengths[bucket] += 1;
             let (path, file) = &mut self.files[bucket];
             file.write_all(bytemuck::bytes_of(&event)).map_err(Error::io("write", path))?;
         }

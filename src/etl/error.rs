@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use bireme_base::output::OutputError;
 use polars::prelude::PolarsError;
 use thiserror::Error;
 
@@ -18,6 +19,31 @@ pub enum Error {
     OutputExists {
         /// The folder that was asked for.
         path: PathBuf,
+    },
+    /// An output that cannot be written.
+    #[error(transparent)]
+    Output(OutputError),
+    /// A file of events that is given twice.
+    #[error("`{}` and `{}` are the same file: its events would count twice", first.display(), second.display())]
+    SameInput {
+        /// As given first.
+        first: PathBuf,
+        /// As given again.
+        second: PathBuf,
+    },
+    /// A file of events that would be written to.
+    #[error("`{}` holds events and cannot be the output too", path.display())]
+    OutputIsInput {
+        /// As given.
+        path: PathBuf,
+    },
+    /// A folder to extend that is not one of sessions.
+    #[error("`{}` was not written by `bireme preprocess`: it has no `{missing}`", path.display())]
+    NotSessions {
+        /// The folder.
+        path: PathBuf,
+        /// What it lacks.
+        missing: String,
     },
     /// A file of events that cannot be opened.
     #[error("cannot open the events `{}`", path.display())]
@@ -114,6 +140,7 @@ impl Error {
     /// The process's exit code: 2 where the input or the settings are refused, 1 where the work failed.
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Output(error) => error.exit_code(),
             Self::Schema(_) | Self::Io { .. } | Self::Parquet { .. } | Self::Table(_) => 1,
             _ => 2,
         }
@@ -138,6 +165,15 @@ impl Error {
 
     pub(crate) fn unreadable(path: &Path) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> Self {
         move |source| Self::Unreadable { path: path.into(), source }
+    }
+}
+
+impl From<OutputError> for Error {
+    fn from(error: OutputError) -> Self {
+        match error {
+            OutputError::Exists { path, .. } => Self::OutputExists { path },
+            error => Self::Output(error),
+        }
     }
 }
 

@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use chrono::NaiveDate;
 use csv::{ByteRecord, ReaderBuilder, Terminator, WriterBuilder};
 use flate2::read::MultiGzDecoder;
 use polars::prelude::*;
@@ -22,17 +21,22 @@ use rayon::prelude::*;
 
 use crate::error::Error;
 use crate::schema::event;
+use crate::time::EventTime;
 use crate::vocab::Coded;
 
 /// A batch of events that can be used: every one has a session, an item, a time and a price.
 #[derive(Debug)]
 pub(crate) struct Batch {
-    /// Seconds since 1970 UTC, `[rows]`.
-    pub time: Vec<i64>,
+    /// `[rows]`.
+    pub time: Vec<EventTime>,
     /// Finite and not negative, `[rows]`.
     pub price: Vec<f64>,
     /// By [`Coded`]; `None` for a column that is not there.
     pub cells: [Option<Cells>; 7],
+    /// Where each event is in its file, counted in `unit`, `[rows]`.
+    pub number: Vec<u64>,
+    /// `line` or `row`.
+    pub unit: &'static str,
 }
 
 /// The values of an encoded column, `[rows]`.
@@ -204,18 +208,22 @@ pub(crate) fn clean(
     let kept = if n_kept == frame.height() { frame.clone() } else { frame.filter(&has_session)? };
 
     let (batch, faults) = read_cells(&kept, path)?;
-    let Some((row, fault)) = faults.iter().min_by_key(|(row, _)| *row) else { return Ok(batch) };
+    let number = (first_row..).zip(has_session.iter());
+    let number: Vec<u64> = number.filter(|(_, kept)| *kept == Some(true)).map(|(row, _)| row).collect();
+    let Some((row, fault)) = faults.iter().min_by_key(|(row, _)| *row) else {
+        return Ok(Batch { number, ..batch });
+    };
     if bad_rows == BadRows::Refuse {
-        let row = has_session.iter().enumerate().filter(|(_, kept)| *kept == Some(true)).nth(*row);
-        return Err(fault.clone().at(path, "row", first_row + row.map_or(0, |(row, _)| row as u64)));
+        return Err(fault.clone().at(path, "row", number[*row]));
     }
     let mut good = vec![true; kept.height()];
     for (row, _) in &faults {
         good[*row] = false;
     }
+    let number = number.into_iter().zip(&good).filter(|(_, good)| **good).map(|(row, _)| row).collect();
     let good: BooleanChunked = good.into_iter().map(Some).collect();
     counts.bad += (kept.height() - good.num_trues()) as u64;
-    read_cells(&kept.filter(&good)?, path).map(|(batch, _)| batch)
+    read_cells(&kept.filter(&good)?, path).map(|(batch, _)| Batch { number, ..batch })
 }
 
 /// What is wrong in a row.
@@ -263,7 +271,7 @@ fn read_cells(frame: &DataFrame, path: &Path) -> Result<(Batch, Faults), Error> 
     };
     let ((time, mut faults), (price, price_faults), cells) = (time?, price?, cells?);
     faults.extend(price_faults);
-    let mut batch = Batch { time, price, cells: [const { None }; 7] };
+    let mut batch = Batch { time, price, cells: [const { None }; 7], number: Vec::new(), unit: "row" };
     for (place, (column, column_faults)) in batch.cells.iter_mut().zip(cells) {
         *place = column;
         faults.extend(column_faults);
@@ -343,18 +351,18 @@ impl<'a> Table<'a> {
         Ok((values, faults))
     }
 
-    fn times(self) -> Result<(Vec<i64>, Faults), Error> {
+    fn times(self) -> Result<(Vec<EventTime>, Faults), Error> {
         self.typed(event::TIME, "text or a datetime", |column| match column.dtype() {
             DataType::String => Ok(Some(checked(column.str()?.iter(), event::TIME, read_time))),
             DataType::Datetime(unit, _) => {
-                let per_second = match unit {
+                let per_second: u32 = match unit {
                     TimeUnit::Nanoseconds => 1_000_000_000,
                     TimeUnit::Microseconds => 1_000_000,
                     TimeUnit::Milliseconds => 1_000,
                 };
                 let ticks = column.to_physical_repr();
-                let second = |tick: i64| Ok(tick.div_euclid(per_second));
-                Ok(Some(checked(ticks.i64()?.iter(), event::TIME, second)))
+                let time = |ticks: i64| Ok(EventTime::from_ticks(ticks, per_second));
+                Ok(Some(checked(ticks.i64()?.iter(), event::TIME, time)))
             }
             _ => Ok(None),
         })
@@ -428,37 +436,14 @@ fn price_fault(price: f64) -> &'static str {
     }
 }
 
-/// Seconds since 1970 of `2019-10-01 00:00:00 UTC`; `T`, `Z`, `+00:00` and fractions of a second are fine too, and
-/// a time without a zone is UTC.
-fn read_time(text: &str) -> Result<i64, String> {
-    time_parts(text.as_bytes()).ok_or_else(|| {
+fn read_time(text: &str) -> Result<EventTime, String> {
+    EventTime::parse(text.as_bytes()).ok_or_else(|| {
         if text.is_empty() {
             MISSING.into()
         } else {
             format!("`{text}` is no time like `2019-10-01 00:00:00 UTC`")
         }
     })
-}
-
-fn time_parts(text: &[u8]) -> Option<i64> {
-    let (stamp, zone) = text.split_at_checked(19)?;
-    let number = |range: std::ops::Range<usize>| {
-        stamp[range]
-            .iter()
-            .try_fold(0, |n, digit| digit.is_ascii_digit().then(|| n * 10 + u32::from(digit - b'0')))
-    };
-    let separators =
-        [stamp[4], stamp[7], stamp[13], stamp[16]] == *b"--::" && matches!(stamp[10], b' ' | b'T');
-    let fraction = match zone {
-        [b'.', digits @ ..] => 1 + digits.iter().take_while(|b| b.is_ascii_digit()).count(),
-        _ => 0,
-    };
-    if !separators || !matches!(&zone[fraction..], b"" | b" UTC" | b"Z" | b"+00:00") {
-        return None;
-    }
-    let date = NaiveDate::from_ymd_opt(number(0..4)? as i32, number(5..7)?, number(8..10)?)?;
-    let time = date.and_hms_opt(number(11..13)?, number(14..16)?, number(17..19)?)?;
-    Some(time.and_utc().timestamp())
 }
 
 // CSV files, row by row.
@@ -614,29 +599,6 @@ fn fields(row: &ByteRecord) -> impl Iterator<Item = &[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_read_to_the_second() {
-        let cases = [
-            ("1970-01-01 00:00:00 UTC", 0),
-            ("2019-10-01 00:00:01 UTC", 1_569_888_001),
-            ("2019-10-01T00:00:01Z", 1_569_888_001),
-            ("2019-10-01 00:00:01.999 UTC", 1_569_888_001),
-            ("2020-02-29 23:59:59", 1_583_020_799),
-        ];
-        for (text, seconds) in cases {
-            assert_eq!(read_time(text), Ok(seconds), "{text}");
-        }
-        for text in [
-            "",
-            "2019-10-01",
-            "2019-02-29 00:00:00 UTC",
-            "2019-10-01 24:00:00 UTC",
-            "2019-10-01 00:00:00 CET",
-        ] {
-            assert!(read_time(text).is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn prices_are_finite_and_not_negative() {

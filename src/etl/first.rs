@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use crate::error::Error;
 use crate::events::{self, BadRows, Batch, Cells, RowCounts};
+use crate::inputs::check_distinct;
+use crate::time::EventTime;
 use crate::vocab::Coded;
 
 /// An event as it stands in a file.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the columns of `schema::event`")]
 pub struct RawEvent {
-    /// Seconds since 1970 UTC.
-    pub time: i64,
+    pub time: EventTime,
     pub event_type: Option<String>,
     pub product_id: i64,
     pub category_id: Option<i64>,
@@ -22,8 +23,8 @@ pub struct RawEvent {
     pub session: String,
 }
 
-/// The first `n` events of all files by their time, those of the same second in file order. Memory is taken for `n`
-/// events and a batch of a file.
+/// The first `n` events of all files by their time, those of the same time in file order. Memory is
+/// taken for `n` events and a batch of a file.
 ///
 /// # Errors
 /// A file that cannot be read, or a row that makes no sense and is not to be skipped.
@@ -32,14 +33,15 @@ pub fn first_events(
     n: usize,
     bad_rows: BadRows,
 ) -> Result<(Vec<RawEvent>, RowCounts), Error> {
+    check_distinct(files)?;
     let scratch = tempfile::tempdir().map_err(|source| Error::Io {
         action: "create a folder in",
         path: std::env::temp_dir(),
         source,
     })?;
     // By time and place in the files; up to twice as many as are wanted, so that sorting is rare.
-    let mut first: Vec<((i64, u64), RawEvent)> = Vec::new();
-    let mut latest = (i64::MAX, u64::MAX);
+    let mut first: Vec<((EventTime, u64), RawEvent)> = Vec::new();
+    let mut latest = (EventTime::MAX, u64::MAX);
     let mut counts = RowCounts::default();
     let mut place = 0;
     for file in files {
@@ -63,10 +65,10 @@ pub fn first_events(
 }
 
 /// Sorts, leaves the first `n`, and says where the last of them stands if there are as many.
-fn cut(first: &mut Vec<((i64, u64), RawEvent)>, n: usize) -> Option<(i64, u64)> {
+fn cut(first: &mut Vec<((EventTime, u64), RawEvent)>, n: usize) -> Option<(EventTime, u64)> {
     first.sort_unstable_by_key(|(key, _)| *key);
     first.truncate(n);
-    if first.len() < n { None } else { Some(first.last().map_or((i64::MIN, 0), |(key, _)| *key)) }
+    if first.len() < n { None } else { Some(first.last().map_or((EventTime::MIN, 0), |(key, _)| *key)) }
 }
 
 fn raw_event(batch: &Batch, row: usize) -> RawEvent {

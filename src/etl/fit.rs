@@ -109,7 +109,7 @@ impl Sums {
         self.n_events += 1;
         self.price_log.add(log(event.price));
         let first_seen = products[event.code(Coded::Product) as usize].first_seen;
-        self.recency_log.add(log(recency_days(event.time, first_seen)));
+        self.recency_log.add(log(recency_days(event.seconds, first_seen)));
         let category = event.code(Coded::Category) as usize;
         if self.prices.len() <= category {
             self.prices.resize(category + 1, Sum::default());

@@ -13,18 +13,20 @@ use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use bireme_base::output::{FolderKind, OutputFolder};
 use rayon::prelude::*;
-use tempfile::TempDir;
 
 use crate::buckets::{Buckets, read_events};
 use crate::error::Error;
 use crate::events::{self, BadRows, RowCounts};
+use crate::extremes::Extremes;
 use crate::fit::{Counts, Fit, Sums};
+use crate::inputs::{check_distinct, check_output};
 use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
 use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
 use crate::vocab::{Coded, Vocabulary};
-use crate::workflow::{Product, Settings, Workflow};
+use crate::workflow::{Product, STATISTICS, Settings, Workflow};
 
 /// The folder of the days, in the output.
 pub const SESSIONS_BY_DAY: &str = "sessions_by_day";
@@ -32,6 +34,10 @@ pub const SESSIONS_BY_DAY: &str = "sessions_by_day";
 pub const WORKFLOW: &str = "workflow";
 /// The schema's file, in the output.
 pub const SCHEMA: &str = "schema.pbtxt";
+
+/// The schema is written last.
+const SESSIONS: FolderKind =
+    FolderKind { marker: SCHEMA, is_ours: |name| matches!(name, SESSIONS_BY_DAY | WORKFLOW | SCHEMA) };
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -71,6 +77,7 @@ impl Options {
         }
     }
 
+    /// Refuses what can be known before anything is read.
     fn check(&self) -> Result<(), Error> {
         let Settings { max_length, min_length, .. } = self.settings;
         let problem = match &self.days {
@@ -140,17 +147,30 @@ impl fmt::Display for Report {
 
 /// Makes sessions of events, and writes `out` with [`SESSIONS_BY_DAY`], [`WORKFLOW`] and [`SCHEMA`].
 ///
-/// Everything is written beside `out` and renamed at the end; an error leaves `out` as it was. `progress` is told
-/// what is being done, one short line at a time. Work runs on rayon's current pool and on polars' own.
+/// `out` appears at the end; an error leaves it as it was. `progress` is given a line for each part of
+/// the work, and warnings. Work runs on rayon's current pool and on polars' own.
 ///
 /// # Errors
 /// Settings or input that are refused, and files that cannot be written: see [`Error`].
 pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report, Error> {
+    options.check()?;
+    check_distinct(&options.events)?;
+    for entry in [SESSIONS_BY_DAY, WORKFLOW, SCHEMA] {
+        check_output(&options.events, &options.out.join(entry))?;
+    }
+    if options.extend {
+        Base::check(&options.out)?;
+    } else if options.settings.min_length == 1 {
+        progress(
+            "warning: sessions of one event are kept: a model that predicts the next item cannot learn from them, and \
+             `bireme train` refuses them",
+        );
+    }
+    let overwrite = options.overwrite || options.extend;
+    let output = OutputFolder::create(&options.out, SESSIONS, overwrite, progress)?;
     let base = if options.extend { Some(Base::open(&options.out)?) } else { None };
     let settings = base.as_ref().map_or(&options.settings, |base| &base.workflow.statistics.settings).clone();
-    let options = &Options { settings, overwrite: options.overwrite || options.extend, ..options.clone() };
-    options.check()?;
-    let output = Output::new(&options.out, options.overwrite)?;
+    let options = &Options { settings, ..options.clone() };
     let read = Read::all((options, base.as_ref()), &output, progress)?;
 
     let n_buckets = read.buckets.len();
@@ -162,7 +182,7 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
         "encoding and writing {} sessions of {n_days} days",
         fitted.n_sessions - fitted.n_short
     ));
-    let sessions_by_day = output.dir().join(SESSIONS_BY_DAY);
+    let sessions_by_day = output.path().join(SESSIONS_BY_DAY);
     fs::create_dir(&sessions_by_day).map_err(Error::io("create", &sessions_by_day))?;
     if let Some(base) = &base {
         base.link_days(&sessions_by_day)?;
@@ -178,14 +198,14 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
     let days = fitted.days.par_iter().map(|day| writer.write(*day)).collect::<Result<Vec<_>, _>>()?;
 
     progress("writing the workflow and the schema");
-    let workflow_dir = output.dir().join(WORKFLOW);
+    let workflow_dir = output.path().join(WORKFLOW);
     fs::create_dir(&workflow_dir).map_err(Error::io("create", &workflow_dir))?;
     workflow.save(&workflow_dir)?;
     let mut schema = schema(&workflow, &days);
     if let Some(base) = &base {
         base.widen(&mut schema)?;
     }
-    schema.write(output.dir().join(SCHEMA))?;
+    schema.write(output.path().join(SCHEMA))?;
     output.publish()?;
     Ok(Report {
         rows: fitted.rows,
@@ -209,6 +229,16 @@ struct Base {
 }
 
 impl Base {
+    /// Refuses a folder without sessions.
+    fn check(dir: &Path) -> Result<(), Error> {
+        let workflow = format!("{WORKFLOW}/{STATISTICS}");
+        let needed = [&workflow, SESSIONS_BY_DAY, SCHEMA];
+        match needed.into_iter().find(|entry| !dir.join(entry).exists()) {
+            Some(missing) => Err(Error::NotSessions { path: dir.into(), missing: missing.into() }),
+            None => Ok(()),
+        }
+    }
+
     fn open(dir: &Path) -> Result<Self, Error> {
         let workflow = Workflow::load(&dir.join(WORKFLOW))?;
         let days = dir.join(SESSIONS_BY_DAY);
@@ -262,25 +292,30 @@ struct Read {
 impl Read {
     fn all(
         (options, base): (&Options, Option<&Base>),
-        output: &Output,
+        output: &OutputFolder,
         progress: &mut dyn FnMut(&str),
     ) -> Result<Self, Error> {
-        let scratch = output.scratch();
+        let scratch = &output.scratch();
         let n_buckets = options.n_buckets.map_or_else(|| suitable_buckets(&options.events), Ok)?;
         let mut buckets = Buckets::create(scratch, n_buckets)?;
         let (mut dictionaries, mut products) = base
             .map_or_else(|| (Dictionaries::new(), vec![Product::UNSEEN]), |base| base.workflow.to_extend());
         let (mut first_event, mut n_events) = (i64::MAX, 0);
+        let mut extremes = base.map_or_else(Extremes::default, |base| {
+            let fitted = &base.workflow.statistics;
+            Extremes::extending(fitted.n_events, fitted.first_event, base.last_day)
+        });
         let mut rows = RowCounts::default();
-        for path in &options.events {
+        for (file, path) in options.events.iter().enumerate() {
             let name = path.display();
             progress(&format!("reading {name}"));
             let mut n_told = 0;
             let counts = events::read(path, options.bad_rows, scratch, &mut |batch| {
+                extremes.add(file, &batch);
                 let events = dictionaries.code(&batch);
                 products.resize(dictionaries.get(Coded::Product).len() + 1, Product::UNSEEN);
                 for event in &events {
-                    first_event = first_event.min(event.time);
+                    first_event = first_event.min(event.seconds);
                     products[event.code(Coded::Product) as usize].see(event);
                 }
                 n_events += events.len() as u64;
@@ -298,6 +333,7 @@ impl Read {
         if let Some(base) = base {
             first_event = base.workflow.statistics.first_event;
         }
+        extremes.warnings(&options.events, first_event).iter().for_each(|warning| progress(warning));
         let buckets = buckets.finish()?;
         Ok(Self { rows, n_events, dictionaries, products, first_event, buckets })
     }
@@ -305,7 +341,7 @@ impl Read {
     fn fit(
         self,
         (options, base): (&Options, Option<&Base>),
-        output: &Output,
+        output: &OutputFolder,
     ) -> Result<(Workflow, Fitted), Error> {
         let counts = Counts::new(&self.dictionaries);
         let sweep = Sweep {
@@ -424,7 +460,7 @@ impl Sweep<'_> {
         let (mut n_held, mut n_late) = (0, 0);
         let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());
         for events in sessions(&events) {
-            let day_index = (events[0].time - self.first_event).div_euclid(DAY) + 1;
+            let day_index = (events[0].seconds - self.first_event).div_euclid(DAY) + 1;
             if day_index <= self.last_day {
                 n_held += 1;
                 let id = self.session_ids.get(events[0].code(Coded::Session) as usize);
@@ -446,7 +482,7 @@ impl Sweep<'_> {
     }
 
     fn is_used(&self, event: &Event) -> bool {
-        let calendar_day = event.time.div_euclid(DAY) - self.first_event.div_euclid(DAY) + 1;
+        let calendar_day = event.seconds.div_euclid(DAY) - self.first_event.div_euclid(DAY) + 1;
         self.options.days.as_ref().is_none_or(|days| days.contains(&calendar_day))
     }
 }
@@ -491,70 +527,5 @@ fn schema(workflow: &Workflow, days: &[Day]) -> Schema {
             floats(session::RELATIVE_PRICE, &["continuous", "list"]),
             floats(session::PRICE, &["continuous", "list"]),
         ],
-    }
-}
-
-/// A folder that comes to be all at once, or not at all.
-struct Output {
-    out: PathBuf,
-    /// Beside `out`, so that a rename suffices; removed with all it holds when this value goes.
-    aside: TempDir,
-    dir: PathBuf,
-    scratch: PathBuf,
-}
-
-impl Output {
-    fn new(out: &Path, overwrite: bool) -> Result<Self, Error> {
-        let mut entries = match fs::read_dir(out) {
-            Ok(entries) => Some(entries),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(_) => return Err(Error::OutputExists { path: out.into() }),
-        };
-        let is_empty = entries.as_mut().is_none_or(|entries| entries.next().is_none());
-        // Only what an earlier run wrote is replaced, never a folder of something else.
-        let may_be_replaced = overwrite && out.join(SESSIONS_BY_DAY).is_dir();
-        if !(is_empty || may_be_replaced) {
-            return Err(Error::OutputExists { path: out.into() });
-        }
-        // The parents of `out` are made at the end, too.
-        let beside = out.ancestors().skip(1).find(|path| path.is_dir()).filter(|path| path != &Path::new(""));
-        let beside = beside.unwrap_or(Path::new("."));
-        let name = out.file_name().unwrap_or_default().to_string_lossy();
-        let aside = tempfile::Builder::new()
-            .prefix(&format!(".{name}."))
-            .suffix(".partial")
-            .tempdir_in(beside)
-            .map_err(Error::io("write into", beside))?;
-        let (dir, scratch) = (aside.path().join("out"), aside.path().join("scratch"));
-        for path in [&dir, &scratch] {
-            fs::create_dir(path).map_err(Error::io("create", path))?;
-        }
-        Ok(Self { out: out.into(), aside, dir, scratch })
-    }
-
-    fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    fn scratch(&self) -> &Path {
-        &self.scratch
-    }
-
-    fn publish(self) -> Result<(), Error> {
-        if let Some(parent) = self.out.parent() {
-            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        }
-        let replaced = self.aside.path().join("replaced");
-        let was_there = self.out.exists();
-        if was_there {
-            fs::rename(&self.out, &replaced).map_err(Error::io("move away", &self.out))?;
-        }
-        fs::rename(&self.dir, &self.out).map_err(|source| {
-            if was_there && fs::rename(&replaced, &self.out).is_err() {
-                // The old sessions stay where they have been moved.
-                let _ = self.aside.keep();
-            }
-            Error::Io { action: "create", path: self.out.clone(), source }
-        })
     }
 }

@@ -9,7 +9,6 @@ use std::fs;
 use std::path::Path;
 
 use bireme_base::message::quoted;
-use chrono::DateTime;
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -73,12 +72,7 @@ pub fn request(events: &[RawEvent], top_k: i32, exclude_seen: bool) -> Vec<Tenso
     fn text(cell: &Option<String>) -> &str {
         cell.as_deref().unwrap_or_default()
     }
-    let times = events.iter().map(|event| {
-        // Times that a file held are far from the ends of the calendar.
-        let time = DateTime::from_timestamp(event.time, 0).unwrap_or_default();
-        time.format("%Y-%m-%d %H:%M:%S UTC").to_string()
-    });
-    let times: Vec<String> = times.collect();
+    let times: Vec<String> = events.iter().map(|event| event.time.to_string()).collect();
     let texts = |name, cell: fn(&RawEvent) -> &str| Tensor::texts(name, &shape, events.iter().map(cell));
     // What is not known has the id of what is null.
     let ints = |name, cell: fn(&RawEvent) -> Option<i64>| {

@@ -4,22 +4,27 @@ use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 use crate::events::{Batch, Cells, columns_at_once};
+use crate::time::EventTime;
 use crate::vocab::{Coded, Dictionary, Value, Vocabulary};
 
 /// One event in the form that is sorted, counted and kept on disk in between: 48 bytes whatever its texts.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Event {
-    /// Seconds since 1970 UTC.
-    pub time: i64,
+    /// Of the event's time: all that is not the order of events is derived from these.
+    pub seconds: i64,
     pub price: f64,
     /// Codes of [`Dictionaries`], by [`Coded`].
     pub codes: [u32; 7],
-    /// The place among the events that it is sorted with, in file order.
-    pub order: u32,
+    /// Of the event's time, after its seconds.
+    pub nanos: u32,
 }
 
 impl Event {
+    pub fn time(&self) -> EventTime {
+        EventTime { seconds: self.seconds, nanos: self.nanos }
+    }
+
     pub fn code(&self, column: Coded) -> u32 {
         self.codes[column as usize]
     }
@@ -69,21 +74,22 @@ impl Dictionaries {
             .collect();
         (0..n_rows)
             .map(|row| Event {
-                time: batch.time[row],
+                seconds: batch.time[row].seconds,
                 price: batch.price[row],
                 codes: std::array::from_fn(|column| codes[column][row]),
-                order: row as u32,
+                nanos: batch.time[row].nanos,
             })
             .collect()
     }
 }
 
-/// Sorts events by (session, time), those of the same second in file order, and drops every event whose
-/// predecessor in the session is of the same product. Returns how many were dropped.
+/// Sorts events by (session, time), those of the same time in file order, and drops every event
+/// whose predecessor in the session is of the same product. Returns how many were dropped.
 ///
 /// The type of the event is not looked at: a view, a cart and a purchase of one product in a row become the view.
 pub(crate) fn sort_and_drop_repeats(events: &mut Vec<Event>) -> usize {
-    events.sort_unstable_by_key(|e| (e.code(Coded::Session), e.time, e.order));
+    // Stable: the events come in file order.
+    events.sort_by_key(|event| (event.code(Coded::Session), event.time()));
     let n_before = events.len();
     events.dedup_by(|next, kept| {
         next.code(Coded::Session) == kept.code(Coded::Session)

@@ -17,6 +17,7 @@ use crate::events::{BadRows, RowCounts, clean};
 use crate::hash::hash_of;
 use crate::schema::{event, session};
 use crate::sessions::{DAY, Dictionaries, Event, Keep, sessions, sort_and_drop_repeats};
+use crate::time::EventTime;
 use crate::vocab::{Coded, Dictionary, Value, Vocabulary, ints, read_parquet};
 
 /// How sessions are made; a workflow keeps what it was fitted with.
@@ -78,11 +79,13 @@ pub struct Statistics {
 
 /// The layout of the files that this version writes and reads.
 pub(crate) const FORMAT: u32 = 3;
-const STATISTICS: &str = "statistics.json";
+pub(crate) const STATISTICS: &str = "statistics.json";
 const PRODUCTS: &str = "products.parquet";
 const CATEGORIES: &str = "categories.parquet";
 const FIRST_SEEN: &str = "first_event_time_ts";
 const LAST_SEEN: &str = "last_event_time_ts";
+/// Only in tables of data whose times have fractions of a second.
+const LAST_SEEN_NANOS: &str = "last_event_time_nanos";
 const MEAN_PRICE: &str = "price_mean";
 
 /// A fitted workflow.
@@ -102,7 +105,7 @@ pub struct Workflow {
 pub(crate) struct Product {
     /// Seconds since 1970; [`NEVER_SEEN`] of a product without events.
     pub first_seen: i64,
-    last_seen: i64,
+    last_seen: EventTime,
     price: f64,
     /// Codes of [`Coded::Category`], [`Coded::CategoryCode`] and [`Coded::Brand`].
     codes: [u32; 3],
@@ -113,14 +116,18 @@ const DESCRIBED: [Coded; 3] = [Coded::Category, Coded::CategoryCode, Coded::Bran
 
 impl Product {
     /// Nothing is known of it.
-    pub const UNSEEN: Self =
-        Self { first_seen: NEVER_SEEN, last_seen: i64::MIN, price: f64::NAN, codes: [Dictionary::NULL; 3] };
+    pub const UNSEEN: Self = Self {
+        first_seen: NEVER_SEEN,
+        last_seen: EventTime::MIN,
+        price: f64::NAN,
+        codes: [Dictionary::NULL; 3],
+    };
 
-    /// Takes in one of its events; of several in the same second the later call counts.
+    /// Takes in one of its events; of several of the same time the later call counts.
     pub fn see(&mut self, event: &Event) {
-        self.first_seen = self.first_seen.min(event.time);
-        if event.time >= self.last_seen {
-            self.last_seen = event.time;
+        self.first_seen = self.first_seen.min(event.seconds);
+        if event.time() >= self.last_seen {
+            self.last_seen = event.time();
             self.price = event.price;
             self.codes = DESCRIBED.map(|column| event.code(column));
         }
@@ -309,18 +316,22 @@ impl Workflow {
                 StringChunked::from_iter_options(DESCRIBED[number].name().into(), texts).into_column()
             };
             let categories = products.iter().map(|product| value(0, product).map(int));
-            let seconds = |name: &str, seconds: fn(&Product) -> i64| {
-                Column::new(name.into(), products.iter().map(seconds).collect::<Vec<_>>())
+            let numbers = |name: &str, number: fn(&Product) -> i64| {
+                Column::new(name.into(), products.iter().map(number).collect::<Vec<_>>())
             };
             let prices: Vec<f64> = products.iter().map(|product| product.price).collect();
-            vec![
-                seconds(FIRST_SEEN, |product| product.first_seen),
-                seconds(LAST_SEEN, |product| product.last_seen),
+            let mut columns = vec![
+                numbers(FIRST_SEEN, |product| product.first_seen),
+                numbers(LAST_SEEN, |product| product.last_seen.seconds),
                 Int64Chunked::from_iter_options(event::CATEGORY.into(), categories).into_column(),
                 texts(1),
                 texts(2),
                 Column::new(event::PRICE.into(), prices),
-            ]
+            ];
+            if products.iter().any(|product| product.last_seen.nanos > 0) {
+                columns.push(numbers(LAST_SEEN_NANOS, |product| i64::from(product.last_seen.nanos)));
+            }
+            columns
         })?;
         write_parquet(products, &dir.join(PRODUCTS))?;
         let mean_price = |means| vec![Column::new(MEAN_PRICE.into(), means)];
@@ -429,10 +440,14 @@ fn read_products(
         codes.push(read().map_err(|e| Error::Workflow { path: path.into(), problem: e.to_string() })?);
     }
     let (first, last) = (ints(table, FIRST_SEEN, path)?, ints(table, LAST_SEEN, path)?);
+    let nanos = match table.column(LAST_SEEN_NANOS) {
+        Ok(_) => ints(table, LAST_SEEN_NANOS, path)?,
+        Err(_) => vec![0; last.len()],
+    };
     let prices = floats(table, event::PRICE, path)?;
     let row = |row: usize| Product {
         first_seen: first[row],
-        last_seen: last[row],
+        last_seen: EventTime { seconds: last[row], nanos: nanos[row] as u32 },
         price: prices[row],
         codes: [codes[0][row], codes[1][row], codes[2][row]],
     };
@@ -585,7 +600,7 @@ impl Encoder<'_> {
         let n_values = rows.iter().map(|row| row.events.len()).sum();
         let Statistics { price_log, recency_log, .. } = *self.statistics;
         let weekdays: [(f32, f32); 7] = std::array::from_fn(|day| weekday(day as i64 * DAY));
-        let weekday = |e: &Event| weekdays[e.time.div_euclid(DAY).rem_euclid(7) as usize];
+        let weekday = |e: &Event| weekdays[e.seconds.div_euclid(DAY).rem_euclid(7) as usize];
         let ids = |name: &str, column: Coded| {
             list::<Int64Type>(name, rows, n_values, |e| i64::from(self.id(e, column)))
         };
@@ -606,7 +621,7 @@ impl Encoder<'_> {
             }),
             list::<Float32Type>(session::RECENCY, rows, n_values, |e| {
                 let first_seen = self.first_seen[e.code(Coded::Product) as usize];
-                recency_log.apply(log(recency_days(e.time, first_seen)))
+                recency_log.apply(log(recency_days(e.seconds, first_seen)))
             }),
         ];
         DataFrame::new(rows.len(), columns)

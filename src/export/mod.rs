@@ -15,6 +15,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bireme_base::output::{self, OutputEntries, OutputError};
 use tch::{Device, Kind};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, State};
@@ -123,6 +124,9 @@ pub enum ExportError {
         /// What libtorch, or a rule of the server's, says.
         problem: String,
     },
+    /// The repository cannot be written to.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// The file system refused.
     #[error("cannot {action} `{path}`")]
     Io {
@@ -138,7 +142,11 @@ pub enum ExportError {
 impl ExportError {
     /// 2 where nothing was begun, 1 otherwise.
     pub fn exit_code(&self) -> i32 {
-        if matches!(self, Self::Script { .. } | Self::Io { .. }) { 1 } else { 2 }
+        match self {
+            Self::Output(error) => error.exit_code().into(),
+            Self::Script { .. } | Self::Io { .. } => 1,
+            _ => 2,
+        }
     }
 
     /// What to do about it, where that can be said.
@@ -165,6 +173,7 @@ pub fn check(options: &Options, config: &Config) -> Result<(), ExportError> {
 
 fn checked_options(options: &Options) -> Result<Names, ExportError> {
     let names = checked_names(&options.name)?;
+    output::check_folder(&options.out)?;
     match options.library.as_deref().filter(|library| !library.is_file()) {
         Some(missing) => Err(ExportError::NoLibrary(missing.to_owned())),
         None => Ok(names),
@@ -178,12 +187,15 @@ fn neural<'a>(options: &Options, config: &'a Config) -> Result<Neural<'a>, Expor
     config.model.neural().ok_or_else(only_counts)
 }
 
-/// Writes a new version of the model `options.name` into the repository.
+/// Writes a new version of the model `options.name` into the repository. `note` is given a line where
+/// what an interrupted command left is removed.
 ///
 /// # Errors
 /// See [`ExportError`].
-pub fn export(options: &Options) -> Result<Exported, ExportError> {
+pub fn export(options: &Options, note: &mut dyn FnMut(&str)) -> Result<Exported, ExportError> {
     let names = checked_options(options)?;
+    let added = OutputEntries::create(&options.out, &options.name, note)?;
+    let aside = added.path();
     let library = options.library.as_deref();
     let run = Run::open(options)?;
     let n_items = run.features.n_items();
@@ -195,23 +207,20 @@ pub fn export(options: &Options) -> Result<Exported, ExportError> {
         let path = path.to_owned();
         move |source| ExportError::Io { action, path, source }
     };
-    fs::create_dir_all(&options.out).map_err(io("create", &options.out))?;
     let version = next_version(&options.out, &names).map_err(io("read", &options.out))?;
-    let aside = tempfile::Builder::new().prefix(".export-").tempdir_in(&options.out);
-    let aside = aside.map_err(io("create a folder in", &options.out))?;
     for config in &configs {
-        let dir = aside.path().join(&config.name).join(version.to_string());
+        let dir = aside.join(&config.name).join(version.to_string());
         fs::create_dir_all(&dir).map_err(io("create", &dir))?;
-        let path = aside.path().join(&config.name).join(bireme_serve::model_config::CONFIG);
+        let path = aside.join(&config.name).join(bireme_serve::model_config::CONFIG);
         fs::write(&path, bireme_serve::model_config::to_text(config)).map_err(io("write", &path))?;
     }
-    let folder = |name: &str| aside.path().join(name).join(version.to_string());
+    let folder = |name: &str| aside.join(name).join(version.to_string());
 
     let of_etl = folder(&names.etl);
     etl.save(&of_etl)?;
     match library {
         Some(library) => {
-            let path = aside.path().join(&names.etl).join(LIBRARY);
+            let path = aside.join(&names.etl).join(LIBRARY);
             fs::copy(library, &path).map_err(io("write", &path))?;
         }
         None => {
@@ -225,13 +234,13 @@ pub fn export(options: &Options) -> Result<Exported, ExportError> {
     run.script(&etl).save(&path).map_err(failed)?;
     rules::check(&configs[1], &path).map_err(failed)?;
 
-    manifest::write(&run.facts(options, version), aside.path(), &folder(&names.ensemble))
-        .map_err(io("write", aside.path()))?;
+    manifest::write(&run.facts(options, version), &aside, &folder(&names.ensemble))
+        .map_err(io("write", &aside))?;
     // An empty folder is easily lost, and an ensemble without it does not load.
     let path = folder(&names.scores).join("README");
     fs::write(&path, format!("See {}/{version}/{}\n", names.ensemble, manifest::FILE))
         .map_err(io("write", &path))?;
-    publish(aside.path(), &options.out, &configs, version).map_err(io("write", &options.out))?;
+    added.publish(|aside| publish(aside, &options.out, &configs, version))?;
     Ok(Exported { version, n_items, skipped: run.skipped })
 }
 

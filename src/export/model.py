@@ -24,7 +24,8 @@ NEVER_SEEN = np.iinfo(np.int64).max
 REQUIRED = ("event_time", "event_type", "product_id", "category_id", "price", "user_session")
 COLUMNS = (*REQUIRED[:4], "category_code", "brand", "price", "user_id", "user_session")
 
-TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d*)?( UTC|Z|\+00:00)?", re.ASCII)
+# Digits of a fraction beyond the ninth must be zeros.
+TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.(\d{0,9})0*)?(?: UTC|Z|\+00:00)?", re.ASCII)
 
 
 class Refused(Exception):
@@ -80,14 +81,14 @@ class Preprocessor:
         if not len(events["user_session"]):
             raise Refused(f"none of the {n_rows} rows of the request has a session")
 
-        # Sessions are numbered as they appear; of events in the same second the order stays.
+        # Sessions are numbered as they appear; of events of the same time the order stays.
         numbers = {}
         session = np.array([numbers.setdefault(id, len(numbers)) for id in events["user_session"]])
         if len(numbers) > max_sessions:
             raise Refused(
                 f"the request holds {len(numbers)} sessions, and at most {max_sessions} are served at once"
             )
-        order = np.lexsort((events["event_time"], session))
+        order = np.lexsort((events["nanos"], events["event_time"], session))
         product, session = events["product_id"][order], session[order]
         repeats = (session[1:] == session[:-1]) & (product[1:] == product[:-1])
         stays = np.append(True, ~repeats)
@@ -199,15 +200,16 @@ def read(inputs):
     rows = np.flatnonzero(columns["user_session"] != "")
     columns = {name: values[rows] for name, values in columns.items()}
 
-    times, prices = [seconds(text) for text in columns["event_time"]], columns["price"]
+    times, prices = [time_parts(text) for text in columns["event_time"]], columns["price"]
     with np.errstate(over="ignore"):
         # The logarithm is taken in float32.
         is_price = (prices >= 0) & np.isfinite(prices.astype(np.float32))
-    for row in np.flatnonzero(~is_price | np.equal(times, None))[:1]:
+    is_wrong = np.array([time is None for time in times], bool)
+    for row in np.flatnonzero(~is_price | is_wrong)[:1]:
         is_time = times[row] is not None
         column, problem = ("price", price_fault(prices[row])) if is_time else ("event_time", time_fault(columns["event_time"][row]))
         raise Refused(f"`events`, row {rows[row] + 1}, column `{column}`: {problem}")
-    columns["event_time"] = np.array(times, np.int64)
+    columns["event_time"], columns["nanos"] = np.array(times, np.int64).reshape(-1, 2).T
     return columns, first[1]
 
 
@@ -222,12 +224,14 @@ def decoded(name, values):
     return texts
 
 
-def seconds(text):
-    """Seconds since 1970 of `2019-10-01 00:00:00 UTC` and the like, `None` of what is no time."""
+def time_parts(text):
+    """Seconds since 1970 and nanoseconds of `2019-10-01 00:00:00.5 UTC` and the like, `None` of what is no time."""
+    match = TIME.fullmatch(text)
     try:
-        return np.datetime64(text[:19], "s").astype(np.int64).item() if TIME.fullmatch(text) else None
+        seconds = np.datetime64(text[:19], "s").astype(np.int64).item() if match else None
     except ValueError:
         return None
+    return match and (seconds, int((match[1] or "").ljust(9, "0")))
 
 
 def time_fault(text):

@@ -1,13 +1,14 @@
 //! The outcomes of an evaluation on disk: `RUN/evaluations/day-<eval_day>-<split>.parquet`.
 //!
 //! One row a session, in the order of the evaluated file, with the columns of [`Outcome`], and [`Facts`] as JSON in
-//! the footer under the key `bireme`. A file is written aside and renamed: one that is there is whole.
+//! the footer under the key `bireme`.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bireme_base::output::OutputFile;
 use parquet::basic::Compression;
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::Int64Type;
@@ -104,18 +105,14 @@ pub fn path(run_dir: &Path, eval_day: i64, split: Split) -> PathBuf {
 /// The disk is full, say.
 pub fn write(_: Root, run_dir: &Path, facts: &Facts, outcomes: &[Outcome]) -> Result<(), ReportError> {
     let path = path(run_dir, facts.eval_day, facts.split);
-    let aside = path.with_extension("parquet.partial");
-    let written = fs::create_dir_all(run_dir.join(EVALUATIONS))
-        .and_then(|()| write_aside(&aside, facts, outcomes))
-        .and_then(|()| fs::rename(&aside, &path));
-    written.map_err(|source| {
-        // What cannot be removed now was not worth more either.
-        let _ = fs::remove_file(&aside);
-        ReportError { path, source }
-    })
+    let written = fs::create_dir_all(run_dir.join(EVALUATIONS)).and_then(|()| {
+        let file = OutputFile::create(&path, &mut super::progress)?;
+        Ok(write_outcomes(file, facts, outcomes)?.publish()?)
+    });
+    written.map_err(|source| ReportError { path, source })
 }
 
-fn write_aside(path: &Path, facts: &Facts, outcomes: &[Outcome]) -> io::Result<()> {
+fn write_outcomes(file: OutputFile, facts: &Facts, outcomes: &[Outcome]) -> io::Result<OutputFile> {
     let fields: String = COLUMNS.iter().map(|name| format!("required int64 {name}; ")).collect();
     let schema = Arc::new(parse_message_type(&format!("message outcomes {{ {fields}}}"))?);
     let facts = serde_json::to_string(facts).expect("facts are JSON");
@@ -123,7 +120,7 @@ fn write_aside(path: &Path, facts: &Facts, outcomes: &[Outcome]) -> io::Result<(
         .set_compression(Compression::SNAPPY)
         .set_key_value_metadata(Some(vec![KeyValue::new(KEY.to_owned(), facts)]))
         .build();
-    let mut writer = SerializedFileWriter::new(File::create(path)?, schema, Arc::new(properties))?;
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties))?;
     let mut group = writer.next_row_group()?;
     let columns: [fn(&Outcome) -> i64; 4] = [
         |outcome| outcome.rank,
@@ -138,7 +135,7 @@ fn write_aside(path: &Path, facts: &Facts, outcomes: &[Outcome]) -> io::Result<(
         column.close()?;
     }
     group.close()?;
-    writer.into_inner()?.sync_all()
+    Ok(writer.into_inner()?)
 }
 
 /// Reads what [`write()`] wrote.

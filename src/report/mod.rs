@@ -21,6 +21,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bireme_base::output;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -30,7 +31,7 @@ use crate::metrics::Metrics;
 
 pub use charts::ChartError;
 pub(crate) use charts::{Line, rates};
-pub use write::{PAGE, WriteError, write};
+pub use write::{PAGE, WriteError, create, write};
 
 /// File of a run directory: its records, one JSON object a line.
 pub(crate) const METRICS: &str = "metrics.jsonl";
@@ -282,7 +283,8 @@ pub fn figures(metrics: &Metrics) -> String {
 /// The disk is full, say.
 pub fn write_results(_: Root, run_dir: &Path, title: &str, metrics: &Metrics) -> Result<(), ReportError> {
     let path = run_dir.join(RESULTS);
-    std::fs::write(&path, results(title, metrics)).map_err(|source| ReportError { path, source })
+    output::write(&path, results(title, metrics).as_bytes())
+        .map_err(|error| ReportError { path, source: error.into() })
 }
 
 /// A title, then metrics as `key:value`, a line each.

@@ -4,12 +4,17 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bireme_base::output::{self, FolderKind, OutputError, OutputFolder};
+
 use super::charts::{ChartError, charts};
 use super::compare::Comparison;
 use super::{RESULTS, pages};
 
 /// The page to open first.
 pub const PAGE: &str = "index.html";
+
+/// The tables as text.
+const MARKDOWN: &str = "report.md";
 
 /// The figures as numbers; a folder that has it is a report.
 const FIGURES: &str = "report.json";
@@ -23,9 +28,9 @@ pub enum WriteError {
     /// There is something else.
     #[error("`{0}` holds something that is no report: choose another `--out`")]
     Foreign(PathBuf),
-    /// The path does not end in a name.
-    #[error("`{0}` names no folder that could be made: choose another `--out`")]
-    Unnamed(PathBuf),
+    /// The folder cannot be written to.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// The file system refused.
     #[error("cannot write `{path}`")]
     Io {
@@ -43,33 +48,53 @@ impl WriteError {
     /// 2 where nothing was begun, 1 otherwise.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Taken(_) | Self::Foreign(_) | Self::Unnamed(_) => 2,
+            Self::Output(error) => error.exit_code().into(),
+            Self::Taken(_) | Self::Foreign(_) => 2,
             Self::Io { .. } | Self::Chart(_) => 1,
         }
     }
 }
 
-/// Writes a report into the folder `out`: `results.txt`, `report.md`, `report.json`, `index.html`, and every chart as
-/// SVG and PNG. They are written aside and take their place together.
+/// A report; [`FIGURES`] is written last.
+const REPORT: FolderKind = FolderKind {
+    marker: FIGURES,
+    is_ours: |name| {
+        let is_chart = matches!(name.rsplit_once('.'), Some((_, "svg" | "png")));
+        is_chart || matches!(name, RESULTS | MARKDOWN | FIGURES | PAGE)
+    },
+};
+
+/// Prepares the folder `out` for a report on `runs`. `note` is given a line where what an interrupted
+/// command left is removed.
+///
+/// # Errors
+/// The folder holds something, lies in a run, cannot be written to, or another process writes it.
+pub fn create(
+    out: &Path,
+    runs: &[PathBuf],
+    overwrite: bool,
+    note: &mut dyn FnMut(&str),
+) -> Result<OutputFolder, WriteError> {
+    for run in runs {
+        output::check_outside(out, run)?;
+    }
+    OutputFolder::create(out, REPORT, overwrite, note).map_err(|error| match error {
+        OutputError::Exists { path, is_replaceable: true } => WriteError::Taken(path),
+        OutputError::Exists { path, .. } => WriteError::Foreign(path),
+        error => WriteError::Output(error),
+    })
+}
+
+/// Writes a report: `results.txt`, `report.md`, `report.json`, `index.html`, and every chart as SVG and
+/// PNG. They take their places together.
 ///
 /// # Errors
 /// See [`WriteError`]; the folder is then what it was before.
-pub fn write(out: &Path, comparison: &Comparison, overwrite: bool) -> Result<(), WriteError> {
-    let name = out.file_name().ok_or_else(|| WriteError::Unnamed(out.to_owned()))?;
-    let holds_something = match fs::read_dir(out) {
-        Ok(mut entries) => entries.next().is_some(),
-        Err(_) => out.exists(),
-    };
-    if holds_something && !out.join(FIGURES).is_file() {
-        return Err(WriteError::Foreign(out.to_owned()));
-    }
-    if holds_something && !overwrite {
-        return Err(WriteError::Taken(out.to_owned()));
-    }
+pub fn write(folder: OutputFolder, comparison: &Comparison) -> Result<(), WriteError> {
     let charts = charts(comparison)?;
     let mut files: Vec<(String, Vec<u8>)> = vec![
         (RESULTS.to_owned(), pages::results_txt(comparison).into_bytes()),
-        ("report.md".to_owned(), pages::markdown(comparison, &charts).into_bytes()),
+        (MARKDOWN.to_owned(), pages::markdown(comparison, &charts).into_bytes()),
         (FIGURES.to_owned(), pages::json(comparison).into_bytes()),
         (PAGE.to_owned(), pages::html(comparison, &charts).into_bytes()),
     ];
@@ -77,36 +102,9 @@ pub fn write(out: &Path, comparison: &Comparison, overwrite: bool) -> Result<(),
         files.push((format!("{}.svg", chart.name), chart.svg.into_bytes()));
         files.push((format!("{}.png", chart.name), chart.png));
     }
-    let mut aside = name.to_owned();
-    aside.push(".partial");
-    let aside = out.with_file_name(aside);
-    let written = write_files(&aside, &files).and_then(|()| put_in_place(&aside, out));
-    if written.is_err() {
-        // What cannot be removed now was not worth more either.
-        let _ = fs::remove_dir_all(&aside);
-    }
-    written
-}
-
-fn write_files(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(), WriteError> {
-    if folder.exists() {
-        io_at(folder, fs::remove_dir_all(folder))?;
-    }
-    io_at(folder, fs::create_dir_all(folder))?;
     for (name, content) in files {
-        let path = folder.join(name);
-        io_at(&path, fs::write(&path, content))?;
+        let path = folder.path().join(name);
+        fs::write(&path, content).map_err(|source| WriteError::Io { path, source })?;
     }
-    Ok(())
-}
-
-fn put_in_place(aside: &Path, out: &Path) -> Result<(), WriteError> {
-    if out.exists() {
-        io_at(out, fs::remove_dir_all(out))?;
-    }
-    io_at(out, fs::rename(aside, out))
-}
-
-fn io_at<T>(path: &Path, result: io::Result<T>) -> Result<T, WriteError> {
-    result.map_err(|source| WriteError::Io { path: path.to_owned(), source })
+    Ok(folder.publish()?)
 }

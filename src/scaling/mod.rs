@@ -13,6 +13,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bireme_base::output::{self, FolderKind, OutputError, OutputFolder};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{CheckpointError, Checkpoints};
@@ -26,7 +27,7 @@ use crate::train::ItemTable;
 
 pub use launch::{Launch, LaunchError, Launcher};
 use predict::{Job, Line, Link, Model, Prediction};
-pub use write::{TABLE, write};
+pub use write::TABLE;
 
 /// Steps that are run before those that count.
 const WARM_UP: usize = 3;
@@ -89,6 +90,9 @@ pub enum ScalingError {
     /// The folder holds something.
     #[error("`{0}` is not empty: choose another `--out`")]
     Taken(PathBuf),
+    /// The folder cannot be written to.
+    #[error(transparent)]
+    Output(OutputError),
     /// A run.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -120,6 +124,7 @@ impl ScalingError {
     /// 2 where nothing was begun, 1 otherwise.
     pub fn exit_code(&self) -> i32 {
         match self {
+            Self::Output(error) => error.exit_code().into(),
             Self::Config(_)
             | Self::Data(_)
             | Self::Ranks { .. }
@@ -220,7 +225,14 @@ struct Run {
     global_batch: usize,
 }
 
-/// Runs training on all numbers of ranks. `tell` is given a line for each.
+/// What a measurement leaves in its folder.
+const SCALING: FolderKind = FolderKind {
+    marker: TABLE,
+    is_ours: |name| name == "runs" || name.starts_with("doctor.") || name.starts_with("scaling."),
+};
+
+/// Runs training on all numbers of ranks, and writes `scaling.md`, `scaling.json`, `scaling.svg` and
+/// `scaling.png`. `tell` is given a line for each.
 ///
 /// # Errors
 /// See [`ScalingError`].
@@ -241,10 +253,11 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     ranks.push(1);
     ranks.sort_unstable();
     ranks.dedup();
-    if fs::read_dir(&options.out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(ScalingError::Taken(options.out.clone()));
-    }
-    io_at(&options.out, fs::create_dir_all(&options.out))?;
+    output::check_outside(&options.out, &options.data).map_err(ScalingError::Output)?;
+    let folder = OutputFolder::in_place(&options.out, SCALING, tell).map_err(|error| match error {
+        OutputError::Exists { path, .. } => ScalingError::Taken(path),
+        error => ScalingError::Output(error),
+    })?;
 
     let most = ranks[ranks.len() - 1];
     let found = options.examine(most, config.run.device)?;
@@ -330,7 +343,11 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     let predictions = predictions.map(|job| model.predict(job)).collect();
     let first = Measured { phases: whole.phases.clone(), command: whole.command.clone(), ..whole };
     points.insert(0, point(alone, first));
-    Ok(Scaling { title: config.title(), device: found.device, threads_per_rank, points, model, predictions })
+    let scaling =
+        Scaling { title: config.title(), device: found.device, threads_per_rank, points, model, predictions };
+    write::write(&folder.path(), &scaling)?;
+    folder.publish().map_err(ScalingError::Output)?;
+    Ok(scaling)
 }
 
 fn calibrate(

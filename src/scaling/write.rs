@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 
 use super::predict::Prediction;
-use super::{Growth, Options, Point, Scaling, ScalingError, io_at};
+use super::{Growth, Point, Scaling, ScalingError, io_at};
 use crate::report::{self, Line};
 use crate::train::ItemTable;
 
@@ -19,7 +20,7 @@ const PHASES: [&str; 9] =
 ///
 /// # Errors
 /// The disk is full, say.
-pub fn write(options: &Options, scaling: &Scaling) -> Result<(), ScalingError> {
+pub(super) fn write(out: &Path, scaling: &Scaling) -> Result<(), ScalingError> {
     let chart =
         report::rates("scaling", &format!("Training, {}", scaling.title), &ranks(scaling), &lines(scaling))?;
     let json = serde_json::to_string_pretty(scaling).expect("numbers and words are JSON");
@@ -30,7 +31,7 @@ pub fn write(options: &Options, scaling: &Scaling) -> Result<(), ScalingError> {
         ("scaling.png", chart.png),
     ];
     for (name, content) in files {
-        let path = options.out.join(name);
+        let path = out.join(name);
         io_at(&path, fs::write(&path, content))?;
     }
     Ok(())

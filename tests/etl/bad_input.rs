@@ -271,7 +271,7 @@ fn missing_parents_of_the_output_come_with_it_and_only_with_it() {
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_a_failure_and_not_a_refusal() {
+fn an_output_that_cannot_be_written_is_refused() {
     // Nobody may make folders there, the superuser included.
     let out = Path::new("/proc/bireme-test");
     if !Path::new("/proc").is_dir() {
@@ -280,5 +280,5 @@ fn an_output_that_cannot_be_written_is_a_failure_and_not_a_refusal() {
     }
     let error =
         run(scratch().path(), &format!("{HEADER}\n{GOOD}"), |options| options.out = out.into()).unwrap_err();
-    assert!(matches!(error, Error::Io { .. }) && error.exit_code() == 1, "{error}");
+    assert!(matches!(error, Error::Output(_)) && error.exit_code() == 2, "{error}");
 }

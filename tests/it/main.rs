@@ -14,6 +14,7 @@ mod fixtures;
 mod fuzz;
 mod golden;
 mod models;
+mod outputs;
 mod mpirun;
 mod pipeline;
 mod ranking;

@@ -158,7 +158,7 @@ fn what_cannot_be_recommended_is_refused() {
         ("events.csv", &["--first", "1"], 2, "the first 1 events hold no session of more than one"),
         ("events.csv", &["--top", "101"], 2, "101"),
         ("events.csv", &["--format", "parquet"], 2, "--out"),
-        ("events.csv", &["--out", &nowhere], 1, "out.csv"),
+        ("events.csv", &["--out", &nowhere], 2, "out.csv"),
     ] {
         let finished = recommend(&shop, events, more);
         assert_eq!(finished.code, Some(code), "{finished:#?}");

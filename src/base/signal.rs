@@ -1,0 +1,27 @@
+//! Signals that end a process.
+
+use std::mem::MaybeUninit;
+use std::ptr;
+
+/// Whether the process was started to ignore a signal, as `nohup` does with SIGHUP. A handler would
+/// undo that.
+pub fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: a null pointer leaves the action as it is; the other points to room for one.
+    if unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: the call succeeded and wrote the action.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rust_ignores_broken_pipes_alone() {
+        assert!(is_ignored(libc::SIGPIPE));
+        assert!(!is_ignored(libc::SIGUSR1) && !is_ignored(-1));
+    }
+}
