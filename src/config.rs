@@ -147,7 +147,7 @@ impl Config {
         let refuse =
             |section: &str, problem: String| Err(ConfigError::Value { section: section.to_owned(), problem });
         if !(0.1..=1e9).contains(&self.run.patience_seconds) {
-            return refuse("run", format!("`patience_seconds` cannot be {}", self.run.patience_seconds));
+            return refuse("run", format!("`patience_seconds` cannot be {:?}", self.run.patience_seconds));
         }
         let checks = [
             ("data", self.data.check()),
@@ -250,13 +250,13 @@ pub(crate) const MOST_WIDTH: i64 = 1 << 20;
 /// Names the key.
 pub(crate) fn check_finite(key: &str, value: f64, least: f32) -> Result<(), String> {
     let rounded = value as f32;
-    if rounded.is_finite() && rounded >= least { Ok(()) } else { Err(format!("`{key}` cannot be {value}")) }
+    if rounded.is_finite() && rounded >= least { Ok(()) } else { Err(format!("`{key}` cannot be {value:?}")) }
 }
 
 /// The values in `value` by their dotted keys, which begin with `prefix`.
 fn flatten(prefix: &str, value: &Value, keys: &mut BTreeMap<String, String>) {
     match value {
-        Value::Table(table) => {
+        Value::Table(table) if prefix.is_empty() || !table.is_empty() => {
             for (key, value) in table {
                 let dot = if prefix.is_empty() { "" } else { "." };
                 flatten(&format!("{prefix}{dot}{key}"), value, keys);
@@ -291,7 +291,10 @@ fn section<T: DeserializeOwned>(table: &mut Table, name: &str) -> Result<T, Conf
 fn culprit<T: DeserializeOwned>(section: &Value, message: &str) -> Option<String> {
     let mut keys = BTreeMap::new();
     flatten("", section, &mut keys);
-    keys.into_keys().find(|key| {
+    let mut keys: Vec<String> = keys.into_keys().collect();
+    // Without the key that chooses a variant there is always another error.
+    keys.sort_by_key(|key| key.rsplit('.').next() == Some("kind"));
+    keys.into_iter().find(|key| {
         let mut without = section.clone();
         let path: Vec<&str> = key.split('.').collect();
         let (last, tables) = path.split_last().expect("a key has a part");

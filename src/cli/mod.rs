@@ -276,8 +276,8 @@ struct ServeArgs {
     /// Load this model at the start, and the steps of an ensemble; may be given several times [default: all]
     #[arg(long = "load", value_name = "NAME")]
     models: Vec<String>,
-    /// Where to listen for HTTP: `127.0.0.1:8000`, `[::1]:8000`, or a name, of whose addresses the first is taken that
-    /// this machine has, IPv4 before IPv6; port 0 stands for any that is free
+    /// Where to listen for HTTP: `127.0.0.1:8000`, `[::1]:8000`, or a name, of whose addresses the
+    /// first is taken that this machine has, IPv4 before IPv6; port 0 stands for any that is free
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8000")]
     http: String,
     /// Where to listen for gRPC

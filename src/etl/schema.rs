@@ -520,13 +520,13 @@ feature { name: "new" type: QUATERNION invented: 1 }"#;
         let schema = parse(text).unwrap();
         assert_eq!(schema.item_id().unwrap().cardinality(), Some(101));
         let expected = "schema `s`: ignored what this version does not know: \
-                        `feature.type` (line 15), `feature.invented` (line 15)";
+                        `feature.type` (line 16), `feature.invented` (line 16)";
         assert_eq!(schema.warnings, [expected]);
         for (name, problem) in [
-            ("text", "line 12: the feature `text` is of `type: BYTES`"),
-            ("odd", "line 13: the feature `odd` has an `int_domain` whose `min` is greater"),
-            ("", "line 14: a feature has no `name`"),
-            ("new", "line 15: the feature `new` has no `type`"),
+            ("text", "line 13: the feature `text` is of `type: BYTES`"),
+            ("odd", "line 14: the feature `odd` has an `int_domain` whose `min` is greater"),
+            ("", "line 15: a feature has no `name`"),
+            ("new", "line 16: the feature `new` has no `type`"),
         ] {
             let error = schema.feature(name).unwrap().check().unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");

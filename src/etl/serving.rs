@@ -25,7 +25,8 @@ pub const SESSION: &str = "session";
 pub const LENGTH: &str = "length";
 /// Items that are not to be recommended to each session, 0 where there are fewer: INT64 `[B, at least L]`.
 pub const HIDDEN: &str = "hidden";
-/// The places of the ranking that are asked for, 0 to K − 1, where the catalogue has as many items: INT64 `[B, K]`.
+/// The places of the ranking that are asked for, 0 to K − 1, where the catalogue has as many items:
+/// INT64 `[B, K]`.
 pub const PLACES: &str = "places";
 /// Request input or parameter: how many recommendations a session gets, INT32 `[1]`.
 pub const TOP_K: &str = "top_k";

@@ -14,9 +14,11 @@ use crate::model::Network;
 
 /// Scores of all items: FP32 `[B, V]`.
 pub const OUTPUT: &str = "output";
-/// Product ids, the best first: INT64 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning; it is −1.
+/// Product ids, the best first: INT64 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning;
+/// it is −1.
 pub const ITEM_IDS: &str = "item_ids";
-/// Their scores: FP32 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning; it is the lowest number.
+/// Their scores: FP32 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning; it is the lowest
+/// number.
 pub const ITEM_SCORES: &str = "item_scores";
 /// How many items are recommended to each session: INT32 `[B, 1]`.
 pub const N_ITEMS: &str = "n_items";
@@ -46,8 +48,8 @@ const LOWEST: f64 = f32::MIN as f64;
 
 impl Script<'_> {
     /// Writes the module. Inputs: the columns `[B, L]`, [`LENGTH`], [`HIDDEN`], [`PLACES`] as
-    /// [`crate::etl::serving`] gives them; outputs: [`OUTPUT`], [`ITEM_IDS`], [`ITEM_SCORES`], [`FALLBACK`],
-    /// [`N_ITEMS`].
+    /// [`crate::etl::serving`] gives them; outputs: [`OUTPUT`], [`ITEM_IDS`], [`ITEM_SCORES`],
+    /// [`FALLBACK`], [`N_ITEMS`].
     ///
     /// # Errors
     /// What libtorch says.
@@ -133,8 +135,8 @@ impl Ranking {
         Self { n_items, block }
     }
 
-    /// The first K items of each session's ranking by `scores: [B, V]` and `places: [B, K]`. What is `hidden` (`[B, H]`),
-    /// padding and unknown come last, and are not valid.
+    /// The first K items of each session's ranking by `scores: [B, V]` and `places: [B, K]`. What
+    /// is `hidden` (`[B, H]`), padding and unknown come last, and are not valid.
     fn best(&self, scores: &Tensor, hidden: &Tensor, places: &Tensor) -> Ranked {
         let first = hidden.narrow(1, 0, 1).zeros_like();
         let hidden = Tensor::cat(&[&hidden.clamp(0, self.n_items - 1), &first, &(&first + 1)], 1);

@@ -25,8 +25,8 @@ void follow_input(torch::jit::Graph& graph) {
   }
 }
 
-// What is ranked is ranked as far as the last input is wide, or as far as there are scores: a size that was read in the
-// trace is a constant.
+// What is ranked is ranked as far as the last input is wide, or as far as there are scores: a size
+// that was read in the trace is a constant.
 void rank_as_wide(torch::jit::Graph& graph) {
   std::vector<torch::jit::Node*> rankings;
   for (auto* node : graph.nodes()) {

@@ -104,7 +104,7 @@ impl InputConfig {
         }
         check_finite("input.init_std", self.init_std, 0.0)?;
         if !(0.0..1.0).contains(&self.swap_noise) {
-            return Err(format!("`input.swap_noise` {} is not within 0 <= p < 1", self.swap_noise));
+            return Err(format!("`input.swap_noise` {:?} is not within 0 <= p < 1", self.swap_noise));
         }
         Ok(())
     }

@@ -176,7 +176,7 @@ impl<'a> Neural<'a> {
             Neural::Xlnet(xlnet) => xlnet.check()?,
         }
         if !(0.0..1.0).contains(&self.dropout()) {
-            return Err(format!("`dropout` {} is not within 0 <= p < 1", self.dropout()));
+            return Err(format!("`dropout` {:?} is not within 0 <= p < 1", self.dropout()));
         }
         check_finite("head.temperature", self.head().temperature, f32::MIN_POSITIVE)?;
         self.input().check()?;

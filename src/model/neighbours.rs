@@ -102,7 +102,7 @@ impl NeighboursConfig {
             return Err(format!("`sample_size` {sample_size} is less than `k` {k}"));
         }
         if !(idf_weight.is_finite() && idf_weight >= 0.0) {
-            return Err(format!("`idf_weight` cannot be {idf_weight}"));
+            return Err(format!("`idf_weight` cannot be {idf_weight:?}"));
         }
         Ok(())
     }

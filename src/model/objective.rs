@@ -126,7 +126,7 @@ impl Objective {
             Objective::Causal { drop, reverse } => {
                 let shares = [("drop", drop), ("reverse", reverse)];
                 return match shares.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
-                    Some((key, p)) => Err(format!("`objective.{key}` {p} is not within 0 <= p < 1")),
+                    Some((key, p)) => Err(format!("`objective.{key}` {p:?} is not within 0 <= p < 1")),
                     None => Ok(()),
                 };
             }
@@ -134,17 +134,17 @@ impl Objective {
                 return Err(format!("`objective.max_span` cannot be {max_span}"));
             }
             Objective::Replaced { weight, .. } if check_finite("", weight, 0.0).is_err() => {
-                return Err(format!("`objective.weight` cannot be {weight}"));
+                return Err(format!("`objective.weight` cannot be {weight:?}"));
             }
             Objective::Masked { probability }
             | Objective::Permutation { probability, .. }
             | Objective::Replaced { probability, .. } => probability,
         };
         if (f64::MIN_POSITIVE..1e-6).contains(&probability) {
-            return Err(format!("`objective.probability` {probability} is less than 0.000001"));
+            return Err(format!("`objective.probability` {probability:?} is less than 0.000001"));
         }
         if !(probability > 0.0 && probability < 1.0) {
-            return Err(format!("`objective.probability` {probability} is not within 0 < p < 1"));
+            return Err(format!("`objective.probability` {probability:?} is not within 0 < p < 1"));
         }
         Ok(())
     }

@@ -433,11 +433,11 @@ mod tests {
             ("feature { int_domain { max: 9223372036854775808 } }", 1, 29, "out of range"),
             ("feature { name: 'a' name: 'b' }", 1, 27, "'name' is already set"),
             ("feature { name: 'a' later }", 1, 27, "expected"),
-            (deep.as_str(), 1, 407, "nested more than 100 deep"),
+            (deep.as_str(), 1, 408, "nested more than 100 deep"),
         ] {
             let error = parse(&descriptor(), text).unwrap_err();
-            assert!(error.message.contains(message), "{text}: {error}");
-            assert_eq!((error.line, error.column), (line, column), "{text}: {error}");
+            assert!(error.message.contains(message), "{text:.60}: {error}");
+            assert_eq!((error.line, error.column), (line, column), "{text:.60}: {error}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What every request passes, over either protocol: the API key, compression, the length of its body, the memory of all
-//! bodies, and the clock.
+//! What every request passes, over either protocol: the API key, compression, the length of its
+//! body, the memory of all bodies, and the clock.
 
 use std::collections::HashSet;
 use std::path::Path;

@@ -122,8 +122,8 @@ fn unreadable(json: &[u8], error: &serde_json::Error) -> Fault {
     let path = found.path().to_string();
     if found.inner().to_string().starts_with("duplicate field") {
         return Fault::invalid(format!(
-            "the body is not a request: a key is given twice in {}, at {place}",
-            quoted(&path)
+            "the body is not a request: a key is given twice{}, at {place}",
+            if path == "." { String::new() } else { format!(" in {}", quoted(&path)) }
         ));
     }
     let last = found.path().iter().rev().find_map(|segment| match segment {
@@ -308,6 +308,10 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
         })?,
     };
     let (json, mut binary) = body.split_at(length);
+    // Lists of the same values would be read, too.
+    if json.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
+        return Err(Fault::invalid("the body must be an object with `inputs`, not a list"));
+    }
     let parsed: Body<'_> = serde_json::from_slice(json).map_err(|error| unreadable(json, &error))?;
     let lacks = |what: &str| Fault::invalid(format!("the request lacks {what}"));
     let given = parsed.inputs.ok_or_else(|| lacks("`inputs`"))?;
@@ -529,7 +533,8 @@ mod tests {
         for (body, message) in [
             (String::new(), "the body is not JSON: it ends early, at line 1, column 0"),
             ("{inputs}".to_owned(), "the body is not JSON, at line 1, column 2"),
-            ("[]".to_owned(), "the body must be an object with `inputs`, at line 1, column"),
+            ("[]".to_owned(), "the body must be an object with `inputs`, not a list"),
+            ("7".to_owned(), "the body must be an object with `inputs`, at line 1, column 1"),
             ("{}".to_owned(), "the request lacks `inputs`"),
             (r#"{"inputs":7}"#.to_owned(), "`inputs` must be a list of objects, at line 1"),
             (r#"{"inputs":[7]}"#.to_owned(), "`inputs[0]` must be an object, at line 1"),

@@ -40,7 +40,8 @@ pub fn timeout(value: &Parameter) -> Result<Option<Duration>, Fault> {
     }
 }
 
-/// Refuses a parameter whose name Triton keeps for itself. Others that no model looks for are ignored.
+/// Refuses a parameter whose name Triton keeps for itself. Others that no model looks for are
+/// ignored.
 ///
 /// # Errors
 /// Says so.

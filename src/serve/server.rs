@@ -103,9 +103,9 @@ pub struct Addresses {
     pub grpc: SocketAddr,
 }
 
-/// Serves until SIGTERM or SIGINT, and then answers what it has begun; a second one ends it at once. SIGHUP loads again
-/// what has changed.
-/// `listening` is called when models are loaded and clients may come.
+/// Serves until SIGTERM or SIGINT, and then answers what it has begun; a second one ends it at
+/// once. SIGHUP loads again what has changed. `listening` is called when models are loaded and
+/// clients may come.
 ///
 /// # Errors
 /// See [`ServeError`].

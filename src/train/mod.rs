@@ -179,7 +179,7 @@ impl Config {
         positive.into_iter().try_for_each(|(key, value, most)| check_count(key, value, most))?;
         if !self.global_batch.is_multiple_of(self.micro_batch) {
             return Err(format!(
-                "`global_batch` {} is not a whole number of micro-batches of {}",
+                "`global_batch` {} is not a whole number of micro-batches of {} (`micro_batch`)",
                 self.global_batch, self.micro_batch
             ));
         }

@@ -95,17 +95,17 @@ impl LossConfig {
     pub fn check(&self) -> Result<(), String> {
         match *self {
             Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => {
-                Err(format!("`loss.label_smoothing` {label_smoothing} is not within 0 <= share < 1"))
+                Err(format!("`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"))
             }
             Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. } if n_negatives < 1 => {
                 Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
             }
             // Beyond, a power of an occurrence is infinite or 0.
             Self::Sampled { power, .. } if !(-10.0..=10.0).contains(&power) => {
-                Err(format!("`loss.power` cannot be {power}"))
+                Err(format!("`loss.power` cannot be {power:?}"))
             }
             Self::Gbce { calibration, .. } if !(0.0..=1.0).contains(&calibration) => {
-                Err(format!("`loss.calibration` {calibration} is not within 0 to 1"))
+                Err(format!("`loss.calibration` {calibration:?} is not within 0 to 1"))
             }
             _ => Ok(()),
         }
