@@ -2,8 +2,10 @@
 //!
 //! | module | purpose |
 //! | --- | --- |
+//! | [`console`] | output whose loss never ends work |
 //! | [`message`] | text from files, requests and libraries in messages of one line |
 //! | [`lock`] | one process at a time writes to an output |
 
+pub mod console;
 pub mod lock;
 pub mod message;
