@@ -1,4 +1,12 @@
-//! What the outside asks of a running job: SIGUSR1 asks for a checkpoint, SIGUSR2 and SIGTERM for a checkpoint and the end.
+//! What the outside asks of a running job.
+//!
+//! | signal | request |
+//! | --- | --- |
+//! | SIGUSR1 | a checkpoint |
+//! | SIGUSR2 | a checkpoint, then the end |
+//! | SIGTERM, SIGINT, SIGHUP | the same; a second SIGTERM or SIGINT ends a process without a launcher at once |
+//!
+//! SIGINT and SIGHUP that were ignored at the start stay ignored: `nohup`, and jobs in the background of a script.
 //!
 //! A signal only sets a flag. The ranks' flags are added up with the gradients, so that all act after the same step,
 //! whichever rank got the signal.
@@ -6,9 +14,19 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGTERM, SIGUSR1, SIGUSR2};
+use bireme_base::console;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::flag::register;
+use signal_hook::iterator::Signals as Incoming;
+use signal_hook::low_level::emulate_default_handler;
+
+use crate::collective;
+
+/// Within this time a signal repeats the one before: `timeout` signals the process and then its group.
+const SAME_REQUEST: Duration = Duration::from_millis(100);
 
 /// The flags of this rank.
 #[derive(Clone, Debug, Default)]
@@ -26,7 +44,14 @@ impl Signals {
         let signals = Self::default();
         register(SIGUSR1, signals.save.clone())?;
         register(SIGUSR2, signals.stop.clone())?;
-        register(SIGTERM, signals.stop.clone())?;
+        let ignored = ignored_signals();
+        let heard = [SIGTERM, SIGINT, SIGHUP].into_iter();
+        let heard = heard.filter(|&signal| signal == SIGTERM || ignored & (1 << (signal - 1)) == 0);
+        let incoming = Incoming::new(heard)?;
+        let stop = signals.stop.clone();
+        // A launcher signals its ranks several times, and ends them itself.
+        let is_alone = !collective::is_launched();
+        thread::Builder::new().name("signals".to_owned()).spawn(move || wait(incoming, &stop, is_alone))?;
         Ok(signals)
     }
 
@@ -43,5 +68,47 @@ impl Signals {
     /// Whether the end was asked for.
     pub(super) fn stop(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Sets the flag at the first signal. At a second one from a person the process ends as if nothing had been registered.
+fn wait(mut incoming: Incoming, stop: &AtomicBool, is_alone: bool) {
+    let mut first: Option<Instant> = None;
+    for signal in incoming.forever() {
+        stop.store(true, Ordering::Relaxed);
+        // A terminal that closes sends SIGHUP, and its shell sends it again.
+        if signal == SIGHUP || !is_alone {
+            continue;
+        }
+        match first {
+            None => {
+                first = Some(Instant::now());
+                console::log("stopping after a checkpoint; a second signal ends the run at once");
+            }
+            Some(first) if first.elapsed() > SAME_REQUEST => {
+                // It returns only where the system refuses; the run then stops after a checkpoint.
+                let _ = emulate_default_handler(signal);
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+/// The signals that this process ignores, a bit each; none where the system does not say.
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_signals_are_known() {
+        // The Rust runtime ignores SIGPIPE.
+        assert_ne!(ignored_signals() & (1 << (signal_hook::consts::SIGPIPE - 1)), 0);
+        assert_eq!(ignored_signals() & (1 << (SIGTERM - 1)), 0);
     }
 }
