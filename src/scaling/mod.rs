@@ -13,6 +13,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bireme_base::lock::{Lock, LockError};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{CheckpointError, Checkpoints};
@@ -30,6 +31,12 @@ pub use write::{TABLE, write};
 
 /// Steps that are run before those that count.
 const WARM_UP: usize = 3;
+
+/// What a measurement leaves in its folder before it is done.
+const UNFINISHED: [&str; 3] = ["runs", "doctor.json", "doctor.log"];
+
+/// The file in the folder that is locked.
+const LOCK: &str = ".lock";
 
 /// Ranks that are predicted.
 const PREDICTED_RANKS: [usize; 3] = [8, 64, 512];
@@ -89,6 +96,14 @@ pub enum ScalingError {
     /// The folder holds something.
     #[error("`{0}` is not empty: choose another `--out`")]
     Taken(PathBuf),
+    /// Another process writes to the folder.
+    #[error("cannot write to `{path}`")]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+        /// By whom.
+        source: LockError,
+    },
     /// A run.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -117,6 +132,14 @@ pub enum ScalingError {
 }
 
 impl ScalingError {
+    /// What to look at.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Launch(error) => error.hint(),
+            _ => None,
+        }
+    }
+
     /// 2 where nothing was begun, 1 otherwise.
     pub fn exit_code(&self) -> i32 {
         match self {
@@ -125,7 +148,9 @@ impl ScalingError {
             | Self::Ranks { .. }
             | Self::Counts
             | Self::Launched
+            | Self::InUse { .. }
             | Self::Taken(_) => 2,
+            Self::Launch(error) if error.is_refusal() => 2,
             Self::Launch(_)
             | Self::Record { .. }
             | Self::Checkpoint(_)
@@ -240,12 +265,14 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     ranks.push(1);
     ranks.sort_unstable();
     ranks.dedup();
-    if fs::read_dir(&options.out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(ScalingError::Taken(options.out.clone()));
-    }
-    io_at(&options.out, fs::create_dir_all(&options.out))?;
+    options.launch.check()?;
+    let lock = take_folder(&options.out, tell)?;
 
     let most = ranks[ranks.len() - 1];
+    let n_cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if options.launch.launcher == Launcher::Mpirun && options.launch.hosts.is_none() && most > n_cores {
+        tell(&format!("warning: {most} ranks share {n_cores} cores if all start on this host"));
+    }
     let found = options.examine(most, config.run.device)?;
     let link = Link::fit(&found);
     let threads_per_rank = match found.device.as_str() {
@@ -329,7 +356,32 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     let predictions = predictions.map(|job| model.predict(job)).collect();
     let first = Measured { phases: whole.phases.clone(), command: whole.command.clone(), ..whole };
     points.insert(0, point(alone, first));
+    drop(lock);
+    let lock = options.out.join(LOCK);
+    io_at(&lock, fs::remove_file(&lock))?;
     Ok(Scaling { title: config.title(), device: found.device, threads_per_rank, points, model, predictions })
+}
+
+/// Makes the folder, or removes from it what an interrupted measurement left, and keeps others from writing to it.
+fn take_folder(out: &Path, tell: &mut dyn FnMut(&str)) -> Result<Lock, ScalingError> {
+    let mut left = Vec::new();
+    for entry in fs::read_dir(out).into_iter().flatten().flatten() {
+        match entry.file_name().to_str() {
+            Some(LOCK) => {}
+            Some(name) if UNFINISHED.contains(&name) => left.push(entry.path()),
+            _ => return Err(ScalingError::Taken(out.to_owned())),
+        }
+    }
+    io_at(out, fs::create_dir_all(out))?;
+    let in_use = |source| ScalingError::InUse { path: out.to_owned(), source };
+    let lock = Lock::acquire(&out.join(LOCK)).map_err(in_use)?;
+    if !left.is_empty() {
+        tell(&format!("`{}` holds an unfinished measurement, which is removed", out.display()));
+    }
+    for path in left {
+        io_at(&path, if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) })?;
+    }
+    Ok(lock)
 }
 
 fn calibrate(
