@@ -3,9 +3,12 @@
 //! Each component owns its section and the defaults of its fields; here they are gathered, and every key that no
 //! component knows is refused with the nearest that one does.
 
+mod problem;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use bireme_base::message::{quoted, single_line};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -80,12 +83,24 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not TOML.
-    #[error("`{path}` is not valid TOML")]
+    #[error("`{path}` is not valid TOML: line {line}, column {column}: {problem}")]
     Toml {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        source: Box<toml::de::Error>,
+        /// From 1.
+        line: usize,
+        /// From 1, in characters.
+        column: usize,
+        /// What is wrong there.
+        problem: String,
+    },
+    /// What is wrong in a file.
+    #[error("`{path}`: {source}")]
+    In {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<Self>,
     },
     /// A section or key that does not exist.
     #[error("unknown key `{key}` in the configuration{}", nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default())]
@@ -95,7 +110,15 @@ pub enum ConfigError {
         /// The nearest key that exists, if any is near.
         nearest: Option<String>,
     },
-    /// A key that exists, with a value it cannot have, or a required one that is missing.
+    /// A key with a value of another type, or that is none of the key's, or a required one that is missing.
+    #[error("`{key}` {problem}")]
+    Key {
+        /// With its section, or the section itself.
+        key: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A section whose keys do not fit each other, or a number out of its range.
     #[error("section `[{section}]` of the configuration: {problem}")]
     Value {
         /// The section.
@@ -104,8 +127,19 @@ pub enum ConfigError {
         problem: String,
     },
     /// `--set` without `section.key=value`.
-    #[error("`--set {0}` is not of the form `section.key=value`")]
+    #[error("{} is not of the form `section.key=value`", set_option(.0))]
     Set(String),
+}
+
+impl ConfigError {
+    /// The section or key that is wrong, if one is.
+    fn key(&self) -> Option<&str> {
+        match self {
+            Self::UnknownKey { key, .. } | Self::Key { key, .. } => Some(key),
+            Self::Value { section, .. } => Some(section),
+            _ => None,
+        }
+    }
 }
 
 impl Config {
@@ -116,13 +150,21 @@ impl Config {
     pub fn load(path: &Path, assignments: &[String]) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let mut table: Table = text
-            .parse()
-            .map_err(|source| ConfigError::Toml { path: path.to_owned(), source: Box::new(source) })?;
-        for assignment in assignments {
-            assign(&mut table, assignment)?;
-        }
-        Self::resolve(table)
+        let mut table: Table = text.parse().map_err(|error| invalid_toml(path, &text, &error))?;
+        let assigned: Vec<&str> =
+            assignments.iter().map(|assignment| assign(&mut table, assignment)).collect::<Result<_, _>>()?;
+        let is_assigned = |key: &str| {
+            let is_inside = |inner: &str, outer: &str| {
+                inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            };
+            assigned.iter().any(|assigned| is_inside(assigned, key) || is_inside(key, assigned))
+        };
+        Self::resolve(table).map_err(|error| match error.key() {
+            Some(key) if !is_assigned(key) => {
+                ConfigError::In { path: path.to_owned(), source: Box::new(error) }
+            }
+            _ => error,
+        })
     }
 
     fn resolve(mut table: Table) -> Result<Self, ConfigError> {
@@ -270,42 +312,24 @@ fn flatten(prefix: &str, value: &Value, keys: &mut BTreeMap<String, String>) {
 
 fn section<T: DeserializeOwned>(table: &mut Table, name: &str) -> Result<T, ConfigError> {
     let value = table.remove(name).unwrap_or_else(|| Value::Table(Table::new()));
-    value.clone().try_into().map_err(|error: toml::de::Error| {
-        let message = error.message();
-        let mut quoted = message.split('`').skip(1).step_by(2);
-        match (message.starts_with("unknown field"), quoted.next()) {
-            (true, Some(key)) => ConfigError::UnknownKey {
-                key: format!("{name}.{key}"),
-                nearest: nearest(key, quoted).map(|near| format!("{name}.{near}")),
-            },
-            _ => {
-                let key = culprit::<T>(&value, message).map_or(String::new(), |key| format!("`{key}`: "));
-                ConfigError::Value { section: name.to_owned(), problem: format!("{key}{message}") }
-            }
-        }
-    })
+    value
+        .clone()
+        .try_into()
+        .map_err(|error: toml::de::Error| problem::find::<T>(name, &value, error.message()))
 }
 
-/// The key of a section without which an error would be another: the key that it is about. Serde does not name it where
-/// sections are enums.
-fn culprit<T: DeserializeOwned>(section: &Value, message: &str) -> Option<String> {
-    let mut keys = BTreeMap::new();
-    flatten("", section, &mut keys);
-    let mut keys: Vec<String> = keys.into_keys().collect();
-    // Without the key that chooses a variant there is always another error.
-    keys.sort_by_key(|key| key.rsplit('.').next() == Some("kind"));
-    keys.into_iter().find(|key| {
-        let mut without = section.clone();
-        let path: Vec<&str> = key.split('.').collect();
-        let (last, tables) = path.split_last().expect("a key has a part");
-        let mut inner = Some(&mut without);
-        for table in tables {
-            inner = inner.and_then(|inner| inner.get_mut(*table));
-        }
-        let removed = inner.and_then(Value::as_table_mut).and_then(|table| table.remove(*last));
-        let other = without.try_into::<T>().err();
-        removed.is_some() && other.is_none_or(|other| other.message() != message)
-    })
+/// Where a text is not TOML, and why, on one line.
+fn invalid_toml(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let at = error.span().map_or(0, |span| span.start);
+    let before = text.get(..at).unwrap_or(text);
+    let (line, start) = (before.matches('\n').count() + 1, before.rfind('\n').map_or(0, |end| end + 1));
+    let column = before[start..].chars().count() + 1;
+    ConfigError::Toml { path: path.to_owned(), line, column, problem: single_line(error.message()) }
+}
+
+/// `--set` with its assignment, as a message quotes it.
+fn set_option(assignment: &str) -> String {
+    quoted(&format!("--set {assignment}"))
 }
 
 fn nearest<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
@@ -317,21 +341,213 @@ fn nearest<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> Option<St
         .map(|(_, candidate)| candidate.to_owned())
 }
 
-/// Applies `section.key=value`, where a key may have further dots; a value that is not TOML is taken as a string.
-fn assign(table: &mut Table, assignment: &str) -> Result<(), ConfigError> {
+/// Applies `section.key=value`, where a key may have further dots; a value that is not TOML is taken as a string. Returns the key.
+fn assign<'a>(table: &mut Table, assignment: &'a str) -> Result<&'a str, ConfigError> {
     let malformed = || ConfigError::Set(assignment.to_owned());
-    let (key, value) = assignment.split_once('=').ok_or_else(malformed)?;
-    let (path, key) = key.trim().rsplit_once('.').ok_or_else(malformed)?;
-    let value = format!("value = {value}")
-        .parse::<Table>()
-        .ok()
+    let (whole, value) = assignment.split_once('=').ok_or_else(malformed)?;
+    let whole = whole.trim();
+    let (path, key) = whole.rsplit_once('.').ok_or_else(malformed)?;
+    if whole.split('.').any(str::is_empty) {
+        return Err(malformed());
+    }
+    // A line break would begin another key.
+    let parsed = format!("value = {value}").parse::<Table>().ok().filter(|parsed| parsed.len() == 1);
+    let value = parsed
         .and_then(|mut parsed| parsed.remove("value"))
         .unwrap_or_else(|| Value::String(value.to_owned()));
     let mut inner = table;
+    let mut end = 0;
     for part in path.split('.') {
+        end += part.len();
         let entry = inner.entry(part.to_owned()).or_insert_with(|| Value::Table(Table::new()));
-        inner = entry.as_table_mut().ok_or_else(malformed)?;
+        let found = problem::describe(entry);
+        inner = entry.as_table_mut().ok_or_else(|| ConfigError::Key {
+            key: path[..end].to_owned(),
+            problem: format!("is {found}, and {} sets a key in it", set_option(assignment)),
+        })?;
+        end += 1;
     }
     inner.insert(key.to_owned(), value);
-    Ok(())
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = "[data]\nfirst_day = 1\nlast_day = 3\n[model]\nkind = \"gru\"\n";
+
+    fn load(text: &str, assignments: &[&str]) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, text).unwrap();
+        let assignments: Vec<String> = assignments.iter().map(|&text| text.to_owned()).collect();
+        Config::load(&path, &assignments)
+            .map_err(|error| bireme_base::message::chain(&error).replace(path.to_str().unwrap(), "c.toml"))
+    }
+
+    #[track_caller]
+    fn refused(text: &str, assignments: &[&str]) -> String {
+        load(text, assignments).unwrap_err()
+    }
+
+    #[test]
+    fn a_value_of_another_type_is_named_with_its_key_and_what_it_may_be() {
+        for (assignment, message) in [
+            (
+                "train.micro_batch=x",
+                "`train.micro_batch` must be a whole number from 0 on, not the string `x`",
+            ),
+            (
+                "train.micro_batch=-1",
+                "`train.micro_batch` must be a whole number from 0 on, not the number -1",
+            ),
+            (
+                "train.micro_batch=8.0",
+                "`train.micro_batch` must be a whole number from 0 on, not the number 8.0",
+            ),
+            (
+                "run.seed=99999999999999999999",
+                "`run.seed` is too large for a 64-bit integer: `99999999999999999999`",
+            ),
+            ("train.learning_rate={a=1}", "`train.learning_rate` must be a number, not a table"),
+            ("train.time_phases=1", "`train.time_phases` must be `true` or `false`, not the number 1"),
+            ("data.features=3", "`data.features` must be a list, not the number 3"),
+            ("data.features=[3]", "`data.features` is a list with a value that is not a string"),
+            ("run.device=gpu", "`run.device` cannot be `gpu`; it is one of `auto`, `cpu`, `cuda`"),
+            ("run.device=3", "`run.device` must be one of `auto`, `cpu`, `cuda`, not the number 3"),
+            ("run.device=[]", "`run.device` must be one of `auto`, `cpu`, `cuda`, not a list"),
+            (
+                "train.tables=3",
+                "`train.tables` must be a table like `{ kind = \"adamw\" }` with one of `adamw`, `lazy_adamw`, `adagrad`, \
+                 not the number 3",
+            ),
+            (
+                "train.loss={kind=\"x\"}",
+                "`train.loss.kind` cannot be `x`; it is one of `softmax`, `sampled`, `gbce`",
+            ),
+            ("train.loss={kind=\"sampled\"}", "`train.loss.n_negatives` is missing"),
+            ("train.loss={}", "`train.loss.kind` is missing; it is one of `softmax`, `sampled`, `gbce`"),
+            (
+                "train.loss={kind=\"sampled\", n_negatives=\"x\"}",
+                "`train.loss.n_negatives` must be a whole number, not the string `x`",
+            ),
+            (
+                "model.input.continuous.width=3",
+                "`c.toml`: `model.input.continuous.kind` is missing; it is one of `raw`, `projected`, `soft_one_hot`",
+            ),
+            (
+                "model.input.item_width=a",
+                "`model.input.item_width` must be a whole number, not the string `a`",
+            ),
+            (
+                "model.kind=lstm",
+                "`model.kind` cannot be `lstm`; it is one of `gru`, `xlnet`, `popularity`, `recent`, `markov`, `vsknn`",
+            ),
+            (
+                "model.inptu.item_width=3",
+                "unknown key `model.inptu` in the configuration: did you mean `model.input`?",
+            ),
+            (
+                "model.input.item_with=3",
+                "unknown key `model.input.item_with` in the configuration: did you mean `model.input.item_width`?",
+            ),
+            ("run.device.x=3", "`--set run.device.x=3` is not of the form `section.key=value`"),
+            ("run..x=3", "`--set run..x=3` is not of the form `section.key=value`"),
+            ("run=3", "`--set run=3` is not of the form `section.key=value`"),
+            (
+                "train.micro_batch=8\ntrain.x=3",
+                "`train.micro_batch` must be a whole number from 0 on, not the string `8\\ntrain.x=3`",
+            ),
+            (
+                "checkpoint.keep_best=loss",
+                "`checkpoint.keep_best` cannot be `loss`; it is one of `ndcg_at_10`, `ndcg_at_20`, `recall_at_10`, \
+                 `recall_at_20`, `mrr_at_20`",
+            ),
+        ] {
+            if assignment.starts_with("run.device.x") {
+                let text = format!("[run]\ndevice = \"cpu\"\n{LEAST}");
+                assert_eq!(
+                    refused(&text, &[assignment]),
+                    "`run.device` is the string `cpu`, and `--set run.device.x=3` sets a key in it"
+                );
+                continue;
+            }
+            assert_eq!(refused(LEAST, &[assignment]), message);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_in_the_file_is_named_with_the_file() {
+        for (text, message) in [
+            ("model = 5\n", "`model` must be a table like"),
+            ("[[model]]\n", "`model` must be a table like"),
+            ("train = \"x\"\n", "`train` must be a table, not the string `x`"),
+            ("[model]\nn_layers = 3\n", "`model.kind` is missing; it is one of `gru`"),
+            (
+                "[train]\nmicro_batch = \"a\"\nglobal_batch = \"a\"\n",
+                "`train.global_batch` must be a whole number",
+            ),
+            ("[run]\ndevice = 1979-05-27\n", "`run.device` must be one of `auto`, `cpu`, `cuda`, not a date"),
+        ] {
+            let lacking =
+                if text.contains("model") { "[data]\nfirst_day = 1\nlast_day = 3\n" } else { LEAST };
+            let told = refused(&format!("{text}{lacking}"), &[]);
+            assert!(told.starts_with(&format!("`c.toml`: {message}")), "{told}");
+        }
+        let told = refused(&format!("{LEAST}[train]\nx = 1"), &["train.micro_batch=8"]);
+        assert!(told.starts_with("`c.toml`: unknown key `train.x` in the configuration"), "{told}");
+    }
+
+    #[test]
+    fn what_is_not_toml_is_named_with_line_and_column() {
+        for (text, place) in [
+            ("[run\n", "line 1, column 5: "),
+            ("[run]\nseed = \n", "line 2, column 8: "),
+            ("# größer\n[run]\nseed 1\n", "line 3, column 6: "),
+            ("[run]\nseed = 1\nseed = 2\n", "line 3, column 1: duplicate key"),
+        ] {
+            let told = refused(text, &[]);
+            assert!(told.starts_with(&format!("`c.toml` is not valid TOML: {place}")), "{told}");
+            assert!(!told.contains('\n'), "{told}");
+        }
+    }
+
+    #[test]
+    fn no_key_is_refused_in_words_of_serde() {
+        let wrong = [
+            "\"x\"",
+            "-1",
+            "1.5",
+            "true",
+            "[\"x\"]",
+            "[{}]",
+            "{ a = 1 }",
+            "{ kind = 1 }",
+            "{ kind = \"x\" }",
+            "1979-05-27",
+        ];
+        let of_serde = [
+            "invalid", "struct", "enum", "usize", "u64", "i64", "f64", "variant", "sequence", "map",
+            "expected",
+        ];
+        for kind in ["gru", "xlnet", "vsknn"] {
+            let config = load(LEAST, &[&format!("model.kind={kind}")]).unwrap();
+            let text = config.to_toml();
+            let mut keys = BTreeMap::new();
+            flatten("", &Value::try_from(&config).unwrap(), &mut keys);
+            let optional =
+                ["train.max_steps_per_day", "train.logits_mib", "checkpoint.keep_best", "train.non_finite"];
+            for key in keys.keys().map(String::as_str).chain(optional) {
+                for value in wrong {
+                    let Err(told) = load(&text, &[&format!("{key}={value}")]) else { continue };
+                    let last = key.rsplit('.').next().unwrap();
+                    assert!(told.contains(last) || told.contains(key), "{key}={value}: {told}");
+                    let words: Vec<&str> = told.split(|c: char| !c.is_alphanumeric()).collect();
+                    assert!(!of_serde.iter().any(|word| words.contains(word)), "{key}={value}: {told}");
+                    assert!(told.chars().count() <= 300, "{told}");
+                }
+            }
+        }
+    }
 }

@@ -1,8 +1,10 @@
 //! What a job would find: versions, seats, the speed of arithmetic, of the ranks' talk and of the file system, clocks; and
 //! what to change.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -51,6 +53,43 @@ pub struct AllReduce {
     pub bytes: f64,
     /// On the slowest rank.
     pub seconds: f64,
+}
+
+/// A folder whose file system cannot be tried.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// It cannot be looked at.
+    #[error("cannot open the folder `{path}`")]
+    Open {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is something else.
+    #[error("`{0}` is not a folder")]
+    NotAFolder(PathBuf),
+    /// No file can be created in it.
+    #[error("cannot write to the folder `{path}`")]
+    Write {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Whether `dir` is a folder that can be written.
+///
+/// # Errors
+/// It is not.
+pub fn check_folder(dir: &Path) -> Result<(), FolderError> {
+    let path = || dir.to_owned();
+    let metadata = fs::metadata(dir).map_err(|source| FolderError::Open { path: path(), source })?;
+    if !metadata.is_dir() {
+        return Err(FolderError::NotAFolder(path()));
+    }
+    tempfile::tempfile_in(dir).map(drop).map_err(|source| FolderError::Write { path: path(), source })
 }
 
 /// *All ranks.* Looks at the job as it was started, and at the file system of `dir`.
@@ -143,13 +182,17 @@ impl Findings {
     /// *All ranks.* How fast rank 0 writes to and reads from a folder, and whether the others see it.
     fn file_system(&mut self, dir: &Path, collective: &dyn Collective) -> Result<(), CollectiveError> {
         let path = dir.join(format!(".bireme-doctor-{}", std::process::id()));
-        let path = collective.broadcast_bytes(path.to_string_lossy().into_owned().into_bytes(), 0)?;
-        let path = PathBuf::from(String::from_utf8_lossy(&path).into_owned());
-        let tried = collective.root().map(|_| write_and_read(&path));
+        let path = collective.broadcast_bytes(path.as_os_str().as_bytes().to_owned(), 0)?;
+        let path = PathBuf::from(OsString::from_vec(path));
+        // The large file has no name, so that nothing of it is left if the command is interrupted. The empty one is for the
+        // other ranks.
+        let tried = collective
+            .root()
+            .map(|_| write_and_read(dir).and_then(|rates| File::create(&path).map(|_| rates)));
         collective.barrier()?;
         let is_seen = collective.gather(&[i64::from(path.exists())])?;
         if collective.root().is_some() {
-            // What cannot be removed was told already.
+            // A failure to create it is reported below.
             let _ = fs::remove_file(&path);
         }
         let name = dir.display();
@@ -219,16 +262,17 @@ fn median_seconds<E>(mut work: impl FnMut() -> Result<(), E>) -> Result<f64, E> 
 }
 
 /// Bytes a second, written to the disk and read again.
-fn write_and_read(path: &Path) -> io::Result<(f64, f64)> {
+fn write_and_read(dir: &Path) -> io::Result<(f64, f64)> {
     let bytes = vec![7; FILE_BYTES];
+    let mut file = tempfile::tempfile_in(dir)?;
     let begun = Instant::now();
-    let mut file = File::create(path)?;
     file.write_all(&bytes)?;
     file.sync_all()?;
     let write = begun.elapsed().as_secs_f64();
+    file.rewind()?;
     let begun = Instant::now();
     let mut read = Vec::with_capacity(FILE_BYTES);
-    File::open(path)?.read_to_end(&mut read)?;
+    file.read_to_end(&mut read)?;
     let rate = |seconds: f64| FILE_BYTES as f64 / seconds;
     Ok((rate(write), rate(begun.elapsed().as_secs_f64())))
 }
@@ -282,5 +326,19 @@ mod tests {
         let place = Place { device: Device::Cpu, n_threads: 1, warnings: Vec::new() };
         let found = threads::spawn(1, |collective| examine(&place, nowhere, collective).unwrap());
         assert!(found[0].advice.iter().any(|advice| advice.starts_with("`/proc/nowhere` cannot be written")));
+    }
+
+    #[test]
+    fn only_folders_that_can_be_written_are_tried() {
+        let dir = tempfile::tempdir().unwrap();
+        check_folder(dir.path()).unwrap();
+        assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let refused = |path: &Path| check_folder(path).unwrap_err().to_string();
+        assert_eq!(refused(&file), format!("`{}` is not a folder", file.display()));
+        assert!(refused(&dir.path().join("no/such")).starts_with("cannot open the folder"));
+        assert!(refused(Path::new("/proc/self")).starts_with("cannot write to the folder"));
+        assert!(!dir.path().join("no").exists());
     }
 }

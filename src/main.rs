@@ -61,12 +61,13 @@ type Texts = *const *const c_char;
 
 /// Who asks for help, or mistypes, is answered at once; then the program starts once more where the environment lacks something.
 extern "C" fn before_libraries(_: c_int, arguments: Texts, variables: Texts) {
+    keep_output_from_ending_work();
     let words = texts(arguments).into_iter().map(|word| {
         // SAFETY: it is a terminated text.
         OsStr::from_bytes(unsafe { CStr::from_ptr(word) }.to_bytes())
     });
     if let Err(answer) = Cli::try_parse_from(words) {
-        answer.exit();
+        std::process::exit(bireme::cli::answer(&answer));
     }
     let mut environment = texts(variables);
     let n_given = environment.len();
@@ -83,6 +84,23 @@ extern "C" fn before_libraries(_: c_int, arguments: Texts, variables: Texts) {
         environment.push(std::ptr::null());
         // SAFETY: texts, terminated as they should be. Where it fails the program goes on as it is.
         unsafe { libc::execve(program.as_ptr(), arguments, environment.as_ptr()) };
+    }
+}
+
+/// Output that cannot be written is an error of a call and not a signal, and libraries open none of their files in the place of a
+/// standard stream that was closed at the start.
+fn keep_output_from_ending_work() {
+    for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
+        // SAFETY: no handler is installed, and no other thread runs yet.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    for stream in 0..3 {
+        // SAFETY: the first call only asks; the second opens the lowest free descriptor, which is this one.
+        unsafe {
+            if libc::fcntl(stream, libc::F_GETFD) == -1 {
+                libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+            }
+        }
     }
 }
 

@@ -2,11 +2,13 @@
 //!
 //! | module | purpose |
 //! | --- | --- |
+//! | [`console`] | output whose loss never ends work |
 //! | [`message`] | text from files, requests and libraries in messages of one line |
 //! | [`lock`] | one process at a time writes to an output |
 //! | [`signal`] | whether a signal is ignored |
 //! | [`output`] | files and folders that appear under their name when they are complete |
 
+pub mod console;
 pub mod lock;
 pub mod message;
 pub mod output;

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use bireme_base::message;
 use serde::{Deserialize, Serialize};
 
 use crate::etl;
@@ -48,7 +49,7 @@ impl Manifest {
         };
         let manifest: Self = match serde_json::from_slice(&text) {
             Ok(manifest) => manifest,
-            Err(error) => return Some(format!("`{MANIFEST}`: {error}")),
+            Err(error) => return Some(format!("`{MANIFEST}`: {}", message::chain(&error))),
         };
         manifest.files.iter().find_map(|(file, written)| match Entry::of(&folder.join(file)) {
             Ok(found) if found == *written => None,

@@ -116,8 +116,10 @@ pub(super) fn bench(args: &BenchArgs) -> Result<(), Failure> {
     super::clean_up_on_signals()?;
     let Bench::Scaling(args) = &args.bench;
     let options = args.options().map_err(|error| Failure::refused(&error, None))?;
-    let failed =
-        |error: ScalingError| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) };
+    let failed = |error: ScalingError| Failure {
+        exit_code: error.exit_code(),
+        message: Some(explain(&error, error.hint().as_deref())),
+    };
     scaling::scaling(&options, &mut report::progress).map_err(failed)?;
     report::result(&options.out.join(scaling::TABLE).display().to_string());
     Ok(())

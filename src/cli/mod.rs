@@ -6,12 +6,14 @@ mod run_dir;
 
 use std::error::Error;
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::ops::RangeInclusive;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bireme_base::output::{self, OutputError, OutputFile};
+use bireme_base::{console, message};
 use bireme_serve::service::Limits;
 use bireme_serve::{Addresses, logs};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -511,14 +513,39 @@ impl Failure {
 }
 
 fn explain(error: &dyn Error, hint: Option<&str>) -> String {
-    let text = etl::chain(error);
+    let text = message::chain(error);
     hint.map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
 }
 
-/// Runs a command and returns its exit code.
+/// Prints the result of a command.
+fn print(text: &str) -> Result<(), Failure> {
+    report::output(text).map_err(|error| {
+        let message = format!("cannot write to the standard output: {error}");
+        Failure { exit_code: 1, message: Some(message) }
+    })
+}
+
+/// Prints what clap answers to the arguments, help or an error, and returns the exit code.
+pub fn answer(answer: &clap::Error) -> i32 {
+    let printed = answer.print().and_then(|()| io::stdout().flush());
+    match console::unless_closed(printed) {
+        Err(error) if !answer.use_stderr() => {
+            report::error(&format!("cannot write to the standard output: {error}"));
+            1
+        }
+        _ => answer.exit_code(),
+    }
+}
+
+/// Runs a command and returns its exit code. A panic is a failed run: exit code 1.
 pub fn run(cli: Cli) -> i32 {
+    panic::set_hook(Box::new(|panic| console::internal_error("", panic)));
+    panic::catch_unwind(AssertUnwindSafe(|| run_command(cli.command))).unwrap_or(1)
+}
+
+fn run_command(command: Command) -> i32 {
     // Where libtorch is refused memory it throws, and tch panics: an error like others.
-    let done = memory::catch(|| match cli.command {
+    let done = memory::catch(|| match command {
         Command::Synth(args) => synth(&args),
         Command::Preprocess(args) => preprocess(&args),
         Command::Train(args) => train(&args),
@@ -648,7 +675,7 @@ impl Job {
             let host = collective::host_name();
             let at =
                 self.collective.watch().map_or(String::new(), |watch| format!(", {}", watch.whereabouts()));
-            report::error(&format!("rank {rank} of {world_size} on {host}{at}: {message}"));
+            report::error(&format!("{message}: rank {rank} of {world_size} on {host}{at}"));
             self.collective.abort(1)
         })
     }
@@ -890,7 +917,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let save = args.save.then_some(args.run_dir.as_path());
     let record = job.end(run.evaluate(&job.config, save, collective))?;
     if job.collective.root().is_some() {
-        report::result(&serde_json::to_string(&record).expect("a record is JSON"));
+        print(&serde_json::to_string(&record).expect("a record is JSON"))?;
     }
     Ok(())
 }
@@ -933,20 +960,20 @@ fn report(args: &ReportArgs) -> Result<(), Failure> {
     for warning in &comparison.warnings {
         report::progress(&format!("warning: {warning}"));
     }
-    report::result(&args.out.join(report::PAGE).display().to_string());
-    Ok(())
+    print(&args.out.join(report::PAGE).display().to_string())
 }
 
 fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
     let (place, collective, ()) =
         join(|| Ok::<_, std::convert::Infallible>(((args.device.choice(), 0), ())))?;
+    let usable = collective.root().map_or(Ok(()), |_| doctor::check_folder(&args.dir));
+    agree(&*collective, usable, |_| None)?;
     let file = args.json.as_ref().filter(|_| collective.root().is_some());
     let file = file.map(|file| OutputFile::create(file, &mut report::progress)).transpose();
     let file = agree(&*collective, file, |_| None)?;
     let found = doctor::examine(&place, &args.dir, &*collective)
         .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
     if collective.root().is_some() {
-        report::result(&found.lines.join("\n"));
         for advice in &found.advice {
             report::progress(&format!("warning: {advice}"));
         }
@@ -956,6 +983,7 @@ fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
             file.write_all(json.as_bytes()).map_err(failed)?;
             file.publish()?;
         }
+        print(&found.lines.join("\n"))?;
     }
     Ok(())
 }

@@ -1,10 +1,43 @@
 //! What every backend checks before it moves a byte.
 
-use std::fmt::Debug;
+use tch::{Device, Kind, Tensor};
 
-use tch::{Kind, Tensor};
+use super::{Collective, CollectiveError, Reduce};
 
-use super::{Collective, CollectiveError};
+/// What a call says beside its tensor.
+#[derive(Clone, Copy)]
+pub(super) enum How {
+    Plain,
+    Reduce(Reduce),
+    /// Sent by this rank.
+    From(usize),
+    /// Without a tensor.
+    Barrier,
+}
+
+/// The data type as the program's messages name it.
+fn kind_name(kind: Kind) -> String {
+    match kind {
+        Kind::Uint8 => "u8".to_owned(),
+        Kind::Int64 => "i64".to_owned(),
+        Kind::Float => "f32".to_owned(),
+        Kind::Double => "f64".to_owned(),
+        Kind::BFloat16 => "bf16".to_owned(),
+        Kind::Half => "f16".to_owned(),
+        Kind::Int => "i32".to_owned(),
+        Kind::Bool => "bool".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+/// The device as the program's messages name it.
+pub(super) fn device_name(device: Device) -> String {
+    match device {
+        Device::Cpu => "the CPU".to_owned(),
+        Device::Cuda(gpu) => format!("GPU {gpu}"),
+        Device::Mps | Device::Vulkan => "another device".to_owned(),
+    }
+}
 
 /// One call as its error texts name it.
 #[derive(Clone, Copy)]
@@ -20,8 +53,16 @@ impl Call {
     }
 
     /// The call in words: ranks whose words differ have lost each other.
-    pub fn words(self, tensor: &Tensor, detail: impl Debug) -> String {
-        format!("`{}` ({detail:?}) of {} {:?} elements", self.name, tensor.numel(), tensor.kind())
+    pub fn words(self, tensor: &Tensor, how: How) -> String {
+        let how = match how {
+            How::Plain => String::new(),
+            How::Reduce(Reduce::Sum) => " (sum)".to_owned(),
+            How::Reduce(Reduce::Min) => " (minimum)".to_owned(),
+            How::Reduce(Reduce::Max) => " (maximum)".to_owned(),
+            How::From(root) => format!(" from rank {root}"),
+            How::Barrier => return format!("`{}`", self.name),
+        };
+        format!("`{}`{how} of {} {} elements", self.name, tensor.numel(), kind_name(tensor.kind()))
     }
 
     /// Every rank came with the same words, here in rank order.
@@ -31,7 +72,7 @@ impl Call {
         all: impl IntoIterator<Item = &'a str>,
     ) -> Result<(), CollectiveError> {
         match all.into_iter().enumerate().find(|(_, other)| *other != mine) {
-            Some((rank, other)) => Err(self.refuse(format!("came to {mine}, but rank {rank} to {other}"))),
+            Some((rank, other)) => Err(self.refuse(format!("called {mine}, but rank {rank} called {other}"))),
             None => Ok(()),
         }
     }
@@ -44,9 +85,10 @@ impl Call {
     /// A contiguous tensor of a kind that every backend carries.
     pub fn check(self, tensor: &Tensor) -> Result<(), CollectiveError> {
         if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64 | Kind::Uint8) {
-            return Err(
-                self.refuse(format!("takes f32, f64, bf16, i64 or u8 tensors, not {:?}", tensor.kind()))
-            );
+            return Err(self.refuse(format!(
+                "takes f32, f64, bf16, i64 or u8 tensors, not {}",
+                kind_name(tensor.kind())
+            )));
         }
         if !tensor.is_contiguous() {
             let (size, stride) = (tensor.size(), tensor.stride());
@@ -72,11 +114,11 @@ impl Call {
         self.check(whole)?;
         if (part.kind(), part.device()) != (whole.kind(), whole.device()) {
             return Err(self.refuse(format!(
-                "the part is {:?} on {:?}, the whole {:?} on {:?}",
-                part.kind(),
-                part.device(),
-                whole.kind(),
-                whole.device()
+                "the part is {} on {}, the whole {} on {}",
+                kind_name(part.kind()),
+                device_name(part.device()),
+                kind_name(whole.kind()),
+                device_name(whole.device())
             )));
         }
         if part.numel() * self.world_size != whole.numel() {

@@ -201,7 +201,7 @@ impl dyn Collective + '_ {
         let mine = match tried {
             Ok(value) if rank == world_size => return Ok(value),
             Ok(_) => String::new(),
-            Err(error) => crate::etl::chain(&error),
+            Err(error) => bireme_base::message::chain(&error),
         };
         let message = self.broadcast_bytes(mine.into_bytes(), rank)?;
         let message = String::from_utf8_lossy(&message).into_owned();

@@ -1,14 +1,13 @@
 //! Ranks as processes: MPI moves tensors between host memories.
 
-use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::fmt::Debug;
 use std::io::Write;
 use std::panic::{PanicHookInfo, resume_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bireme_base::console;
 use mpi::datatype::Equivalence;
 use mpi::environment::Universe;
 use mpi::ffi;
@@ -17,6 +16,7 @@ use mpi::traits::{AsRaw, CommunicatorCollectives};
 use tch::{Device, Kind, Tensor};
 
 use super::bf16::Operations;
+use super::call::{How, device_name};
 use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce, Work, host_name};
 use crate::device::{has_free_core, memory};
@@ -114,8 +114,8 @@ impl Mpi {
     fn check_host(&self, call: Call, tensor: &Tensor) -> Result<(), CollectiveError> {
         if tensor.device() != Device::Cpu {
             return Err(call.refuse(format!(
-                "the tensor lies on {:?}, and MPI carries host memory; `on_device` adds NCCL for the others",
-                tensor.device()
+                "the tensor lies on {}, and MPI carries host memory; `on_device` adds NCCL for the others",
+                device_name(tensor.device())
             )));
         }
         Ok(())
@@ -124,8 +124,8 @@ impl Mpi {
     /// *All ranks.* Makes sure that all came to the same call, which is over when what this returns is dropped. MPI itself
     /// does not: given unequal sizes, Open MPI wrote past the end of the shorter buffer. Rank 0 takes all that the ranks
     /// came for, so that it knows who is missing, and tells it to all.
-    fn meet(&self, call: Call, tensor: &Tensor, detail: impl Debug) -> Result<Watched<'_>, CollectiveError> {
-        let words = call.words(tensor, detail);
+    fn meet(&self, call: Call, tensor: &Tensor, how: How) -> Result<Watched<'_>, CollectiveError> {
+        let words = call.words(tensor, how);
         let watched = self.watch.begin_met(words.clone());
         let mine = padded::<WORDS_BYTES>(&words);
         let mut inbox = self.inbox.borrow_mut();
@@ -269,18 +269,14 @@ fn end_late_job() -> ! {
 }
 
 /// The end of the job after a panic: dropping [`Mpi`] would wait for ranks that wait for this one.
-fn end_job(rank: &str, watch: &Watch, panic: &PanicHookInfo) {
+fn end_job(rank: &str, watch: &Watch, panic: &PanicHookInfo<'_>) {
     let thread = thread::current();
     let thread = thread.name().unwrap_or("unnamed");
-    let backtrace = Backtrace::capture();
-    let backtrace = match backtrace.status() {
-        BacktraceStatus::Captured => format!("\n{backtrace}"),
-        _ => String::new(),
-    };
-    let what = memory::refused(panic.payload()).unwrap_or_else(|| format!("{panic}{backtrace}"));
-    // One write, so that the lines of several ranks do not mix; nobody is left to tell if it fails.
-    let text = format!("{rank}, thread `{thread}`, {}: {what}\n", watch.whereabouts());
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    let place = format!("{rank}, thread `{thread}`, {}", watch.whereabouts());
+    match memory::refused(panic.payload()) {
+        Some(refused) => console::log(&format!("{place}: {refused}")),
+        None => console::internal_error(&place, panic),
+    }
     abort(1)
 }
 
@@ -371,7 +367,7 @@ impl Collective for Mpi {
         if self.world_size == 1 {
             return Ok(());
         }
-        let _call = self.meet(call, tensor, op)?;
+        let _call = self.meet(call, tensor, How::Reduce(op))?;
         // MPI_IN_PLACE is a macro of the C header that rsmpi does not carry.
         let mine = call.snapshot(tensor)?;
         let (from, to) = (Buffer::of(&mine), Buffer::of(tensor));
@@ -419,7 +415,7 @@ impl Collective for Mpi {
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
         self.check_host(call, tensor)?;
-        let _call = self.meet(call, tensor, root)?;
+        let _call = self.meet(call, tensor, How::From(root))?;
         self.broadcast_elements(Buffer::of(tensor), 0, tensor.numel(), root)
     }
 
@@ -427,7 +423,7 @@ impl Collective for Mpi {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
         self.check_host(call, part)?;
-        let _call = self.meet(call, part, ())?;
+        let _call = self.meet(call, part, How::Plain)?;
         let n_elements = part.numel();
         if whole.numel() > self.most_elements {
             // Cuts of a part do not lie together in the whole, so every rank sends its part by itself.
@@ -450,7 +446,7 @@ impl Collective for Mpi {
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
         self.check_host(call, whole)?;
-        let _call = self.meet(call, whole, op)?;
+        let _call = self.meet(call, whole, How::Reduce(op))?;
         let n_elements = part.numel();
         let (from, to, world) = (Buffer::of(whole), Buffer::of(part), self.world.as_raw());
         let op = self.operation(op, whole.kind());
@@ -474,7 +470,7 @@ impl Collective for Mpi {
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.meet(Call::new("barrier", self), &Tensor::from_slice::<u8>(&[]), ()).map(drop)
+        self.meet(Call::new("barrier", self), &Tensor::from_slice::<u8>(&[]), How::Barrier).map(drop)
     }
 
     fn watch(&self) -> Option<&Watch> {

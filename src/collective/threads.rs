@@ -4,13 +4,13 @@
 //! rank and in every run. A rank that leaves too early, by panic or by return, fails the others' calls.
 
 use std::any::Any;
-use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use tch::Tensor;
 
+use super::call::How;
 use super::{Call, Collective, CollectiveError, Reduce};
 
 /// Runs `work` on `world_size` ranks, a thread each, and returns what they returned in rank order.
@@ -103,13 +103,8 @@ struct Threads<'a> {
 
 impl Threads<'_> {
     /// *All ranks.* The tensors of all ranks in rank order.
-    fn exchange(
-        &self,
-        call: Call,
-        tensor: &Tensor,
-        detail: impl Debug,
-    ) -> Result<Vec<Tensor>, CollectiveError> {
-        let (words, mine) = (call.words(tensor, detail), call.snapshot(tensor)?);
+    fn exchange(&self, call: Call, tensor: &Tensor, how: How) -> Result<Vec<Tensor>, CollectiveError> {
+        let (words, mine) = (call.words(tensor, how), call.snapshot(tensor)?);
         let meeting = self.meeting;
         // A fast rank waits until the slow ones have taken what the last round brought.
         let mut round = meeting.wait(meeting.lock(), |round| round.n_taking > 0);
@@ -139,7 +134,7 @@ impl Threads<'_> {
 
     /// *All ranks.* The flat tensors of all ranks, combined in rank order.
     fn combine(&self, call: Call, tensor: &Tensor, op: Reduce) -> Result<Tensor, CollectiveError> {
-        let all = self.exchange(call, tensor, op)?;
+        let all = self.exchange(call, tensor, How::Reduce(op))?;
         call.torch(|| {
             let mut combined = all[0].f_view([-1])?;
             for other in &all[1..] {
@@ -186,14 +181,15 @@ impl Collective for Threads<'_> {
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError> {
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
-        let all = self.exchange(call, tensor, root)?;
+        let all = self.exchange(call, tensor, How::From(root))?;
         call.copy(tensor, &all[root])
     }
 
     fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError> {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
-        let flat: Vec<Tensor> = self.exchange(call, part, ())?.iter().map(|part| part.view([-1])).collect();
+        let flat: Vec<Tensor> =
+            self.exchange(call, part, How::Plain)?.iter().map(|part| part.view([-1])).collect();
         let gathered = call.torch(|| Tensor::f_cat(&flat, 0))?;
         call.copy(whole, &gathered)
     }
@@ -209,7 +205,7 @@ impl Collective for Threads<'_> {
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         let token = Tensor::from_slice(&[0_u8]);
-        self.exchange(Call::new("barrier", self), &token, ()).map(drop)
+        self.exchange(Call::new("barrier", self), &token, How::Barrier).map(drop)
     }
 
     /// Threads cannot end the process of the test: a panic ends this rank, and the others' calls fail.

@@ -5,10 +5,11 @@
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use bireme_base::console;
 
 /// Calls that are remembered.
 const N_REMEMBERED: usize = 16;
@@ -123,8 +124,7 @@ impl Watch {
         let clock = move || {
             while let Some(shared) = watched.upgrade() {
                 if let Some(text) = shared.late() {
-                    // Nobody is left to tell if it fails.
-                    let _ = std::io::stderr().write_all(text.as_bytes());
+                    console::log(text.trim_end());
                     thread::sleep(if shared.rank == 0 { 2 * DEFERENCE } else { DEFERENCE });
                     end_job();
                 }
@@ -308,15 +308,15 @@ mod tests {
         let watch = watch(0);
         drop(watch.begin("`barrier`".to_owned()));
         let step = watch.begin("a step".to_owned());
-        let call = watch.begin_met("`all_reduce` (Sum) of 5 Float elements".to_owned());
+        let call = watch.begin_met("`all_reduce` (sum) of 5 f32 elements".to_owned());
         watch.set_missing(&[1, 2]);
         watch.set_missing(&[2]);
         let told = late(&watch).unwrap();
-        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not come: call 3, `all_reduce` (Sum) of 5 Float \
+        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not come: call 3, `all_reduce` (sum) of 5 f32 \
                     elements, day 3, step 7, waited 2 s; the last calls were\n";
         assert!(told.starts_with(head), "{told}");
         assert!(told.contains("  rank 0: call 1, `barrier`, day 3, step 7: 0.0 ms\n"), "{told}");
-        let whereabouts = "day 3, step 7, in call 3, `all_reduce` (Sum) of 5 Float elements";
+        let whereabouts = "day 3, step 7, in call 3, `all_reduce` (sum) of 5 f32 elements";
         assert_eq!(watch.whereabouts(), whereabouts);
         watch.set_missing(&[]);
         assert!(late(&watch).unwrap().contains("all ranks came, but it does not end"));

@@ -21,7 +21,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bireme_base::output;
+use bireme_base::{console, output};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -256,12 +256,11 @@ impl Report {
         Ok(())
     }
 
-    /// Says a line on stderr.
-    #[allow(clippy::print_stderr, reason = "the one place that speaks")]
+    /// Logs a line.
     pub fn say(&self, line: &str) {
         match &self.root {
-            Some(RootReport { bar: Some(bar), .. }) => bar.suspend(|| eprintln!("{line}")),
-            Some(_) => eprintln!("{line}"),
+            Some(RootReport { bar: Some(bar), .. }) => bar.suspend(|| console::log(line)),
+            Some(_) => console::log(line),
             None => {}
         }
     }
@@ -296,20 +295,25 @@ pub(crate) fn results(title: &str, metrics: &Metrics) -> String {
     )
 }
 
-/// Prints a result to stdout.
-#[allow(clippy::print_stdout, reason = "the one place that speaks")]
+/// Prints to stdout what a command did whose result lies elsewhere; a failure is ignored.
 pub fn result(line: &str) {
-    println!("{line}");
+    console::note(line);
 }
 
-/// Says on stderr why the command ends.
-#[allow(clippy::print_stderr, reason = "the one place that speaks")]
+/// Prints the result of a command to stdout.
+///
+/// # Errors
+/// The disk is full, for example. A reader that has seen enough is no failure.
+pub fn output(text: &str) -> io::Result<()> {
+    console::print(text)
+}
+
+/// Logs why the command ends.
 pub fn error(message: &str) {
-    eprintln!("error: {message}");
+    console::error(message);
 }
 
-/// Says on stderr what a command without ranks is doing.
-#[allow(clippy::print_stderr, reason = "the one place that speaks")]
+/// Logs what a command without ranks is doing.
 pub fn progress(line: &str) {
-    eprintln!("{line}");
+    console::log(line);
 }

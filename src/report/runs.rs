@@ -121,14 +121,14 @@ pub enum RunError {
         problem: String,
     },
     /// A file is not the JSON it should be.
-    #[error("`{path}`, line {line}")]
+    #[error("`{path}`, line {line}: {problem}")]
     Json {
         /// The file.
         path: PathBuf,
         /// Which of its lines, from 1.
         line: usize,
         /// What is wrong with it.
-        source: serde_json::Error,
+        problem: String,
     },
     /// Outcomes that cannot be read.
     #[error(transparent)]
@@ -188,11 +188,8 @@ fn read_run(path: &Path) -> Result<Run, RunError> {
     }
     let (steps, days) = read_records(&path.join(METRICS))?;
     let machine_path = path.join(RUN);
-    let machine = serde_json::from_str(&read_text(&machine_path)?).map_err(|source| RunError::Json {
-        path: machine_path,
-        line: source.line(),
-        source,
-    })?;
+    let machine = serde_json::from_str(&read_text(&machine_path)?);
+    let machine = machine.map_err(|error| invalid_json(&machine_path, error.line(), &error))?;
     let title = read_evaluations.first().map_or_else(|| kind.clone(), |(facts, _)| facts.title.clone());
     Ok(Run {
         path: path.to_owned(),
@@ -249,6 +246,13 @@ fn saved_parts(run: &Path) -> Result<Vec<Part>, RunError> {
     Ok(parts)
 }
 
+/// The error without its own line number, which is that of a text that may be one line of the file.
+fn invalid_json(path: &Path, line: usize, error: &serde_json::Error) -> RunError {
+    let text = error.to_string();
+    let problem = text.rsplit_once(" at line ").map_or(&*text, |(problem, _)| problem).to_owned();
+    RunError::Json { path: path.to_owned(), line, problem }
+}
+
 fn read_records(path: &Path) -> Result<(Vec<Step>, Vec<TrainedDay>), RunError> {
     let (mut steps, mut days) = (Vec::new(), Vec::new());
     for (line, text) in read_text(path)?.lines().enumerate() {
@@ -256,7 +260,7 @@ fn read_records(path: &Path) -> Result<(Vec<Step>, Vec<TrainedDay>), RunError> {
             Ok(Line::Step(step)) => steps.push(step),
             Ok(Line::Day(day)) => days.push(day),
             Ok(Line::Other) => {}
-            Err(source) => return Err(RunError::Json { path: path.to_owned(), line: line + 1, source }),
+            Err(error) => return Err(invalid_json(path, line + 1, &error)),
         }
     }
     Ok((steps, days))

@@ -1,10 +1,15 @@
 //! Commands of this program on several ranks, one after the other.
 
+use std::env;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use bireme_base::message::single_line;
 
 /// What starts ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,9 +20,35 @@ pub enum Launcher {
     Srun,
 }
 
+impl Launcher {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Mpirun => "mpirun",
+            Self::Srun => "srun",
+        }
+    }
+}
+
 /// A command that did not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
+    /// There is no launcher.
+    #[error("there is no `{0}` in PATH")]
+    Missing(&'static str),
+    /// `srun` would wait for an allocation.
+    #[error("`--launcher srun` needs an allocation of Slurm: run this inside `sbatch` or `salloc`")]
+    NoAllocation,
+    /// `srun` takes the hosts of its allocation.
+    #[error("`--hosts` is for `--launcher mpirun`; `srun` uses the hosts of its allocation")]
+    HostsOfSrun,
+    /// The file of hosts cannot be read.
+    #[error("cannot read the hosts `{path}`")]
+    Hosts {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The launcher or its log cannot be had.
     #[error("cannot run `{command}`")]
     Start {
@@ -27,17 +58,32 @@ pub enum LaunchError {
         source: io::Error,
     },
     /// It ended in another way than by code 0.
-    #[error("`{command}` ended with {status}: {said}; all it said is in `{log}`")]
+    #[error("{reason}; the log is `{log}`")]
     Failed {
         /// As typed.
         command: String,
         /// Its exit code, or the signal.
         status: String,
-        /// Its last words.
-        said: String,
+        /// Its error message.
+        reason: String,
         /// What it wrote.
         log: PathBuf,
     },
+}
+
+impl LaunchError {
+    /// Whether it is known before anything is started.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Missing(_) | Self::NoAllocation | Self::HostsOfSrun | Self::Hosts { .. })
+    }
+
+    /// The command that repeats the failure.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Failed { command, status, .. } => Some(format!("{status} of `{command}`")),
+            _ => None,
+        }
+    }
 }
 
 /// How ranks are started.
@@ -52,6 +98,28 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// Whether ranks can be started at all.
+    ///
+    /// # Errors
+    /// See [`LaunchError`].
+    pub fn check(&self) -> Result<(), LaunchError> {
+        let name = self.launcher.name();
+        let path = env::var_os("PATH").unwrap_or_default();
+        if !env::split_paths(&path).any(|folder| folder.join(name).is_file()) {
+            return Err(LaunchError::Missing(name));
+        }
+        if self.launcher == Launcher::Srun {
+            if self.hosts.is_some() {
+                return Err(LaunchError::HostsOfSrun);
+            }
+            if env::var_os("SLURM_JOB_ID").is_none() {
+                return Err(LaunchError::NoAllocation);
+            }
+        }
+        let Some(hosts) = &self.hosts else { return Ok(()) };
+        File::open(hosts).map(drop).map_err(|source| LaunchError::Hosts { path: hosts.clone(), source })
+    }
+
     /// Runs `arguments` of this program on so many ranks, writes what it says to `log`, and returns the command as typed.
     ///
     /// # Errors
@@ -64,16 +132,18 @@ impl Launch {
         let (output, errors) = (file.try_clone().map_err(start)?, file);
         let mut child = Command::new(&words[0]);
         child.args(&words[1..]).stdin(Stdio::null()).stdout(output).stderr(errors);
+        child.envs(environment());
+        // SAFETY: the function only makes a system call, as the time between fork and exec demands.
+        unsafe { child.pre_exec(end_with_parent) };
         let status = child.status().map_err(start)?;
         if status.success() {
             return Ok(command);
         }
         let text = fs::read_to_string(log).unwrap_or_default();
-        let said = text.lines().find(|line| line.contains("error:")).or(text.lines().last());
         Err(LaunchError::Failed {
             command,
             status: status.to_string(),
-            said: said.unwrap_or("it said nothing").trim().to_owned(),
+            reason: reason(&text),
             log: log.to_owned(),
         })
     }
@@ -91,6 +161,43 @@ impl Launch {
         words.push(self.program.display().to_string());
         words.extend_from_slice(arguments);
         words
+    }
+}
+
+/// What Open MPI needs on a plain machine, as `launch/env.sh` sets it, without what is set already: root may start ranks, as in
+/// containers, and there may be more ranks than cores.
+fn environment() -> Vec<(&'static str, &'static str)> {
+    let is_root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+    let for_root = [("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")];
+    let oversubscribe = [
+        ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+        ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
+    ];
+    let for_root = for_root.into_iter().filter(|_| is_root);
+    for_root.chain(oversubscribe).filter(|(name, _)| env::var_os(name).is_none()).collect()
+}
+
+/// The launcher ends its ranks when this process ends, however it ends.
+fn end_with_parent() -> io::Result<()> {
+    // SAFETY: the call takes numbers and concerns the calling process alone.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Why a command failed, by its log: the error that Bireme reports, or the first paragraph of the launcher's message.
+fn reason(log: &str) -> String {
+    let own = log.lines().find_map(|line| line.split_once("error: ").map(|(_, message)| message));
+    if let Some(message) = own {
+        return single_line(message);
+    }
+    let is_empty = |line: &&str| line.trim().trim_matches(['-', '=', '*']).is_empty();
+    let paragraph: Vec<&str> = log.lines().skip_while(is_empty).take_while(|line| !is_empty(line)).collect();
+    if paragraph.is_empty() {
+        "the command wrote no message".to_owned()
+    } else {
+        single_line(paragraph.join(" ").trim_end_matches('.'))
     }
 }
 
@@ -114,6 +221,16 @@ mod tests {
 
     fn launch(launcher: Launcher, hosts: Option<&str>) -> Launch {
         Launch { launcher, hosts: hosts.map(PathBuf::from), program: PathBuf::from("/bin/bireme") }
+    }
+
+    #[test]
+    fn the_reason_is_the_first_message_of_the_log() {
+        let of_mpirun =
+            "-----\nmpirun has detected an attempt to run\nas root.\n\nRunning as root is bad.\n-----\n";
+        assert_eq!(reason(of_mpirun), "mpirun has detected an attempt to run as root");
+        let of_rank = format!("day 1: 3 sessions\nerror: `data` is missing\nhint: look\n{of_mpirun}");
+        assert_eq!(reason(&of_rank), "`data` is missing");
+        assert_eq!(reason("\n---\n"), "the command wrote no message");
     }
 
     #[test]

@@ -121,6 +121,14 @@ pub enum ScalingError {
 }
 
 impl ScalingError {
+    /// What to look at.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Launch(error) => error.hint(),
+            _ => None,
+        }
+    }
+
     /// 2 where nothing was begun, 1 otherwise.
     pub fn exit_code(&self) -> i32 {
         match self {
@@ -131,6 +139,7 @@ impl ScalingError {
             | Self::Counts
             | Self::Launched
             | Self::Taken(_) => 2,
+            Self::Launch(error) if error.is_refusal() => 2,
             Self::Launch(_)
             | Self::Record { .. }
             | Self::Checkpoint(_)
@@ -253,6 +262,7 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     ranks.push(1);
     ranks.sort_unstable();
     ranks.dedup();
+    options.launch.check()?;
     output::check_outside(&options.out, &options.data).map_err(ScalingError::Output)?;
     let folder = OutputFolder::in_place(&options.out, SCALING, tell).map_err(|error| match error {
         OutputError::Exists { path, .. } => ScalingError::Taken(path),
@@ -260,6 +270,10 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     })?;
 
     let most = ranks[ranks.len() - 1];
+    let n_cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if options.launch.launcher == Launcher::Mpirun && options.launch.hosts.is_none() && most > n_cores {
+        tell(&format!("warning: {most} ranks share {n_cores} cores if all start on this host"));
+    }
     let found = options.examine(most, config.run.device)?;
     let link = Link::fit(&found);
     let threads_per_rank = match found.device.as_str() {

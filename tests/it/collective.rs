@@ -145,7 +145,7 @@ fn every_refusal(ranks: &dyn Collective, device: Device) {
     refused(
         ranks.all_reduce(&mut halves, Reduce::Sum),
         "all_reduce",
-        "takes f32, f64, bf16, i64 or u8 tensors, not Half",
+        "takes f32, f64, bf16, i64 or u8 tensors, not f16",
     );
     let mut turned = float(6).view([2, 3]).transpose(0, 1);
     refused(ranks.all_reduce(&mut turned, Reduce::Sum), "all_reduce", "is not contiguous");
@@ -161,7 +161,7 @@ fn every_refusal(ranks: &dyn Collective, device: Device) {
         &format!("{world_size} parts of 2 elements do not make a whole of {odd}"),
     );
     let mut doubles = zeros(2 * world_size, Kind::Double, device);
-    refused(ranks.all_gather(&float(2), &mut doubles), "all_gather", "the part is Float on");
+    refused(ranks.all_gather(&float(2), &mut doubles), "all_gather", "the part is f32 on");
     let whole = float(2 * world_size);
     let mut part = whole.narrow(0, 0, 2);
     refused(ranks.reduce_scatter(&whole, &mut part, Reduce::Sum), "reduce_scatter", "lies inside the whole");
@@ -241,7 +241,7 @@ fn a_thread_that_leaves_or_calls_something_else_is_told() {
         };
         called.unwrap_err().to_string()
     });
-    let told = "came to `all_reduce` (Sum) of 3 Float elements, but rank 0 to `barrier`";
+    let told = "called `all_reduce` (sum) of 3 f32 elements, but rank 0 called `barrier`";
     assert!(texts[1].contains(told), "{texts:?}");
 }
 
@@ -356,9 +356,9 @@ fn ranks_that_come_to_different_calls_are_told() {
     let Some(finished) = job(2, "unequal") else { return };
     let stdout = finished.success().stdout;
     for told in [
-        "`broadcast` on rank 0 of 2: came to `broadcast` (1) of 3 Float elements, \
-         but rank 1 to `broadcast` (1) of 4 Float elements",
-        "`all_reduce` on rank 1 of 2: came to `all_reduce` (Sum) of 1 Int64 elements, but rank 0 to `barrier`",
+        "`broadcast` on rank 0 of 2: called `broadcast` from rank 1 of 3 f32 elements, \
+         but rank 1 called `broadcast` from rank 1 of 4 f32 elements",
+        "`all_reduce` on rank 1 of 2: called `all_reduce` (sum) of 1 i64 elements, but rank 0 called `barrier`",
     ] {
         assert!(stdout.contains(told), "{stdout}");
     }

@@ -65,7 +65,11 @@ fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_sta
         let Some(ended) = shop.train_with(2, fault, &EXACT, &[("BIREME_FAULT", fault)]) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(60), "{ended:#?}");
-        let line = ended.stderr.lines().find(|line| line.starts_with("rank 1 of 2 on ")).unwrap_or("");
+        let line = ended
+            .stderr
+            .lines()
+            .find(|line| line.starts_with("error: internal error: rank 1 of 2 on "))
+            .unwrap_or("");
         assert!(line.contains(", day 2, step 5, after call "), "{ended:#?}");
         assert!(ended.stderr.contains(told), "{ended:#?}");
         let on: &Path = &checkpoints(&shop, fault).pop().unwrap();
@@ -180,7 +184,7 @@ fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
         let (missing, how) =
             if told.contains("rank 0") { (2, "did not come") } else { (0, "does not answer, or waits") };
         assert!(line.contains(&format!("rank {missing} on ")) && line.contains(how), "{ended:#?}");
-        assert!(line.contains("`all_reduce` (Sum) of ") && line.contains("day 2, step 5"), "{ended:#?}");
+        assert!(line.contains("`all_reduce` (sum) of ") && line.contains("day 2, step 5"), "{ended:#?}");
         assert!(ended.stderr.contains("  rank 0: call ") || missing == 0, "{ended:#?}");
         assert!(checkpoints(&shop, fault).pop().unwrap().join("manifest.json").exists());
         shop.train(fault, &set).success();

@@ -5,6 +5,7 @@
 mod baselines;
 mod bundle;
 mod collective;
+mod console;
 mod cuda;
 mod device;
 mod export;

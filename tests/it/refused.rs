@@ -1,6 +1,7 @@
 //! What cannot be run is refused with one message, exit code 2, and nothing left behind.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread::sleep;
@@ -22,6 +23,8 @@ fn refused(finished: &Finished, message: &str) {
         "{finished:#?}"
     );
     assert!(!finished.stderr.contains("panicked"), "{finished:#?}");
+    let error = finished.stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
+    assert!(error.chars().count() <= 310 && !error.contains(char::is_control), "{error}");
 }
 
 #[test]
@@ -39,7 +42,10 @@ fn configurations() {
         ),
         ("trian.epochs=1", "unknown key `trian` in the configuration: did you mean `train`?"),
         ("model.kind=lstm", "`lstm`"),
-        ("train.global_batch=fast", "section `[train]` of the configuration"),
+        (
+            "train.global_batch=fast",
+            "`train.global_batch` must be a whole number from 0 on, not the string `fast`",
+        ),
         ("train.global_batch=50", "`global_batch` 50 is not a whole number of micro-batches of 8"),
         ("train.epochs_per_day=0", "`epochs_per_day` must be at least 1"),
         ("train.learning_rate=nan", "`learning_rate` cannot be NaN"),
@@ -55,8 +61,88 @@ fn configurations() {
     assert!(!shop.run_dir("run").exists());
     fs::write(shop.config(), "[run\n").unwrap();
     refused(&shop.train("run", &[]), "is not valid TOML");
-    fs::remove_file(shop.config()).unwrap();
+    let config = shop.config();
+    let config = config.to_str().unwrap();
+    fs::write(config, "[run]\nseed = 1\nseed = 2\n").unwrap();
+    let line = format!("`{config}` is not valid TOML: line 3, column 1: duplicate key");
+    refused(&shop.train("run", &[]), &line);
+    fs::write(config, b"\x7fELF\xff\x00").unwrap();
+    refused(&shop.train("run", &[]), &format!("cannot read the configuration `{config}`"));
+    fs::write(config, "").unwrap();
+    refused(&shop.train("run", &[]), " is missing");
+    fs::remove_file(config).unwrap();
     refused(&shop.train("run", &[]), "cannot read the configuration");
+    fs::create_dir(config).unwrap();
+    refused(&shop.train("run", &[]), &format!("cannot read the configuration `{config}`: Is a directory"));
+    fs::remove_dir(config).unwrap();
+    fs::write(config, crate::train::CONFIG).unwrap();
+    let huge = format!("train.micro_batch={}\u{1b}[31m\nx", "9".repeat(10_000));
+    refused(&shop.train("run", &["--set", &huge]), "`train.micro_batch` must be a whole number");
+    fs::write(config, "[run]\n\"a\\u001b[31m\" = 1\n").unwrap();
+    refused(&shop.train("run", &[]), "unknown key `run.a\\u{1b}[31m`");
+}
+
+#[test]
+fn a_row_that_one_rank_cannot_read_is_named_before_the_rank() {
+    let shop = Shop::new(200);
+    let mut sessions = fixtures::sessions(200, 40, 3);
+    sessions[150] = vec![5, 41];
+    fixtures::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
+    let Some(failed) = shop.train_on(2, "run", &[]) else { return };
+    assert!([Some(1), Some(2)].contains(&failed.code), "{failed:#?}");
+    let error = failed.stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
+    let row = "1/train.parquet` row 150: column `product_id-list_seq` has the id 41, outside 1..=39";
+    assert!(error.contains(row), "{failed:#?}");
+    for debug in ["(())", "Uint8", "Float", "Some("] {
+        assert!(!failed.stderr.contains(debug), "{failed:#?}");
+    }
+}
+
+#[test]
+fn damaged_files_of_a_run() {
+    let shop = Shop::new(60);
+    shop.train("run", &[]).success();
+    let run_dir = shop.run_dir("run");
+    let checkpoint = crate::resume::checkpoints(&shop, "run").pop().unwrap();
+    let evaluate = || {
+        let mut command = Command::new(PROGRAM);
+        command.arg("evaluate").arg("--run-dir").arg(&run_dir).arg("--data").arg(shop.data());
+        run_within(&mut command, Duration::from_secs(60))
+    };
+    let report = || {
+        let mut command = Command::new(PROGRAM);
+        command.arg("report").arg(&run_dir).arg("--out").arg(shop.dir.path().join("report"));
+        run_within(&mut command, Duration::from_secs(60))
+    };
+    let damaged = |file: PathBuf, text: &str, command: &dyn Fn() -> Finished, message: &str| {
+        let whole = fs::read(&file).unwrap();
+        fs::write(&file, text).unwrap();
+        let finished = command();
+        refused(&finished, message);
+        for word in ["struct", "invalid type", "expected u", "enum"] {
+            assert!(!finished.stderr.contains(word), "{finished:#?}");
+        }
+        fs::write(&file, whole).unwrap();
+    };
+    let config = run_dir.join("config.toml");
+    damaged(config.clone(), "train = 3\n", &evaluate, "config.toml`: ");
+    damaged(config, "[", &evaluate, "config.toml` is not valid TOML: line 1, column ");
+    let metrics = run_dir.join("metrics.jsonl");
+    damaged(metrics.clone(), "{\"kind\":\"other\"}\n{\"kind\"", &report, "metrics.jsonl`, line 2: ");
+    damaged(
+        metrics,
+        "{\"kind\":\"step\",\"day\":{},\"step\":1,\"loss\":1}",
+        &report,
+        "metrics.jsonl`, line 1: ",
+    );
+    damaged(run_dir.join("run.json"), "[1,", &report, "run.json`, line 1: ");
+    // The older checkpoint takes its place.
+    fs::write(checkpoint.join("manifest.json"), "{\"files\": 3}").unwrap();
+    let warned = evaluate().success();
+    assert!(
+        warned.stderr.contains("`manifest.json`: the number 3 where a table is expected at line 1"),
+        "{warned:#?}"
+    );
 }
 
 #[test]

@@ -1,8 +1,11 @@
 //! `bireme bench scaling`: measured on this machine, predicted for others.
 
-use std::fs;
-use std::process::Command;
-use std::time::Duration;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -11,17 +14,34 @@ use crate::train::{PROGRAM, Shop};
 
 const LIMIT: Duration = Duration::from_secs(240);
 
-fn scaling(shop: &Shop, ranks: &str, out: &str) -> Finished {
+fn command(shop: &Shop, ranks: &str, out: &str) -> Command {
     let out = shop.dir.path().join(out);
     let mut command = Command::new(PROGRAM);
     command.args(["bench", "scaling", "--steps", "4", "--ranks", ranks]);
     command.arg("--config").arg(shop.config()).arg("--data").arg(shop.data()).arg("--out").arg(out);
-    command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
-    command.envs([
-        ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
-        ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
-    ]);
-    run_within(&mut command, LIMIT)
+    // As on a plain machine: root and more ranks than cores are its own concern.
+    for variable in [
+        "OMPI_ALLOW_RUN_AS_ROOT",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
+        "OMPI_MCA_rmaps_base_oversubscribe",
+        "PRTE_MCA_rmaps_default_mapping_policy",
+    ] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+fn scaling(shop: &Shop, ranks: &str, out: &str) -> Finished {
+    run_within(&mut command(shop, ranks, out), LIMIT)
+}
+
+/// A folder with a program of this name that runs `script`, to be the whole PATH.
+fn folder_with(shop: &Shop, name: &str, script: &str) -> PathBuf {
+    let folder = shop.dir.path().join("bin");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join(name), format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")).unwrap();
+    fs::set_permissions(folder.join(name), Permissions::from_mode(0o755)).unwrap();
+    folder
 }
 
 #[test]
@@ -94,4 +114,77 @@ fn a_run_that_fails_is_told_with_its_last_words() {
     assert_eq!(failed.code, Some(1));
     let stderr = failed.stderr;
     assert!(stderr.contains("bireme train --config") && stderr.contains("valid.parquet"), "{stderr}");
+}
+
+#[test]
+fn launchers_that_cannot_start_ranks_are_refused() {
+    let shop = Shop::new(60);
+    let empty = shop.dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let srun = folder_with(&shop, "srun", "exit 1");
+    let hosts = shop.dir.path().join("hosts");
+    let hosts = hosts.to_str().unwrap();
+    for (path, more, message) in [
+        (&empty, &[][..], "there is no `mpirun` in PATH"),
+        (&empty, &["--launcher", "srun"][..], "there is no `srun` in PATH"),
+        (&srun, &["--launcher", "srun"][..], "`--launcher srun` needs an allocation of Slurm"),
+        (&srun, &["--launcher", "srun", "--hosts", hosts][..], "`--hosts` is for `--launcher mpirun`"),
+    ] {
+        let mut command = command(&shop, "1", "out");
+        let refused = run_within(command.args(more).env("PATH", path).env_remove("SLURM_JOB_ID"), LIMIT);
+        assert_eq!(refused.code, Some(2), "{refused:#?}");
+        assert!(refused.stderr.starts_with(&format!("error: {message}")), "{refused:#?}");
+    }
+    let mpirun = folder_with(&shop, "mpirun", "exit 1");
+    let refused = run_within(command(&shop, "1", "out").args(["--hosts", hosts]).env("PATH", mpirun), LIMIT);
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("cannot read the hosts `"), "{refused:#?}");
+    assert!(!shop.dir.path().join("out").exists());
+}
+
+#[test]
+fn what_a_launcher_says_is_the_reason() {
+    let shop = Shop::new(60);
+    let script =
+        "printf -- '-----\\nThere are not enough slots available\\nin the system.\\n\\nmore\\n' >&2; exit 1";
+    let path = folder_with(&shop, "mpirun", script);
+    let failed = run_within(command(&shop, "1", "out").env("PATH", path), LIMIT);
+    assert_eq!(failed.code, Some(1), "{failed:#?}");
+    let told = "error: There are not enough slots available in the system; the log is `";
+    assert!(failed.stderr.starts_with(told) && failed.stderr.contains("doctor.log`"), "{failed:#?}");
+}
+
+#[test]
+fn ranks_end_with_the_command_that_started_them() {
+    let shop = Shop::new(60);
+    let pid_file = shop.dir.path().join("pid");
+    let script = format!("echo $$ > '{}'; exec sleep 600", pid_file.display());
+    let path = folder_with(&shop, "mpirun", &script);
+    for signal in ["INT", "TERM", "KILL"] {
+        // What the one before left in the folder is removed.
+        let mut command = command(&shop, "1", "out");
+        command.env("PATH", &path).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut bench = command.spawn().unwrap();
+        let pid = || fs::read_to_string(&pid_file).ok().filter(|pid| pid.ends_with('\n'));
+        wait_for(|| pid().is_some());
+        let launcher = Path::new("/proc").join(pid().unwrap().trim());
+        let second = run_within(self::command(&shop, "1", "out").env("PATH", &path), LIMIT);
+        assert_eq!(second.code, Some(2), "{second:#?}");
+        let in_use = format!("out`: in use by process {} on ", bench.id());
+        assert!(second.stderr.contains(&in_use), "{second:#?}");
+        Command::new("sh").args(["-c", &format!("kill -s {signal} {}", bench.id())]).status().unwrap();
+        assert!(!bench.wait().unwrap().success());
+        // One that has ended and is not waited for by anybody has no command line any more.
+        wait_for(|| fs::read(launcher.join("cmdline")).map_or(true, |line| line.is_empty()));
+        fs::remove_file(&pid_file).unwrap();
+    }
+}
+
+#[track_caller]
+fn wait_for(is_so: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it does not happen");
+        sleep(Duration::from_millis(5));
+    }
 }

@@ -8,7 +8,6 @@
 mod library;
 
 use std::ffi::{c_int, c_void};
-use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -21,6 +20,7 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 use libloading::os::unix::Library;
 use tch::{Cuda, Device, Kind, Tensor};
 
+use super::call::{How, device_name};
 use super::watch::{Watch, Watched};
 use super::{Call, Collective, CollectiveError, Reduce, Work};
 
@@ -115,8 +115,8 @@ impl Nccl {
     fn stream(&self, call: Call, tensor: &Tensor) -> Result<cudaStream_t, CollectiveError> {
         if tensor.device() != Device::Cuda(self.gpu) {
             return Err(call.refuse(format!(
-                "the tensor lies on {:?}, not on GPU {}",
-                tensor.device(),
+                "the tensor lies on {}, not on GPU {}",
+                device_name(tensor.device()),
                 self.gpu
             )));
         }
@@ -131,13 +131,8 @@ impl Nccl {
 
     /// *All ranks.* Makes sure, in builds with debug assertions, that all came to the same call: NCCL would wait for
     /// ever. In the others the hosts may run ahead of their GPUs.
-    fn meet(
-        &self,
-        call: Call,
-        tensor: &Tensor,
-        detail: impl Debug,
-    ) -> Result<Option<Watched<'_>>, CollectiveError> {
-        let words = call.words(tensor, detail);
+    fn meet(&self, call: Call, tensor: &Tensor, how: How) -> Result<Option<Watched<'_>>, CollectiveError> {
+        let words = call.words(tensor, how);
         if cfg!(debug_assertions) {
             let all = self.host.gather_bytes(words.as_bytes())?;
             call.check_words(&words, all.iter().map(|words| str::from_utf8(words).unwrap_or_default()))?;
@@ -332,7 +327,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
-        let _call = self.meet(call, tensor, op)?;
+        let _call = self.meet(call, tensor, How::Reduce(op))?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: `data` is device memory of `n` elements, which NCCL may reduce in place; work that touches it again
@@ -347,7 +342,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
-        let watched = self.meet(call, tensor, op)?;
+        let watched = self.meet(call, tensor, How::Reduce(op))?;
         let timing = self.watch().filter(|watch| watch.is_timing()).map(|watch| (watch, watch.times()));
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
@@ -374,7 +369,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
-        let _call = self.meet(call, tensor, root)?;
+        let _call = self.meet(call, tensor, How::From(root))?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: as in `all_reduce`; `root` is a rank of the communicator.
@@ -388,7 +383,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
-        let _call = self.meet(call, part, ())?;
+        let _call = self.meet(call, part, How::Plain)?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, part)?);
         // SAFETY: device memory of `n` and `world_size * n` elements, apart; later work is behind this on the stream.
@@ -403,7 +398,7 @@ impl Collective for Nccl {
         }
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
-        let _call = self.meet(call, whole, op)?;
+        let _call = self.meet(call, whole, How::Reduce(op))?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, whole)?);
         let (from, to) = (whole.data_ptr(), part.data_ptr());
