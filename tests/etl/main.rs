@@ -12,6 +12,7 @@ mod golden;
 mod inputs;
 mod order;
 mod outputs;
+mod parquet_types;
 mod real_files;
 mod reproducible;
 mod schema_file;
