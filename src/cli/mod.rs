@@ -92,7 +92,8 @@ struct SynthArgs {
 
 #[derive(Args)]
 struct PreprocessArgs {
-    /// Events: CSV, plain or gzip, or parquet; several files are read one after the other
+    /// Events: CSV, plain or compressed, or parquet; `-` is standard input; several files are read one after
+    /// the other
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     events: Vec<PathBuf>,
     /// The folder to write
@@ -324,7 +325,8 @@ struct RecommendArgs {
     /// The model's name
     #[arg(long, default_value = "bireme")]
     name: String,
-    /// Events: CSV, plain or gzip, or parquet; several files are read one after the other
+    /// Events: CSV, plain or compressed, or parquet; `-` is standard input; several files are read one after
+    /// the other
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     events: Vec<PathBuf>,
     /// Leave out rows that cannot be read

@@ -35,14 +35,52 @@ pub enum Error {
         /// What its reader said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A file in a format that is not read.
+    #[error("cannot read the events `{}`: it is {what}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The format.
+        what: String,
+        /// How to get a file that is read.
+        hint: &'static str,
+    },
+    /// A header of a CSV file that cannot be read.
+    #[error("`{}`, line {line}: the header cannot be read: {problem}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: u64,
+        /// What is wrong there.
+        problem: String,
+    },
+    /// Lines of a file have been lost or read twice: a fault of this program.
+    #[error("`{}` has {lines} lines, and {read} were read: a fault of this program", path.display())]
+    Miscounted {
+        /// The file.
+        path: PathBuf,
+        /// By its line ends.
+        lines: u64,
+        /// By its records.
+        read: u64,
+    },
+    /// A column is there more than once.
+    #[error("`{}` has the column {column} twice", path.display())]
+    ColumnTwice {
+        /// The file.
+        path: PathBuf,
+        /// The column, quoted.
+        column: String,
+    },
     /// A required column is not there.
-    #[error("`{}` has no column `{column}`; it has {found}", path.display())]
+    #[error("`{}` has no column `{column}`; {found}", path.display())]
     MissingColumn {
         /// The file.
         path: PathBuf,
         /// The column that is needed.
         column: &'static str,
-        /// The columns that are there.
+        /// The columns that are there, or why none is found.
         found: String,
     },
     /// A column of a parquet file holds something else.
@@ -114,7 +152,11 @@ impl Error {
     /// The process's exit code: 2 where the input or the settings are refused, 1 where the work failed.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Schema(_) | Self::Io { .. } | Self::Parquet { .. } | Self::Table(_) => 1,
+            Self::Schema(_)
+            | Self::Io { .. }
+            | Self::Miscounted { .. }
+            | Self::Parquet { .. }
+            | Self::Table(_) => 1,
             _ => 2,
         }
     }
@@ -123,6 +165,7 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::OutputExists { .. } => Some("name another folder, or replace this one with `--overwrite`"),
+            Self::Format { hint, .. } => Some(hint),
             Self::BadRow { .. } => Some("`--skip-bad-rows` leaves such rows out, and counts them"),
             _ => None,
         }
@@ -139,10 +182,4 @@ impl Error {
     pub(crate) fn unreadable(path: &Path) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> Self {
         move |source| Self::Unreadable { path: path.into(), source }
     }
-}
-
-/// An error and what is behind it, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -71,12 +71,12 @@ fn cut(first: &mut Vec<((EventTime, u64), RawEvent)>, n: usize) -> Option<(Event
 
 fn raw_event(batch: &Batch, row: usize) -> RawEvent {
     let int = |column: Coded| match &batch.cells[column as usize] {
-        Some(Cells::Int(cells)) => cells.get(row),
+        Some(Cells::Int(cells)) => cells[row],
         _ => None,
     };
     let text = |column: Coded| match &batch.cells[column as usize] {
-        Some(Cells::Text(cells)) => cells.get(row).filter(|text| !text.is_empty()).map(str::to_owned),
-        Some(Cells::Int(cells)) => cells.get(row).map(|int| int.to_string()),
+        Some(Cells::Text(cells)) => cells.get(row).map(str::to_owned),
+        Some(Cells::Int(cells)) => cells[row].map(|int| int.to_string()),
         None => None,
     };
     RawEvent {

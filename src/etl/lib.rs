@@ -39,7 +39,8 @@ mod time;
 pub mod vocab;
 pub mod workflow;
 
-pub use error::{Error, chain};
+pub use bireme_base::message::chain;
+pub use error::Error;
 pub use events::{BadRows, RowCounts};
 pub use first::{RawEvent, first_events};
 pub use hash::hash_of;

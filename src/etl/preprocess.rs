@@ -36,7 +36,7 @@ pub const SCHEMA: &str = "schema.pbtxt";
 /// What to do.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// CSV (plain or gzip) or parquet, in the order of time or not.
+    /// CSV or parquet in the forms of `docs/data.md`, in the order of time or not.
     pub events: Vec<PathBuf>,
     /// The folder to write, which must not be there or be empty.
     pub out: PathBuf,
@@ -367,9 +367,9 @@ impl Read {
 fn suitable_buckets(events: &[PathBuf]) -> Result<usize, Error> {
     let (mut plain, mut compressed) = (0, 0);
     for path in events {
-        let open = |source| Error::Open { path: path.clone(), source };
-        let bytes = fs::metadata(path).map_err(open)?.len();
-        *(if events::is_plain(path)? { &mut plain } else { &mut compressed }) += bytes;
+        let expected = events::expected_bytes(path)?;
+        plain += expected.plain;
+        compressed += expected.compressed;
     }
     Ok(Buckets::suitable(plain, compressed))
 }

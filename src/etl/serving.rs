@@ -10,7 +10,9 @@ use std::path::Path;
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, chain};
+use bireme_base::message::chain;
+
+use crate::error::Error;
 use crate::first::RawEvent;
 use crate::schema::event;
 use crate::sessions::Keep;

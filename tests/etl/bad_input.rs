@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use bireme_etl::{BadRows, Error, Options, preprocess};
+use bireme_etl::{BadRows, Coded, Error, Options, preprocess};
 
 use crate::support::{HEADER, bytes, rows, run, scratch};
 
@@ -77,6 +77,169 @@ fn quoted_separators_do_not_hide_a_short_row() {
     // One separator too many in quotes, one too few in the last row.
     let text = refused(&format!("{csv}2020-01-01 00:00:02 UTC,view,3,10,,,3.5,7\n"));
     assert!(text.contains("line 7, column `user_session`: the row has 8 fields instead of 9"), "{text}");
+}
+
+/// Rows of one product each, a second apart, with these texts in the column `brand` as they are.
+fn with_brands(brands: &[&str]) -> String {
+    let rows = brands.iter().enumerate().map(|(i, brand)| {
+        format!("2020-01-01 00:00:{:02} UTC,view,{},10,,{brand},1.5,7,s{}\n", i % 60, i + 1, i / 2)
+    });
+    format!("{HEADER}\n") + &rows.collect::<String>()
+}
+
+/// Reads with bad rows left out: the line of the first one, and how many rows were read and left
+/// out.
+fn skipped(csv: &str) -> (Option<u64>, u64, u64) {
+    let refused = run(scratch().path(), csv, |options| options.settings.min_length = 1);
+    let line = refused.err().map(|error| match error {
+        Error::BadRow { number, .. } => number,
+        error => panic!("{error}"),
+    });
+    let report = run(scratch().path(), csv, |options| {
+        options.bad_rows = BadRows::Skip;
+        options.settings.min_length = 1;
+    });
+    let rows = report.unwrap().rows;
+    (line, rows.read, rows.bad)
+}
+
+#[test]
+fn a_wrong_quote_costs_its_own_line_and_no_other() {
+    // Quotes that a program did not escape, 200 rows apart.
+    let mut brands = vec!["acme"; 300];
+    brands[99] = "\"LG\" 24\"";
+    brands[199] = "\"LG\" 24\"";
+    let csv = with_brands(&brands);
+    assert!(
+        refused(&csv).ends_with("line 101, column `brand`: there is text after the field's closing quote")
+    );
+    assert_eq!(skipped(&csv), (Some(101), 300, 2));
+    let cases: &[(&[&str], u64)] = &[
+        // A quote that opens a field and is closed by that of a later row, by none, and at once.
+        (&["\"24 inch", "a", "b", "24\""], 1),
+        (&["\"24 inch", "24\""], 1),
+        (&["\"24 inch", "\"24 inch", "a"], 2),
+        (&["\"24 inch", "\"sound\"", "a"], 1),
+        (&["a", "\"\"\"24 inch\"\"", "a", "\"b\"\" c\""], 1),
+        (&["a", "\""], 1),
+        (&["a", "\"b\"c"], 1),
+        (&["a", "\"b\" ", "c"], 1),
+        (&["a", "\"b,c\"\"", "c", "d"], 1),
+        // Not wrong.
+        (&["24\" tv", "a \"b\"", "24\"", "\"\"", "\"a \"\"b\"\"\"", "\"a,b\""], 0),
+        (&["\"two\nlines\"", "\"a\n\nb,,,,,,,,\n\"", "a"], 0),
+    ];
+    for &(wrong, n_bad) in cases {
+        // At the file's start, in the middle and at its end, with both line ends.
+        for place in 0..3 {
+            let mut brands = vec!["acme"; 20];
+            let at = [0, 10, 20][place];
+            brands.splice(at..at, wrong.iter().copied());
+            let csv = with_brands(&brands);
+            for csv in [csv.clone(), csv.replace('\n', "\r\n"), csv.trim_end().to_owned()] {
+                let (line, n_read, bad) = skipped(&csv);
+                assert_eq!((n_read, bad), (20 + wrong.len() as u64, n_bad), "{wrong:?} at {at}: {csv}");
+                assert_eq!(line.is_some(), n_bad > 0, "{wrong:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn blank_lines_are_no_rows_and_count_as_lines() {
+    let csv = format!("\n{HEADER}\n\n{GOOD} \t\r\n\n{GOOD}\n").replace("s1\n2020", "s1\n\n2020");
+    assert_eq!(skipped(&csv), (None, 4, 0));
+    let bad = format!("{csv}\n\nnever,view,9,10,,,1,7,s1\n\n");
+    let line = bad.lines().position(|line| line.starts_with("never")).unwrap() as u64 + 1;
+    assert_eq!(skipped(&bad), (Some(line), 5, 1));
+}
+
+#[test]
+fn headers_are_read_as_rows_are_and_refused_by_what_is_wrong() {
+    let quoted = HEADER.split(',').map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(",");
+    let plain = format!("{HEADER}\n{GOOD}");
+    for csv in [
+        format!("\u{feff}{HEADER}\n{GOOD}"),
+        format!("{quoted}\r\n{GOOD}"),
+        format!("\u{feff}{quoted}\n{GOOD}"),
+        plain.trim_end().to_owned(),
+        // Columns without a name, as spreadsheets leave them, and one with a name of two lines.
+        plain.replace('\n', ",,\n"),
+        plain.replacen('\n', ",\"of\ntwo\"\n", 1).replace("s1\n", "s1,\n"),
+    ] {
+        let report = run(scratch().path(), &csv, |_| {}).unwrap_or_else(|error| panic!("{csv}: {error}"));
+        assert_eq!(report.rows.read, 2, "{csv}");
+    }
+    let text = refused(&plain.replace("category_code", "brand"));
+    assert!(text.ends_with("has the column `brand` twice"), "{text}");
+    let text = refused(&plain.replacen('\n', ",x,x\n", 1).replace("s1\n", "s1,,\n"));
+    assert!(text.ends_with("has the column `x` twice"), "{text}");
+    let text = refused(&plain.replace("brand", "\"brand\"s"));
+    assert!(
+        text.ends_with("line 1: the header cannot be read: there is text after the field's closing quote")
+    );
+    for (separator, name) in [(";", "`;`"), ("\t", "`\\t`"), ("|", "`|`")] {
+        let text = refused(&plain.replace(',', separator));
+        assert!(text.ends_with(&format!("its fields seem to be separated by {name}")), "{text}");
+    }
+    let text = refused(&plain.replace('\n', "\r"));
+    assert!(text.contains("its lines seem to end with CR alone"), "{text}");
+    let text = refused(&plain.replace("event_time", " event_time"));
+    assert!(text.contains("has no column `event_time`; it has ` event_time`, "), "{text}");
+    let many: Vec<String> = (0..100).map(|i| format!("column{i}")).collect();
+    let text = refused(&(many.join(",") + "\n"));
+    assert!(text.ends_with("`column11`, 88 more"), "{text}");
+    assert!(refused("\n\r\n \n").contains("the file is empty"));
+}
+
+#[test]
+fn numbers_are_refused_by_what_they_are() {
+    let row = |id: &str| format!("{HEADER}\n{GOOD}2020-01-01 00:00:00 UTC,view,{id},10,,,1,7,s1\n");
+    for (id, problem) in [
+        ("9223372036854775808", "is too large for a 64-bit integer"),
+        ("-9223372036854775809", "is too small for a 64-bit integer"),
+        ("12.0", "is no integer"),
+        ("1e5", "is no integer"),
+        (" 5", "is no integer"),
+    ] {
+        let text = refused(&row(id));
+        assert!(text.ends_with(&format!("line 4, column `product_id`: `{id}` {problem}")), "{text}");
+    }
+    // Long and hostile values are cut and escaped.
+    let text = refused(&row(&format!("\u{1b}[31m{}", "9".repeat(10_000))));
+    assert!(
+        text.chars().count() < 300 && text.contains("`\\u{1b}[31m999") && text.ends_with("is no integer")
+    );
+}
+
+#[test]
+fn odd_bytes_are_characters_of_their_cells() {
+    let report =
+        run(scratch().path(), &with_brands(&["a\0b", "a\rb", "\u{feff}", "\u{2028}", "a\u{b}"]), |_| {});
+    let report = report.unwrap();
+    assert_eq!((report.rows.read, report.n_values[Coded::Brand as usize]), (5, 5));
+    let text = refused(&with_brands(&["a"]).replace(",view,1,", ",view,1\0,"));
+    assert!(text.ends_with("`1\\u{0}` is no integer"), "{text}");
+    // Zeros where a disk was full.
+    assert_eq!(skipped(&(with_brands(&["a", "b"]) + &"\0".repeat(5000))), (Some(4), 3, 1));
+    // Cells of other columns are not looked at.
+    let dir = scratch();
+    let mut csv = with_brands(&["a", "b"]).replace(",brand,", ",colour,").into_bytes();
+    let at = csv.windows(3).position(|bytes| bytes == b",a,").unwrap();
+    csv[at + 1] = 0xff;
+    fs::write(dir.path().join("events.csv"), csv).unwrap();
+    let options = Options::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
+    assert_eq!(preprocess(&options, &mut |_| {}).unwrap().rows.read, 2);
+}
+
+#[test]
+fn a_line_longer_than_a_block_is_read_and_one_beyond_all_bounds_is_left_out() {
+    let long = "x".repeat(5 << 20);
+    assert_eq!(skipped(&with_brands(&["a", &long, "b"])), (None, 3, 0));
+    let quoted = format!("\"{long}\"");
+    assert_eq!(skipped(&with_brands(&["a", &quoted, "b"])), (Some(3), 3, 1));
+    let longer = "x".repeat(17 << 20);
+    assert_eq!(skipped(&with_brands(&["a", &longer, "b"])), (Some(3), 3, 1));
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod bad_input;
 mod extend;
 mod formats;
 mod golden;
+mod parquet_types;
 mod real_files;
 mod reproducible;
 mod schema_file;

@@ -1,0 +1,51 @@
+//! The boundary to libraries that decode files: no panic crosses it.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::path::Path;
+use std::sync::Once;
+
+use crate::error::Error;
+
+thread_local! {
+    /// Whether this thread is inside the boundary.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `decode` on this thread and turns a panic into an error that names the file. Nothing is
+/// printed: the message of the panic is in the error.
+pub(super) fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let outside = take_hook();
+        set_hook(Box::new(move |panic| {
+            if !INSIDE.get() {
+                outside(panic);
+            }
+        }));
+    });
+    let was_inside = INSIDE.replace(true);
+    // What `decode` has borrowed is dropped with the error.
+    let decoded = catch_unwind(AssertUnwindSafe(decode));
+    INSIDE.set(was_inside);
+    decoded.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+        Err(Error::unreadable(path)(format!("its reader failed: {text}").into()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_an_error_of_the_file() {
+        let error = guarded(Path::new("x.parquet"), || -> Result<(), Error> { panic!("broken page") });
+        let error = error.expect_err("a panic");
+        assert_eq!(error.exit_code(), 2);
+        let text = bireme_base::message::chain(&error);
+        assert_eq!(text, "cannot read the events `x.parquet`: its reader failed: broken page");
+        assert!(!INSIDE.get());
+    }
+}

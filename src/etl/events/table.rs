@@ -1,0 +1,68 @@
+//! A table of typed columns to a batch.
+
+use std::path::Path;
+
+use super::cells::{Fault, Texts};
+use super::{BadRows, Batch, Cells, RowCounts};
+use crate::error::Error;
+use crate::vocab::Coded;
+
+/// The cells of some rows of which some may be bad or without a session.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    pub batch: Batch,
+    /// By row; cells with a fault hold a default.
+    pub faults: Vec<(usize, Fault)>,
+}
+
+impl Table {
+    /// Drops the rows without a session and, if they are to be skipped, the bad ones.
+    pub fn clean(self, path: &Path, bad_rows: BadRows, counts: &mut RowCounts) -> Result<Batch, Error> {
+        let Self { batch, faults } = self;
+        let n_rows = batch.time.len();
+        let first_row = counts.read + 1;
+        counts.read += n_rows as u64;
+        let mut keep: Vec<bool> = match &batch.cells[Coded::Session as usize] {
+            Some(Cells::Text(ids)) => ids.iter().map(|id| id.is_some()).collect(),
+            Some(Cells::Int(ids)) => ids.iter().map(Option::is_some).collect(),
+            None => vec![false; n_rows],
+        };
+        counts.without_session += keep.iter().filter(|keep| !**keep).count() as u64;
+        let bad = faults.into_iter().filter(|(row, _)| keep[*row]);
+        match bad_rows {
+            BadRows::Refuse => {
+                if let Some((row, Fault { column, problem })) = bad.min_by_key(|(row, _)| *row) {
+                    let number = first_row + row as u64;
+                    return Err(Error::BadRow { path: path.into(), place: "row", number, column, problem });
+                }
+            }
+            BadRows::Skip => {
+                let bad: Vec<usize> = bad.map(|(row, _)| row).collect();
+                for row in bad {
+                    counts.bad += u64::from(keep[row]);
+                    keep[row] = false;
+                }
+            }
+        }
+        Ok(if keep.iter().all(|keep| *keep) { batch } else { batch.filter(&keep) })
+    }
+}
+
+impl Batch {
+    fn filter(self, keep: &[bool]) -> Self {
+        fn kept<T>(values: Vec<T>, keep: &[bool]) -> Vec<T> {
+            values.into_iter().zip(keep).filter(|(_, keep)| **keep).map(|(value, _)| value).collect()
+        }
+        Self {
+            time: kept(self.time, keep),
+            price: kept(self.price, keep),
+            cells: self.cells.map(|cells| match cells? {
+                Cells::Int(ints) => Some(Cells::Int(kept(ints, keep))),
+                Cells::Text(texts) => {
+                    let texts = texts.iter().zip(keep).filter(|(_, keep)| **keep);
+                    Some(Cells::Text(texts.map(|(text, _)| text).collect::<Texts>()))
+                }
+            }),
+        }
+    }
+}
