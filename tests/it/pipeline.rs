@@ -1,8 +1,9 @@
 //! From a seed to figures, by the commands alone.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::mpirun::{Finished, run_within};
@@ -129,4 +130,24 @@ fn a_full_disk_leaves_nothing_behind() {
     assert_eq!(finished.code, Some(1), "{finished:#?}");
     assert!(finished.stderr.contains("error: cannot write"), "{finished:#?}");
     assert_eq!(names(dir.path()), ["events.csv"]);
+}
+
+#[test]
+fn events_come_through_standard_input_as_from_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let events = synth(dir.path(), "3000", "200");
+    let text = fs::read(&events).unwrap();
+    let counts = |stdout: &str| stdout.lines().filter(|line| !line.contains("written")).collect::<String>();
+    let expected = counts(&preprocess(&events, &dir.path().join("data"), &[]).success().stdout);
+    for name in ["-", "/dev/stdin"] {
+        let out = dir.path().join(if name == "-" { "a" } else { "b" });
+        let mut command = Command::new(PROGRAM);
+        command.args(["preprocess", "--events", name, "--out", out.to_str().unwrap()]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(&text).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(counts(&String::from_utf8(output.stdout).unwrap()), expected);
+    }
 }
