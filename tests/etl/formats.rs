@@ -155,9 +155,9 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 /// An archive of these files.
 fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let mut archive = ::zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
     for (name, bytes) in files {
-        archive.start_file(*name, zip::write::SimpleFileOptions::default()).unwrap();
+        archive.start_file(*name, ::zip::write::SimpleFileOptions::default()).unwrap();
         archive.write_all(bytes).unwrap();
     }
     archive.finish().unwrap().into_inner()
