@@ -149,7 +149,7 @@ mod tests {
         let early = "warning: `b.csv`, row 1: the event of 1970-01-01 00:00:00 UTC is 18170 days before all others: \
                      `day_index` counts from there, and the others begin at 18171";
         assert_eq!(warnings(&[&days, &[0]]), [early]);
-        let late = "warning: `b.csv`, row 2: the event of 2173-10-14 00:00:00 UTC and 1 more are 20000 days after all \
+        let late = "warning: `b.csv`, row 2: the event of 2173-10-13 00:00:00 UTC and 1 more are 20000 days after all \
                     others: its `day_index` is 56261";
         assert_eq!(warnings(&[&days, &[38_269, 74_430]]), [late]);
         assert_eq!(warnings(&[&[0], &days[..1]]), [""; 0], "either could be the outlier");
