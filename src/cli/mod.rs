@@ -5,7 +5,6 @@ mod interrupt;
 mod run_dir;
 
 use std::error::Error;
-use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::ops::RangeInclusive;
 use std::panic::{self, AssertUnwindSafe};

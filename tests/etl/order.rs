@@ -189,6 +189,7 @@ fn requests_in_service_are_ordered_alike() {
         columns: vec![ModelColumn::new("product_id-list_seq", true)],
         top_k: 1,
         max_top_k: 1,
+        n_recommendable: None,
         max_sessions: 1,
     };
     let preprocessor = Preprocessor::new(workflow, settings);

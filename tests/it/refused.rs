@@ -75,7 +75,7 @@ fn configurations() {
     fs::create_dir(config).unwrap();
     refused(&shop.train("run", &[]), &format!("cannot read the configuration `{config}`: Is a directory"));
     fs::remove_dir(config).unwrap();
-    fs::write(config, crate::train::CONFIG).unwrap();
+    fs::write(config, CONFIG).unwrap();
     let huge = format!("train.micro_batch={}\u{1b}[31m\nx", "9".repeat(10_000));
     refused(&shop.train("run", &["--set", &huge]), "`train.micro_batch` must be a whole number");
     fs::write(config, "[run]\n\"a\\u001b[31m\" = 1\n").unwrap();
