@@ -153,8 +153,11 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     gz.finish().unwrap()
 }
 
+/// Names and contents.
+type Files<'a> = &'a [(&'a str, &'a [u8])];
+
 /// An archive of these files.
-fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
+fn zip(files: Files<'_>) -> Vec<u8> {
     let mut archive = ::zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
     for (name, bytes) in files {
         archive.start_file(*name, ::zip::write::SimpleFileOptions::default()).unwrap();
@@ -213,7 +216,7 @@ fn a_zip_archive_is_read_if_it_holds_one_file() {
     let of_a_mac =
         [("a/", &b""[..]), ("a/2019-Oct.csv", csv.as_bytes()), ("__MACOSX/a/._2019-Oct.csv", &b"x"[..])];
     assert_eq!(read(&zip(&of_a_mac)), Ok(n_rows));
-    let cases: &[(&[(&str, &[u8])], &str)] = &[
+    let cases: &[(Files<'_>, &str)] = &[
         (&[("a.csv", b"x"), ("b\x1b.csv", b"y")], "a zip archive with 2 files: `a.csv`, `b\\u{1b}.csv`"),
         (&[], "a zip archive without a file"),
         (&[("xl/workbook.xml", b""), ("xl/styles.xml", b"")], "an Excel workbook"),

@@ -98,16 +98,16 @@ pub(super) fn text_kind(path: &Path, head: &[u8]) -> Option<Error> {
     let n_zeros = head.iter().filter(|byte| **byte == 0).count();
     let is_control = |byte: &&u8| **byte < b' ' && !matches!(**byte, b'\t' | b'\n' | b'\r');
     let (what, hint) = match text.chars().next()? {
-        '{' | '[' => ("JSON", CONVERT),
-        '<' if text.starts_with("<!doctype html") || text.starts_with("<html") => {
-            ("an HTML page", "the download may have failed")
-        }
-        '<' => ("XML", CONVERT),
         // Half of its bytes are zeros where the letters are Latin.
         _ if n_zeros * 3 > head.len() && n_zeros * 3 < head.len() * 2 => ("UTF-16 text", UTF16),
         _ if head.iter().filter(is_control).count() * 20 > head.len() => {
             ("no text, but binary data of an unknown kind", CONVERT)
         }
+        '{' | '[' => ("JSON", CONVERT),
+        '<' if text.starts_with("<!doctype html") || text.starts_with("<html") => {
+            ("an HTML page", "the download may have failed")
+        }
+        '<' => ("XML", CONVERT),
         _ => return None,
     };
     Some(refused(path, what, hint))
@@ -348,6 +348,7 @@ mod tests {
         assert_eq!(what(b"\n<!DOCTYPE html><html>"), "an HTML page");
         assert_eq!(what(b"<?xml version"), "XML");
         assert_eq!(what(b"e\0v\0e\0n\0t\0"), "UTF-16 text");
+        assert_eq!(what(b"{\x01\x02\x03"), "no text, but binary data of an unknown kind");
         assert_eq!(what(&[1, 2, 3, 4, 0x7f]), "no text, but binary data of an unknown kind");
         assert_eq!(what(b"a;b;c"), "");
         assert_eq!(what(b""), "");

@@ -17,7 +17,7 @@ const QUOTED: usize = 1 << 20;
 /// Bytes of a line.
 const LINE: usize = 16 << 20;
 /// Bytes that are read at once.
-const BLOCK: usize = 4 << 20;
+const BLOCK: usize = 2 << 20;
 
 const NOT_CLOSED: &str = "the quote that opens this field is not closed";
 const AFTER_QUOTE: &str = "there is text after the field's closing quote";
@@ -418,8 +418,11 @@ mod tests {
         }
     }
 
-    /// A record by its line: its fields, or what is wrong.
-    type Found = (u64, Result<Vec<String>, (usize, &'static str)>);
+    /// The field at fault, and what is wrong.
+    type Wrong = (usize, &'static str);
+
+    /// A record by its line.
+    type Found = (u64, Result<Vec<String>, Wrong>);
 
     /// All records, and the lines that they and the blank ones take beside those that were counted.
     fn split(source: &mut dyn Read, most: usize) -> (Vec<Found>, u64, u64) {
@@ -448,7 +451,7 @@ mod tests {
         (found, n_lines, splitter.n_lines())
     }
 
-    fn check(text: &str, expected: &[(u64, Result<&[&str], (usize, &'static str)>)]) {
+    fn check(text: &str, expected: &[(u64, Result<&[&str], Wrong>)]) {
         for most in [1, usize::MAX] {
             let (found, n_lines, counted) = split(&mut Slow(text.as_bytes()), most);
             let expected: Vec<Found> = (expected.iter())
