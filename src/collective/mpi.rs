@@ -274,7 +274,7 @@ fn end_job(rank: &str, watch: &Watch, panic: &PanicHookInfo<'_>) {
     let thread = thread.name().unwrap_or("unnamed");
     let place = format!("{rank}, thread `{thread}`, {}", watch.whereabouts());
     match memory::refused(panic.payload()) {
-        Some(refused) => console::log(&format!("{place}: {refused}")),
+        Some(refused) => console::error(&format!("{place}: {refused}")),
         None => console::internal_error(&place, panic),
     }
     abort(1)

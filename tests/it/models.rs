@@ -539,10 +539,14 @@ fn configurations_that_no_model_can_have_are_refused() {
     let shop = Shop::new(20);
     for (model, assignment, message) in [
         (XLNET, "model.n_heads=3", "`width` 16 is not an even number divisible by `n_heads` 3"),
-        (XLNET, "model.objective.probability=0", "`objective.probability` 0 is not within 0 < p < 1"),
-        (XLNET, "model.objective.kind=autoregressive", "unknown variant `autoregressive`"),
-        (XLNET, "model.head.temperature=0", "`head.temperature` cannot be 0"),
-        (XLNET, "model.input.swap_noise=1", "`input.swap_noise` 1 is not within"),
+        (XLNET, "model.objective.probability=0", "`objective.probability` 0.0 is not within 0 < p < 1"),
+        (
+            XLNET,
+            "model.objective.kind=autoregressive",
+            "`model.objective.kind` cannot be `autoregressive`; it is one of `causal`, `masked`",
+        ),
+        (XLNET, "model.head.temperature=0", "`head.temperature` cannot be 0.0"),
+        (XLNET, "model.input.swap_noise=1", "`input.swap_noise` 1.0 is not within"),
         (XLNET, "model.inptu.item_width=3", "unknown key `model.inptu`"),
         (
             "kind = \"gru\"",
