@@ -18,7 +18,7 @@ pub struct Sink {
 #[derive(Debug)]
 enum Writer {
     Plain(OutputFile),
-    Gzip(GzEncoder<OutputFile>),
+    Gzip(Box<GzEncoder<OutputFile>>),
 }
 
 /// Whether a name asks for compression.
@@ -34,7 +34,7 @@ impl Sink {
     pub fn create(path: &Path, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
         let file = OutputFile::create(path, note)?;
         let writer = if is_gzip(path) {
-            Writer::Gzip(GzEncoder::new(file, Compression::default()))
+            Writer::Gzip(Box::new(GzEncoder::new(file, Compression::default())))
         } else {
             Writer::Plain(file)
         };

@@ -174,7 +174,7 @@ impl<F: Fn(Value) -> Option<String>> Section<'_, F> {
 fn paths(value: &Value) -> Vec<Vec<String>> {
     let mut all = vec![Vec::new()];
     for (key, inner) in value.as_table().into_iter().flatten() {
-        all.extend(paths(inner).into_iter().map(|path| [&[key.clone()], &path[..]].concat()));
+        all.extend(paths(inner).into_iter().map(|path| [std::slice::from_ref(key), &path[..]].concat()));
     }
     all
 }

@@ -111,7 +111,7 @@ pub(crate) fn columns_at_once(n_rows: usize) -> usize {
 }
 
 /// The required column that is not among those of a file.
-fn missing_column<'a>(found: &[&'a str]) -> Option<&'static str> {
+fn missing_column(found: &[&str]) -> Option<&'static str> {
     event::REQUIRED.into_iter().find(|name| !found.contains(name))
 }
 

@@ -64,7 +64,7 @@ fn fraction(digits: &[u8]) -> Option<u32> {
     Some(nanos.fold(0, |n, digit| n * 10 + u32::from(digit - b'0')))
 }
 
-/// In the form that [`EventTime::parse`] reads, with a fraction only where there is one.
+/// In the form that events have, with a fraction only where there is one.
 impl fmt::Display for EventTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(time) = DateTime::from_timestamp(self.seconds, 0) else {

@@ -130,7 +130,7 @@ fn unreadable(json: &[u8], error: &serde_json::Error) -> Fault {
         Segment::Map { key } => Some(key.as_str()),
         _ => None,
     });
-    let is_element = matches!(found.path().iter().last(), Some(Segment::Seq { .. }));
+    let is_element = matches!(found.path().iter().next_back(), Some(Segment::Seq { .. }));
     let wanted = match (last, is_element) {
         (Some("id" | "name" | "datatype"), _) => "a text",
         (Some("shape"), false) => "a list of whole numbers",

@@ -331,7 +331,9 @@ fn values_that_no_key_can_have() {
         ("data.max_length", vec!["60000"]),
     ]);
     try_all(&config_with(XLNET), &cases);
-    let objectives: [(&str, &[(&str, &[&str])]); 4] = [
+    /// A key and values that it cannot have.
+    type Values<'a> = (&'a str, &'a [&'a str]);
+    let objectives: [(&str, &[Values<'_>]); 4] = [
         ("causal", &[("drop", &shares), ("reverse", &shares)]),
         ("masked", &[("probability", &["0", "1", "-1", "nan", "1e-300", "\"x\""])]),
         ("permutation", &[("probability", &["0", "1", "1e-300"]), ("max_span", &["0", "-1", "1000000000"])]),
