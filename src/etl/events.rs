@@ -49,6 +49,8 @@ pub(crate) struct Batch {
     pub number: Vec<u64>,
     /// `line` or `row`.
     pub unit: &'static str,
+    /// Places of the bad rows that were left out, in `unit`, whatever the number of `[rows]`.
+    pub bad: Vec<u64>,
 }
 
 /// The values of an encoded column, `[rows]`.

@@ -130,6 +130,7 @@ mod tests {
             cells: [const { None }; 7],
             number: (first_row..).take(days.len()).collect(),
             unit: "row",
+            bad: Vec::new(),
         }
     }
 

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use crate::buckets::{Buckets, read_events};
 use crate::error::Error;
-use crate::events::{self, BadRows, RowCounts};
+use crate::events::{self, BadRows, Batch, RowCounts};
 use crate::extremes::Extremes;
 use crate::fit::{Counts, Fit, Sums};
 use crate::inputs::{check_distinct, check_output};
@@ -310,8 +310,10 @@ impl Read {
             let name = path.display();
             progress(&format!("reading {name}"));
             let mut n_told = 0;
+            let mut left_out = LeftOut::default();
             let counts = events::read(path, options.bad_rows, scratch, &mut |batch| {
                 extremes.add(file, &batch);
+                left_out.add(&batch);
                 let events = dictionaries.code(&batch);
                 products.resize(dictionaries.get(Coded::Product).len() + 1, Product::UNSEEN);
                 for event in &events {
@@ -325,6 +327,7 @@ impl Read {
                 }
                 buckets.push(events)
             })?;
+            left_out.warning(path).iter().for_each(|warning| progress(warning));
             rows += counts;
         }
         if n_events == 0 {
@@ -397,6 +400,38 @@ impl Read {
         };
         let workflow = fit.workflow(counts, &sums);
         Ok((workflow, fitted))
+    }
+}
+
+/// The bad rows of a file that are left out, the first of them by their place.
+#[derive(Default)]
+struct LeftOut {
+    n_rows: usize,
+    first: Vec<u64>,
+    /// `line` or `row`.
+    unit: &'static str,
+}
+
+impl LeftOut {
+    /// Rows that are named.
+    const NAMED: usize = 10;
+
+    fn add(&mut self, batch: &Batch) {
+        self.n_rows += batch.bad.len();
+        self.unit = batch.unit;
+        let room = Self::NAMED - self.first.len();
+        self.first.extend(batch.bad.iter().take(room));
+    }
+
+    fn warning(&self, path: &Path) -> Option<String> {
+        let n_more = self.n_rows - self.first.len();
+        let places: Vec<String> = self.first.iter().map(u64::to_string).collect();
+        let plural = if self.n_rows == 1 { "" } else { "s" };
+        let more = if n_more == 0 { String::new() } else { format!(" and {n_more} more") };
+        (self.n_rows > 0).then(|| {
+            let unit = self.unit;
+            format!("warning: `{}`: left out {unit}{plural} {}{more}", path.display(), places.join(", "))
+        })
     }
 }
 

@@ -445,3 +445,26 @@ fn an_output_that_cannot_be_written_is_refused() {
         run(scratch().path(), &format!("{HEADER}\n{GOOD}"), |options| options.out = out.into()).unwrap_err();
     assert!(matches!(error, Error::Output(_)) && error.exit_code() == 2, "{error}");
 }
+
+#[test]
+fn rows_that_are_left_out_are_named_by_their_lines() {
+    let dir = scratch();
+    let events = dir.path().join("events.csv");
+    let warnings = |n_bad: usize| {
+        let mut brands = vec!["\"LG\" 24\""; n_bad];
+        brands.extend(["acme"; 20]);
+        fs::write(&events, with_brands(&brands)).unwrap();
+        let mut options = Options::new(vec![events.clone()], dir.path().join("out"));
+        (options.bad_rows, options.overwrite) = (BadRows::Skip, true);
+        let mut lines = Vec::new();
+        preprocess(&options, &mut |line| lines.push(line.to_owned())).unwrap();
+        lines.retain(|line| line.starts_with("warning: "));
+        lines
+    };
+    let file = events.display();
+    assert_eq!(warnings(0), [""; 0]);
+    assert_eq!(warnings(1), [format!("warning: `{file}`: left out line 2")]);
+    assert_eq!(warnings(3), [format!("warning: `{file}`: left out lines 2, 3, 4")]);
+    let many = format!("warning: `{file}`: left out lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more");
+    assert_eq!(warnings(12), [many]);
+}

@@ -43,7 +43,7 @@ pub(super) fn read(
                     }
                     counts += part.counts;
                     n_lines += part.n_lines;
-                    if !part.batch.time.is_empty() {
+                    if !(part.batch.time.is_empty() && part.batch.bad.is_empty()) {
                         each(part.batch)?;
                     }
                 }
@@ -379,7 +379,10 @@ fn parse_part(bytes: &[u8], records: &[Record], plan: &Plan, bad_rows: BadRows) 
         match row {
             Ok(Some(row)) => columns.push(&row, line),
             Ok(None) => part.counts.without_session += 1,
-            Err(_) if bad_rows == BadRows::Skip => part.counts.bad += 1,
+            Err(_) if bad_rows == BadRows::Skip => {
+                part.counts.bad += 1;
+                columns.batch.bad.push(line);
+            }
             Err(fault) => {
                 part.fault = Some((line, fault));
                 break;
@@ -405,7 +408,8 @@ impl Builder {
         let time = Vec::with_capacity(n_rows);
         let price = Vec::with_capacity(n_rows);
         let number = Vec::with_capacity(n_rows);
-        Self { batch: Batch { time, price, cells: Coded::ALL.map(cells), number, unit: "line" } }
+        let cells = Coded::ALL.map(cells);
+        Self { batch: Batch { time, price, cells, number, unit: "line", bad: Vec::new() } }
     }
 
     fn push(&mut self, row: &Row<'_>, line: u64) {

@@ -38,9 +38,13 @@ impl Table {
                 }
             }
             BadRows::Skip => {
-                let bad: Vec<usize> = bad.map(|(row, _)| row).collect();
+                let mut bad: Vec<usize> = bad.map(|(row, _)| row).collect();
+                // A row may have several faults.
+                bad.sort_unstable();
+                bad.dedup();
+                counts.bad += bad.len() as u64;
                 for row in bad {
-                    counts.bad += u64::from(keep[row]);
+                    batch.bad.push(first_row + row as u64);
                     keep[row] = false;
                 }
             }
@@ -59,6 +63,7 @@ impl Batch {
             price: kept(self.price, keep),
             number: kept(self.number, keep),
             unit: self.unit,
+            bad: self.bad,
             cells: self.cells.map(|cells| match cells? {
                 Cells::Int(ints) => Some(Cells::Int(kept(ints, keep))),
                 Cells::Text(texts) => {
