@@ -740,15 +740,42 @@ fn is_empty(folder: &Path) -> bool {
     fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none())
 }
 
-/// Makes a folder and those above it; returns those that were missing, outermost first.
+/// Makes a folder and those above it, also where symbolic links lead to folders that are missing.
+///
+/// # Errors
+/// A part of the path is no folder, or a folder cannot be made.
+pub fn create_folder(folder: &Path) -> io::Result<()> {
+    make_folders(folder).map(drop)
+}
+
+/// As [`create_folder`]; returns the folders that were missing, outermost first.
 fn make_folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let missing = folder.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists());
-    let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
-    missing.reverse();
-    fs::create_dir_all(folder).inspect_err(|_| {
-        missing.iter().rev().for_each(|made| drop(fs::remove_dir(made)));
-    })?;
-    Ok(missing)
+    let mut made = Vec::new();
+    let remove_made = |made: &[PathBuf]| made.iter().rev().for_each(|made| drop(fs::remove_dir(made)));
+    let mut parts: Vec<&Path> = folder.ancestors().filter(|path| !path.as_os_str().is_empty()).collect();
+    parts.reverse();
+    for part in parts.into_iter().filter(|part| !part.exists()) {
+        // `mkdir` does not follow a link.
+        let created = match Target::of(part) {
+            Ok(Target::Missing(target)) if target != part && part.is_symlink() => make_folders(&target),
+            Ok(_) => fs::create_dir(part).map(|()| vec![part.to_owned()]),
+            Err(error) => Err(error),
+        };
+        match created {
+            Ok(folders) => made.extend(folders),
+            // Another process has made it meanwhile.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists && part.is_dir() => {}
+            Err(error) => {
+                remove_made(&made);
+                return Err(error);
+            }
+        }
+    }
+    if folder.is_dir() || folder.as_os_str().is_empty() {
+        return Ok(made);
+    }
+    remove_made(&made);
+    Err(ErrorKind::NotADirectory.into())
 }
 
 /// The names in a folder that belong to the output, the marker last.
@@ -984,6 +1011,21 @@ mod tests {
             first.publish().unwrap();
             assert_eq!(names(&path), ["days", "done"]);
         }
+    }
+
+    #[test]
+    fn folders_are_made_where_links_lead() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        symlink("elsewhere/large", at("link")).unwrap();
+        assert_eq!(make_folders(&at("link/a/b")).unwrap().len(), 4);
+        assert!(at("elsewhere/large/a/b").is_dir() && at("link").is_symlink());
+        assert_eq!(make_folders(&at("link/a/b")).unwrap(), [] as [PathBuf; 0]);
+
+        fs::write(at("file"), "").unwrap();
+        assert!(make_folders(&at("file")).is_err() && make_folders(&at("file/x")).is_err());
+        symlink("loop", at("loop")).unwrap();
+        assert!(make_folders(&at("loop/x")).is_err());
     }
 
     #[test]

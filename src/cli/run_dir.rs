@@ -52,7 +52,7 @@ pub(super) enum RunDirError {
 /// One process at a time writes to a run directory. Reading it needs no lock: a checkpoint appears whole.
 pub(super) fn lock_run_dir(_: Root, run_dir: &Path) -> Result<Lock, RunDirError> {
     let io = |source| RunDirError::Io { path: run_dir.to_owned(), source };
-    fs::create_dir_all(run_dir).map_err(io)?;
+    output::create_folder(run_dir).map_err(io)?;
     Lock::acquire(&run_dir.join(LOCK)).map_err(|error| match error {
         LockError::Io { source, .. } => io(source),
         problem => RunDirError::InUse { path: run_dir.to_owned(), problem },
@@ -157,7 +157,7 @@ pub(super) fn prepare_run_dir(
     job: &Job,
 ) -> Result<(), RunDirError> {
     let at = |source| RunDirError::Io { path: run_dir.to_owned(), source };
-    fs::create_dir_all(run_dir).map_err(at)?;
+    output::create_folder(run_dir).map_err(at)?;
     check_free(run_dir, args.overwrite)?;
     for left in OF_A_RUN.iter().chain(&OF_A_START) {
         remove(&run_dir.join(left)).map_err(at)?;
