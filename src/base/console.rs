@@ -3,6 +3,7 @@
 //! A reader that went away, a closed descriptor or a full disk never ends work: lines of a log are lost without a
 //! word, and only a command whose output is its result learns that the output failed.
 
+use std::any::Any;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, ErrorKind, Write};
 use std::panic::PanicHookInfo;
@@ -25,12 +26,12 @@ pub fn error(message: &str) {
     log(&lines);
 }
 
-/// Writes a line to stdout that nobody may read; a failure is ignored.
+/// Writes a line to stdout; a failure is ignored.
 pub fn note(line: &str) {
     let _ = print(line);
 }
 
-/// Writes the result of a command to stdout. A reader that has seen enough is no failure.
+/// Writes the result of a command to stdout. A pipe that its reader has closed is not a failure.
 ///
 /// # Errors
 /// The disk is full, for example.
@@ -51,8 +52,8 @@ pub fn unless_closed(written: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Logs a panic, which is a fault of this program, as one line with the place in the sources, a request to report it, and the
-/// backtrace if `RUST_BACKTRACE` asks for one. `place` says where in a job it happened, and may be empty.
+/// Logs a panic, which is a fault of this program, as one line with the place in the sources, a request to report it,
+/// and the backtrace if `RUST_BACKTRACE` asks for one. `place` says where in a job it happened, and may be empty.
 pub fn internal_error(place: &str, panic: &PanicHookInfo<'_>) {
     let at = panic
         .location()
@@ -66,6 +67,12 @@ pub fn internal_error(place: &str, panic: &PanicHookInfo<'_>) {
             .to_owned(),
     };
     log(&format!("error: internal error: {place}{payload}{at}{more}"));
+}
+
+/// The message of a panic that was caught, if it has one.
+pub fn panic_text(payload: &(dyn Any + Send)) -> Option<&str> {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied())
 }
 
 /// A path in the sources without the folder of the registry that a library was built in.

@@ -3,11 +3,11 @@
 //! Every rank sees every other's tensor and combines them in rank order, so results are the same bits on every
 //! rank and in every run. A rank that leaves too early, by panic or by return, fails the others' calls.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use bireme_base::console::panic_text;
 use tch::Tensor;
 
 use super::call::How;
@@ -28,7 +28,10 @@ pub fn spawn<T: Send>(world_size: usize, work: impl Fn(&dyn Collective) -> T + S
                     let outcome = catch_unwind(AssertUnwindSafe(|| work(&threads)));
                     let how = match &outcome {
                         Ok(_) => "returned before the others were done".to_owned(),
-                        Err(panic) => format!("panicked: {}", panic_text(panic.as_ref())),
+                        Err(panic) => {
+                            let text = panic_text(&**panic).unwrap_or("with a value that is no text");
+                            format!("panicked: {text}")
+                        }
                     };
                     meeting.leave(rank, how);
                     outcome
@@ -50,11 +53,6 @@ pub fn spawn<T: Send>(world_size: usize, work: impl Fn(&dyn Collective) -> T + S
         Some((_, panic)) => resume_unwind(panic),
         None => values,
     }
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("with a value that is no text")
 }
 
 /// Where the threads of one [`spawn`] exchange tensors, one round per call.

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use bireme_base::console::panic_text;
 use cudarc::driver::CudaContext;
 use tch::Device;
 
@@ -128,9 +129,7 @@ pub fn phase() -> String {
 /// What a panic says if memory was refused, on one line with the bytes that were asked for and the phase; none of any
 /// other panic. libtorch throws where memory is refused, and tch panics with the text.
 pub fn refused(payload: &(dyn Any + Send)) -> Option<String> {
-    let text = payload.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| payload.downcast_ref::<&str>().copied())?;
-    refused_text(text).map(|refused| refused + &phase())
+    refused_text(panic_text(payload)?).map(|refused| refused + &phase())
 }
 
 /// Runs a command. A panic that says that memory was refused, on whichever thread, becomes an error with what it says.
@@ -156,8 +155,8 @@ pub fn catch<T, E>(command: impl FnOnce() -> Result<T, E>) -> Result<Result<T, E
     }
 }
 
-/// Ends the process, which was refused `n_bytes`, with exit code 1 and a message for which it needs no memory. A launcher
-/// then ends the other ranks.
+/// Ends the process, which was refused `n_bytes`, with exit code 1 and a message for which it needs no memory. A
+/// launcher then ends the other ranks.
 pub fn end_process(n_bytes: usize) -> ! {
     static ENDS: AtomicBool = AtomicBool::new(false);
     // The message may be refused memory as well.

@@ -4,6 +4,7 @@
 //! at run time, where an NVIDIA driver is: libtorch looks for it once, at the first tensor or the first question for a
 //! GPU, so [`place`] comes before both.
 
+pub(crate) mod guarded;
 pub mod host;
 pub mod laps;
 pub mod memory;

@@ -1,12 +1,14 @@
 //! Operations of our own in libtorch's autograd.
 
-use std::any::Any;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
 
+use bireme_base::console::panic_text;
 use tch::Tensor;
 use torch_sys::C_tensor;
+
+use super::guarded::guarded;
 
 /// From the gradient of an output to those of the inputs, in order.
 type Back = Box<dyn FnOnce(Tensor) -> Vec<Tensor> + Send>;
@@ -35,21 +37,13 @@ pub fn follows(
     let inputs: Vec<*const C_tensor> = inputs.iter().map(|input| input.as_ptr()).collect();
     let back: Kept = Some(Box::new(back));
     let back = Box::into_raw(Box::new(back));
-    let mut error: [c_char; 1024] = [0; 1024];
-    // SAFETY: all pointers are to live tensors, as many as said, `back` is given away, and there is room for as many
-    // characters as said.
-    let failed = unsafe {
-        bireme_follows(
-            output.as_mut_ptr(),
-            inputs.as_ptr(),
-            inputs.len(),
-            back.cast(),
-            error.as_mut_ptr(),
-            error.len(),
-        )
-    };
-    // SAFETY: it is a C string, empty or written by `snprintf`.
-    assert!(failed == 0, "{}", unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy());
+    let added = guarded(1024, |error, capacity| {
+        let (output, n) = (output.as_mut_ptr(), inputs.len());
+        // SAFETY: all pointers are to live tensors, as many as said, `back` is given away, and there is room for as
+        // many characters as said.
+        unsafe { bireme_follows(output, inputs.as_ptr(), n, back.cast(), error, capacity) }
+    });
+    added.unwrap_or_else(|problem| panic!("{problem}"));
     output
 }
 
@@ -89,18 +83,13 @@ unsafe extern "C" fn bireme_go_back(
             0
         }
         Err(panic) => {
-            let text = panic_text(&*panic).as_bytes();
+            let text = panic_text(&*panic).unwrap_or("a panic without a message").as_bytes();
             let n = text.len().min(capacity - 1);
             error[..n].copy_from_slice(&text[..n]);
             error[n] = 0;
             1
         }
     }
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message")
 }
 
 #[unsafe(no_mangle)]

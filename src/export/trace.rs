@@ -7,6 +7,8 @@ use std::path::Path;
 use tch::Tensor;
 use torch_sys::{C_tensor, CModule_};
 
+use crate::device::guarded::{guarded, text};
+
 unsafe extern "C" {
     fn bireme_end_tracing(
         module: *mut CModule_,
@@ -74,23 +76,14 @@ pub fn trace(
     let tracing = Tracing;
     let outputs = forward(&inputs);
     let outputs: Vec<*const C_tensor> = outputs.iter().map(Tensor::as_ptr).collect();
-    let mut error = vec![0; CAPACITY];
-    // SAFETY: all pointers are to live values of as many elements as said, and the buffer is as long as said.
-    let failed = unsafe {
-        bireme_end_tracing(
-            module.0,
-            outputs.as_ptr(),
-            outputs.len(),
-            names.as_ptr(),
-            names.len(),
-            error.as_mut_ptr(),
-            error.len(),
-        )
-    };
+    let ended = guarded(CAPACITY, |error, capacity| {
+        let (n_outputs, n_names) = (outputs.len(), names.len());
+        let (outputs, names) = (outputs.as_ptr(), names.as_ptr());
+        // SAFETY: all pointers are to live values of as many elements as said, and the buffer is as long as said.
+        unsafe { bireme_end_tracing(module.0, outputs, n_outputs, names, n_names, error, capacity) }
+    });
     drop(tracing);
-    if failed != 0 {
-        return Err(text(&error));
-    }
+    ended?;
     // SAFETY: the module is alive, and the path a C string.
     unsafe { torch_sys::atm_save(module.0, file.as_ptr()) };
     said_by_libtorch()
@@ -102,14 +95,11 @@ pub fn trace(
 /// What libtorch says of a file that it cannot load.
 pub fn arguments(path: &Path) -> Result<Vec<String>, String> {
     let file = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
-    let (mut names, mut error) = (vec![0; CAPACITY], vec![0; CAPACITY]);
-    // SAFETY: the path is a C string, and both buffers are as long as said.
-    let failed = unsafe {
-        bireme_arguments(file.as_ptr(), names.as_mut_ptr(), names.len(), error.as_mut_ptr(), error.len())
-    };
-    if failed != 0 {
-        return Err(text(&error));
-    }
+    let mut names = vec![0; CAPACITY];
+    guarded(CAPACITY, |error, capacity| {
+        // SAFETY: the path is a C string, and both buffers are as long as said.
+        unsafe { bireme_arguments(file.as_ptr(), names.as_mut_ptr(), names.len(), error, capacity) }
+    })?;
     Ok(text(&names).split_whitespace().map(str::to_owned).collect())
 }
 
@@ -135,9 +125,4 @@ fn said_by_libtorch() -> Result<(), String> {
     // SAFETY: it was allocated with malloc and is freed once.
     unsafe { libc::free(message.cast()) };
     Err(said)
-}
-
-fn text(buffer: &[c_char]) -> String {
-    let bytes: Vec<u8> = buffer.iter().take_while(|&&c| c != 0).map(|&c| c as u8).collect();
-    String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -1,11 +1,12 @@
 //! libtorch's fused AdamW: all of a step in one operation, for GPUs.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{c_char, c_int};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::{BETAS, EPSILON, Rates};
+use crate::device::guarded::guarded;
 
 unsafe extern "C" {
     fn bireme_fused_adamw(
@@ -30,20 +31,13 @@ pub(super) fn adamw(of: &[Tensor; 4], scale: &Tensor, rates: Rates) {
     let epsilon = EPSILON / rates.second_correction();
     let (betas, divisor) = ([BETAS.0, BETAS.1], scale.reciprocal());
     let of = of.each_ref().map(Tensor::as_ptr);
-    let mut error = [0; 1024];
-    // SAFETY: all pointers are to live values, four tensors, two numbers and as many characters as said among them.
-    let failed = unsafe {
-        bireme_fused_adamw(
-            of.as_ptr(),
-            f64::from(rates.n_steps),
-            rates.learning_rate,
-            betas.as_ptr(),
-            epsilon,
-            divisor.as_ptr(),
-            error.as_mut_ptr(),
-            error.len(),
-        )
-    };
-    // SAFETY: it is a C string, empty or written by `snprintf`.
-    assert!(failed == 0, "{}", unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy());
+    let n_steps = f64::from(rates.n_steps);
+    let stepped = guarded(1024, |error, capacity| {
+        let (of, betas, divisor) = (of.as_ptr(), betas.as_ptr(), divisor.as_ptr());
+        // SAFETY: all pointers are to live values, four tensors, two numbers and as many characters as said among them.
+        unsafe {
+            bireme_fused_adamw(of, n_steps, rates.learning_rate, betas, epsilon, divisor, error, capacity)
+        }
+    });
+    stepped.unwrap_or_else(|problem| panic!("{problem}"));
 }

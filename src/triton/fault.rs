@@ -6,7 +6,8 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-use bireme_etl::chain;
+use bireme_base::console::panic_text;
+use bireme_base::message::chain;
 
 use crate::api;
 
@@ -101,8 +102,7 @@ pub(crate) fn guarded<T>(f: impl FnOnce() -> Result<T, Fault>) -> Result<T, Faul
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref().copied());
-    format!("the backend panicked: {}", text.unwrap_or("no message"))
+    format!("the backend panicked: {}", panic_text(panic).unwrap_or("no message"))
 }
 
 /// What an entry point returns to the server.

@@ -5,6 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::path::Path;
 use std::sync::Once;
 
+use bireme_base::console::panic_text;
+
 use crate::error::Error;
 
 thread_local! {
@@ -29,8 +31,7 @@ pub(super) fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Error>)
     let decoded = catch_unwind(AssertUnwindSafe(decode));
     INSIDE.set(was_inside);
     decoded.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+        let text = panic_text(&*panic).unwrap_or("no reason given");
         Err(Error::unreadable(path)(format!("its reader failed: {text}").into()))
     })
 }
