@@ -43,7 +43,6 @@ mod time;
 pub mod vocab;
 pub mod workflow;
 
-pub use bireme_base::message::chain;
 pub use error::Error;
 pub use events::{BadRows, RowCounts};
 pub use first::{RawEvent, first_events};

@@ -8,11 +8,9 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use bireme_base::message::quoted;
+use bireme_base::message::{chain, quoted};
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
-
-use bireme_base::message::chain;
 
 use crate::error::Error;
 use crate::first::RawEvent;

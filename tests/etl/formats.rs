@@ -144,7 +144,9 @@ fn read(dir: &Path, name: &str, bytes: &[u8]) -> Result<u64, (u8, String)> {
     let mut options = Options::new(vec![path], dir.join("out"));
     options.overwrite = true;
     let report = preprocess(&options, &mut |_| {});
-    report.map(|report| report.rows.read).map_err(|error| (error.exit_code(), bireme_etl::chain(&error)))
+    report
+        .map(|report| report.rows.read)
+        .map_err(|error| (error.exit_code(), bireme_base::message::chain(&error)))
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {

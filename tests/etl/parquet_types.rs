@@ -127,7 +127,8 @@ fn read(columns: &Columns, bad_rows: BadRows) -> Result<(Vec<RawEvent>, RowCount
     let dir = scratch();
     let path = dir.path().join("events.parquet");
     write(&path, columns, WriterProperties::default());
-    first_events(&[path], 10, bad_rows).map_err(|error| (error.exit_code(), bireme_etl::chain(&error)))
+    first_events(&[path], 10, bad_rows)
+        .map_err(|error| (error.exit_code(), bireme_base::message::chain(&error)))
 }
 
 fn events(columns: &Columns) -> Vec<RawEvent> {
@@ -363,7 +364,7 @@ fn every_codec_and_encoding_gives_the_same() {
 fn survives(path: &Path) {
     let outcome = first_events(&[PathBuf::from(path)], 10, BadRows::Skip);
     if let Err(error) = outcome {
-        let text = bireme_etl::chain(&error);
+        let text = bireme_base::message::chain(&error);
         assert_eq!(error.exit_code(), 2, "{text}");
         assert!(text.contains("events.parquet") && !text.contains('\n'), "{text}");
     }

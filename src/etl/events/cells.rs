@@ -2,7 +2,9 @@
 
 use bireme_base::message::quoted;
 
+use crate::schema::event;
 use crate::time::EventTime;
+use crate::vocab::Coded;
 
 /// What makes a row bad.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +22,29 @@ impl Fault {
 pub(super) const MISSING: &str = "the cell is empty";
 pub(super) const NOT_UTF8: &str = "the cell is not UTF-8";
 pub(super) const TOO_LARGE: &str = "is too large for a 64-bit integer";
+
+/// How the cells of a column are read.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Target {
+    Time,
+    Price,
+    Int(Coded),
+    Text(Coded),
+}
+
+impl Target {
+    /// `None` for columns that are not read.
+    pub fn of(name: &str) -> Option<Self> {
+        Some(match name {
+            event::TIME => Self::Time,
+            event::PRICE => Self::Price,
+            _ => match Coded::ALL.into_iter().find(|column| column.name() == name)? {
+                column if column.is_int() => Self::Int(column),
+                column => Self::Text(column),
+            },
+        })
+    }
+}
 
 pub(super) fn read_int(text: &str) -> Result<i64, String> {
     text.parse().map_err(|_| {

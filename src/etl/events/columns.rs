@@ -25,7 +25,7 @@ use parquet::schema::types::{ColumnDescPtr, Type};
 use rayon::prelude::*;
 
 use super::cells::{
-    Fault, MISSING, NOT_UTF8, TOO_LARGE, Texts, check_price, read_int, read_price, read_time,
+    Fault, MISSING, NOT_UTF8, TOO_LARGE, Target, Texts, check_price, read_int, read_price, read_time,
 };
 use super::guard::guarded;
 use super::table::Table;
@@ -211,14 +211,6 @@ struct Column {
     description: ColumnDescPtr,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Target {
-    Time,
-    Price,
-    Int(Coded),
-    Text(Coded),
-}
-
 /// What the values of a physical type mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stored {
@@ -238,17 +230,6 @@ enum Stored {
 }
 
 impl Target {
-    fn of(name: &str) -> Option<Self> {
-        Some(match name {
-            event::TIME => Self::Time,
-            event::PRICE => Self::Price,
-            _ => match Coded::ALL.into_iter().find(|column| column.name() == name)? {
-                column if column.is_int() => Self::Int(column),
-                column => Self::Text(column),
-            },
-        })
-    }
-
     fn takes(self, stored: Stored) -> bool {
         let is_int = matches!(stored, Stored::Signed | Stored::Unsigned | Stored::Decimal { scale: 0 });
         match stored {
@@ -575,11 +556,14 @@ fn time(int96: &Int96) -> EventTime {
     EventTime { seconds, ..of_day }
 }
 
+/// Rows of a table and what makes them bad.
+type Faults = Vec<(usize, Fault)>;
+
 /// Some rows of a column.
 enum Decoded {
-    Time(Vec<EventTime>, Vec<(usize, Fault)>),
-    Price(Vec<f64>, Vec<(usize, Fault)>),
-    Cells(Coded, Cells, Vec<(usize, Fault)>),
+    Time(Vec<EventTime>, Faults),
+    Price(Vec<f64>, Faults),
+    Cells(Coded, Cells, Faults),
 }
 
 fn table(decoded: Vec<Decoded>) -> Table {
@@ -606,65 +590,54 @@ fn table(decoded: Vec<Decoded>) -> Table {
 
 impl Column {
     fn read(&self, reader: &mut ColumnReader, n: usize) -> Result<Decoded, ParquetError> {
-        let mut faults = Vec::new();
-        let mut fault = |row: usize, problem: String| faults.push((row, Fault::new(self.name, problem)));
+        let missing = || MISSING.to_owned();
         match self.target {
             Target::Time => {
-                let mut times = Vec::with_capacity(n);
-                self.each(reader, n, |row, cell| {
-                    let time = cell.map_or_else(|| Err(MISSING.into()), |cell| cell.time());
-                    times.push(time.unwrap_or_else(|problem| {
-                        fault(row, problem);
-                        EventTime::default()
-                    }));
-                })?;
+                let (times, faults) = self.values(reader, n, |cell| cell.ok_or_else(missing)?.time())?;
                 Ok(Decoded::Time(times, faults))
             }
             Target::Price => {
-                let mut prices = Vec::with_capacity(n);
-                self.each(reader, n, |row, cell| {
-                    let price = cell.map_or_else(|| Err(MISSING.into()), |cell| cell.price());
-                    prices.push(price.unwrap_or_else(|problem| {
-                        fault(row, problem);
-                        0.0
-                    }));
-                })?;
+                let (prices, faults) = self.values(reader, n, |cell| cell.ok_or_else(missing)?.price())?;
                 Ok(Decoded::Price(prices, faults))
             }
             Target::Int(column) => {
-                let mut ints = Vec::with_capacity(n);
-                self.each(reader, n, |row, cell| {
-                    let int = cell.map_or(Ok(None), |cell| cell.int());
-                    let int = match int {
-                        Ok(None) if column == Coded::Product => Err(MISSING.into()),
-                        int => int,
-                    };
-                    ints.push(int.unwrap_or_else(|problem| {
-                        fault(row, problem);
-                        None
-                    }));
-                })?;
+                let (ints, faults) =
+                    self.values(reader, n, |cell| match cell.map_or(Ok(None), Cell::int)? {
+                        None if column == Coded::Product => Err(missing()),
+                        int => Ok(int),
+                    })?;
                 Ok(Decoded::Cells(column, Cells::Int(ints), faults))
             }
             Target::Text(column) => {
                 let mut texts = Texts::default();
-                self.each(reader, n, |row, cell| {
-                    let pushed = match cell {
-                        None => {
-                            texts.push("");
-                            Ok(())
-                        }
-                        Some(cell) => cell.push(&mut texts),
-                    };
-                    if let Err(problem) = pushed {
-                        // No empty text: a session that cannot be read is a fault of its row.
-                        texts.push("\u{fffd}");
-                        fault(row, problem);
+                let (_, faults) = self.values(reader, n, |cell| match cell {
+                    None => {
+                        texts.push("");
+                        Ok(())
                     }
+                    // An empty text would say that the row has no session, so a bad cell leaves another one.
+                    Some(cell) => cell.push(&mut texts).inspect_err(|_| texts.push("\u{fffd}")),
                 })?;
                 Ok(Decoded::Cells(column, Cells::Text(texts), faults))
             }
         }
+    }
+
+    /// Reads the next `n` rows. A bad cell leaves the default of `T` in its row, and a fault.
+    fn values<T: Default>(
+        &self,
+        reader: &mut ColumnReader,
+        n: usize,
+        mut value: impl FnMut(Option<&Cell<'_>>) -> Result<T, String>,
+    ) -> Result<(Vec<T>, Faults), ParquetError> {
+        let (mut values, mut faults) = (Vec::with_capacity(n), Vec::new());
+        self.each(reader, n, |row, cell| {
+            values.push(value(cell).unwrap_or_else(|problem| {
+                faults.push((row, Fault::new(self.name, problem)));
+                T::default()
+            }));
+        })?;
+        Ok((values, faults))
     }
 
     /// Hands on the next cells, nulls included.

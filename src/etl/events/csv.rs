@@ -14,7 +14,7 @@ use bireme_base::message::quoted;
 use memchr::memchr;
 use rayon::prelude::*;
 
-use super::cells::{Fault, MISSING, NOT_UTF8, Texts, read_int, read_price, read_time};
+use super::cells::{Fault, MISSING, NOT_UTF8, Target, Texts, read_int, read_price, read_time};
 use super::guard::guarded;
 use super::input::{Text, text_kind};
 use super::records::{Block, Columns, Record, Shape, Splitter, Unknown, quoted_fields};
@@ -166,17 +166,9 @@ fn no_header(path: &Path) -> Error {
 struct Plan {
     names: Vec<String>,
     /// Fields that are used, in the header's order.
-    used: Vec<(usize, Use)>,
+    used: Vec<(usize, Target)>,
     session: usize,
     has: [bool; 7],
-}
-
-#[derive(Clone, Copy)]
-enum Use {
-    Time,
-    Price,
-    Int(Coded),
-    Text(Coded),
 }
 
 impl Plan {
@@ -210,21 +202,14 @@ impl Plan {
         }
         let mut plan = Self { names, used: Vec::new(), session: 0, has: [false; 7] };
         for (field, name) in plan.names.iter().enumerate() {
-            let coded = Coded::ALL.into_iter().find(|column| column.name() == name);
-            let (used, has) = match (name.as_str(), coded) {
-                (event::TIME, _) => (Use::Time, None),
-                (event::PRICE, _) => (Use::Price, None),
-                (_, Some(column)) if column.is_int() => (Use::Int(column), Some(column)),
-                (_, Some(column)) => (Use::Text(column), Some(column)),
-                (_, None) => continue,
-            };
-            if let Some(column) = has {
+            let Some(target) = Target::of(name) else { continue };
+            if let Target::Int(column) | Target::Text(column) = target {
                 plan.has[column as usize] = true;
             }
-            if has == Some(Coded::Session) {
+            if target == Target::Text(Coded::Session) {
                 plan.session = field;
             }
-            plan.used.push((field, used));
+            plan.used.push((field, target));
         }
         Ok((plan, 1 + n_breaks))
     }
@@ -254,16 +239,16 @@ impl Plan {
             return Ok(None);
         }
         let mut row = Row::default();
-        for (i, used) in &self.used {
+        for (i, target) in &self.used {
             let cell = text(*i)?;
             let bad = |problem: String| self.fault(*i, problem);
-            match *used {
-                Use::Time => row.time = read_time(cell).map_err(bad)?,
-                Use::Price => row.price = read_price(cell).map_err(bad)?,
-                Use::Text(column) => row.texts[column as usize] = cell,
-                Use::Int(Coded::Product) if cell.is_empty() => return Err(self.fault(*i, MISSING)),
-                Use::Int(_) if cell.is_empty() => {}
-                Use::Int(column) => row.ints[column as usize] = Some(read_int(cell).map_err(bad)?),
+            match *target {
+                Target::Time => row.time = read_time(cell).map_err(bad)?,
+                Target::Price => row.price = read_price(cell).map_err(bad)?,
+                Target::Text(column) => row.texts[column as usize] = cell,
+                Target::Int(Coded::Product) if cell.is_empty() => return Err(self.fault(*i, MISSING)),
+                Target::Int(_) if cell.is_empty() => {}
+                Target::Int(column) => row.ints[column as usize] = Some(read_int(cell).map_err(bad)?),
             }
         }
         Ok(Some(row))
