@@ -184,8 +184,8 @@ impl Findings {
         let path = dir.join(format!(".bireme-doctor-{}", std::process::id()));
         let path = collective.broadcast_bytes(path.as_os_str().as_bytes().to_owned(), 0)?;
         let path = PathBuf::from(OsString::from_vec(path));
-        // The large file has no name, so that nothing of it is left if the command is interrupted. The empty one is for the
-        // other ranks.
+        // The large file has no name, so that nothing of it is left if the command is interrupted. The empty one is for
+        // the other ranks.
         let tried = collective
             .root()
             .map(|_| write_and_read(dir).and_then(|rates| File::create(&path).map(|_| rates)));

@@ -87,8 +87,8 @@ extern "C" fn before_libraries(_: c_int, arguments: Texts, variables: Texts) {
     }
 }
 
-/// Output that cannot be written is an error of a call and not a signal, and libraries open none of their files in the place of a
-/// standard stream that was closed at the start.
+/// Output that cannot be written is an error of a call and not a signal, and libraries open none of their files in the
+/// place of a standard stream that was closed at the start.
 fn keep_output_from_ending_work() {
     for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
         // SAFETY: no handler is installed, and no other thread runs yet.

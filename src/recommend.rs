@@ -117,7 +117,7 @@ impl RecommendError {
 }
 
 /// Recommends into a file, which has its name when it is complete. Returns what was read, or nothing
-/// where the reader of the standard output has seen enough. `note` is given a line where what an
+/// where the reader of the standard output has closed it. `note` is given a line where what an
 /// interrupted command left is removed.
 ///
 /// # Errors
@@ -140,7 +140,7 @@ pub fn to_file(
 }
 
 /// Recommends on the standard output. Returns what was read, or nothing where the reader of the
-/// output has seen enough.
+/// output has closed it.
 ///
 /// # Errors
 /// See [`RecommendError`].

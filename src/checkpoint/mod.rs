@@ -316,7 +316,7 @@ impl Checkpoints {
                         found => return Ok((found?, skipped)),
                     },
                 };
-                // A run that goes on meanwhile removes older ones, and has written newer ones before.
+                // A running training removes old checkpoints, each only after it has written a newer one.
                 is_outdated |= !path.exists();
                 skipped.extend(found.err().map(|problem| format!("`{}`: {problem}", path.display())));
             }

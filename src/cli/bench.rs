@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
+use bireme_base::console;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Failure, explain};
-use crate::report;
 use crate::scaling::predict::Link;
 use crate::scaling::{self, Launch, Launcher, Options, ScalingError};
 use crate::train::ItemTable;
@@ -120,7 +120,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<(), Failure> {
         exit_code: error.exit_code(),
         message: Some(explain(&error, error.hint().as_deref())),
     };
-    scaling::scaling(&options, &mut report::progress).map_err(failed)?;
-    report::result(&options.out.join(scaling::TABLE).display().to_string());
+    scaling::scaling(&options, &mut console::log).map_err(failed)?;
+    console::note(&options.out.join(scaling::TABLE).display().to_string());
     Ok(())
 }

@@ -520,7 +520,7 @@ fn explain(error: &dyn Error, hint: Option<&str>) -> String {
 
 /// Prints the result of a command.
 fn print(text: &str) -> Result<(), Failure> {
-    report::output(text).map_err(|error| {
+    console::print(text).map_err(|error| {
         let message = format!("cannot write to the standard output: {error}");
         Failure { exit_code: 1, message: Some(message) }
     })
@@ -531,7 +531,7 @@ pub fn answer(answer: &clap::Error) -> i32 {
     let printed = answer.print().and_then(|()| io::stdout().flush());
     match console::unless_closed(printed) {
         Err(error) if !answer.use_stderr() => {
-            report::error(&format!("cannot write to the standard output: {error}"));
+            console::error(&format!("cannot write to the standard output: {error}"));
             1
         }
         _ => answer.exit_code(),
@@ -565,7 +565,7 @@ fn run_command(command: Command) -> i32 {
         Err(Failure { exit_code, message }) => {
             interrupt::end_if_interrupted();
             if let Some(message) = message {
-                report::error(&message);
+                console::error(&message);
             }
             exit_code
         }
@@ -582,11 +582,11 @@ fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let &SynthArgs { events, items, days, seed, ref out } = args;
     let options = SynthOptions { events, items, days, seed };
     options.check().map_err(|error| Failure::refused(&error, None))?;
-    let mut sink = Sink::create(out, &mut report::progress)?;
+    let mut sink = Sink::create(out, &mut console::log)?;
     let is_stdout = sink.is_stdout();
     let report = match synth::synth(&options, &mut sink) {
         Ok(report) => report,
-        // The reader of the standard output has seen enough.
+        // The reader of the standard output has closed it.
         Err(SynthError::Write(error)) if is_stdout && error.kind() == ErrorKind::BrokenPipe => return Ok(()),
         Err(SynthError::Write(source)) => {
             return Err(OutputError::Io { action: "write", path: out.clone(), source }.into());
@@ -595,7 +595,7 @@ fn synth(args: &SynthArgs) -> Result<(), Failure> {
     };
     sink.publish()?;
     // Not between the rows.
-    let print = if is_stdout { report::progress } else { report::result };
+    let print = if is_stdout { console::log } else { console::note };
     print(&report.to_string());
     Ok(())
 }
@@ -619,11 +619,11 @@ fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
         extend: args.extend.is_some(),
         ..etl::Options::new(args.events.clone(), out.clone())
     };
-    let report = etl::preprocess(&options, &mut report::progress).map_err(|error| Failure {
+    let report = etl::preprocess(&options, &mut console::log).map_err(|error| Failure {
         exit_code: error.exit_code().into(),
         message: Some(explain(&error, error.hint())),
     })?;
-    report::result(&report.to_string());
+    console::note(&report.to_string());
     Ok(())
 }
 
@@ -676,7 +676,7 @@ impl Job {
             let host = collective::host_name();
             let at =
                 self.collective.watch().map_or(String::new(), |watch| format!(", {}", watch.whereabouts()));
-            report::error(&format!("{message}: rank {rank} of {world_size} on {host}{at}"));
+            console::error(&format!("{message}: rank {rank} of {world_size} on {host}{at}"));
             self.collective.abort(1)
         })
     }
@@ -742,7 +742,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     collective.reduce(&mut done_on_root, Reduce::Max).map_err(shared)?;
     if done_on_root == [1] {
         if collective.root().is_some() {
-            report::progress(&format!("`{}` holds this run, and it is done", run_dir.display()));
+            console::log(&format!("`{}` holds this run, and it is done", run_dir.display()));
         }
         return export_on_root(collective, to_export);
     }
@@ -783,7 +783,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         let [n_left] = n_left;
         report.say(&format!("the rows of the last {n_left} sessions are checked beside the training"));
     }
-    checked.go_on_in_background();
+    checked.continue_in_background();
     let fitted = training.fit(&run_dir, &mut report, &signals, &mut checked);
     match job.end(fitted)? {
         Ended::Done => {
@@ -812,21 +812,21 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
 }
 
 fn write_export(options: &export::Options) -> Result<(), Failure> {
-    let exported = export::export(options, &mut report::progress);
+    let exported = export::export(options, &mut console::log);
     let Exported { version, n_items, skipped } = exported.map_err(|error: ExportError| Failure {
         exit_code: error.exit_code(),
         message: Some(explain(&error, error.hint())),
     })?;
     warn_of(&skipped);
     let (name, out) = (&options.name, options.out.display());
-    report::result(&format!("version {version} of `{name}`, {n_items} items, is in `{out}`"));
+    console::note(&format!("version {version} of `{name}`, {n_items} items, is in `{out}`"));
     Ok(())
 }
 
 /// Checkpoints that are not whole.
 fn warn_of(skipped: &[String]) {
     for skipped in skipped {
-        report::progress(&format!("warning: a checkpoint that is not whole is left aside: {skipped}"));
+        console::log(&format!("warning: a checkpoint that is not whole is left aside: {skipped}"));
     }
 }
 
@@ -847,7 +847,7 @@ fn serve(args: &ServeArgs) -> Result<(), Failure> {
         device: place.device,
         n_threads: place.n_threads,
     };
-    let tell = |Addresses { http, grpc }| report::result(&format!("http {http}\ngrpc {grpc}"));
+    let tell = |Addresses { http, grpc }| console::note(&format!("http {http}\ngrpc {grpc}"));
     bireme_serve::serve(&options, tell)
         .map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })
 }
@@ -875,15 +875,24 @@ fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
             let problem = "parquet is compressed already: leave out `.gz`".to_owned();
             return Err(OutputError::Refused { path: out.clone(), problem }.into());
         }
-        Some(out) => recommend::to_file(&options, format, out, &mut report::progress),
+        Some(out) => recommend::to_file(&options, format, out, &mut console::log),
         None => recommend::to_terminal(&options, format),
     };
     let counts =
         done.map_err(|error| Failure { exit_code: error.exit_code(), message: Some(explain(&error, None)) })?;
     if let Some(etl::RowCounts { bad: bad @ 1.., read, .. }) = counts {
-        report::progress(&format!("warning: {bad} of {read} rows cannot be read and are left out"));
+        console::log(&format!("warning: {bad} of {read} rows cannot be read and are left out"));
     }
     Ok(())
+}
+
+/// Refuses a model that does not fit into memory without its optimizer, on the sessions in `data`.
+fn check_memory_to_read(job: &Job, data: &Path) -> Result<(), Failure> {
+    let collective = &*job.collective;
+    let features = Days::open(data, &job.config.data).map(|days| days.features().clone());
+    let features = agree(collective, features, |_| None)?;
+    let fits = check_memory(&job.config, &features, job.place(), Purpose::Read, None);
+    agree(collective, fits, TrainError::hint)
 }
 
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
@@ -891,10 +900,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let collective = &*job.collective;
     let which = (args.day, args.split);
     let device = job.place.device;
-    let features = Days::open(&args.data, &job.config.data).map(|days| days.features().clone());
-    let features = agree(collective, features, |_| None)?;
-    let fits = check_memory(&job.config, &features, job.place(), Purpose::Read, None);
-    agree(collective, fits, TrainError::hint)?;
+    check_memory_to_read(&job, &args.data)?;
     let lock = collective.root().filter(|_| args.save).map(|root| lock_run_dir(root, &args.run_dir));
     let _lock = agree(collective, lock.transpose(), |_| None)?;
     let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place());
@@ -929,10 +935,7 @@ fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
     let run_dir = args.run.run_dir();
     let days = job.config.data.resolve_days(&args.run.data, Some(args.day));
     agree(&*job.collective, days, |_| None)?;
-    let features = Days::open(&args.run.data, &job.config.data).map(|days| days.features().clone());
-    let features = agree(&*job.collective, features, |_| None)?;
-    let fits = check_memory(&job.config, &features, job.place(), Purpose::Read, None);
-    agree(&*job.collective, fits, TrainError::hint)?;
+    check_memory_to_read(&job, &args.run.data)?;
     let Some(root) = job.collective.root() else { return Ok(()) };
     // Read before the run directory is touched, which may hold another run.
     let weights = ImportedWeights::read((&args.weights, args.day), &args.run.data, &job.config)
@@ -942,7 +945,7 @@ fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
     weights
         .write(root, &run_dir)
         .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
-    report::result(&format!("`{}` holds the weights, as if trained to day {}", run_dir.display(), args.day));
+    console::note(&format!("`{}` holds the weights, as if trained to day {}", run_dir.display(), args.day));
     Ok(())
 }
 
@@ -953,13 +956,12 @@ fn report(args: &ReportArgs) -> Result<(), Failure> {
         exit_code: error.exit_code(),
         message: Some(explain(&error, None)),
     };
-    let folder =
-        report::create(&args.out, &args.runs, args.overwrite, &mut report::progress).map_err(failed)?;
+    let folder = report::create(&args.out, &args.runs, args.overwrite, &mut console::log).map_err(failed)?;
     let runs = runs::read(&args.runs).map_err(|error| refused(&error))?;
     let comparison = compare::compare(&runs, args.resamples).map_err(|error| refused(&error))?;
     report::write(folder, &comparison).map_err(failed)?;
     for warning in &comparison.warnings {
-        report::progress(&format!("warning: {warning}"));
+        console::log(&format!("warning: {warning}"));
     }
     print(&args.out.join(report::PAGE).display().to_string())
 }
@@ -970,13 +972,13 @@ fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
     let usable = collective.root().map_or(Ok(()), |_| doctor::check_folder(&args.dir));
     agree(&*collective, usable, |_| None)?;
     let file = args.json.as_ref().filter(|_| collective.root().is_some());
-    let file = file.map(|file| OutputFile::create(file, &mut report::progress)).transpose();
+    let file = file.map(|file| OutputFile::create(file, &mut console::log)).transpose();
     let file = agree(&*collective, file, |_| None)?;
     let found = doctor::examine(&place, &args.dir, &*collective)
         .map_err(|error| Failure { exit_code: 1, message: Some(explain(&error, None)) })?;
     if collective.root().is_some() {
         for advice in &found.advice {
-            report::progress(&format!("warning: {advice}"));
+            console::log(&format!("warning: {advice}"));
         }
         if let (Some(mut file), Some(path)) = (file, &args.json) {
             let json = serde_json::to_string_pretty(&found).expect("numbers and words are JSON");

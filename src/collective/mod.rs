@@ -33,6 +33,7 @@ use std::error::Error;
 use tch::kind::Element;
 use tch::{Kind, Tensor};
 
+pub use bireme_base::lock::host_name;
 use call::Call;
 pub use error::CollectiveError;
 use watch::Watch;
@@ -120,12 +121,6 @@ pub fn rounded(
         numbers.copy_(&travelling);
     }
     Ok(())
-}
-
-/// The name of this host.
-pub fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
-    name.map_or_else(|_| "unknown host".to_owned(), |name| name.trim().to_owned())
 }
 
 /// Held by rank 0 alone: work that one rank does for all takes a `Root`.

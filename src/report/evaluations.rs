@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bireme_base::console;
 use bireme_base::output::OutputFile;
 use parquet::basic::Compression;
 use parquet::column::reader::ColumnReader;
@@ -106,7 +107,7 @@ pub fn path(run_dir: &Path, eval_day: i64, split: Split) -> PathBuf {
 pub fn write(_: Root, run_dir: &Path, facts: &Facts, outcomes: &[Outcome]) -> Result<(), ReportError> {
     let path = path(run_dir, facts.eval_day, facts.split);
     let written = fs::create_dir_all(run_dir.join(EVALUATIONS)).and_then(|()| {
-        let file = OutputFile::create(&path, &mut super::progress)?;
+        let file = OutputFile::create(&path, &mut console::log)?;
         Ok(write_outcomes(file, facts, outcomes)?.publish()?)
     });
     written.map_err(|source| ReportError { path, source })

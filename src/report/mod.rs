@@ -294,26 +294,3 @@ pub(crate) fn results(title: &str, metrics: &Metrics) -> String {
         metrics.ndcg_at_10, metrics.ndcg_at_20, metrics.recall_at_10, metrics.recall_at_20
     )
 }
-
-/// Prints to stdout what a command did whose result lies elsewhere; a failure is ignored.
-pub fn result(line: &str) {
-    console::note(line);
-}
-
-/// Prints the result of a command to stdout.
-///
-/// # Errors
-/// The disk is full, for example. A reader that has seen enough is no failure.
-pub fn output(text: &str) -> io::Result<()> {
-    console::print(text)
-}
-
-/// Logs why the command ends.
-pub fn error(message: &str) {
-    console::error(message);
-}
-
-/// Logs what a command without ranks is doing.
-pub fn progress(line: &str) {
-    console::log(line);
-}

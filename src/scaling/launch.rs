@@ -164,8 +164,8 @@ impl Launch {
     }
 }
 
-/// What Open MPI needs on a plain machine, as `launch/env.sh` sets it, without what is set already: root may start ranks, as in
-/// containers, and there may be more ranks than cores.
+/// What Open MPI needs on a plain machine, as `launch/env.sh` sets it, without what is set already: root may start
+/// ranks, as in containers, and there may be more ranks than cores.
 fn environment() -> Vec<(&'static str, &'static str)> {
     let is_root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
     let for_root = [("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")];

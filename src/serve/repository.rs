@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
-use bireme_base::message::quoted;
-use bireme_etl::chain;
+use bireme_base::message::{chain, quoted};
 use bireme_etl::serving::Preprocessor;
 use bireme_protocol::text;
 use tch::Device;

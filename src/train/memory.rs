@@ -1,9 +1,9 @@
 //! Memory that a run needs for certain, held against what there is before any of it is taken.
 //!
-//! For `n` numbers of parameters a rank has their values, their gradients and the optimizer's state (two moments each, of
-//! tables that learn by Adagrad one sum), all f32; reproducible sums take 8 bytes each more. Of tables that are sharded it
-//! has its rows. The rank that writes checkpoints copies values and state first. Activations, batches and what scores need
-//! beyond those of one session come on top, and are not counted.
+//! For `n` numbers of parameters a rank has their values, their gradients and the optimizer's state (two moments each,
+//! of tables that learn by Adagrad one sum), all f32; reproducible sums take 8 bytes each more. Of tables that are
+//! sharded it has its rows. The rank that writes checkpoints copies values and state first. Activations, batches and
+//! what scores need beyond those of one session come on top, and are not counted.
 
 use std::collections::BTreeMap;
 
@@ -58,8 +58,8 @@ struct Need {
     hint: &'static str,
 }
 
-/// *All ranks.* Checks that the model of `config` fits into the memory of this rank's host and GPU, with those of the other
-/// ranks there. `n_sessions`: sessions of the data, where they are known.
+/// *All ranks.* Checks that the model of `config` fits into the memory of this rank's host and GPU, with those of the
+/// other ranks there. `n_sessions`: sessions of the data, where they are known.
 ///
 /// # Errors
 /// It does not, or the configuration does not fit the features. Ranks may differ in that.

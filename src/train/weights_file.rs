@@ -136,10 +136,12 @@ fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
         // The name of an archive's first file follows thirty bytes of facts about it.
         let name_len = first.get(26..28).map_or(0, |n| usize::from(u16::from_le_bytes([n[0], n[1]])));
         let name = first.get(30..30 + name_len).unwrap_or_default();
-        return Ok(Some(match name.ends_with(b".npy") {
-            true => Diagnosis::Other("an archive of NumPy arrays", FROM_NUMPY),
-            false => Diagnosis::Other("a zip archive, as PyTorch saves", FROM_PYTORCH),
-        }));
+        let (kind, hint) = if name.ends_with(b".npy") {
+            ("an archive of NumPy arrays", FROM_NUMPY)
+        } else {
+            ("a zip archive, as PyTorch saves", FROM_PYTORCH)
+        };
+        return Ok(Some(Diagnosis::Other(kind, hint)));
     }
     // A header begins with its length, and then with a brace.
     let header = first.first_chunk::<8>().map(|n| u64::from_le_bytes(*n));
