@@ -18,11 +18,13 @@
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
 //! | [`recommend`] | a model repository, events | what was seen and what is recommended, in words |
+//! | [`sink`] | rows | a file, compressed where its name asks for it |
 //! | [`doctor`] | a job as it was started | what it would find, and what to change |
 //! | [`scaling`] | a configuration, numbers of ranks | how fast they are, and how fast more would be |
 //! | [`cli`] | arguments | an exit code |
 //!
-//! Nothing outside `collective` knows which backend runs, and nothing but `report` prints.
+//! Nothing outside `collective` knows which backend runs, and only `report` and
+//! [`bireme_base::console`] print.
 //!
 //! # Shapes
 //!

@@ -2,7 +2,7 @@
 //!
 //! The lock is `flock`, which the kernel releases when the process ends, however it ends. Some shared file systems
 //! keep `flock` within a host, so the file also holds the owner's host, process id and a count that grows while
-//! the owner lives. A process on another host that could lock the file watches the count before it goes on.
+//! the owner lives. A process on another host that can lock the file takes the lock only if the count stays as it is.
 
 use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -69,17 +69,18 @@ impl Lock {
     /// # Errors
     /// Another process holds the lock, or the file cannot be created.
     pub fn acquire(path: &Path) -> Result<Self, LockError> {
-        Self::acquire_as(path, &host_name(), PATIENCE)
+        Self::acquire_as(path, &host_name(), &mut || thread::sleep(PATIENCE))
     }
 
-    fn acquire_as(path: &Path, host: &str, patience: Duration) -> Result<Self, LockError> {
+    /// `wait` lasts as long as an owner on another host may take to change its record.
+    fn acquire_as(path: &Path, host: &str, wait: &mut dyn FnMut()) -> Result<Self, LockError> {
         let io = |source| LockError::Io { path: path.into(), source };
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(held(read_record(&mut file).map_err(io)?)),
-            // A file system without `flock` leaves the record alone to tell.
+            // On a file system without `flock`, the record alone protects the output.
             Err(TryLockError::Error(e))
                 if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK)) => {}
             Err(TryLockError::Error(e)) => return Err(io(e)),
@@ -87,11 +88,11 @@ impl Lock {
         // The owner before may have removed the file between the opening and the locking.
         let locked = file.metadata().map_err(io)?;
         if !fs::metadata(path).is_ok_and(|of| (of.dev(), of.ino()) == (locked.dev(), locked.ino())) {
-            return Self::acquire_as(path, host, patience);
+            return Self::acquire_as(path, host, wait);
         }
         let before = read_record(&mut file).map_err(io)?;
         if Record::parse(&before).is_some_and(|record| record.owner.host != host) {
-            thread::sleep(patience);
+            wait();
             // Opened anew: network file systems show what others wrote when a file is opened.
             let after = File::open(path).and_then(|mut file| read_record(&mut file)).map_err(io)?;
             if after != before && !after.is_empty() {
@@ -110,7 +111,7 @@ impl Lock {
                 // A disk that is full does not end the work that the lock guards.
                 let _ = write_record(&mut file, &Record { owner: owner.clone(), count });
             }
-            // An empty record tells other hosts that nobody is at work; closing the file unlocks it.
+            // An empty record has no owner, so other hosts need not wait. Closing the file unlocks it.
             let _ = file.set_len(0);
         });
         Ok(Self { alive: Some(alive), counting: Some(counting.map_err(io)?) })
@@ -192,15 +193,10 @@ mod tests {
         let path = dir.path().join("lock");
         let write = |count| fs::write(&path, format!("7 {count} elsewhere\n")).unwrap();
         write(1);
-        Lock::acquire_as(&path, "here", Duration::from_millis(1)).unwrap();
+        Lock::acquire_as(&path, "here", &mut || {}).unwrap();
 
         write(1);
-        let refused = thread::scope(|scope| {
-            let second = scope.spawn(|| Lock::acquire_as(&path, "here", Duration::from_secs(2)));
-            thread::sleep(Duration::from_millis(500));
-            write(2);
-            second.join().unwrap().unwrap_err()
-        });
+        let refused = Lock::acquire_as(&path, "here", &mut || write(2)).unwrap_err();
         assert_eq!(refused.to_string(), "in use by process 7 on elsewhere");
     }
 

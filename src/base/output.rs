@@ -699,7 +699,7 @@ impl OutputEntries {
     }
 }
 
-/// Refuses what is no folder, or one that cannot be written to or created.
+/// Refuses a path that is not a folder, or a folder that cannot be written to or created.
 ///
 /// # Errors
 /// Says why.
@@ -743,7 +743,7 @@ fn is_empty(folder: &Path) -> bool {
 /// Makes a folder and those above it, also where symbolic links lead to folders that are missing.
 ///
 /// # Errors
-/// A part of the path is no folder, or a folder cannot be made.
+/// A part of the path is a file, or a folder cannot be created.
 pub fn create_folder(folder: &Path) -> io::Result<()> {
     make_folders(folder).map(drop)
 }

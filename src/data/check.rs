@@ -57,7 +57,7 @@ impl RowCheck {
     }
 
     /// Begins to check what is left on a thread of its own.
-    pub fn go_on_in_background(&mut self) {
+    pub fn continue_in_background(&mut self) {
         let left = std::mem::take(&mut self.left);
         if !left.is_empty() {
             self.background = Some(thread::spawn(move || check(&left, 1)));

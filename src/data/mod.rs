@@ -29,35 +29,26 @@ pub use occurrences::occurrences;
 
 /// Section `[data]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// First day trained on; absent: the first of the data.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub first_day: Option<i64>,
-    /// Last day evaluated on: days `first_day` to `last_day - 1` are trained on, each evaluated on the next. Absent: the
-    /// last of the data.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Last day evaluated on: days `first_day` to `last_day - 1` are trained on, each evaluated on the next. Absent:
+    /// the last of the data.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub last_day: Option<i64>,
     /// Days trained on at a time: each day of those above, and as many of the days before it, from `first_day` on.
-    #[serde(default = "default_window_days")]
     pub window_days: usize,
     /// Longest part of a session that is read, in events; of a longer one the most recent events are kept.
-    #[serde(default = "default_max_length")]
     pub max_length: usize,
     /// List columns the model reads, by their schema names; empty: the item id alone.
-    #[serde(default)]
     pub features: Vec<String>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self {
-            first_day: None,
-            last_day: None,
-            window_days: default_window_days(),
-            max_length: default_max_length(),
-            features: Vec::new(),
-        }
+        Self { first_day: None, last_day: None, window_days: 1, max_length: 20, features: Vec::new() }
     }
 }
 
@@ -80,8 +71,8 @@ impl Config {
         check_count("window_days", window_days, usize::MAX)
     }
 
-    /// Fills absent days in from what lies in `dir`. `trained_to`: the last day of weights from elsewhere, which need no
-    /// later day.
+    /// Fills absent days in from what lies in `dir`. `trained_to`: the last day of weights from elsewhere, which need
+    /// no later day.
     ///
     /// # Errors
     /// What [`Days::open`] says, or `dir` holds no day to train on with a later one to evaluate on.
@@ -112,14 +103,6 @@ impl Config {
         let resolved = |day: Option<i64>| day.expect("the days of the run are resolved");
         resolved(self.first_day)..resolved(self.last_day)
     }
-}
-
-fn default_window_days() -> usize {
-    1
-}
-
-fn default_max_length() -> usize {
-    20
 }
 
 /// What can be wrong with the data of a run.

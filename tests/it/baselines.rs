@@ -20,13 +20,7 @@ fn scores(model: &Counts, known: &[&[i64]]) -> Vec<Vec<f64>> {
     fixtures::write_schema(dir.path(), N_ITEMS);
     let sessions: Vec<Vec<i64>> = known.iter().map(|known| [known, &[2][..]].concat()).collect();
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = Config {
-        first_day: Some(1),
-        last_day: Some(2),
-        window_days: 1,
-        max_length: 20,
-        features: Vec::new(),
-    };
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Valid).unwrap();
     let mut rows = Vec::new();

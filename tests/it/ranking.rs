@@ -206,13 +206,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     fixtures::write_schema(dir.path(), n_items);
     let sessions = fixtures::sessions(333, n_items, 9);
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = Config {
-        first_day: Some(1),
-        last_day: Some(2),
-        window_days: 1,
-        max_length: 20,
-        features: Vec::new(),
-    };
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     let network = || network(n_items);
     // Items 2 to 41 occurred, the higher the more often.
     let occurrences: Vec<i64> = (0..n_items).map(|item| if item < 42 { item } else { 0 }).collect();
@@ -256,13 +250,7 @@ fn occurrences_of_all_ranks_are_those_of_the_file() {
     fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
     let mut expected = vec![0; 60];
     sessions.iter().flatten().for_each(|&item| expected[item as usize] += 1);
-    let config = Config {
-        first_day: Some(1),
-        last_day: Some(2),
-        window_days: 1,
-        max_length: 20,
-        features: Vec::new(),
-    };
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Train).unwrap();
     for world_size in [1, 2, 3, 400] {
@@ -278,13 +266,7 @@ fn a_file_without_sessions_has_no_figures() {
     let dir = tempfile::tempdir().unwrap();
     fixtures::write_schema(dir.path(), 10);
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &[], |_| 0.0);
-    let config = Config {
-        first_day: Some(1),
-        last_day: Some(2),
-        window_days: 1,
-        max_length: 20,
-        features: Vec::new(),
-    };
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     for evaluation in threads::spawn(2, |collective| {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();

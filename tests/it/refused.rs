@@ -226,7 +226,7 @@ fn rows_that_are_checked_beside_the_training_end_it_when_they_are_found() {
         let error = check(n_ranks, 1000).err().unwrap();
         assert!(error.ends_with(found), "{error}");
         let mut ranks = check(n_ranks, 64).unwrap();
-        ranks.iter_mut().for_each(RowCheck::go_on_in_background);
+        ranks.iter_mut().for_each(RowCheck::continue_in_background);
         let error = loop {
             if let Some(error) = ranks.iter_mut().find_map(|rank| rank.poll().err()) {
                 break error.to_string();
