@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use bireme::config::Config;
-use bireme::data::plan::Shape;
+use bireme::data::plan::StepShape;
 use bireme::data::{DayPlan, Days, Loader, Split, Window};
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]
@@ -48,10 +48,13 @@ fn rates(config: &str, data: &str, runs: usize) -> Result<Vec<f64>, Box<dyn std:
         window: Window::new(vec![days.file(day, Split::Train)?.into()]),
         day,
         n_epochs: 1,
-        shape: Shape { n_lanes: train.global_batch / train.micro_batch, micro_batch: train.micro_batch },
+        shape: StepShape {
+            n_streams: train.global_batch / train.micro_batch,
+            micro_batch: train.micro_batch,
+        },
         seed: config.run.seed,
         max_steps: None,
-        pass_by_pass: false,
+        one_batch_each: false,
     };
     let mut rates = Vec::new();
     for _ in 0..=runs {

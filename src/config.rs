@@ -4,6 +4,7 @@
 //! component knows is refused with the nearest that one does.
 
 mod problem;
+mod train;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,11 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::device::{DeviceChoice, Precision};
-use crate::train::Reduction;
-use crate::{checkpoint, data, metrics, model, train};
+pub use train::{NonFinite, ParallelConfig, Reduction, TableLayout, TrainConfig};
+
+pub use crate::model::LossConfig;
+pub use crate::optim::{Schedule, TableOptimizer};
+use crate::{checkpoint, data, metrics, model};
 
 /// Section `[run]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,11 +64,11 @@ pub struct Config {
     /// Which days and columns.
     pub data: data::Config,
     /// What ranks share out among them.
-    pub parallel: train::Parallel,
+    pub parallel: ParallelConfig,
     /// Which model.
     pub model: model::Config,
     /// How it learns.
-    pub train: train::Config,
+    pub train: TrainConfig,
     /// How it is evaluated.
     pub evaluate: metrics::Config,
     /// When its state is saved.

@@ -11,8 +11,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::collective::topology;
 use crate::collective::{Collective, CollectiveError, Reduce, mpi, nccl};
-use crate::device::{self, Place, seats};
+use crate::device::{self, Place};
 
 /// Bytes written to and read from the file system.
 const FILE_BYTES: usize = 128 << 20;
@@ -101,10 +102,10 @@ pub fn examine(place: &Place, dir: &Path, collective: &dyn Collective) -> Result
     let device = if place.device.is_cuda() { "GPU" } else { "CPU" }.to_owned();
     let mut found = Findings { ranks, device, ..Findings::default() };
     found.versions(collective);
-    let seats = seats::seats(place, collective)?;
-    found.lines.extend(seats::table(&seats));
+    let placements = topology::rank_placements(place, collective)?;
+    found.lines.extend(topology::table(&placements));
     found.advice.extend(place.warnings.iter().cloned());
-    found.advice.extend(seats::warnings(&seats));
+    found.advice.extend(topology::warnings(&placements));
 
     let rates = collective.gather(&[multiply_rate(place.device)])?;
     found.say("matrix multiply", &format!("{} GFLOP/s, f32, by rank", each(&rates, 1e-9)));

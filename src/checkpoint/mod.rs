@@ -15,7 +15,7 @@
 mod manifest;
 mod retention;
 mod saver;
-mod share;
+mod shared;
 mod tensor_file;
 
 use std::collections::BTreeMap;
@@ -29,12 +29,12 @@ use tch::Tensor;
 use crate::collective::{Collective, CollectiveError, Root};
 use crate::config::check_finite;
 use crate::metrics::Measure;
-use crate::model::Share;
+use crate::model::ItemTable;
 
 use manifest::{MANIFEST, Manifest};
 use retention::{Place, superseded};
 pub use saver::Saver;
-pub use share::Shared;
+pub use shared::SharedCheckpoint;
 use tensor_file::{TensorFile, stream};
 
 const WEIGHTS: &str = "weights.safetensors";
@@ -271,7 +271,7 @@ impl Checkpoints {
         tensors: &Tensors,
         occurrences: &[i64],
     ) -> Result<(), CheckpointError> {
-        let mut writing = Writing::begin(self, root, state, tensors, &Share::whole(state.n_items))?;
+        let mut writing = Writing::begin(self, root, state, tensors, &ItemTable::replicated(state.n_items))?;
         for (file, named) in writing.files.iter_mut().zip([&tensors.weights, &tensors.optimizer]) {
             named.iter().for_each(|(_, tensor)| file.put(tensor));
         }
@@ -287,14 +287,14 @@ impl Checkpoints {
         state: &State,
         tensors: &Tensors,
         occurrences: &[i64],
-        share: &Share<'_>,
+        item_table: &ItemTable<'_>,
         collective: &dyn Collective,
     ) -> Result<(), CollectiveError> {
         let begun =
-            collective.root().map(|root| Writing::begin(self, root, state, tensors, share)).transpose();
+            collective.root().map(|root| Writing::begin(self, root, state, tensors, item_table)).transpose();
         let mut writing = collective.agree(begun)?;
         for (which, named) in [&tensors.weights, &tensors.optimizer].into_iter().enumerate() {
-            stream(named, share, |numbers| {
+            stream(named, item_table, |numbers| {
                 writing.iter_mut().for_each(|writing| writing.files[which].put(numbers));
             })?;
         }
@@ -408,7 +408,7 @@ impl<'a> Writing<'a> {
         _: Root,
         state: &'a State,
         tensors: &Tensors,
-        share: &Share<'_>,
+        item_table: &ItemTable<'_>,
     ) -> Result<Self, CheckpointError> {
         let path = checkpoints.path((state.position.day, state.position.global_step));
         let mut aside = path.clone().into_os_string();
@@ -424,7 +424,7 @@ impl<'a> Writing<'a> {
         let aside = Aside(aside);
         let create = |file: &str, named| {
             let path = aside.0.join(file);
-            io_at("write", &path, TensorFile::create(&path, named, share))
+            io_at("write", &path, TensorFile::create(&path, named, item_table))
         };
         let files = [create(WEIGHTS, &tensors.weights)?, create(OPTIMIZER, &tensors.optimizer)?];
         Ok(Self { checkpoints, state, aside, path, files })
@@ -438,8 +438,8 @@ impl<'a> Writing<'a> {
         }
         let of_items = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
         let path_of = folder.join(OCCURRENCES);
-        let written =
-            TensorFile::create(&path_of, &of_items, &Share::whole(state.n_items)).and_then(|mut file| {
+        let written = TensorFile::create(&path_of, &of_items, &ItemTable::replicated(state.n_items))
+            .and_then(|mut file| {
                 file.put(&of_items[0].1);
                 file.finish()
             });

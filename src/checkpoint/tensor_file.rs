@@ -10,7 +10,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
 use crate::device::host::numbers;
-use crate::model::Share;
+use crate::model::ItemTable;
 
 /// Numbers of a table that travel at a time.
 const BLOCK: i64 = 1 << 22;
@@ -25,13 +25,13 @@ pub(super) struct TensorFile {
 impl TensorFile {
     /// For `named` tensors, all of them f32 or i64; of tables of items they are the rows of `share`, and the file will have
     /// all.
-    pub fn create(path: &Path, named: &[(String, Tensor)], share: &Share<'_>) -> io::Result<Self> {
+    pub fn create(path: &Path, named: &[(String, Tensor)], item_table: &ItemTable<'_>) -> io::Result<Self> {
         let mut header = Map::new();
         let mut end = 0;
         for (name, tensor) in named {
             let mut size = tensor.size();
-            if Share::is_table(name) {
-                size[0] = share.n_items;
+            if ItemTable::is_item_table(name) {
+                size[0] = item_table.n_items;
             }
             let (kind, n_bytes) = match tensor.kind() {
                 Kind::Int64 => ("I64", 8),
@@ -115,28 +115,28 @@ pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
     found.into_iter().map(tensor).collect()
 }
 
-/// *All ranks* of the share. Hands all numbers of `named` to `put` in order, whoever has them. What only this rank has may lie
+/// *All ranks* of the item_table. Hands all numbers of `named` to `put` in order, whoever has them. What only this rank has may lie
 /// on any device.
 pub(super) fn stream(
     named: &[(String, Tensor)],
-    share: &Share<'_>,
+    item_table: &ItemTable<'_>,
     mut put: impl FnMut(&Tensor),
 ) -> Result<(), CollectiveError> {
     for (name, tensor) in named {
-        let Some(company) = share.company().filter(|_| Share::is_table(name)) else {
+        let Some(ranks) = item_table.ranks().filter(|_| ItemTable::is_item_table(name)) else {
             put(tensor);
             continue;
         };
         let of_row = tensor.size()[1..].to_vec();
         let most_rows = rows_at_a_time(&of_row);
-        for (rank, rows) in share.by_rank().into_iter().enumerate() {
+        for (rank, rows) in item_table.rows_by_rank().into_iter().enumerate() {
             for first in (rows.start..rows.end).step_by(most_rows as usize) {
                 let n = most_rows.min(rows.end - first);
-                let mut block = match rank == company.rank() {
+                let mut block = match rank == ranks.rank() {
                     true => tensor.narrow(0, first - rows.start, n).to_device(Device::Cpu).contiguous(),
                     false => Tensor::empty([&[n], &of_row[..]].concat(), (tensor.kind(), Device::Cpu)),
                 };
-                company.broadcast(&mut block, rank)?;
+                ranks.broadcast(&mut block, rank)?;
                 put(&block);
             }
         }
@@ -149,16 +149,16 @@ fn rows_at_a_time(of_row: &[i64]) -> i64 {
     (BLOCK / of_row.iter().product::<i64>()).max(1)
 }
 
-/// *All ranks* of a share, which are the `company`. What rank 0 has as `whole`, of this size and kind: the rows that are this rank's, as
+/// *All ranks* of a item_table, which are the `ranks`. What rank 0 has as `whole`, of this size and kind: the rows that are this rank's, as
 /// far as there are any. A catalogue that has grown since has fewer rows there.
 pub(super) fn deal(
     whole: Option<&Tensor>,
     (size, kind): (&[i64], Kind),
-    share: &Share<'_>,
-    company: &dyn Collective,
+    item_table: &ItemTable<'_>,
+    ranks: &dyn Collective,
 ) -> Result<Tensor, CollectiveError> {
     let of_row = &size[1..];
-    let rows = share.rows.start.min(size[0])..share.rows.end.min(size[0]);
+    let rows = item_table.rows.start.min(size[0])..item_table.rows.end.min(size[0]);
     let own = Tensor::empty([&[rows.end - rows.start], of_row].concat(), (kind, Device::Cpu));
     let most_rows = rows_at_a_time(of_row);
     for first in (0..size[0]).step_by(most_rows as usize) {
@@ -167,7 +167,7 @@ pub(super) fn deal(
             Some(whole) => whole.narrow(0, first, end - first).contiguous(),
             None => Tensor::empty([&[end - first], of_row].concat(), (kind, Device::Cpu)),
         };
-        company.broadcast(&mut block, 0)?;
+        ranks.broadcast(&mut block, 0)?;
         let here = first.max(rows.start)..end.min(rows.end);
         if !here.is_empty() {
             let n = here.end - here.start;
@@ -190,12 +190,13 @@ mod tests {
         for world_size in [1, 3] {
             let path = folder.path().join(format!("{world_size}"));
             let dealt = threads::spawn(world_size, |collective| {
-                let share = Share::of_rank(200, collective);
-                let own = table().narrow(0, share.rows.start, share.len());
+                let item_table = ItemTable::sharded(200, collective);
+                let own = table().narrow(0, item_table.rows.start, item_table.len());
                 let named = [("item_table.weight".to_owned(), own), ("rest".to_owned(), rest())];
-                let mut file = collective.root().map(|_| TensorFile::create(&path, &named, &share).unwrap());
+                let mut file =
+                    collective.root().map(|_| TensorFile::create(&path, &named, &item_table).unwrap());
                 let put = |numbers: &Tensor| file.iter_mut().for_each(|file| file.put(numbers));
-                stream(&named, &share, put).unwrap();
+                stream(&named, &item_table, put).unwrap();
                 if let Some(file) = file {
                     file.finish().unwrap();
                 }
@@ -205,7 +206,7 @@ mod tests {
                         return table().narrow(0, 0, n_saved);
                     }
                     let whole = collective.root().map(|_| table().narrow(0, 0, n_saved));
-                    deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &share, collective).unwrap()
+                    deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &item_table, collective).unwrap()
                 })
             });
             let named = map(&path).unwrap();

@@ -6,9 +6,9 @@ use bireme_base::console;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Failure, explain};
+use crate::config::TableLayout;
 use crate::scaling::predict::Link;
 use crate::scaling::{self, Launch, Launcher, Options, ScalingError};
-use crate::train::ItemTable;
 
 #[derive(Args)]
 pub(super) struct BenchArgs {
@@ -63,7 +63,7 @@ struct ScalingArgs {
     out: PathBuf,
 }
 
-/// As [`ItemTable`], on the command line.
+/// As [`TableLayout`], on the command line.
 #[derive(Clone, Copy, ValueEnum)]
 enum TableArg {
     Replicated,
@@ -91,8 +91,8 @@ impl ScalingArgs {
             ranks: self.ranks.clone(),
             item_tables: (self.item_tables.iter())
                 .map(|table| match table {
-                    TableArg::Replicated => ItemTable::Replicated,
-                    TableArg::Sharded => ItemTable::Sharded,
+                    TableArg::Replicated => TableLayout::Replicated,
+                    TableArg::Sharded => TableLayout::Sharded,
                 })
                 .collect(),
             launch: Launch {

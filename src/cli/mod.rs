@@ -19,11 +19,12 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tch::Kind;
 
-use crate::checkpoint::{Position, Shared};
+use crate::checkpoint::{Position, SharedCheckpoint};
+use crate::collective::topology;
 use crate::collective::{self, Collective, CollectiveError, Reduce};
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, Reduction};
 use crate::data::{Days, Split};
-use crate::device::{self, DeviceChoice, memory, seats};
+use crate::device::{self, DeviceChoice, memory};
 use crate::doctor;
 use crate::etl;
 use crate::export::{self, ExportError, Exported};
@@ -33,8 +34,8 @@ use crate::report::{self, Report, compare, evaluations, runs};
 use crate::sink::{Sink, is_gzip};
 use crate::synth::{self, SynthError, SynthOptions};
 use crate::train::{
-    Ended, ImportedWeights, Place, Purpose, Reduction, RunData, Signals, TrainError, TrainedRun, Training,
-    check_memory,
+    Dataset, Ended, ImportedWeights, Purpose, RankContext, Signals, TrainError, TrainedRun, Training,
+    check_memory, item_table,
 };
 
 use run_dir::{Opened, RunDirError, begin_run, lock_run_dir, open_run, prepare_run_dir};
@@ -653,8 +654,8 @@ impl Job {
         Ok(Self { collective, config, place })
     }
 
-    fn place(&self) -> Place<'_> {
-        Place { collective: &*self.collective, device: self.place.device }
+    fn place(&self) -> RankContext<'_> {
+        RankContext { collective: &*self.collective, device: self.place.device }
     }
 
     /// Ends the command as work of all ranks ended on this one. An error that only this rank knows of ends the
@@ -722,7 +723,7 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     let (rank, world_size) = (collective.rank(), collective.world_size());
     let signals = agree(collective, signals, |_| None)?;
     agree(collective, resolved, |_| None)?;
-    let data = agree(collective, RunData::open(&args.data, &job.config, world_size), TrainError::hint)?;
+    let data = agree(collective, Dataset::open(&args.data, &job.config, world_size), TrainError::hint)?;
     agree(collective, data.compare_ranks(collective), |_| None)?;
     let n_sessions = Some(data.n_sessions());
     let fits = check_memory(&job.config, data.features(), job.place(), Purpose::Train, n_sessions);
@@ -746,8 +747,8 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
         }
         return export_on_root(collective, to_export);
     }
-    let rows = job.config.parallel.share(data.n_items(), job.config.run.reduction, collective);
-    let from = Shared::new(from, rows, collective).map_err(shared)?;
+    let rows = item_table(&job.config, data.n_items(), collective);
+    let from = SharedCheckpoint::new(from, rows, collective).map_err(shared)?;
     let going_on = from.as_ref().map(|from| {
         let state = from.state();
         (from.path().to_owned(), state.position, state.log_bytes)
@@ -759,12 +760,12 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     agree(collective, begun, |_| None)?;
     let n_bytes = going_on.as_ref().map_or(0, |(_, _, n_bytes)| *n_bytes);
     let mut report = agree(collective, Report::open(collective.root(), &run_dir, n_bytes), |_| None)?;
-    let seats = seats::seats(&job.place, collective).map_err(shared)?;
-    for warning in job.place.warnings.iter().chain(&seats::warnings(&seats)).chain(data.warnings()) {
+    let placements = topology::rank_placements(&job.place, collective).map_err(shared)?;
+    for warning in job.place.warnings.iter().chain(&topology::warnings(&placements)).chain(data.warnings()) {
         report.say(&format!("warning: {warning}"));
     }
     if world_size > 1 {
-        seats::table(&seats).iter().for_each(|line| report.say(line));
+        topology::table(&placements).iter().for_each(|line| report.say(line));
     }
     report.say(&format!(
         "{}: ranks {world_size} ({}), device {}, threads a rank {}",

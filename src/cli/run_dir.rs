@@ -16,7 +16,7 @@ use crate::etl;
 use crate::export;
 use crate::report::runs::{CONFIG, LOCK, RUN};
 use crate::report::{self, evaluations};
-use crate::train::RunData;
+use crate::train::Dataset;
 
 /// A run directory that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +79,7 @@ pub(super) fn open_run(
     root: Root,
     command: &TrainCommand,
     job: &Job,
-    data: &RunData,
+    data: &Dataset,
 ) -> Result<Opened, RunDirError> {
     let lock = lock_run_dir(root, &command.run.run_dir());
     if let Err(in_use @ RunDirError::InUse { .. }) = lock {
@@ -93,7 +93,7 @@ pub(super) fn open_run(
     Ok(Opened { lock: Some(lock?), ..opened })
 }
 
-fn find_run(command: &TrainCommand, job: &Job, data: &RunData) -> Result<Opened, RunDirError> {
+fn find_run(command: &TrainCommand, job: &Job, data: &Dataset) -> Result<Opened, RunDirError> {
     let args = &command.run;
     let path = args.run_dir();
     let holds_run = path.join(CONFIG).exists();

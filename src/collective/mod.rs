@@ -22,9 +22,11 @@ mod error;
 pub mod exact;
 pub mod mpi;
 pub mod nccl;
+pub mod phase_timer;
 pub mod rows;
 pub mod solo;
 pub mod threads;
+pub mod topology;
 pub mod watch;
 mod world;
 

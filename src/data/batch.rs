@@ -155,45 +155,47 @@ impl Batch {
     }
 }
 
-/// Randomness of one pass over a batch, for dropout and its like.
+/// Draws the dropout masks of a backward pass.
 ///
-/// Each draw is made micro-batch by micro-batch from the micro-batch's own seed, and where a shape depends on the
-/// longest session, for the longest that a run can have: so it does not depend on which micro-batches share a pass.
-pub struct Noise<'a> {
+/// The mask of a micro-batch is drawn from the micro-batch's seed. If its shape depends on the longest
+/// session, it is drawn for the longest that the run allows. It therefore does not depend on which
+/// micro-batches are in the batch.
+pub struct DropoutGenerator<'a> {
     segments: &'a [Segment],
     max_length: usize,
     n_draws: u64,
 }
 
-impl<'a> Noise<'a> {
-    /// For a pass over `batch` in a run whose sessions are at most `max_length` long.
+impl<'a> DropoutGenerator<'a> {
+    /// `max_length`: of a session in the run.
     pub fn new(batch: &'a Batch, max_length: usize) -> Self {
         Self { segments: &batch.segments, max_length, n_draws: 0 }
     }
 
-    /// What is drawn next for a part of the batch.
-    pub fn of_part<'b>(&self, part: &'b Batch) -> Noise<'b> {
-        Noise { segments: &part.segments, ..*self }
+    /// The generator of a part of the batch, at the same draw.
+    pub fn of_part<'b>(&self, part: &'b Batch) -> DropoutGenerator<'b> {
+        DropoutGenerator { segments: &part.segments, ..*self }
     }
 
-    /// Draws made so far.
+    /// Number of masks drawn so far.
     pub fn n_draws(&self) -> u64 {
         self.n_draws
     }
 
-    /// Goes on where its parts have come to.
-    pub fn go_on_from(&mut self, n_draws: u64) {
+    /// Continues after the draws that the generators of the parts have made.
+    pub fn set_n_draws(&mut self, n_draws: u64) {
         self.n_draws = n_draws;
     }
 
-    /// Dropout (Srivastava et al. 2014) of `x: [N, ..]` with probability `p`, scaled to keep its mean. The first
-    /// `counts[0]` rows belong to the first micro-batch, and so on.
+    /// Dropout (Srivastava et al. 2014) of `x: [N, ..]` with probability `p`, scaled to keep the mean.
+    /// The first `counts[0]` rows belong to the first micro-batch, and so on.
     pub fn dropout(&mut self, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
         let sizes = x.size();
         self.drop(x, p, counts, &sizes[1..])
     }
 
-    /// Dropout of attention weights `x: [N, H, .., L]`, whose sizes behind the heads are those of the longest session.
+    /// Dropout of attention weights `x: [N, H, .., L]`; the sizes after the heads are lengths of the
+    /// batch's longest session.
     pub fn dropout_weights(&mut self, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
         let mut sizes = x.size()[1..].to_vec();
         sizes[1..].fill(self.max_length as i64);
@@ -210,26 +212,26 @@ impl<'a> Noise<'a> {
             .iter()
             .map(|segment| derive_seed(segment.seed, "dropout", &[self.n_draws]))
             .collect();
-        let keys = Keys::new(&x.size(), drawn, &seeds, counts);
+        let mask = DropoutMask::new(&x.size(), drawn, &seeds, counts);
         match x.device() {
-            Device::Cpu => keys.drop_here(&x, p),
-            device => x * keys.mask_on(device, p),
+            Device::Cpu => mask.apply_on_cpu(&x, p),
+            device => x * mask.on(device, p),
         }
     }
 }
 
-/// What a mask `[N, ..]` follows from: an odd number for each of its rows, drawn from the seed of the row's micro-batch, and one
-/// for each of its columns. Whether a value is kept is in the first bits of their product, so that a GPU finds all at once what a
-/// CPU finds row by row.
-struct Keys {
+/// A dropout mask `[N, ..]`, computed from an odd number for each row, drawn from the seed of the
+/// row's micro-batch, and one for each column. The high bits of their product decide whether a value
+/// is kept, so that a CPU and a GPU compute the same mask without storing random numbers.
+struct DropoutMask {
     size: Vec<i64>,
     rows: Vec<i32>,
     columns: Vec<i32>,
 }
 
-impl Keys {
-    /// For a mask shaped as `size`. The first `counts[0]` rows follow from the first seed, and so on. A row is the beginning of
-    /// one shaped as `drawn`.
+impl DropoutMask {
+    /// A mask of the shape `size`. The first `counts[0]` rows are drawn from the first seed, and so on.
+    /// A row is the leading part of a row of the shape `drawn`.
     fn new(size: &[i64], drawn: &[i64], seeds: &[u64], counts: &[i64]) -> Self {
         let draw = |seed: u64, n: usize| {
             let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
@@ -248,8 +250,9 @@ impl Keys {
         }
     }
 
-    /// `x` times the mask, which is zero with probability `p`, else `1 / (1 − p)`: on a CPU, where it is never written down.
-    fn drop_here(self, x: &Tensor, p: f64) -> Tensor {
+    /// `x` times the mask, which is zero with probability `p`, else `1 / (1 − p)`; the mask is not
+    /// stored.
+    fn apply_on_cpu(self, x: &Tensor, p: f64) -> Tensor {
         let left = self.times(x, p);
         follows(left, &[x], move |gradient| vec![self.times(&gradient, p)])
     }
@@ -269,17 +272,17 @@ impl Keys {
         left
     }
 
-    /// The same on a GPU.
-    fn mask_on(&self, device: Device, p: f64) -> Tensor {
-        let keys = send(&Tensor::from_slice(&[&self.rows[..], &self.columns].concat()), device);
+    /// The mask as a tensor.
+    fn on(&self, device: Device, p: f64) -> Tensor {
+        let numbers = send(&Tensor::from_slice(&[&self.rows[..], &self.columns].concat()), device);
         let (n_rows, n_columns) = (self.rows.len() as i64, self.columns.len() as i64);
-        let of_rows = keys.narrow(0, 0, n_rows).unsqueeze(1);
-        let x = of_rows * keys.narrow(0, n_rows, n_columns);
+        let of_rows = numbers.narrow(0, 0, n_rows).unsqueeze(1);
+        let x = of_rows * numbers.narrow(0, n_rows, n_columns);
         (x.ge(i64::from(threshold(p))) * (1.0 / (1.0 - p))).view(self.size.as_slice())
     }
 }
 
-/// Some rows of `x`, and what is left of them.
+/// Applies the mask to some rows of `x`.
 struct DropRows<'a> {
     x: &'a [f32],
     left: &'a mut [f32],
@@ -303,7 +306,7 @@ impl Loop for DropRows<'_> {
     }
 }
 
-/// The least of numbers of 32 bits that are kept, if a share of `p` is not.
+/// The lowest 32-bit number that is kept with drop probability `p`.
 fn threshold(p: f64) -> i32 {
     ((p - 0.5) * 2f64.powi(32)) as i32
 }
@@ -325,11 +328,11 @@ mod tests {
     use super::*;
 
     fn mask(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
-        let keys = Keys::new(size, &size[1..], seeds, counts);
+        let mask = DropoutMask::new(size, &size[1..], seeds, counts);
         // What a GPU computes, which a CPU can too.
-        let there = keys.mask_on(Device::Cpu, p);
+        let there = mask.on(Device::Cpu, p);
         let ones = Tensor::ones(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let here = keys.drop_here(&ones, p);
+        let here = mask.apply_on_cpu(&ones, p);
         assert!(here.equal(&there));
         let weights = Tensor::arange(here.numel() as i64, (Kind::Float, Device::Cpu)).view(size);
         let gradient = Tensor::run_backward(&[(&here * &weights).sum(Kind::Float)], &[&ones], false, false);
@@ -355,7 +358,7 @@ mod tests {
     fn shorter_sessions_have_the_beginning_of_what_longer_ones_have() {
         let of = |length: i64| {
             let ones = Tensor::ones([3, 2, length, length], (Kind::Float, Device::Cpu));
-            Keys::new(&ones.size(), &[2, 6, 6], &[4], &[3]).drop_here(&ones, 0.4)
+            DropoutMask::new(&ones.size(), &[2, 6, 6], &[4], &[3]).apply_on_cpu(&ones, 0.4)
         };
         assert!(of(4).equal(&of(6).narrow(2, 0, 4).narrow(3, 0, 4)));
     }

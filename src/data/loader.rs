@@ -1,12 +1,14 @@
-//! Steps of a rank, read and put together in the background while the one before computes.
+//! Reads the steps of a rank in the background, while earlier ones are trained on.
 
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
 
-use super::plan::{Shape, derive_seed, lanes_of_rank};
+use bireme_base::console::panic_text;
+
+use super::plan::{StepShape, derive_seed, streams_of_rank};
 use super::{Batch, DataError, Features, Segment, SessionFile, Sessions, Window};
 
-/// Steps that may wait ready: enough to even out a slow read, few enough to be nothing in memory.
+/// Steps that are read ahead: enough to even out a slow read, few enough to take little memory.
 const READY_STEPS: usize = 4;
 
 /// Where a training day begins and what it consists of.
@@ -19,13 +21,13 @@ pub struct DayPlan {
     /// Passes over it.
     pub n_epochs: usize,
     /// How steps are cut.
-    pub shape: Shape,
+    pub shape: StepShape,
     /// Seed of the run.
     pub seed: u64,
     /// At most so many steps, if given.
     pub max_steps: Option<usize>,
-    /// Whether every micro-batch is a pass of its own, and not all of a rank's together one.
-    pub pass_by_pass: bool,
+    /// Whether each micro-batch is a batch of its own; otherwise those of a rank are one batch.
+    pub one_batch_each: bool,
 }
 
 impl DayPlan {
@@ -46,13 +48,17 @@ impl DayPlan {
     }
 }
 
-/// A rank's share of each step of one day: its micro-batches, in one pass or in one each.
+/// Reads this rank's micro-batches of each step of a day, in a thread of its own.
+///
+/// The iterator ends after the last step. A panic of the thread is its last item.
 pub struct Loader {
-    steps: Receiver<Result<Vec<Batch>, DataError>>,
+    /// `None` once the thread is to end.
+    steps: Option<Receiver<Result<Vec<Batch>, DataError>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Loader {
-    /// Starts reading the lanes that `rank` owns, for the steps of the day from `first_step` on.
+    /// Starts to read the steps of the day from `first_step` on.
     pub fn start(
         plan: &DayPlan,
         features: &Features,
@@ -60,64 +66,9 @@ impl Loader {
         first_step: usize,
     ) -> Self {
         let (ready, steps) = sync_channel(READY_STEPS);
-        let (plan, features) = (plan.clone(), features.clone());
-        thread::spawn(move || {
-            let n_steps = plan.n_steps();
-            let group_rows = plan.window.group_rows();
-            let steps_per_epoch = plan.steps_per_epoch();
-            let first_epoch = first_step.checked_div(steps_per_epoch).unwrap_or(0);
-            let epochs = (first_epoch..plan.n_epochs).take_while(|epoch| epoch * steps_per_epoch < n_steps);
-            for epoch in epochs {
-                let place = (plan.seed, plan.day, epoch);
-                let lanes = lanes_of_rank(&group_rows, plan.shape, place, (rank, world_size));
-                let sessions: Result<Vec<Sessions>, _> =
-                    lanes.iter().map(|lane| plan.window.read(&lane.spans)).collect();
-                let sessions = match sessions {
-                    Ok(sessions) => sessions,
-                    // The receiver may be gone after an error of its own: then nobody is left to tell.
-                    Err(error) => return drop(ready.send(Err(error))),
-                };
-                let orders: Vec<Vec<usize>> = lanes
-                    .iter()
-                    .zip(&sessions)
-                    .map(|(lane, sessions)| lane.order(&sessions.lengths(), plan.shape.micro_batch))
-                    .collect();
-                let before = epoch * steps_per_epoch;
-                for step in first_step.saturating_sub(before)..steps_per_epoch.min(n_steps - before) {
-                    let at = |stream, place: &[u64]| {
-                        let place = [&[plan.day as u64, epoch as u64], place].concat();
-                        derive_seed(plan.seed, stream, &place)
-                    };
-                    let micro_batches =
-                        lanes.iter().zip(&orders).zip(&sessions).map(|((lane, order), sessions)| {
-                            let taken = plan.shape.micro_batch_rows(sessions.len(), step);
-                            let seed = at("micro-batch", &[step as u64, lane.index as u64]);
-                            let segment = Segment { seed, n_sessions: taken.len() };
-                            (segment, order[taken].iter().map(|&row| (sessions, row)).collect::<Vec<_>>())
-                        });
-                    let pass = |rows: &[(&Sessions, usize)], segments| Batch {
-                        session_seeds: rows
-                            .iter()
-                            .map(|(of, row)| of.place(*row))
-                            .map(|(day, row)| at("session", &[day as u64, row]))
-                            .collect(),
-                        step_seed: at("step", &[step as u64]),
-                        segments,
-                        ..Batch::new(rows, &features)
-                    };
-                    let passes = if plan.pass_by_pass {
-                        micro_batches.map(|(segment, rows)| pass(&rows, vec![segment])).collect()
-                    } else {
-                        let (segments, rows): (Vec<_>, Vec<_>) = micro_batches.unzip();
-                        vec![pass(&rows.concat(), segments)]
-                    };
-                    if ready.send(Ok(passes)).is_err() {
-                        return;
-                    }
-                }
-            }
-        });
-        Self { steps }
+        let reader = StepReader { plan: plan.clone(), features: features.clone(), rank, world_size };
+        let thread = thread::spawn(move || reader.send_from(first_step, &ready));
+        Self { steps: Some(steps), thread: Some(thread) }
     }
 }
 
@@ -125,7 +76,113 @@ impl Iterator for Loader {
     type Item = Result<Vec<Batch>, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.steps.recv().ok()
+        if let Ok(step) = self.steps.as_ref()?.recv() {
+            return Some(step);
+        }
+        let panic = self.thread.take()?.join().err()?;
+        Some(Err(DataError::LoaderPanicked(panic_text(&*panic).unwrap_or("no message").to_owned())))
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // The thread ends when it cannot send its next step.
+        self.steps = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread of a [`Loader`] reads.
+struct StepReader {
+    plan: DayPlan,
+    features: Features,
+    rank: usize,
+    world_size: usize,
+}
+
+/// The sessions of one stream in one epoch.
+struct EpochStream {
+    index: usize,
+    sessions: Sessions,
+    /// Numbers of the sessions in the order in which they are seen.
+    order: Vec<usize>,
+}
+
+impl StepReader {
+    /// Sends the steps of the day from `first_step` on, until the receiver is gone or a file cannot
+    /// be read.
+    fn send_from(&self, first_step: usize, ready: &SyncSender<Result<Vec<Batch>, DataError>>) {
+        let n_steps = self.plan.n_steps();
+        let steps_per_epoch = self.plan.steps_per_epoch();
+        let first_epoch = first_step.checked_div(steps_per_epoch).unwrap_or(0);
+        for epoch in first_epoch..self.plan.n_epochs {
+            let before = epoch * steps_per_epoch;
+            if before >= n_steps {
+                return;
+            }
+            let streams = match self.read_epoch(epoch) {
+                Ok(streams) => streams,
+                Err(error) => return drop(ready.send(Err(error))),
+            };
+            for step in first_step.saturating_sub(before)..steps_per_epoch.min(n_steps - before) {
+                if ready.send(Ok(self.micro_batches(&streams, epoch, step))).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn read_epoch(&self, epoch: usize) -> Result<Vec<EpochStream>, DataError> {
+        let DayPlan { window, shape, seed, day, .. } = &self.plan;
+        let ranks = (self.rank, self.world_size);
+        let streams = streams_of_rank(&window.group_rows(), *shape, (*seed, *day, epoch), ranks);
+        let read = streams.iter().map(|stream| {
+            let sessions = window.read(&stream.spans)?;
+            let order = stream.order(&sessions.lengths(), shape.micro_batch);
+            Ok(EpochStream { index: stream.index, sessions, order })
+        });
+        read.collect()
+    }
+
+    /// This rank's micro-batches of a step of an epoch: one batch of all, or one batch each.
+    fn micro_batches(&self, streams: &[EpochStream], epoch: usize, step: usize) -> Vec<Batch> {
+        let plan = &self.plan;
+        let derive = |purpose, place: &[u64]| {
+            let place = [&[plan.day as u64, epoch as u64], place].concat();
+            derive_seed(plan.seed, purpose, &place)
+        };
+        let step_seed = derive("step", &[step as u64]);
+        let batch = |rows: &[(&Sessions, usize)], segments| Batch {
+            session_seeds: rows
+                .iter()
+                .map(|(sessions, row)| sessions.place(*row))
+                .map(|(day, row)| derive("session", &[day as u64, row]))
+                .collect(),
+            step_seed,
+            segments,
+            ..Batch::new(rows, &self.features)
+        };
+        let micro_batches = streams.iter().map(|EpochStream { index, sessions, order }| {
+            let taken = plan.shape.micro_batch_rows(sessions.len(), step);
+            let seed = derive("micro-batch", &[step as u64, *index as u64]);
+            let segment = Segment { seed, n_sessions: taken.len() };
+            (segment, order[taken].iter().map(|&row| (sessions, row)).collect::<Vec<_>>())
+        });
+        if !plan.one_batch_each {
+            let (segments, rows): (Vec<_>, Vec<_>) = micro_batches.unzip();
+            return vec![batch(&rows.concat(), segments)];
+        }
+        let mut batches: Vec<Batch> =
+            micro_batches.map(|(segment, rows)| batch(&rows, vec![segment])).collect();
+        // Backward passes may exchange rows, so every rank makes as many as the rank with most
+        // micro-batches.
+        batches.resize_with(plan.shape.n_streams.div_ceil(self.world_size), || Batch {
+            step_seed,
+            ..Batch::new(&[], &self.features)
+        });
+        batches
     }
 }
 

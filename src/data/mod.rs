@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::check_count;
 
-pub use batch::{Batch, Noise, Segment, with_seed};
+pub use batch::{Batch, DropoutGenerator, Segment, with_seed};
 pub use bireme_etl::Split;
 pub use check::{AT_THE_START, RowCheck};
 pub use days::{Days, Features};
@@ -118,6 +118,8 @@ pub enum DataError {
         /// The days found there.
         have: String,
     },
+    #[error("internal error while reading sessions: {0}")]
+    LoaderPanicked(String),
     /// The folder holds no partitions at all.
     #[error(
         "`{0}` holds no day partitions: neither `sessions_by_day/<day>` nor `<day>` with `train.parquet`"

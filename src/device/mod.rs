@@ -6,10 +6,8 @@
 
 pub(crate) mod guarded;
 pub mod host;
-pub mod laps;
 pub mod memory;
 pub mod operation;
-pub mod seats;
 pub mod vectors;
 
 use std::fs;

@@ -331,8 +331,9 @@ impl Run {
             let path = path.to_owned();
             move |problem| ExportError::Mismatch { path, problem }
         };
-        let (max_length, seed) = (config.data.max_length, (config.run.seed, Device::Cpu));
-        let mut network = Network::new(&neural, &features, max_length, seed).map_err(mismatch(dir))?;
+        let Config { run, data, .. } = &config;
+        let network = Network::new(&neural, &features, data.max_length, run.seed, Device::Cpu);
+        let mut network = network.map_err(mismatch(dir))?;
         let values = network.parameters().values();
         network.parameters().assign(&values, &tensors.weights, &[]).map_err(mismatch(&checkpoint))?;
         network.serve_with_tables_in(options.tables);

@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 use crate::collective::{Collective, CollectiveError, Reduce};
 use crate::config::check_count;
 use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
-use crate::model::{Recommender, Share};
+use crate::model::{ItemTable, Recommender};
 
 pub use measure::Measure;
 use outcomes::Outcomes;
@@ -202,47 +202,48 @@ pub struct Evaluation {
     pub outcomes: Vec<Outcome>,
 }
 
-/// *All ranks.* Evaluates a file: the last event of every session is predicted from those before it.
-/// `occurrences`: how often each item occurred in what the model was trained on, `[V]`.
+/// *All ranks.* Evaluates a file: the last event of every session is predicted from the events
+/// before it. `item_table`: the rows that the recommender scores on this rank. `occurrences`: how
+/// often each item occurred in training, `[V]`.
 ///
 /// # Errors
-/// Unreadable sessions, scores that are not finite, a failing collective.
+/// Sessions cannot be read, scores are not finite, or a collective call fails.
 pub fn evaluate(
     recommender: &dyn Recommender,
+    item_table: &ItemTable<'_>,
     file: &SessionFile,
     features: &Features,
     config: &Config,
     occurrences: &[i64],
     collective: &dyn Collective,
 ) -> Result<Evaluation, EvaluateError> {
-    let share = recommender.share();
     let (mut tally, mut outcomes) = (Tally::default(), Outcomes::default());
-    let mut in_top = Tensor::zeros([share.len()], (Kind::Bool, recommender.device()));
+    let mut in_top = Tensor::zeros([item_table.len()], (Kind::Bool, recommender.device()));
     let max_scores = (config.scores_mib << 20) as i64 / 4;
     let ranks = (collective.rank(), collective.world_size());
     let mut batches = evaluation_batches(file, features, config.block, ranks)?;
-    // Who scores for others goes on until all are done.
-    let n_blocks = share.counts(batches.len() as i64)?.into_iter().max().unwrap_or(0);
+    // Ranks score the sessions of all ranks, so each takes part until the last block of any.
+    let n_blocks = item_table.gather_counts(batches.len() as i64)?.into_iter().max().unwrap_or(0);
     for _ in 0..n_blocks {
         let batch = batches.next().unwrap_or_else(|| Batch::new(&[], features));
         let (known, targets) = batch.to_device(recommender.device()).split_last();
-        let counts = share.counts(targets.size()[0])?;
+        let counts = item_table.gather_counts(targets.size()[0])?;
         let encoded = recommender.encode(&known)?;
         let hidden = config.reminders.hidden(&known);
-        let longest = share.counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
+        let longest = item_table.gather_counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
         let filled_up = hidden.pad([0, longest - hidden.size()[1]], "constant", -1.0);
-        let of_all = |own: &Tensor| share.gather_rows(own, &counts);
+        let of_all = |own: &Tensor| item_table.gather_rows(own, &counts);
         let (encoded, hidden) = (of_all(&encoded)?, of_all(&filled_up)?);
         let targets_of_all = of_all(&targets)?;
         let (mut ranks, mut losses) = (Vec::new(), Vec::new());
-        for group in share.groups(&counts) {
+        for group in item_table.target_groups(&counts) {
             let n = group.end - group.start;
             let of_group = |x: &Tensor| x.narrow(0, group.start, n);
             let encoded = of_group(&encoded);
             let ranking = rank_targets(
                 |items| recommender.scores(&encoded, items),
                 (&of_group(&targets_of_all), &of_group(&hidden)),
-                &share,
+                item_table,
                 max_scores / n.max(1),
                 K_MAX as i64,
             )?;
@@ -250,7 +251,8 @@ pub fn evaluate(
             ranks.push(ranking.ranks);
             losses.push(ranking.losses);
         }
-        let [ranks, losses] = [ranks, losses].map(|groups| share.own_of(&Tensor::cat(&groups, 0), &counts));
+        let [ranks, losses] =
+            [ranks, losses].map(|groups| item_table.local_rows_of(&Tensor::cat(&groups, 0), &counts));
         if !bool::try_from(losses.isfinite().all()).expect("a truth value") {
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
@@ -259,21 +261,26 @@ pub fn evaluate(
     }
     Ok(Evaluation {
         metrics: tally.all_reduce(collective)?.metrics(recommender.scores_are_logits()),
-        coverage_at_20: coverage(&in_top, &share, collective)?,
+        coverage_at_20: coverage(&in_top, item_table, collective)?,
         outcomes: outcomes.gather(occurrences, collective)?,
     })
 }
 
-/// *All ranks.* The share of the items that may be recommended that are true on at least one rank, of those that it scores:
-/// bool `[V]`.
-fn coverage(in_top: &Tensor, share: &Share<'_>, collective: &dyn Collective) -> Result<f64, CollectiveError> {
+/// *All ranks.* The fraction of recommendable items that are `in_top` of some session on some rank.
+/// `in_top`: bool `[V]`, of the local rows.
+fn coverage(
+    in_top: &Tensor,
+    item_table: &ItemTable<'_>,
+    collective: &dyn Collective,
+) -> Result<f64, CollectiveError> {
     let in_top = in_top.to_kind(Kind::Uint8).to_device(Device::Cpu);
     let mut in_top = Vec::<u8>::try_from(in_top).expect("truth values [V]");
     let n_covered = |in_top: &[u8]| in_top.iter().map(|&covered| i64::from(covered)).sum();
-    let n_covered = match share.company() {
-        Some(company) => {
+    let n_covered = match item_table.ranks() {
+        // Each rank holds other items.
+        Some(ranks) => {
             let mut of_all = [n_covered(&in_top)];
-            company.sum_i64(&mut of_all)?;
+            ranks.sum_i64(&mut of_all)?;
             of_all[0]
         }
         None => {
@@ -281,5 +288,5 @@ fn coverage(in_top: &Tensor, share: &Share<'_>, collective: &dyn Collective) -> 
             n_covered(&in_top)
         }
     };
-    Ok(n_covered as f64 / (share.n_items - FIRST_ITEM).max(0) as f64)
+    Ok(n_covered as f64 / (item_table.n_items - FIRST_ITEM).max(0) as f64)
 }

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::collective::{Collective, CollectiveError, Reduce};
-use crate::model::Share;
+use crate::collective::{Collective, CollectiveError};
+use crate::model::ItemTable;
 use crate::model::head::logsumexp_rows;
 
 /// First item index that may be recommended: padding (0) and unknown (1) never are.
@@ -21,25 +21,26 @@ pub struct Ranking {
     pub in_top: Tensor,
 }
 
-/// *All ranks* of the share. Ranks targets (i64 `[B]`) and finds the top `k` of every session, by the scores of at most `chunk`
-/// items at a time. Each rank scores the items of its share; the sessions are the same on all.
+/// *All ranks*, if the item table is sharded. Ranks targets (i64 `[B]`) and finds the top `k` of every
+/// session, by the scores of at most `chunk` items at a time. Each rank scores its local items; the
+/// sessions are the same on all.
 ///
-/// A rank is one more than the number of better items; among equal scores the lower index is better. A target that
-/// may not be recommended gets a rank beyond all others: padding, unknown, and `hidden`, items that are not for one
-/// session (i64 `[B, E]`, filled up with −1). Losses know nothing of what is hidden.
+/// A target's rank is one more than the number of items with a better score; among equal scores the
+/// lower index is better. A target that may not be recommended gets a rank beyond all others:
+/// padding, unknown, and the session's `hidden` items (i64 `[B, E]`, padded with −1). Losses take
+/// hidden items into account.
 ///
 /// # Errors
-/// Those of the collective.
+/// A collective call fails.
 pub fn rank_targets(
     scores: impl Fn(Range<i64>) -> Tensor,
     (targets, hidden): (&Tensor, &Tensor),
-    share: &Share<'_>,
+    item_table: &ItemTable<'_>,
     chunk: i64,
     k: i64,
 ) -> Result<Ranking, CollectiveError> {
-    let Range { start: first, end } = share.rows;
-    // As many for every rank, so that all know how many chunks the others have.
-    let chunk = if share.is_exact() { share.band() } else { chunk.clamp(1, share.most_rows()) };
+    let Range { start: first, end } = item_table.rows;
+    let chunk = item_table.chunk_rows(chunk);
     let chunks: Vec<Range<i64>> =
         (first..end).step_by(chunk as usize).map(|start| start..(start + chunk).min(end)).collect();
     let target = targets.unsqueeze(1);
@@ -65,22 +66,23 @@ pub fn rank_targets(
         only = Some(chunk).filter(|_| chunks.len() == 1);
     }
     let mut target_scores = target_scores.expect("a catalogue");
-    let log_sums = share.gather_rows(&Tensor::cat(&log_sums, 0), &share.n_tiles_by_rank(chunk))?;
+    let n_chunks = item_table.n_chunks_by_rank(chunk);
+    let log_sums = item_table.gather_rows(&Tensor::cat(&log_sums, 0), &n_chunks)?;
     let log_sum = log_sums.logsumexp([0i64].as_slice(), false).unsqueeze(1);
-    if let Some(company) = share.company() {
-        company.all_reduce(&mut target_scores, Reduce::Sum)?;
-        best.merge(company, share.n_items - FIRST_ITEM)?;
+    target_scores = item_table.sum(target_scores)?;
+    if let Some(ranks) = item_table.ranks() {
+        best.merge(ranks, item_table.n_items - FIRST_ITEM)?;
     }
     let losses = (log_sum - target_scores.to_kind(Kind::Double)).squeeze_dim(1);
 
     let mut top = best.top();
     let mut n_better = Tensor::zeros_like(targets);
-    let in_top = Tensor::zeros([share.len()], (Kind::Bool, targets.device()));
+    let in_top = Tensor::zeros([item_table.len()], (Kind::Bool, targets.device()));
     let again =
         |items: &Range<i64>| only.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone);
-    if let (Some(top), Some(company)) = (&mut top, share.company()) {
+    if let (Some(top), Some(ranks)) = (&mut top, item_table.ranks()) {
         let here = chunks.iter().map(|items| recommendable(items, &again(items), hidden));
-        top.leave_to_ranks_before(here.flatten().map(|(_, chunk)| chunk), company)?;
+        top.yield_to_lower_ranks(here.flatten().map(|(_, chunk)| chunk), ranks)?;
     }
     for items in &chunks {
         let chunk = again(items);
@@ -96,10 +98,8 @@ pub fn rank_targets(
             if hidden.numel() > 0 { members.logical_and(&chunk.isneginf().logical_not()) } else { members };
         in_top.narrow(0, items.start - first, items.end - items.start).copy_(&members.any_dim(0, false));
     }
-    if let Some(company) = share.company() {
-        company.all_reduce(&mut n_better, Reduce::Sum)?;
-    }
-    let beyond = Tensor::full_like(targets, share.n_items + 1);
+    let n_better = item_table.sum(n_better)?;
+    let beyond = Tensor::full_like(targets, item_table.n_items + 1);
     let is_hidden = hidden.eq_tensor(&target).any_dim(1, false);
     let in_running = targets.ge(FIRST_ITEM).logical_and(&is_hidden.logical_not());
     Ok(Ranking { ranks: (n_better + 1).where_self(&in_running, &beyond), losses, in_top })
@@ -147,13 +147,13 @@ impl Best {
     }
 
     /// *All ranks.* The best of all ranks, of so many items in all.
-    fn merge(&mut self, company: &dyn Collective, n_items: i64) -> Result<(), CollectiveError> {
+    fn merge(&mut self, ranks: &dyn Collective, n_items: i64) -> Result<(), CollectiveError> {
         let scores = self.scores.take().expect("every rank has an item that may be recommended");
         // A rank may have fewer items than are asked for.
         let missing = self.k + 1 - scores.size()[1];
         let nothing =
             scores.new_full([scores.size()[0], missing], f64::NEG_INFINITY, (scores.kind(), scores.device()));
-        let all = company.of_each_rank(&Tensor::cat(&[scores, nothing], 1))?;
+        let all = ranks.of_each_rank(&Tensor::cat(&[scores, nothing], 1))?;
         let all = all.permute([1, 0, 2]).reshape([all.size()[1], -1]);
         self.scores = Some(all.topk((self.k + 1).min(n_items), 1, true, true).0);
         Ok(())
@@ -188,10 +188,10 @@ struct Top {
 impl Top {
     /// *All ranks.* Of items with just the last score, those of the ranks before this one come first. `chunks` `[B, C]`: all that
     /// are here.
-    fn leave_to_ranks_before(
+    fn yield_to_lower_ranks(
         &mut self,
         chunks: impl Iterator<Item = Tensor>,
-        company: &dyn Collective,
+        ranks: &dyn Collective,
     ) -> Result<(), CollectiveError> {
         if self.crowded.numel() == 0 {
             return Ok(());
@@ -199,7 +199,7 @@ impl Top {
         let last = self.last.index_select(0, &self.crowded);
         let tied = chunks.map(|chunk| n_true(&chunk.index_select(0, &self.crowded).eq_tensor(&last)));
         let n_tied = tied.fold(self.n_free.zeros_like(), |sum, n| sum + n);
-        let before = company.of_each_rank(&n_tied)?.narrow(0, 0, company.rank() as i64);
+        let before = ranks.of_each_rank(&n_tied)?.narrow(0, 0, ranks.rank() as i64);
         let before = before.sum_dim_intlist([0i64].as_slice(), false, Kind::Int64);
         self.n_free = (&self.n_free - before).clamp_min(0);
         Ok(())

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::objective::{Objective, Plan, Shown, Visible};
 use super::rows::take_rows;
 use super::{Gru, Parameters, Xlnet};
-use crate::data::{Batch, Noise};
+use crate::data::{Batch, DropoutGenerator};
 use crate::device::send_all;
 
 /// A sequence model.
@@ -24,11 +24,11 @@ impl Body {
         parameters: &Parameters,
         (x, query): (Tensor, Option<Tensor>),
         layout: &Layout,
-        noise: Option<&mut Noise<'_>>,
+        dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         match self {
-            Body::Gru(gru) => gru.states(parameters, x, layout, noise),
-            Body::Xlnet(xlnet) => xlnet.states(parameters, (x, query), layout, noise),
+            Body::Gru(gru) => gru.states(parameters, x, layout, dropout),
+            Body::Xlnet(xlnet) => xlnet.states(parameters, (x, query), layout, dropout),
         }
     }
 }

@@ -5,11 +5,12 @@ use tch::{Kind, Tensor};
 use super::body::{Body, Layout};
 use super::input::{Input, Lookup};
 use super::objective::{Objective, Plan};
-use super::parameters::{Initial, Linear};
+use super::parameters::{Linear, ParameterBuilder};
 use super::{Gru, Neural, Parameters, Xlnet};
-use crate::data::{Batch, Features, Noise};
+use crate::data::{Batch, DropoutGenerator, Features};
 
-/// All of a model but its tables and its loss. It knows where its parameters are, not what they are, so that threads share it.
+/// A model without its tables and its loss. It holds indices of parameters instead of values, so
+/// that threads can share it.
 pub(super) struct Encoder {
     pub input: Input,
     body: Body,
@@ -26,31 +27,34 @@ pub(super) struct Encoder {
     pub padded_length: Option<usize>,
 }
 
-/// Some sessions of a batch, as an encoder reads them.
-pub(super) struct Passage {
-    /// One a feature, `[T + 1]`: see [`Input::columns`].
+/// Events of some sessions, with the vectors that were looked up for them.
+pub(super) struct EncoderInput {
+    /// Values of each feature, `[T + 1]`: see [`Input::columns`].
     pub columns: Vec<Tensor>,
-    /// What was looked up, each `[T + 1, D]`: see [`Input::look_up`].
+    /// Vectors of each categorical feature, `[T + 1, D]`: see [`Input::look_up`].
     pub vectors: Vec<Tensor>,
 }
 
-impl Passage {
-    /// The whole batch.
+impl EncoderInput {
     pub fn whole(columns: Vec<Tensor>, lookups: &[Lookup<'_>]) -> Self {
         Self { columns, vectors: lookups.iter().map(|lookup| lookup.vectors.shallow_clone()).collect() }
     }
 
-    /// Its `n` events from `first` on, and the padding behind them.
+    /// The `n` events from `first` on, and the padding event.
     pub fn part(&self, first: i64, n: i64) -> Self {
-        let part = |x: &Tensor| match x.size()[0] {
-            whole if whole == n + 1 => x.shallow_clone(),
-            _ => Tensor::cat(&[x.narrow(0, first, n), x.narrow(0, -1, 1)], 0),
+        let part = |x: &Tensor| {
+            if x.size()[0] == n + 1 {
+                x.shallow_clone()
+            } else {
+                Tensor::cat(&[x.narrow(0, first, n), x.narrow(0, -1, 1)], 0)
+            }
         };
         let parts = |of: &[Tensor]| of.iter().map(part).collect();
         Self { columns: parts(&self.columns), vectors: parts(&self.vectors) }
     }
 
-    /// The same with what was looked up as leaves of the autograd graph, so that no gradient as large as a table arises.
+    /// Makes the looked-up vectors leaves of the autograd graph: a gradient through the lookup would
+    /// be as large as the table.
     pub fn into_leaves(self) -> Self {
         let leaf = |vectors: Tensor| vectors.set_requires_grad(true);
         Self { vectors: self.vectors.into_iter().map(leaf).collect(), ..self }
@@ -58,30 +62,31 @@ impl Passage {
 }
 
 impl Encoder {
-    /// Appends the initial parameters. `first_table`: the first that [`Input::declare_tables`] appended.
+    /// Declares the parameters. `first_table`: the first that [`Input::declare_tables`] declared.
     ///
     /// # Errors
     /// A configuration that does not fit the features.
     pub fn declare(
         config: &Neural<'_>,
         features: &Features,
-        (first_table, max_length): (usize, usize),
-        initial: &mut Initial,
+        first_table: usize,
+        max_length: usize,
+        builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
         let (input, head, objective) = (config.input(), config.head(), config.objective());
         let width = config.width();
         let masks = objective.masks(matches!(config, Neural::Xlnet(_)));
-        let input_block = Input::declare(input, features, (first_table, masks, width), initial)?;
+        let input_block = Input::declare(input, features, (first_table, masks, width), builder)?;
         let (body, attends_to_padding) = match config {
-            Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, initial)), false),
-            Neural::Xlnet(xlnet) => (Body::Xlnet(Xlnet::declare(xlnet, initial)), xlnet.attend_to_padding),
+            Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, builder)), false),
+            Neural::Xlnet(xlnet) => (Body::Xlnet(Xlnet::declare(xlnet, builder)), xlnet.attend_to_padding),
         };
         Ok(Self {
             input: input_block,
             body,
             two_streams: objective.two_streams(),
             width,
-            to_item: initial.linear("head.projection", width, input.item_width),
+            to_item: builder.linear("head.projection", width, input.item_width),
             relu: head.relu,
             temperature: head.temperature,
             padded_length: attends_to_padding.then_some(max_length),
@@ -97,9 +102,10 @@ impl Encoder {
     pub fn states(
         &self,
         parameters: &Parameters,
-        passage: &Passage,
-        (plan, batch): (Plan, &Batch),
-        noise: Option<&mut Noise<'_>>,
+        input: &EncoderInput,
+        plan: Plan,
+        batch: &Batch,
+        dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let device = parameters.values().device();
         let plan = match self.padded_length {
@@ -109,37 +115,39 @@ impl Encoder {
         if plan.reads.is_empty() {
             return Tensor::zeros([0, self.width], (Kind::Float, device));
         }
-        self.laid_out_states(parameters, passage, &Layout::new(&plan, batch, device), noise)
+        self.laid_out_states(parameters, input, &Layout::new(&plan, batch, device), dropout)
     }
 
     fn laid_out_states(
         &self,
         parameters: &Parameters,
-        passage: &Passage,
+        input: &EncoderInput,
         layout: &Layout,
-        noise: Option<&mut Noise<'_>>,
+        dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
-        let Passage { columns, vectors } = passage;
+        let EncoderInput { columns, vectors } = input;
         let (x, mask) = self.input.positions(parameters, columns, vectors, &layout.shown);
         let query = mask.filter(|_| self.two_streams);
-        self.body.states(parameters, (x, query), layout, noise)
+        self.body.states(parameters, (x, query), layout, dropout)
     }
 
-    /// The vectors `[B, item_width]` that what follows sessions is scored with, these lying in rectangles `[B, width]`, events
-    /// first, `lengths: [B]`: nothing in it depends on how many sessions there are, so that it can be traced.
+    /// The vectors `[B, item_width]` that the next items of sessions are scored with. The sessions
+    /// are in padded columns `[B, width]`, of `lengths: [B]`. No operation depends on the number of
+    /// sessions, so that they can be traced.
     pub fn next_vectors(
         &self,
         parameters: &Parameters,
-        passage: &Passage,
+        input: &EncoderInput,
         objective: &Objective,
-        (lengths, width): (&Tensor, i64),
+        lengths: &Tensor,
+        width: i64,
     ) -> Tensor {
         let padded_length = self.padded_length.map(|length| length as i64);
         let layout = Layout::next(objective, self.attends(), lengths, (width, padded_length));
-        self.vectors(parameters, &self.laid_out_states(parameters, passage, &layout, None))
+        self.vectors(parameters, &self.laid_out_states(parameters, input, &layout, None))
     }
 
-    /// States `[N, D]` → vectors `[N, item_width]`, whose products with those of items are their scores.
+    /// States `[N, D]` → vectors `[N, item_width]`; their products with item vectors are scores.
     pub fn vectors(&self, parameters: &Parameters, states: &Tensor) -> Tensor {
         let vectors = self.to_item.apply(parameters, states);
         let vectors = if self.relu { vectors.relu() } else { vectors };

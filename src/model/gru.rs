@@ -4,12 +4,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::body::Layout;
-use super::parameters::Initial;
+use super::parameters::ParameterBuilder;
 use super::recurrence::recurrence;
 use super::rows::take_rows;
 use super::{HeadConfig, InputConfig, MOST_LAYERS, Objective, Parameters};
 use crate::config::{MOST_WIDTH, check_width};
-use crate::data::Noise;
+use crate::data::DropoutGenerator;
 
 /// `[model]` with `kind = "gru"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,14 +59,14 @@ pub struct Gru {
 
 impl Gru {
     /// Appends the initial parameters.
-    pub(super) fn declare(config: &GruConfig, initial: &mut Initial) -> Self {
+    pub(super) fn declare(config: &GruConfig, builder: &mut ParameterBuilder) -> Self {
         let &GruConfig { hidden_width: width, n_layers, dropout, .. } = config;
-        let first = initial.len();
+        let first = builder.len();
         for layer in 0..n_layers {
-            initial.uniform(format!("gru.weight_ih_l{layer}"), &[3 * width, width], width);
-            initial.uniform(format!("gru.weight_hh_l{layer}"), &[3 * width, width], width);
-            initial.uniform(format!("gru.bias_ih_l{layer}"), &[3 * width], width);
-            initial.uniform(format!("gru.bias_hh_l{layer}"), &[3 * width], width);
+            builder.uniform(format!("gru.weight_ih_l{layer}"), &[3 * width, width], width);
+            builder.uniform(format!("gru.weight_hh_l{layer}"), &[3 * width, width], width);
+            builder.uniform(format!("gru.bias_ih_l{layer}"), &[3 * width], width);
+            builder.uniform(format!("gru.bias_hh_l{layer}"), &[3 * width], width);
         }
         Self { n_layers, width, dropout, first }
     }
@@ -78,12 +78,12 @@ impl Gru {
         parameters: &Parameters,
         x: Tensor,
         layout: &Layout,
-        noise: Option<&mut Noise<'_>>,
+        dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let layers = self.first..self.first + 4 * self.n_layers as usize;
         let layers: Vec<&Tensor> = layers.map(|index| parameters.leaf(index)).collect();
         // cuDNN goes back only through what was computed to learn.
-        let learns = noise.is_some();
+        let learns = dropout.is_some();
         let run = |x: &Tensor| match &layout.by_step {
             Some(steps) => {
                 let x = take_rows(x, &steps.positions);
@@ -103,10 +103,10 @@ impl Gru {
                 take_rows(&states.reshape([-1, self.width]), &layout.read_cells)
             }
         };
-        match noise {
-            Some(noise) => {
-                let states = run(&noise.dropout(x, self.dropout, &layout.positions_by_segment));
-                noise.dropout(states, self.dropout, &layout.reads_by_segment)
+        match dropout {
+            Some(dropout) => {
+                let states = run(&dropout.dropout(x, self.dropout, &layout.positions_by_segment));
+                dropout.dropout(states, self.dropout, &layout.reads_by_segment)
             }
             None => run(&x),
         }

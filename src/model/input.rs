@@ -5,10 +5,10 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::parameters::{Initial, LayerNorm, Linear};
+use super::item_table::RowRequest;
+use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
-use super::share::Asked;
-use super::{ITEM_TABLE, Parameters, Share};
+use super::{ITEM_TABLE, ItemTable, Parameters};
 use crate::collective::CollectiveError;
 use crate::config::{MOST_WIDTH, check_finite, check_width};
 use crate::data::plan::derive_seed;
@@ -172,17 +172,16 @@ pub(super) struct Lookup<'a> {
     pub rows: Tensor,
     /// Its vector, `[T + 1, D]`.
     pub vectors: Tensor,
-    /// Who holds the rows.
-    pub asked: Asked<'a>,
+    pub request: RowRequest<'a>,
 }
 
 impl Input {
     /// Appends a table for every categorical feature but the item id, whose table is there already.
-    pub(super) fn declare_tables(config: &InputConfig, features: &Features, initial: &mut Initial) {
+    pub(super) fn declare_tables(config: &InputConfig, features: &Features, builder: &mut ParameterBuilder) {
         for feature in &features.columns()[1..] {
             if let Some(n_rows) = feature.cardinality().filter(|_| feature.is_categorical()) {
                 let name = format!("tables.{}.weight", feature.name);
-                initial.normal(name, &[n_rows, config.feature_width], config.init_std);
+                builder.normal(name, &[n_rows, config.feature_width], config.init_std);
             }
         }
     }
@@ -195,7 +194,7 @@ impl Input {
         config: &InputConfig,
         features: &Features,
         (first_table, masks, body_width): (usize, bool, i64),
-        initial: &mut Initial,
+        builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
         let columns = features.columns();
         let continuous: Vec<usize> = (0..columns.len()).filter(|&i| !columns[i].is_categorical()).collect();
@@ -210,9 +209,9 @@ impl Input {
             } else if feature.is_categorical() {
                 Channel::Table { column, table: tables.next().expect("endless") }
             } else if let Continuous::SoftOneHot { n_vectors, .. } = config.continuous {
-                let mixture = initial.linear(&format!("input.{name}.mixture"), 1, n_vectors);
+                let mixture = builder.linear(&format!("input.{name}.mixture"), 1, n_vectors);
                 let vectors = format!("input.{name}.vectors");
-                let vectors = initial.normal(vectors, &[n_vectors, width], config.init_std);
+                let vectors = builder.normal(vectors, &[n_vectors, width], config.init_std);
                 Channel::SoftOneHot { column, mixture, vectors }
             } else {
                 Channel::Value { column }
@@ -220,7 +219,7 @@ impl Input {
             channels.push((name, width, channel));
         }
         if let (Continuous::Projected { width }, false) = (config.continuous, continuous.is_empty()) {
-            let projection = initial.linear("input.continuous", continuous.len() as i64, width);
+            let projection = builder.linear("input.continuous", continuous.len() as i64, width);
             channels.push(("continuous", width, Channel::Values { columns: continuous, projection }));
         }
         channels.sort_by_key(|(name, ..)| *name);
@@ -231,14 +230,14 @@ impl Input {
             .map(|(name, width, channel)| {
                 // Of a single number the norm would leave nothing.
                 let norm = (config.layer_norm && width > 1)
-                    .then(|| initial.layer_norm(&format!("input.{name}.layer_norm"), width, 1e-5));
+                    .then(|| builder.layer_norm(&format!("input.{name}.layer_norm"), width, 1e-5));
                 (channel, norm)
             })
             .collect();
-        let projection = config.projection_width.map(|to| initial.linear("input.projection", width, to));
+        let projection = config.projection_width.map(|to| builder.linear("input.projection", width, to));
         let width = config.projection_width.unwrap_or(width);
-        let mask = masks.then(|| initial.normal("input.mask", &[width], 0.001));
-        let to_body = initial.linear("input.to_body", width, body_width);
+        let mask = masks.then(|| builder.normal("input.mask", &[width], 0.001));
+        let to_body = builder.linear("input.to_body", width, body_width);
         let &InputConfig { aggregation, swap_noise, .. } = config;
         Ok(Self { aggregation, swap_noise, channels, projection, mask, to_body })
     }
@@ -262,12 +261,13 @@ impl Input {
             .collect()
     }
 
-    /// *All ranks* of the share. Looks the categorical columns up, in the order of the channels.
+    /// *All ranks*, if the item table is sharded. Looks up the vectors of the categorical columns, in
+    /// the order of the channels.
     pub(super) fn look_up<'a>(
         &self,
         parameters: &Parameters,
         columns: &[Tensor],
-        share: &Share<'a>,
+        item_table: &ItemTable<'a>,
     ) -> Result<Vec<Lookup<'a>>, CollectiveError> {
         let tables = self.channels.iter().filter_map(|(channel, _)| match channel {
             &Channel::Table { column, table } => Some((column, table)),
@@ -276,13 +276,14 @@ impl Input {
         tables
             .map(|(column, table)| {
                 let rows = columns[column].shallow_clone();
-                let asked = match table {
-                    ITEM_TABLE => share.ask(&rows, &share.counts(rows.size()[0])?)?,
-                    _ => Asked::here(&rows),
+                let request = if table == ITEM_TABLE {
+                    item_table.request(&rows, &item_table.gather_counts(rows.size()[0])?)?
+                } else {
+                    RowRequest::replicated(&rows)
                 };
-                let of_table = parameters.leaf(table).detach();
-                let vectors = asked.fetch(|places| of_table.index_select(0, places))?;
-                Ok(Lookup { table, rows, vectors: vectors.to_kind(Kind::Float), asked })
+                let weights = parameters.leaf(table).detach();
+                let vectors = request.fetch(|rows| weights.index_select(0, rows))?;
+                Ok(Lookup { table, rows, vectors: vectors.to_kind(Kind::Float), request })
             })
             .collect()
     }

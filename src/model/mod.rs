@@ -5,20 +5,21 @@
 //! [`Xlnet`]) and a softmax over the catalogue ([`head`]); what is hidden and what is predicted is its [`objective`].
 //! The gradients of tables do not go through autograd: see [`head`].
 
+mod baseline;
 mod body;
-mod counts;
 mod encoder;
+mod gradient_hooks;
 mod gru;
 pub mod head;
 pub mod import;
 pub mod input;
+mod item_table;
 mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
 mod recurrence;
 mod rows;
-mod share;
 mod xlnet;
 
 use std::ops::Range;
@@ -26,16 +27,17 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+pub use baseline::{Baseline, BaselineKind};
 pub use body::Layout;
-pub use counts::{Counts, Evidence};
+pub use gradient_hooks::{GradientHooks, NoHooks};
 pub use gru::{Gru, GruConfig};
 pub use head::{HeadConfig, LossConfig};
 pub use input::InputConfig;
+pub use item_table::{ItemTable, LocalRows};
 pub use neighbours::{Decay, Neighbours, NeighboursConfig};
 pub use network::{ITEM_TABLES, LossSum, Network, ParameterSizes};
 pub use objective::Objective;
-pub use parameters::{Parameters, View};
-pub use share::Share;
+pub use parameters::{Gradients, Parameters, View};
 pub use xlnet::{Xlnet, XlnetConfig};
 
 use network::ITEM_TABLE;
@@ -189,24 +191,20 @@ pub trait Recommender {
     /// Rows of the catalogue `V`, padding (0) and unknown (1) included.
     fn n_items(&self) -> i64;
 
-    /// The items that it scores here. Where other ranks score the rest, it encodes with *all ranks*.
-    fn share(&self) -> Share<'_> {
-        Share::whole(self.n_items())
-    }
-
-    /// Where batches are to lie, and scores will.
+    /// Device of the batches that it reads and of the scores that it returns.
     fn device(&self) -> Device;
 
-    /// Whether scores are logits, so that their cross entropy means something.
+    /// Whether scores are logits, so that their cross entropy is meaningful.
     fn scores_are_logits(&self) -> bool;
 
-    /// What the whole of each session comes to: `[B, ..]`, read by [`Recommender::scores`] alone.
+    /// *All ranks*, if the item table is sharded. Encodes each session: `[B, ..]`, which only
+    /// [`Recommender::scores`] reads.
     ///
     /// # Errors
-    /// Those of the collective, where other ranks are asked.
+    /// A collective call fails.
     fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError>;
 
-    /// Scores `[B, C]` of the items `items`, which it scores here; higher is better. Calls for other ranges give the same
-    /// numbers, so that no caller needs all of `[B, V]` at once.
+    /// Scores `[B, C]` of the items `items`, which this rank holds; higher is better. The scores of
+    /// an item do not depend on the range, so that no caller needs all of `[B, V]` at once.
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor;
 }

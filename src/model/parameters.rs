@@ -1,68 +1,74 @@
-//! All parameters of a model in one flat buffer, and their gradients in another.
+//! The parameters of a model in one flat buffer, and their gradients in another.
 //!
-//! One buffer makes the all-reduce one call, the optimizer a handful of kernels, and the global norm one
-//! reduction, whatever the number of tensors. Where tables of items are divided over the ranks, they come first: what
-//! follows them is the same on every rank, and it alone is reduced.
+//! One buffer makes the all-reduce one call, the optimizer a handful of kernels, and the global
+//! norm one reduction, whatever the number of tensors. Sharded item tables come first: everything
+//! behind them is replicated, and only that is reduced.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::Share;
+use super::ItemTable;
 use crate::device::host::return_freed_memory;
 
-/// Initial values of parameters, in the order in which they are declared, by which they are found later.
+/// Declares parameters and draws their initial values. A parameter is known by its index, the order
+/// of declaration.
 #[derive(Default)]
-pub struct Initial {
+pub struct ParameterBuilder {
     values: Vec<(String, Tensor)>,
-    /// How many of them, the first, are shares of tables.
-    n_shares: usize,
-    /// Where only sizes are asked for, these, and no values.
+    /// Number of sharded tables, which are declared first.
+    n_sharded: usize,
+    /// Names and shapes instead of values, for [`ParameterBuilder::sizes_only`].
     sizes: Option<Vec<(String, Vec<i64>)>>,
 }
 
-/// Rows of a table that are drawn at a time. A draw is the same in one go and in blocks, if blocks are whole multiples of 16
-/// numbers.
+/// Rows of a table that are drawn at once. libtorch's generator gives the same numbers for one draw
+/// and for several, as long as each but the last is a multiple of 16 numbers.
 const BLOCK_ROWS: i64 = 1 << 16;
 
-impl Initial {
-    /// Notes the sizes of parameters, which take no memory.
+impl ParameterBuilder {
+    /// Records names and shapes only, without memory for values.
     pub(super) fn sizes_only() -> Self {
         Self { sizes: Some(Vec::new()), ..Self::default() }
     }
 
-    /// What was noted.
+    /// The recorded names and shapes.
     pub(super) fn into_sizes(self) -> Vec<(String, Vec<i64>)> {
         self.sizes.unwrap_or_default()
     }
 
-    /// Number of parameters so far.
     pub fn len(&self) -> usize {
         self.sizes.as_ref().map_or(self.values.len(), Vec::len)
     }
 
-    /// Whether there are none so far.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The rows of a table `[V, D]` that are here, of a table normally distributed around 0: the same whoever holds which.
-    /// Shares come before all other parameters.
-    pub fn table(&mut self, name: impl Into<String>, width: i64, std: f64, share: &Share<'_>) -> usize {
-        self.add_share(name.into(), &[share.len(), width], share, || {
-            let rows = Tensor::empty([share.len(), width], (Kind::Float, Device::Cpu));
+    /// The local rows of an item table `[V, width]`, normal with mean 0. A row has the same values
+    /// whichever rank holds it. Item tables come before all other parameters.
+    pub fn item_table(
+        &mut self,
+        name: impl Into<String>,
+        width: i64,
+        std: f64,
+        table: &ItemTable<'_>,
+    ) -> usize {
+        self.add_item_table(name.into(), &[table.len(), width], table, || {
+            let rows = Tensor::empty([table.len(), width], (Kind::Float, Device::Cpu));
             let mut start = 0;
-            while start < share.n_items {
-                // The last block is not smaller than the others, lest it be drawn in another way.
-                let left = share.n_items - start;
+            while start < table.n_items {
+                // libtorch draws fewer than 16 numbers by another algorithm, so the last block is
+                // joined with the one before it.
+                let left = table.n_items - start;
                 let n = if left < 2 * BLOCK_ROWS { left } else { BLOCK_ROWS };
                 let block = Tensor::randn([n, width], (Kind::Float, Device::Cpu)) * std;
-                let here = start.max(share.rows.start)..(start + n).min(share.rows.end);
-                if !here.is_empty() {
-                    let n_here = here.end - here.start;
-                    let mut to = rows.narrow(0, here.start - share.rows.start, n_here);
-                    to.copy_(&block.narrow(0, here.start - start, n_here));
+                let local = start.max(table.rows.start)..(start + n).min(table.rows.end);
+                if !local.is_empty() {
+                    let n_local = local.end - local.start;
+                    let mut to = rows.narrow(0, local.start - table.rows.start, n_local);
+                    to.copy_(&block.narrow(0, local.start - start, n_local));
                 }
                 start += n;
             }
@@ -70,57 +76,56 @@ impl Initial {
         })
     }
 
-    /// A number for each item that is here, all the same.
-    pub fn column(&mut self, name: impl Into<String>, value: f64, share: &Share<'_>) -> usize {
-        let full = || Tensor::full([share.len()], value, (Kind::Float, Device::Cpu));
-        self.add_share(name.into(), &[share.len()], share, full)
+    /// One number `value` for each local item.
+    pub fn item_bias(&mut self, name: impl Into<String>, value: f64, table: &ItemTable<'_>) -> usize {
+        let full = || Tensor::full([table.len()], value, (Kind::Float, Device::Cpu));
+        self.add_item_table(name.into(), &[table.len()], table, full)
     }
 
-    fn add_share(
+    fn add_item_table(
         &mut self,
         name: String,
         size: &[i64],
-        share: &Share<'_>,
+        table: &ItemTable<'_>,
         draw: impl FnOnce() -> Tensor,
     ) -> usize {
         let index = self.add(name, size, draw);
-        if share.company().is_some() {
-            debug_assert_eq!(index, self.n_shares, "shares come first");
-            self.n_shares = index + 1;
+        if table.is_sharded() {
+            debug_assert_eq!(index, self.n_sharded, "sharded tables are declared first");
+            self.n_sharded = index + 1;
         }
         index
     }
 
-    /// Normally distributed around 0.
+    /// Normal with mean 0.
     pub fn normal(&mut self, name: impl Into<String>, size: &[i64], std: f64) -> usize {
         self.add(name.into(), size, || Tensor::randn(size, (Kind::Float, Device::Cpu)) * std)
     }
 
-    /// Uniform in ±1/√fan_in, as PyTorch begins its linear and recurrent layers.
+    /// Uniform in ±1/√fan_in, PyTorch's default for linear and recurrent layers.
     pub fn uniform(&mut self, name: impl Into<String>, size: &[i64], fan_in: i64) -> usize {
         let bound = (fan_in as f64).powf(-0.5);
         let draw = || Tensor::empty(size, (Kind::Float, Device::Cpu)).uniform_(-bound, bound);
         self.add(name.into(), size, draw)
     }
 
-    /// All the same.
     pub fn constant(&mut self, name: impl Into<String>, size: &[i64], value: f64) -> usize {
         self.add(name.into(), size, || Tensor::full(size, value, (Kind::Float, Device::Cpu)))
     }
 
-    /// A linear layer as PyTorch begins it.
+    /// A linear layer with PyTorch's default initialisation.
     pub fn linear(&mut self, name: &str, n_in: i64, n_out: i64) -> Linear {
         let weight = self.uniform(format!("{name}.weight"), &[n_out, n_in], n_in);
         Linear { weight, bias: self.uniform(format!("{name}.bias"), &[n_out], n_in) }
     }
 
-    /// A linear layer with normally distributed weights and no bias at first.
+    /// A linear layer with normal weights and a zero bias.
     pub fn normal_linear(&mut self, name: &str, n_in: i64, n_out: i64, std: f64) -> Linear {
         let weight = self.normal(format!("{name}.weight"), &[n_out, n_in], std);
         Linear { weight, bias: self.constant(format!("{name}.bias"), &[n_out], 0.0) }
     }
 
-    /// A layer norm that changes no scale at first.
+    /// A layer norm with unit weight and zero bias.
     pub fn layer_norm(&mut self, name: &str, width: i64, epsilon: f64) -> LayerNorm {
         let weight = self.constant(format!("{name}.weight"), &[width], 1.0);
         LayerNorm { weight, bias: self.constant(format!("{name}.bias"), &[width], 0.0), width, epsilon }
@@ -192,16 +197,13 @@ impl View {
     }
 }
 
-/// Named parameters, in the order in which they were declared.
+/// Named parameters in a flat buffer, in the order of declaration.
 pub struct Parameters {
     views: Arc<[View]>,
     values: Tensor,
-    /// Gradients, and behind them what travels with them: see [`Parameters::reduced`].
-    gradients: Tensor,
-    /// One leaf a view, sharing memory with `values`.
+    /// One autograd leaf for each view, sharing memory with `values`.
     leaves: Vec<Tensor>,
-    /// Numbers at the beginning that no other rank has.
-    n_own: i64,
+    n_sharded: i64,
 }
 
 /// Copies `from` into `to`, which must be as large, or may have more rows if it `may_grow`.
@@ -219,125 +221,76 @@ pub fn copy_rows(name: &str, from: &Tensor, to: &Tensor, may_grow: bool) -> Resu
     Ok(())
 }
 
-/// Numbers that travel with the gradients: the summed loss, the number of targets, and how many ranks were asked to stop
-/// and to save.
-const TAIL: i64 = 4;
-
 impl Parameters {
-    /// Lays the given tensors out one after the other, with zeros in between.
-    pub fn new(initial: Initial, device: Device) -> Self {
-        let Initial { values: initial, n_shares, .. } = initial;
-        let mut views: Vec<View> = Vec::with_capacity(initial.len());
-        for (name, tensor) in &initial {
+    /// Lays the declared tensors out one after the other, each at an aligned offset.
+    pub fn new(declared: ParameterBuilder, device: Device) -> Self {
+        let ParameterBuilder { values: declared, n_sharded, .. } = declared;
+        let mut views: Vec<View> = Vec::with_capacity(declared.len());
+        for (name, tensor) in &declared {
             let (start, n) = (views.last().map_or(0, View::end), tensor.numel() as i64);
             views.push(View { name: name.clone(), shape: tensor.size(), range: start..start + n });
         }
         let end = views.last().map_or(0, View::end);
         let values = Tensor::zeros([end], (Kind::Float, device));
-        for (view, (_, tensor)) in views.iter().zip(&initial) {
+        for (view, (_, tensor)) in views.iter().zip(&declared) {
             view.of(&values).copy_(tensor);
         }
-        // A large table would lie beside its copy for good.
-        drop(initial);
+        // The drawn tensors are as large as the model; free them before the gradients are allocated.
+        drop(declared);
         return_freed_memory();
-        let gradients = Tensor::zeros([end + TAIL], (Kind::Float, device));
         let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
-        let n_own = n_shares.checked_sub(1).map_or(0, |last| views[last].end());
-        Self { views: views.into(), values, gradients, leaves, n_own }
+        let n_sharded = n_sharded.checked_sub(1).map_or(0, |last| views[last].end());
+        Self { views: views.into(), values, leaves, n_sharded }
     }
 
-    /// The parameters, in order.
+    /// Zero gradients for these parameters.
+    pub fn zero_gradients(&self) -> Gradients {
+        let flat = Tensor::zeros([self.len() + SCALARS], (Kind::Float, self.values.device()));
+        Gradients { views: Arc::clone(&self.views), flat, n_sharded: self.n_sharded }
+    }
+
     pub fn views(&self) -> &[View] {
         &self.views
     }
 
-    /// The same parameters, for another thread.
-    pub fn handle(&self) -> Self {
+    /// The same parameters for another thread; values are shared.
+    pub fn share(&self) -> Self {
         Self {
             views: Arc::clone(&self.views),
             values: self.values.shallow_clone(),
-            gradients: self.gradients.shallow_clone(),
             leaves: self.leaves.iter().map(Tensor::shallow_clone).collect(),
-            n_own: self.n_own,
+            n_sharded: self.n_sharded,
         }
     }
 
-    /// Number of values, with those in between.
+    /// Number of values, alignment gaps included.
     pub fn len(&self) -> i64 {
         self.values.size()[0]
     }
 
-    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// All values, flat.
+    /// All values, `[n]`.
     pub fn values(&self) -> Tensor {
         self.values.shallow_clone()
     }
 
-    /// All gradients, flat.
-    pub fn gradients(&self) -> Tensor {
-        self.gradients.narrow(0, 0, self.len())
+    /// Values that every rank holds, `[n]`.
+    pub fn replicated_values(&self) -> Tensor {
+        self.values.narrow(0, self.n_sharded, self.len() - self.n_sharded)
     }
 
-    /// What the ranks sum after a backward pass: the gradients of what all have, and the tail.
-    pub fn reduced(&self) -> Tensor {
-        self.gradients.narrow(0, self.n_own, self.gradients.size()[0] - self.n_own)
-    }
-
-    /// The gradients of parameter number `first` and all behind it, with what travels with them.
-    pub(super) fn gradients_from(&self, first: usize) -> Tensor {
-        let start = self.views[first].range.start;
-        self.gradients.narrow(0, start, self.gradients.size()[0] - start)
-    }
-
-    /// The gradients of parameters that lie side by side.
-    pub(super) fn gradients_of(&self, parameters: Range<usize>) -> Tensor {
-        let start = self.views[parameters.start].range.start;
-        self.gradients.narrow(0, start, self.views[parameters.end - 1].end() - start)
-    }
-
-    /// The gradients that a rank alone has, complete without the others: flat.
-    pub fn own_gradients(&self) -> Tensor {
-        self.gradients.narrow(0, 0, self.n_own)
-    }
-
-    /// Numbers of the parameters that a rank alone has.
-    pub fn own(&self) -> Range<usize> {
-        0..self.views.iter().take_while(|view| view.range.end <= self.n_own).count()
-    }
-
-    /// What all ranks have, flat.
-    pub fn common_values(&self) -> Tensor {
-        self.values.narrow(0, self.n_own, self.len() - self.n_own)
-    }
-
-    /// `[loss, n_targets, n_stop, n_save]`: `[4]`.
-    pub fn tail(&self) -> Tensor {
-        self.gradients.narrow(0, self.len(), TAIL)
-    }
-
-    /// The parameter number `index` as a leaf of the autograd graph.
+    /// Parameter number `index` as a leaf of the autograd graph.
     pub fn leaf(&self, index: usize) -> &Tensor {
         &self.leaves[index]
     }
 
-    /// Keeps a parameter as a constant of type `kind` from now on, in memory of its own: a view of the flat buffer would be
-    /// saved with the whole of it.
+    /// Turns a parameter into a constant of type `kind` with memory of its own: a view would be
+    /// saved together with the whole flat buffer.
     pub(super) fn freeze(&mut self, index: usize, kind: Kind) {
         self.leaves[index] = self.leaves[index].detach().to_dtype(kind, false, true);
-    }
-
-    /// The gradient of parameter number `index`, shaped like it.
-    pub fn gradient(&self, index: usize) -> Tensor {
-        self.views[index].of(&self.gradients)
-    }
-
-    /// Forgets the gradients of the last step.
-    pub fn zero_gradients(&mut self) {
-        let _ = self.gradients.zero_();
     }
 
     /// Splits a flat tensor as long as [`Parameters::values`] into named tensors.
@@ -345,7 +298,7 @@ impl Parameters {
         self.named_from(flat, 0)
     }
 
-    /// Splits a flat tensor that begins where number `first` of all values lies.
+    /// Splits a flat tensor whose first element belongs at offset `first` of all values.
     pub fn named_from(&self, flat: &Tensor, first: i64) -> Vec<(String, Tensor)> {
         let covered = first..first + flat.size()[0];
         let inside = |view: &&View| covered.start <= view.range.start && view.range.end <= covered.end;
@@ -356,24 +309,25 @@ impl Parameters {
         self.views.iter().filter(inside).map(named).collect()
     }
 
-    /// Copies named tensors into a flat tensor as long as [`Parameters::values`]. Those of `growing` may have fewer rows; what
-    /// is behind these stays.
+    /// Copies named tensors into a flat tensor as long as [`Parameters::values`]. Parameters in
+    /// `growing` may have fewer rows in `named`; their other rows keep their values.
     ///
     /// # Errors
     /// Names the first parameter that is missing, unknown or of another shape.
     pub fn assign(&self, flat: &Tensor, named: &[(String, Tensor)], growing: &[View]) -> Result<(), String> {
         self.check_names(named.iter().map(|(name, _)| name.as_str()))?;
-        named.iter().try_for_each(|(name, tensor)| self.assign_one(flat, (name, tensor), growing))
+        named.iter().try_for_each(|(name, tensor)| self.assign_one(flat, name, tensor, growing))
     }
 
-    /// The same for one of them.
+    /// [`Parameters::assign`] for one tensor.
     ///
     /// # Errors
-    /// It is unknown or of another shape.
+    /// The parameter is unknown or of another shape.
     pub fn assign_one(
         &self,
         flat: &Tensor,
-        (name, tensor): (&str, &Tensor),
+        name: &str,
+        tensor: &Tensor,
         growing: &[View],
     ) -> Result<(), String> {
         let view = self.views.iter().find(|view| view.name == name);
@@ -381,10 +335,10 @@ impl Parameters {
         copy_rows(name, tensor, &view.of(flat), growing.contains(view))
     }
 
-    /// Whether these are the names of all parameters.
+    /// Checks that `names` are the names of all parameters.
     ///
     /// # Errors
-    /// Names the first that is unknown or missing.
+    /// Names the first parameter that is unknown or missing.
     pub fn check_names<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
         if let Some(name) = names.clone().find(|name| self.views.iter().all(|view| view.name != *name)) {
             return Err(format!("unknown parameter `{name}`"));
@@ -396,6 +350,72 @@ impl Parameters {
     }
 }
 
+/// Number of step scalars that are reduced together with the gradients.
+const SCALARS: i64 = 4;
+
+/// The gradients of [`Parameters`] in a flat buffer, followed by the scalars of a step, so that one
+/// call reduces both.
+pub struct Gradients {
+    views: Arc<[View]>,
+    /// `[n + SCALARS]`.
+    flat: Tensor,
+    n_sharded: i64,
+}
+
+impl Gradients {
+    /// All gradients, `[n]`.
+    pub fn all(&self) -> Tensor {
+        self.flat.narrow(0, 0, self.flat.size()[0] - SCALARS)
+    }
+
+    /// The gradient of parameter number `index`, shaped like it.
+    pub fn of(&self, index: usize) -> Tensor {
+        self.views[index].of(&self.flat)
+    }
+
+    /// Gradients of parameters that are adjacent in the buffer: `[n]`.
+    pub fn of_range(&self, parameters: Range<usize>) -> Tensor {
+        let start = self.views[parameters.start].range.start;
+        self.flat.narrow(0, start, self.views[parameters.end - 1].end() - start)
+    }
+
+    /// Gradients of the parameters from number `first` on, and the scalars: `[n]`.
+    pub fn from(&self, first: usize) -> Tensor {
+        let start = self.views[first].range.start;
+        self.flat.narrow(0, start, self.flat.size()[0] - start)
+    }
+
+    /// Gradients of the sharded tables, which only this rank holds: `[n]`.
+    pub fn sharded(&self) -> Tensor {
+        self.flat.narrow(0, 0, self.n_sharded)
+    }
+
+    /// Numbers of the parameters that are sharded.
+    pub fn sharded_parameters(&self) -> Range<usize> {
+        0..self.views.iter().take_while(|view| view.range.end <= self.n_sharded).count()
+    }
+
+    /// Gradients of the parameters that every rank holds: `[n]`.
+    pub fn replicated(&self) -> Tensor {
+        self.flat.narrow(0, self.n_sharded, self.flat.size()[0] - SCALARS - self.n_sharded)
+    }
+
+    /// [`Gradients::replicated`] and the scalars: `[n]`.
+    pub fn replicated_and_scalars(&self) -> Tensor {
+        self.flat.narrow(0, self.n_sharded, self.flat.size()[0] - self.n_sharded)
+    }
+
+    /// The scalars of a step: `[4]`.
+    pub fn scalars(&self) -> Tensor {
+        self.flat.narrow(0, self.flat.size()[0] - SCALARS, SCALARS)
+    }
+
+    /// Sets gradients and scalars to zero.
+    pub fn zero(&mut self) {
+        let _ = self.flat.zero_();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -404,9 +424,9 @@ mod tests {
     fn a_table_takes_fewer_rows_where_it_may_have_grown() {
         let saved =
             |rows: i64| vec![("table".to_owned(), Tensor::full([rows, 2], 5.0, (Kind::Float, Device::Cpu)))];
-        let mut initial = Initial::default();
-        initial.constant("table", &[3, 2], 1.0);
-        let parameters = Parameters::new(initial, Device::Cpu);
+        let mut builder = ParameterBuilder::default();
+        builder.constant("table", &[3, 2], 1.0);
+        let parameters = Parameters::new(builder, Device::Cpu);
         let values = parameters.values();
         let growing = parameters.views();
         let refused = parameters.assign(&values, &saved(2), &[]).unwrap_err();

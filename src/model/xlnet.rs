@@ -16,11 +16,11 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::body::Layout;
-use super::parameters::{Initial, LayerNorm, Linear};
+use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
 use super::{HeadConfig, InputConfig, MOST_LAYERS, Objective, Parameters};
 use crate::config::{MOST_WIDTH, check_finite, check_width};
-use crate::data::Noise;
+use crate::data::DropoutGenerator;
 
 /// `[model]` with `kind = "xlnet"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -143,24 +143,24 @@ struct Keys {
 
 impl Xlnet {
     /// Appends the initial parameters.
-    pub fn declare(config: &XlnetConfig, initial: &mut Initial) -> Self {
+    pub fn declare(config: &XlnetConfig, builder: &mut ParameterBuilder) -> Self {
         let &XlnetConfig { width, n_heads, dropout, init_std: std, layer_norm_epsilon: epsilon, .. } = config;
         let shape = Shape { width, n_heads, dropout };
         let matrix = [width, n_heads, shape.head_width()];
         let layers = (0..config.n_layers).map(|layer| {
             let name = |part: &str| format!("xlnet.layer.{layer}.{part}");
             Layer {
-                q: initial.normal(name("rel_attn.q"), &matrix, std),
-                k: initial.normal(name("rel_attn.k"), &matrix, std),
-                v: initial.normal(name("rel_attn.v"), &matrix, std),
-                o: initial.normal(name("rel_attn.o"), &matrix, std),
-                r: initial.normal(name("rel_attn.r"), &matrix, std),
-                r_r_bias: initial.normal(name("rel_attn.r_r_bias"), &matrix[1..], std),
-                r_w_bias: initial.normal(name("rel_attn.r_w_bias"), &matrix[1..], std),
-                attention_norm: initial.layer_norm(&name("rel_attn.layer_norm"), width, epsilon),
-                norm: initial.layer_norm(&name("ff.layer_norm"), width, epsilon),
-                layer_1: initial.normal_linear(&name("ff.layer_1"), width, 4 * width, std),
-                layer_2: initial.normal_linear(&name("ff.layer_2"), 4 * width, width, std),
+                q: builder.normal(name("rel_attn.q"), &matrix, std),
+                k: builder.normal(name("rel_attn.k"), &matrix, std),
+                v: builder.normal(name("rel_attn.v"), &matrix, std),
+                o: builder.normal(name("rel_attn.o"), &matrix, std),
+                r: builder.normal(name("rel_attn.r"), &matrix, std),
+                r_r_bias: builder.normal(name("rel_attn.r_r_bias"), &matrix[1..], std),
+                r_w_bias: builder.normal(name("rel_attn.r_w_bias"), &matrix[1..], std),
+                attention_norm: builder.layer_norm(&name("rel_attn.layer_norm"), width, epsilon),
+                norm: builder.layer_norm(&name("ff.layer_norm"), width, epsilon),
+                layer_1: builder.normal_linear(&name("ff.layer_1"), width, 4 * width, std),
+                layer_2: builder.normal_linear(&name("ff.layer_2"), 4 * width, width, std),
             }
         });
         Self { layers: layers.collect(), shape }
@@ -173,15 +173,16 @@ impl Xlnet {
         parameters: &Parameters,
         (x, query): (Tensor, Option<Tensor>),
         layout: &Layout,
-        mut noise: Option<&mut Noise<'_>>,
+        mut dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let table = position_table(layout.length, self.shape.width, x.device());
         let (hidden, hidden_from_reads) = (layout.hidden(), layout.hidden_from_reads());
         let (positions, reads) = (&layout.positions_by_segment, &layout.reads_by_segment);
-        let mut h = dropout(&mut noise, x, self.shape.dropout, positions);
+        let mut h = apply_dropout(&mut dropout, x, self.shape.dropout, positions);
         // A row for each read: by lookup, as a trace does not know how many there are.
         let queries = |query: Tensor| take_rows(&query, &layout.reads.zeros_like());
-        let mut read = query.map(|query| dropout(&mut noise, queries(query), self.shape.dropout, reads));
+        let mut read =
+            query.map(|query| apply_dropout(&mut dropout, queries(query), self.shape.dropout, reads));
         for (number, layer) in self.layers.iter().enumerate() {
             let is_last = number + 1 == self.layers.len();
             if is_last && read.is_none() && !layout.reads_all {
@@ -196,16 +197,16 @@ impl Xlnet {
                     (states, &keys),
                     layout,
                     &hidden_from_reads,
-                    &mut noise,
+                    &mut dropout,
                 );
-                *states = layer.finish(parameters, self.shape, (&context, states), reads, &mut noise);
+                *states = layer.finish(parameters, self.shape, (&context, states), reads, &mut dropout);
             }
             if all_attend {
-                let context = layer.attend(parameters, self.shape, &keys, layout, &hidden, &mut noise);
-                h = layer.finish(parameters, self.shape, (&context, &h), positions, &mut noise);
+                let context = layer.attend(parameters, self.shape, &keys, layout, &hidden, &mut dropout);
+                h = layer.finish(parameters, self.shape, (&context, &h), positions, &mut dropout);
             }
         }
-        dropout(&mut noise, read.unwrap_or(h), self.shape.dropout, reads)
+        apply_dropout(&mut dropout, read.unwrap_or(h), self.shape.dropout, reads)
     }
 }
 
@@ -240,7 +241,7 @@ impl Layer {
         keys: &Keys,
         layout: &Layout,
         hidden: &Option<Tensor>,
-        noise: &mut Option<&mut Noise<'_>>,
+        dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let q = keys.q.as_ref().expect("all attend");
         let bias = |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
@@ -256,7 +257,7 @@ impl Layer {
             .narrow(3, 0, length);
         let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
         let weights = weights(by_content + by_position, hidden, shape);
-        let weights = dropout_weights(noise, weights, shape.dropout, &layout.sessions_by_segment);
+        let weights = dropout_weights(dropout, weights, shape.dropout, &layout.sessions_by_segment);
         let found = weights.matmul(&keys.v).transpose(1, 2).reshape([-1, length, shape.width]);
         layout.pack(&found).matmul(&matrix(parameters, self.o).tr())
     }
@@ -269,7 +270,7 @@ impl Layer {
         (states, keys): (&Tensor, &Keys),
         layout: &Layout,
         hidden: &Option<Tensor>,
-        noise: &mut Option<&mut Noise<'_>>,
+        dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let q = states.matmul(&matrix(parameters, self.q)).view([-1, shape.n_heads, shape.head_width()]);
         let asked = layout.by_read(&(&q + parameters.leaf(self.r_w_bias)));
@@ -282,7 +283,7 @@ impl Layer {
         let by_position = by_position.gather(2, &columns, false);
         let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
         let weights = weights(by_content + by_position, hidden, shape);
-        let weights = dropout_weights(noise, weights, shape.dropout, &layout.reads_by_segment);
+        let weights = dropout_weights(dropout, weights, shape.dropout, &layout.reads_by_segment);
         let found = layout.of_reads(&layout.by_read(&weights).matmul(&keys.v)).reshape([-1, shape.width]);
         found.matmul(&matrix(parameters, self.o).tr())
     }
@@ -294,9 +295,9 @@ impl Layer {
         shape: Shape,
         (context, h): (&Tensor, &Tensor),
         counts: &[i64],
-        noise: &mut Option<&mut Noise<'_>>,
+        dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
-        let mut drop = |x: Tensor| dropout(noise, x, shape.dropout, counts);
+        let mut drop = |x: Tensor| apply_dropout(dropout, x, shape.dropout, counts);
         let h = self.attention_norm.apply(parameters, &(drop(context.shallow_clone()) + h));
         let inner = drop(self.layer_1.apply(parameters, &h).gelu("none"));
         self.norm.apply(parameters, &(drop(self.layer_2.apply(parameters, &inner)) + h))
@@ -316,16 +317,26 @@ fn weights(scores: Tensor, hidden: Option<Tensor>, shape: Shape) -> Tensor {
     scores.softmax(-1, Kind::Float)
 }
 
-fn dropout(noise: &mut Option<&mut Noise<'_>>, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
-    match noise {
-        Some(noise) => noise.dropout(x, p, counts),
+fn apply_dropout(
+    dropout: &mut Option<&mut DropoutGenerator<'_>>,
+    x: Tensor,
+    p: f64,
+    counts: &[i64],
+) -> Tensor {
+    match dropout {
+        Some(dropout) => dropout.dropout(x, p, counts),
         None => x,
     }
 }
 
-fn dropout_weights(noise: &mut Option<&mut Noise<'_>>, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
-    match noise {
-        Some(noise) => noise.dropout_weights(x, p, counts),
+fn dropout_weights(
+    dropout: &mut Option<&mut DropoutGenerator<'_>>,
+    x: Tensor,
+    p: f64,
+    counts: &[i64],
+) -> Tensor {
+    match dropout {
+        Some(dropout) => dropout.dropout_weights(x, p, counts),
         None => x,
     }
 }

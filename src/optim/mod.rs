@@ -38,8 +38,8 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// Share of the learning rate at step `step` (from 0) of `n_steps`.
-    pub fn share(self, step: usize, n_steps: usize) -> f64 {
+    /// Factor of the learning rate at step `step` (from 0) of `n_steps`.
+    pub fn factor(self, step: usize, n_steps: usize) -> f64 {
         match self {
             Schedule::Linear => (n_steps - step) as f64 / n_steps as f64,
             Schedule::Constant => 1.0,
@@ -47,7 +47,16 @@ impl Schedule {
     }
 }
 
-/// AdamW for all parameters, or for those behind the tables, which then learn by Adagrad.
+/// Settings of an [`Optimizer`].
+#[derive(Clone, Copy, Debug)]
+pub struct OptimizerConfig {
+    pub tables: TableOptimizer,
+    /// Of AdamW, at the start of each day.
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+}
+
+/// AdamW for all parameters, or Adagrad for the tables and AdamW for the others.
 pub struct Optimizer {
     adamw: AdamW,
     learning_rate: f64,
@@ -58,12 +67,8 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// For parameters like `values: [n]`, of which `tables`, side by side from the first on, are tables.
-    pub fn new(
-        values: &Tensor,
-        tables: &[View],
-        optimizer: TableOptimizer,
-        (learning_rate, weight_decay): (f64, f64),
-    ) -> Self {
+    pub fn new(values: &Tensor, tables: &[View], config: OptimizerConfig) -> Self {
+        let OptimizerConfig { tables: optimizer, learning_rate, weight_decay } = config;
         let (first, lazy, adagrad) = match optimizer {
             TableOptimizer::Adamw => (0, &[][..], None),
             TableOptimizer::LazyAdamw => (0, tables, None),
@@ -302,7 +307,7 @@ pub fn squares(numbers: &Tensor) -> Tensor {
 mod tests {
     use super::*;
     use crate::model::Parameters;
-    use crate::model::parameters::Initial;
+    use crate::model::parameters::ParameterBuilder;
 
     #[test]
     fn first_step_is_as_long_as_the_learning_rate() {
@@ -379,11 +384,11 @@ mod tests {
 
     /// A table of two rows, a bias for each, and two further parameters.
     fn parameters() -> (Parameters, Tensor) {
-        let mut initial = Initial::default();
+        let mut builder = ParameterBuilder::default();
         for (name, size) in [("table", &[2, 2][..]), ("bias", &[2]), ("rest", &[2])] {
-            initial.constant(name, size, 1.0);
+            builder.constant(name, size, 1.0);
         }
-        let parameters = Parameters::new(initial, Device::Cpu);
+        let parameters = Parameters::new(builder, Device::Cpu);
         let values = parameters.values();
         (parameters, values)
     }
@@ -429,7 +434,11 @@ mod tests {
     fn tables_and_the_rest_learn_by_their_own_rules() {
         let (parameters, values) = parameters();
         let adagrad = TableOptimizer::Adagrad { learning_rate: 0.5 };
-        let mut optimizer = Optimizer::new(&values, &parameters.views()[..2], adagrad, (0.1, 0.0));
+        let mut optimizer = Optimizer::new(
+            &values,
+            &parameters.views()[..2],
+            OptimizerConfig { tables: adagrad, learning_rate: 0.1, weight_decay: 0.0 },
+        );
         let gradients = flat(&parameters, &[0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0]);
         optimizer.step(&values, &gradients, &Tensor::from(1f32), 0.5);
         let moved = numbers(&parameters, &values);
@@ -472,8 +481,8 @@ mod tests {
 
     #[test]
     fn learning_rate_ends_one_step_above_zero() {
-        assert_eq!(Schedule::Linear.share(0, 4), 1.0);
-        assert_eq!(Schedule::Linear.share(3, 4), 0.25);
-        assert_eq!(Schedule::Constant.share(3, 4), 1.0);
+        assert_eq!(Schedule::Linear.factor(0, 4), 1.0);
+        assert_eq!(Schedule::Linear.factor(3, 4), 0.25);
+        assert_eq!(Schedule::Constant.factor(3, 4), 1.0);
     }
 }

@@ -17,13 +17,13 @@ use bireme_base::output::{self, FolderKind, OutputError, OutputFolder};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{CheckpointError, Checkpoints};
+use crate::config::TableLayout;
 use crate::config::{Config, ConfigError};
 use crate::data::{DataError, Days, Split};
 use crate::device::DeviceChoice;
 use crate::doctor::Findings;
-use crate::model::Share;
+use crate::model::ItemTable;
 use crate::report::{ChartError, METRICS};
-use crate::train::ItemTable;
 
 pub use launch::{Launch, LaunchError, Launcher};
 use predict::{Job, Line, Link, Model, Prediction};
@@ -49,7 +49,7 @@ pub struct Options {
     /// Numbers of ranks; one rank is measured in any case.
     pub ranks: Vec<usize>,
     /// Who holds the item table.
-    pub item_tables: Vec<ItemTable>,
+    pub item_tables: Vec<TableLayout>,
     /// How ranks are started.
     pub launch: Launch,
     /// Steps of each run that count.
@@ -177,7 +177,7 @@ pub struct Point {
     /// What grew with them.
     pub growth: Growth,
     /// Who held the item table.
-    pub item_table: ItemTable,
+    pub item_table: TableLayout,
     /// Sessions of a step, over all ranks.
     pub global_batch: usize,
     /// The median step's.
@@ -230,7 +230,7 @@ struct Measured {
 struct Run {
     ranks: usize,
     growth: Growth,
-    item_table: ItemTable,
+    item_table: TableLayout,
     global_batch: usize,
 }
 
@@ -284,7 +284,7 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
         _ => config.run.threads_per_rank,
     };
     let alone =
-        Run { ranks: 1, growth: Growth::Strong, item_table: ItemTable::Replicated, global_batch: batch };
+        Run { ranks: 1, growth: Growth::Strong, item_table: TableLayout::Replicated, global_batch: batch };
     let mut tell = |run: &Run, measured: &Measured| {
         let rate = measured.global_batch as f64 / measured.step_seconds;
         tell(&format!("{}: {:.1} ms a step, {rate:.0} sessions/s", run.name(), measured.step_seconds * 1e3));
@@ -345,7 +345,7 @@ pub fn scaling(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Scaling,
     }
     let predictions = PREDICTED_ITEMS.into_iter().flat_map(|n_items| {
         let jobs = PREDICTED_RANKS.into_iter().flat_map(move |ranks| {
-            [ItemTable::Replicated, ItemTable::Sharded].map(|item_table| Job {
+            [TableLayout::Replicated, TableLayout::Sharded].map(|item_table| Job {
                 ranks,
                 item_table,
                 n_items,
@@ -462,7 +462,7 @@ impl Options {
         let count = |of_items: bool| {
             let weights = checkpoint.tensors.weights.iter();
             weights
-                .filter(|(name, _)| Share::is_table(name) == of_items)
+                .filter(|(name, _)| ItemTable::is_item_table(name) == of_items)
                 .map(|(_, tensor)| tensor.numel())
                 .sum::<usize>()
         };
@@ -531,7 +531,7 @@ mod tests {
 
     #[test]
     fn records_become_medians_without_the_first_steps() {
-        let run = Run { ranks: 2, growth: Growth::Weak, item_table: ItemTable::Sharded, global_batch: 100 };
+        let run = Run { ranks: 2, growth: Growth::Weak, item_table: TableLayout::Sharded, global_batch: 100 };
         assert_eq!(run.name(), "weak-sharded-2-ranks-100-sessions");
         let mut text = String::new();
         for (step, rate) in [1.0, 1.0, 1.0, 200.0, 50.0, 100.0].iter().enumerate() {

@@ -12,8 +12,8 @@
 
 use serde::Serialize;
 
+use crate::config::TableLayout;
 use crate::doctor::{AllReduce, Findings};
-use crate::train::ItemTable;
 
 /// What a rank can say to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -125,7 +125,7 @@ pub struct Job {
     /// Ranks.
     pub ranks: usize,
     /// Who holds the item table.
-    pub item_table: ItemTable,
+    pub item_table: TableLayout,
     /// Rows of the item table.
     pub n_items: f64,
     /// Sessions of each rank in a step.
@@ -172,8 +172,8 @@ impl Model {
         let of_items = self.numbers_per_item * n_items;
         self.other_numbers
             + match item_table {
-                ItemTable::Replicated => of_items,
-                ItemTable::Sharded => of_items / ranks as f64,
+                TableLayout::Replicated => of_items,
+                TableLayout::Sharded => of_items / ranks as f64,
             }
     }
 
@@ -192,11 +192,11 @@ impl Model {
         let sessions = ranks * job.sessions;
         // Parameters of a rank are reduced if all have them, and 4 numbers of each step always.
         let reduced = match job.item_table {
-            ItemTable::Replicated => self.numbers(job),
-            ItemTable::Sharded => self.other_numbers,
+            TableLayout::Replicated => self.numbers(job),
+            TableLayout::Sharded => self.other_numbers,
         };
         let reduced = self.all_reduce(4.0 * reduced + 16.0, ranks);
-        if job.item_table == ItemTable::Replicated {
+        if job.item_table == TableLayout::Replicated {
             return reduced;
         }
         let (targets, events) = (self.targets * sessions, self.events * sessions);
@@ -257,7 +257,7 @@ mod tests {
         }
     }
 
-    fn job(ranks: usize, item_table: ItemTable, n_items: f64) -> Job {
+    fn job(ranks: usize, item_table: TableLayout, n_items: f64) -> Job {
         Job { ranks, item_table, n_items, sessions: 256.0 }
     }
 
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn one_rank_takes_what_was_measured() {
         let Prediction { step_seconds, efficiency, communication, bytes_per_rank, .. } =
-            model().predict(job(1, ItemTable::Replicated, 1e5));
+            model().predict(job(1, TableLayout::Replicated, 1e5));
         assert!((step_seconds - (0.01 + 0.0256 + 0.0256 + 0.01)).abs() < 1e-12);
         assert_eq!((efficiency, communication), (1.0, 0.0));
         assert_eq!(bytes_per_rank, 16.0 * (65e5 + 1e5));
@@ -302,11 +302,11 @@ mod tests {
     fn a_replicated_table_travels_and_a_sharded_one_does_not() {
         let model = model();
         let of = |item_table, n_items| model.predict(job(64, item_table, n_items));
-        let (small, large) = (of(ItemTable::Sharded, 1e5), of(ItemTable::Sharded, 1e8));
+        let (small, large) = (of(TableLayout::Sharded, 1e5), of(TableLayout::Sharded, 1e8));
         let seconds = |of: Prediction| of.communication * of.step_seconds;
         assert!((seconds(small) - seconds(large)).abs() < 1e-9);
-        let (small, large) = (of(ItemTable::Replicated, 1e5), of(ItemTable::Replicated, 1e8));
+        let (small, large) = (of(TableLayout::Replicated, 1e5), of(TableLayout::Replicated, 1e8));
         assert!(seconds(large) > 500.0 * seconds(small));
-        assert!(of(ItemTable::Sharded, 1e8).bytes_per_rank < large.bytes_per_rank / 60.0);
+        assert!(of(TableLayout::Sharded, 1e8).bytes_per_rank < large.bytes_per_rank / 60.0);
     }
 }

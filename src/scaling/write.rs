@@ -6,8 +6,8 @@ use std::path::Path;
 
 use super::predict::Prediction;
 use super::{Growth, Point, Scaling, ScalingError, io_at};
+use crate::config::TableLayout;
 use crate::report::{self, Line};
-use crate::train::ItemTable;
 
 /// The file to read first.
 pub const TABLE: &str = "scaling.md";
@@ -50,7 +50,7 @@ fn lines(scaling: &Scaling) -> Vec<Line> {
     let ideal = ranks.iter().map(|&n| Some(n as f64 * alone.sessions_per_s)).collect();
     let mut lines = vec![Line { label: "ideal".to_owned(), is_dashed: true, values: ideal }];
     for growth in [Growth::Strong, Growth::Weak] {
-        for item_table in [ItemTable::Replicated, ItemTable::Sharded] {
+        for item_table in [TableLayout::Replicated, TableLayout::Sharded] {
             let of = |n: usize| {
                 let is = |point: &&Point| {
                     point.ranks == n && (n == 1 || (point.growth, point.item_table) == (growth, item_table))

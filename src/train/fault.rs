@@ -1,46 +1,93 @@
-//! Faults that tests plant into a running job, to see how it ends: `BIREME_FAULT=KIND@RANK:STEP`.
+//! Faults that tests plant into a running job: `BIREME_FAULT=KIND@RANK:STEP`.
 
 use std::thread;
 use std::time::Duration;
 
-/// Something that goes wrong on one rank before it reduces the gradients of one step.
-pub(super) struct Fault {
+use tch::Tensor;
+
+use crate::model::{Gradients, LossSum, Parameters};
+
+/// At most one fault, on one rank, before it reduces the gradients of one step of the run.
+#[derive(Debug, Default)]
+pub(super) struct Fault(Option<Planted>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Planted {
     kind: Kind,
     rank: usize,
+    /// Counted from 0 over all days.
     step: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Its loss is NaN.
+enum Kind {
+    /// The loss and the gradients are NaN.
     Nan,
-    /// One of its weights becomes another.
+    /// A weight of this rank changes.
     Desync,
-    /// It panics.
     Panic,
-    /// It never comes to the next call.
+    /// The rank sleeps forever.
     Hang,
-    /// It is killed.
+    /// SIGKILL.
     Kill,
-    /// It is stopped, as by a debugger.
+    /// SIGSTOP.
     Stop,
-    /// It asks for more memory than there is.
+    /// The rank allocates more memory than any machine has.
     Memory,
 }
 
 impl Fault {
     const VARIABLE: &str = "BIREME_FAULT";
 
-    /// What the environment plants, if anything.
+    /// The fault that the environment names; none in a build without debug assertions.
     ///
     /// # Panics
-    /// It plants what does not exist.
-    pub fn planted() -> Option<Self> {
-        let text = std::env::var(Self::VARIABLE).ok()?;
-        let fault = Self::parse(&text);
-        Some(fault.unwrap_or_else(|| panic!("`{}={text}` is no fault", Self::VARIABLE)))
+    /// The variable does not name a fault.
+    pub fn planted() -> Self {
+        if !cfg!(debug_assertions) {
+            return Self::default();
+        }
+        Self(std::env::var(Self::VARIABLE).ok().map(|text| {
+            Planted::parse(&text).unwrap_or_else(|| {
+                panic!("`{}={text}` names no fault; expected KIND@RANK:STEP", Self::VARIABLE)
+            })
+        }))
     }
 
+    /// Called after each backward pass of a step.
+    pub fn before_reduction(&self, rank: usize, step: usize, gradients: &mut Gradients, sums: &mut LossSum) {
+        let Some(kind) = self.at(rank, step) else { return };
+        let raise = |signal| signal_hook::low_level::raise(signal).expect("the signal exists");
+        match kind {
+            Kind::Nan => {
+                let _ = gradients.all().fill_(f64::NAN);
+                sums.loss = &sums.loss * f64::NAN;
+            }
+            Kind::Panic => panic!("a planted panic"),
+            Kind::Hang => loop {
+                thread::sleep(Duration::from_secs(1));
+            },
+            Kind::Kill => raise(signal_hook::consts::SIGKILL),
+            Kind::Stop => raise(signal_hook::consts::SIGSTOP),
+            Kind::Memory => drop(Tensor::zeros([1 << 50], (tch::Kind::Float, tch::Device::Cpu))),
+            Kind::Desync => {}
+        }
+    }
+
+    /// Called after the optimizer's step.
+    pub fn after_step(&self, rank: usize, step: usize, parameters: &Parameters) {
+        if self.at(rank, step) == Some(Kind::Desync) {
+            let _ = parameters.replicated_values().get(7).g_add_scalar_(1e-3);
+        }
+    }
+
+    fn at(&self, rank: usize, step: usize) -> Option<Kind> {
+        let planted = self.0?;
+        ((planted.rank, planted.step) == (rank, step)).then_some(planted.kind)
+    }
+}
+
+impl Planted {
     fn parse(text: &str) -> Option<Self> {
         let (kind, place) = text.split_once('@')?;
         let (rank, step) = place.split_once(':')?;
@@ -56,29 +103,6 @@ impl Fault {
         };
         Some(Self { kind, rank: rank.parse().ok()?, step: step.parse().ok()? })
     }
-
-    /// What happens on `rank` in step `step` of the run (from 0), if anything; what ends or stops the process has happened
-    /// then.
-    pub fn strike(&self, rank: usize, step: usize) -> Option<Kind> {
-        if (rank, step) != (self.rank, self.step) {
-            return None;
-        }
-        let raise = |signal| signal_hook::low_level::raise(signal).expect("a signal that exists");
-        match self.kind {
-            Kind::Panic => panic!("a planted panic"),
-            Kind::Hang => loop {
-                thread::sleep(Duration::from_secs(1));
-            },
-            Kind::Kill => raise(signal_hook::consts::SIGKILL),
-            Kind::Stop => raise(signal_hook::consts::SIGSTOP),
-            Kind::Memory => {
-                let too_much = tch::Tensor::zeros([1 << 50], (tch::Kind::Float, tch::Device::Cpu));
-                drop(too_much);
-            }
-            Kind::Nan | Kind::Desync => {}
-        }
-        Some(self.kind)
-    }
 }
 
 #[cfg(test)]
@@ -86,14 +110,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fault_has_its_rank_and_step() {
-        let fault = Fault::parse("nan@1:5").unwrap();
-        assert_eq!(
-            (fault.strike(1, 4), fault.strike(0, 5), fault.strike(1, 5)),
-            (None, None, Some(Kind::Nan))
-        );
+    fn a_fault_has_a_rank_and_a_step() {
+        let fault = Fault(Planted::parse("nan@1:5"));
+        assert_eq!((fault.at(1, 4), fault.at(0, 5), fault.at(1, 5)), (None, None, Some(Kind::Nan)));
         for text in ["nan", "nan@1", "nan@x:1", "what@1:5"] {
-            assert!(Fault::parse(text).is_none(), "{text}");
+            assert!(Planted::parse(text).is_none(), "{text}");
         }
     }
 }

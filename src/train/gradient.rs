@@ -1,30 +1,27 @@
-//! Learning by gradients: the step that one rank and many, CPU and GPU share.
+//! Training by gradients: the step is the same for one rank and many, on CPUs and GPUs.
 
 use std::ops::ControlFlow;
 
 use tch::{Device, Kind, Tensor};
 
-use super::fault::{self, Fault};
-use super::reduction::Reduction;
-use super::{Day, Learner, NonFinite, Status, TrainError};
-use crate::checkpoint::{Shared, Tensors};
-use crate::collective::exact::ExactSum;
-use crate::collective::{Collective, CollectiveError, Reduce, rounded};
-use crate::config::Config;
-use crate::data::{Batch, Features, Loader, Noise};
-use crate::device::send;
-use crate::model::head::{Contestants, Rivals};
+use super::fault::Fault;
+use super::gradient_sync::{GradientSync, StepOutcome};
+use super::{Day, Learner, RankContext, TrainError};
+use crate::checkpoint::{SharedCheckpoint, Tensors};
+use crate::config::{Config, NonFinite, TrainConfig};
+use crate::data::{Batch, Features, Loader};
+use crate::model::head::{Logits, NegativeSampler, Negatives};
 use crate::model::parameters::copy_rows;
-use crate::model::{LossSum, Network, Neural, Recommender, Share};
-use crate::optim::{Optimizer, average_and_clip};
+use crate::model::{ItemTable, Network, Neural, Recommender};
+use crate::optim::{Optimizer, OptimizerConfig};
 
-/// A network and its optimizer. The optimizer's state goes on from day to day, the learning rate starts anew.
+/// A network and its optimizer. The state of the optimizer is kept from day to day; the schedule of
+/// the learning rate starts anew each day.
 pub(super) struct GradientLearner<'a> {
     network: Network<'a>,
+    sync: GradientSync<'a>,
     optimizer: Optimizer,
-    /// What gradients of micro-batches are added up in, if in whole numbers.
-    exact: Option<ExactSum>,
-    fault: Option<Fault>,
+    fault: Fault,
 }
 
 impl<'a> GradientLearner<'a> {
@@ -32,105 +29,68 @@ impl<'a> GradientLearner<'a> {
         model: &Neural<'_>,
         config: &Config,
         features: &Features,
-        device: Device,
-        share: Share<'a>,
+        place: RankContext<'a>,
+        item_table: ItemTable<'a>,
     ) -> Result<Self, String> {
-        let random = (config.run.seed, device);
-        let network = Network::with_share(model, features, config.data.max_length, random, share)?;
-        let rates = (config.train.learning_rate, config.train.weight_decay);
-        let values = network.parameters().values();
-        let optimizer = Optimizer::new(&values, network.tables(), config.train.tables, rates);
-        let exact = match config.run.reduction {
-            Reduction::Fast | Reduction::Bf16 => None,
-            Reduction::Reproducible => Some(ExactSum::new(&network.parameters().reduced())),
-        };
-        Ok(Self { network, optimizer, exact, fault: Fault::planted() })
+        let Config { run, data, train, .. } = config;
+        let network =
+            Network::with_item_table(model, features, data.max_length, run.seed, place.device, item_table)?;
+        let optimizer = Optimizer::new(
+            &network.parameters().values(),
+            network.tables(),
+            OptimizerConfig {
+                tables: train.tables,
+                learning_rate: train.learning_rate,
+                weight_decay: train.weight_decay,
+            },
+        );
+        let sync = GradientSync::new(&network, run.reduction, place.collective);
+        Ok(Self { network, sync, optimizer, fault: Fault::planted() })
     }
 
-    /// *All ranks.* One step: gradients of this rank's micro-batches, summed over ranks, averaged over all targets,
-    /// clipped, applied.
+    /// *All ranks.* One optimizer step over the global batch, of which `micro_batches` are this
+    /// rank's part. `rate_factor`: factor of the learning rates.
+    ///
+    /// Losses are summed over targets and divided by the targets of all ranks, so that any number of
+    /// ranks takes the same step.
     fn train_step(
         &mut self,
-        passes: &[Batch],
+        micro_batches: &[Batch],
+        negatives: &Negatives,
+        rate_factor: f64,
         day: &mut Day<'_>,
-        rivals: &Rivals,
-        share: f64,
-    ) -> Result<Status, TrainError> {
-        let config = &day.config.train;
-        let device = day.place.device;
-        // The optimizer has left the gradients zero.
-        let _ = self.network.parameters().tail().zero_();
-        let own_loss = Tensor::zeros([1], (Kind::Float, device));
-        // Told once in a step, with its first pass.
-        let mut wishes = day.wishes().map(|asked| f64::from(u8::from(asked)));
-        // Ranks that score for each other make as many passes as the one with most.
-        let n_passes = match (self.network.share().company(), &self.exact) {
-            (Some(company), Some(_)) => {
-                (config.global_batch / config.micro_batch).div_ceil(company.world_size())
-            }
-            _ => passes.len(),
-        };
-        let nothing = Batch::new(&[], day.features).to_device(device);
-        let none_left = std::iter::repeat_n(&nothing, n_passes - passes.len());
-        for batch in passes.iter().chain(none_left) {
-            let mut noise = Noise::new(batch, day.config.data.max_length);
-            let LossSum { loss, n_targets } =
-                self.network.backward(batch, &mut noise, rivals, &mut day.laps)?;
-            let _ = own_loss.shallow_clone().g_add_(&loss);
-            let [stop, save] = std::mem::take(&mut wishes);
-            let counts = send(&Tensor::from_slice(&[n_targets as f32, stop as f32, save as f32]), device);
-            let parameters = self.network.parameters_mut();
-            let mut tail = parameters.tail();
-            tail += Tensor::cat(&[loss.view([1]), counts], 0);
-            if let Some(exact) = &mut self.exact {
-                exact.take(&mut parameters.reduced());
-            }
+    ) -> Result<StepOutcome, TrainError> {
+        let (rank, step) = (day.rank(), day.state.position.global_step);
+        for batch in micro_batches {
+            let mut sums = self.network.backward(batch, negatives, &mut self.sync, &mut day.timer)?;
+            self.fault.before_reduction(rank, step, self.network.gradients_mut(), &mut sums);
+            self.sync.accumulate(self.network.gradients_mut(), &sums);
         }
-
-        let own_squares = self.network.complete_own_gradients()?;
-        let mut sums = self.network.to_reduce();
-        let parameters = self.network.parameters_mut();
-        let fault =
-            self.fault.as_ref().and_then(|fault| fault.strike(day.rank(), day.state.position.global_step));
-        if fault == Some(fault::Kind::Nan) {
-            let _ = own_loss.shallow_clone().fill_(f64::NAN);
-            let _ = sums.fill_(f64::NAN);
-            if let Some(exact) = &mut self.exact {
-                exact.take(&mut sums);
-            }
-        }
-        day.laps.end("backward");
-        match (&mut self.exact, day.config.run.reduction) {
-            (Some(exact), _) => exact.reduce_into(&mut sums, day.place.collective)?,
-            (None, Reduction::Bf16) => add_up_in_bf16(&mut sums, &parameters.tail(), day.place.collective)?,
-            (None, _) => day.place.collective.all_reduce(&mut sums, Reduce::Sum)?,
-        }
-        day.laps.end("communication");
-        let (tail, reduced) = (parameters.tail(), parameters.reduced());
-        let common = reduced.narrow(0, 0, reduced.size()[0] - tail.size()[0]);
-        let (scale, norm) = average_and_clip(&common, &own_squares, &tail.get(1), config.clip_norm);
-        let status = Status::new(&tail, &norm, &own_loss);
-        if config.non_finite == NonFinite::Stop || status.read().is_finite() {
-            self.optimizer.step(&parameters.values(), &parameters.gradients(), &scale, share);
+        day.timer.end("backward");
+        let clip_norm = day.config.train.clip_norm;
+        let outcome = self.sync.finish(self.network.gradients_mut(), day.requests(), clip_norm)?;
+        day.timer.end("communication");
+        // Reading the outcome waits for the device, so only a run that may skip steps does it here.
+        if day.config.train.non_finite == NonFinite::Stop || outcome.read().is_finite() {
+            let (values, gradients) = (self.network.parameters().values(), self.network.gradients().all());
+            self.optimizer.step(&values, &gradients, &outcome.scale, rate_factor);
         } else {
-            parameters.zero_gradients();
+            self.network.gradients_mut().zero();
         }
-        if fault == Some(fault::Kind::Desync) {
-            let _ = parameters.common_values().get(7).g_add_scalar_(1e-3);
-        }
-        day.laps.end("optimizer");
-        Ok(status)
+        self.fault.after_step(rank, step, self.network.parameters());
+        day.timer.end("optimizer");
+        Ok(outcome)
     }
 
-    /// *All ranks.* Whether what all have is the same to the last bit.
+    /// *All ranks.* Compares the replicated parameters of all ranks, bit by bit.
     fn compare_ranks(&self, day: &Day<'_>, n_done: usize) -> Result<(), TrainError> {
-        let bits = self.network.parameters().common_values().view_dtype(Kind::Int).to_kind(Kind::Int64);
+        let bits = self.network.parameters().replicated_values().view_dtype(Kind::Int).to_kind(Kind::Int64);
         let sums = [bits.sum(Kind::Int64), (&bits * &bits).sum(Kind::Int64)];
         let mine = sums.map(|sum| sum.int64_value(&[]));
         let all = day.place.collective.gather(&mine)?;
         let all: Vec<&[i64]> = all.chunks_exact(2).collect();
         let n_like = |sums: &[i64]| all.iter().filter(|other| **other == sums).count();
-        // Of two groups that are equally large, that of the lowest rank is taken for the right one.
+        // The majority is taken to be right; of two equally large groups, that of the lowest rank.
         let most = all.iter().map(|sums| n_like(sums)).max().unwrap_or(0);
         let right = all.iter().find(|sums| n_like(sums) == most).copied().unwrap_or_default();
         if most == all.len() {
@@ -144,23 +104,20 @@ impl<'a> GradientLearner<'a> {
     }
 }
 
-/// *All ranks.* Adds `sums: [n]` up over ranks, in bf16 all but their tail, which holds counts.
-fn add_up_in_bf16(
-    sums: &mut Tensor,
-    tail: &Tensor,
-    collective: &dyn Collective,
-) -> Result<(), CollectiveError> {
-    if collective.world_size() == 1 {
-        return Ok(());
-    }
-    let mut gradients = sums.narrow(0, 0, sums.size()[0] - tail.size()[0]);
-    rounded(&mut gradients, Kind::BFloat16, |sums| collective.all_reduce(sums, Reduce::Sum))?;
-    collective.all_reduce(&mut tail.shallow_clone(), Reduce::Sum)
+/// Type and memory of the logits.
+fn logits(config: &TrainConfig, kind: Kind, device: Device) -> Logits {
+    // A CPU's caches are small; a GPU is faster with large products.
+    let default_mib = if device == Device::Cpu { 192 } else { 1024 };
+    Logits::in_bytes(kind, config.logits_mib.unwrap_or(default_mib) << 20)
 }
 
 impl Learner for GradientLearner<'_> {
     fn recommender(&self) -> &dyn Recommender {
         &self.network
+    }
+
+    fn item_table(&self) -> ItemTable<'_> {
+        self.network.item_table().clone()
     }
 
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
@@ -170,38 +127,38 @@ impl Learner for GradientLearner<'_> {
         let ranks = (collective.rank(), collective.world_size());
         let steps = Loader::start(&day.plan, day.features, ranks, n_done);
         let train = &day.config.train;
-        let contestants = Contestants::new(
+        let sampler = NegativeSampler::new(
             train.loss,
             day.occurrences,
-            train.logits(day.config.run.precision.of_logits(), day.place.device),
+            logits(train, day.config.run.precision.of_logits(), day.place.device),
             day.place.device,
         );
-        for passes in steps {
+        for micro_batches in steps {
             if let Some(watch) = collective.watch() {
                 watch.at(day.plan.day, n_done + 1);
             }
-            let passes = passes?;
-            // On a GPU, what waits for the device may wait for another rank.
+            let micro_batches = micro_batches?;
+            // On a GPU a wait for the device may be a wait for another rank.
             let _step = collective.watch().map(|watch| watch.begin("a step".to_owned()));
-            let passes: Vec<Batch> = passes.iter().map(|batch| batch.to_device(day.place.device)).collect();
-            let share = train.schedule.share(n_done, n_steps);
-            day.laps.end("data");
-            // All micro-batches of a step have its seed, and every rank owns one at least.
-            let status = self.train_step(&passes, day, &contestants.of_step(passes[0].step_seed), share)?;
+            let micro_batches: Vec<Batch> =
+                micro_batches.iter().map(|batch| batch.to_device(day.place.device)).collect();
+            let rate_factor = train.schedule.factor(n_done, n_steps);
+            day.timer.end("data");
+            // All micro-batches of a step have its seed, and every rank has at least one.
+            let negatives = sampler.of_step(micro_batches[0].step_seed);
+            let outcome = self.train_step(&micro_batches, &negatives, rate_factor, day)?;
             n_done += 1;
             let every = day.config.run.compare_ranks_every;
             if every > 0 && (day.state.position.global_step + 1).is_multiple_of(every) {
                 self.compare_ranks(day, n_done)?;
             }
-            if day.step_done(self, train.learning_rate * share, &status)?.is_break() {
+            let learning_rate = train.learning_rate * rate_factor;
+            if day.step_done(self, learning_rate, &outcome)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
-            day.laps.end("records");
+            day.timer.end("records");
         }
-        self.network.end_passes();
-        if n_done < n_steps {
-            return Err(TrainError::LoaderEnded { day: day.plan.day, n_done, n_steps });
-        }
+        self.network.free_workspace();
         Ok(ControlFlow::Continue(()))
     }
 
@@ -219,12 +176,12 @@ impl Learner for GradientLearner<'_> {
     }
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
-        let (parameters, share) = (self.network.parameters(), self.network.share());
-        let own = weights.iter().map(|(name, tensor)| (name.clone(), share.own_rows(name, tensor)));
-        parameters.assign(&parameters.values(), &own.collect::<Vec<_>>(), &[])
+        let (parameters, item_table) = (self.network.parameters(), self.network.item_table());
+        let local = weights.iter().map(|(name, tensor)| (name.clone(), item_table.local_part(name, tensor)));
+        parameters.assign(&parameters.values(), &local.collect::<Vec<_>>(), &[])
     }
 
-    fn go_on(&mut self, from: &Shared<'_>) -> Result<(), TrainError> {
+    fn resume(&mut self, from: &SharedCheckpoint<'_>) -> Result<(), TrainError> {
         let mismatch = |problem| from.mismatch(problem);
         let (parameters, tables) = (self.network.parameters(), self.network.tables());
         parameters.check_names(from.weight_names()).map_err(mismatch)?;
@@ -240,10 +197,10 @@ impl Learner for GradientLearner<'_> {
         if let Some((name, ..)) = state.iter().find(|(name, ..)| !is_saved(name)) {
             return Err(mismatch(format!("`{name}` is missing")).into());
         }
-        // A catalogue may have grown: its new rows are as they were made, without a past.
+        // The catalogue may have grown: new rows keep their initial values and zero optimizer state.
         for saved in from.weights() {
             let (name, tensor) = saved?;
-            parameters.assign_one(&parameters.values(), (name, &tensor), tables).map_err(mismatch)?;
+            parameters.assign_one(&parameters.values(), name, &tensor, tables).map_err(mismatch)?;
         }
         for saved in from.optimizer() {
             let (name, saved) = saved?;

@@ -9,13 +9,12 @@ use std::collections::BTreeMap;
 
 use tch::Device;
 
-use super::reduction::Reduction;
-use super::{Place, TrainError};
+use super::{RankContext, TrainError, item_table};
 use crate::collective::host_name;
-use crate::config::Config;
+use crate::config::{Config, Reduction, TableLayout};
 use crate::data::Features;
 use crate::device::memory::{self, Available, in_words};
-use crate::model::{self, Neural, ParameterSizes, Share};
+use crate::model::{self, ItemTable, Neural, ParameterSizes};
 use crate::optim::TableOptimizer;
 
 /// What a rank makes of a model.
@@ -66,15 +65,15 @@ struct Need {
 pub fn check_memory(
     config: &Config,
     features: &Features,
-    place: Place<'_>,
+    place: RankContext<'_>,
     purpose: Purpose,
     n_sessions: Option<usize>,
 ) -> Result<(), TrainError> {
     let collective = place.collective;
-    let share = config.parallel.share(features.n_items(), config.run.reduction, collective);
+    let item_table = item_table(config, features.n_items(), collective);
     let is_writer = purpose == Purpose::Train && collective.root().is_some();
     // Every rank takes part in the exchange, whatever it has found.
-    let need = Need::new(config, features, &share, place.device, is_writer).map(|mut need| {
+    let need = Need::new(config, features, &item_table, place, is_writer).map(|mut need| {
         if n_sessions.is_some_and(|n| looks_like_raw_ids(features.n_items(), n)) {
             need.hint = RAW_IDS;
         }
@@ -139,13 +138,13 @@ impl Need {
     fn new(
         config: &Config,
         features: &Features,
-        share: &Share<'_>,
-        device: Device,
+        item_table: &ItemTable<'_>,
+        place: RankContext<'_>,
         is_writer: bool,
     ) -> Result<Self, String> {
         let n_items = features.n_items() as u128;
         let mut need = match config.model.neural() {
-            Some(neural) => Self::of_network(config, neural, features, share, device, is_writer)?,
+            Some(neural) => Self::of_network(config, neural, features, item_table, place, is_writer)?,
             None => {
                 // Occurrences and scores, i64 and f64.
                 let of_item = 16
@@ -172,11 +171,11 @@ impl Need {
         config: &Config,
         neural: Neural<'_>,
         features: &Features,
-        share: &Share<'_>,
-        device: Device,
+        item_table: &ItemTable<'_>,
+        place: RankContext<'_>,
         is_writer: bool,
     ) -> Result<Self, String> {
-        let sizes = ParameterSizes::new(&neural, features, config.data.max_length, share)?;
+        let sizes = ParameterSizes::new(&neural, features, config.data.max_length, item_table)?;
         let is_adagrad = matches!(config.train.tables, TableOptimizer::Adagrad { .. });
         let (mut values, mut states) = (0, 0);
         let mut by_key: BTreeMap<String, OfKey> = BTreeMap::new();
@@ -188,20 +187,20 @@ impl Need {
             let of_key = by_key.entry(key_of(name, size, config, neural, features)).or_default();
             of_key.n += n;
             of_key.n_copies = 2 + n_states;
-            of_key.is_item_table = Share::is_table(name);
+            of_key.is_item_table = ItemTable::is_item_table(name);
         }
         let exact = if config.run.reduction == Reduction::Reproducible { 8 * values } else { 0 };
-        let logits = config.run.precision.of_logits().elt_size_in_bytes() as u128 * share.len() as u128;
+        let logits = config.run.precision.of_logits().elt_size_in_bytes() as u128 * item_table.len() as u128;
         let learnt = 4 * (2 * values + states) + exact + logits;
-        let copied = if is_writer && share.company().is_none() { 4 * (values + states) } else { 0 };
-        let (host, device) = match device {
+        let copied = if is_writer && item_table.ranks().is_none() { 4 * (values + states) } else { 0 };
+        let (host, device) = match place.device {
             Device::Cpu => (learnt + copied, 0),
             // Values are drawn in the host's memory.
             _ => (copied.max(4 * values), learnt),
         };
         let largest = by_key.into_iter().max_by_key(|(_, of_key)| of_key.n);
         let Some((key, OfKey { n, n_copies, is_item_table })) = largest else { return Ok(Self::default()) };
-        let is_divisible = is_item_table && share.copies().is_some();
+        let is_divisible = is_item_table && !item_table.is_sharded() && place.collective.world_size() > 1;
         let most =
             format!("most is for {key}, {} times {n_copies} (values, gradient, optimizer)", in_words(4 * n));
         let hint = if is_divisible {
@@ -231,11 +230,11 @@ fn key_of(name: &str, size: &[i64], config: &Config, neural: Neural<'_>, feature
         Neural::Xlnet(xlnet) => ("width", xlnet.n_layers),
     };
     let width = neural.width();
-    if Share::is_table(name) {
+    if ItemTable::is_item_table(name) {
         let (n_items, item_width) = (features.n_items(), input.item_width);
         let part = match config.parallel.item_table {
-            super::ItemTable::Sharded => format!("{} rows of ", size[0]),
-            super::ItemTable::Replicated => String::new(),
+            TableLayout::Sharded => format!("{} rows of ", size[0]),
+            TableLayout::Replicated => String::new(),
         };
         return format!(
             "{part}the item table of {n_items} items (`schema.pbtxt`) by `model.input.item_width` {item_width}"

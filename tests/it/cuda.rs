@@ -30,7 +30,7 @@ fn a_gpu_learns_what_a_cpu_learns_and_ranks_on_it_what_one_does() {
         let [cpu, gpu] = ["on a CPU", "on a GPU"].map(|how| format!("{name} {how}"));
         shop.train(&cpu, &set).success();
         shop.train(&gpu, &[&set[..], &ON_GPU].concat()).success();
-        // A GPU draws other rivals.
+        // A GPU draws other negatives.
         let is_drawn = ["sampled", "gbce"].contains(&name);
         assert_close(&shop, &gpu, &cpu, if is_drawn { 0.05 } else { 1e-3 });
         for (n_ranks, parallel) in [(2, &[][..]), (3, &SHARDED)] {

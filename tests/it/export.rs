@@ -376,7 +376,7 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
     let raw = events_by_session(&events);
     let names = [1, 2, 3, 4, 5].map(|day| session_names(&shop, day, &workflow));
     let neural = config.model.neural().unwrap();
-    let network = Network::new(&neural, days.features(), 20, (0, Device::Cpu)).unwrap();
+    let network = Network::new(&neural, days.features(), 20, 0, Device::Cpu).unwrap();
     let tensors = Checkpoints::of(Path::new(&shop.path("model"))).newest().unwrap().0.tensors;
     network.parameters().assign(&network.parameters().values(), &tensors.weights, &[]).unwrap();
     // And the server's.

@@ -4,18 +4,20 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
+use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::Config;
-use bireme::data::plan::Shape;
-use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
-use bireme::device::laps::Laps;
-use bireme::model::head::{Contest, Contestants, Logits, Rivals, Sampler, Scored, Workspace, cross_entropy};
+use bireme::data::plan::StepShape;
+use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
+use bireme::model::head::{
+    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace, cross_entropy,
+};
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{Plan, Visible};
 use bireme::model::{
-    self, GruConfig, InputConfig, LossConfig, LossSum, Network, Neural, Objective, Recommender, Share,
-    XlnetConfig,
+    self, GruConfig, InputConfig, ItemTable, LossConfig, LossSum, Network, Neural, NoHooks, Objective,
+    Recommender, XlnetConfig,
 };
-use bireme::optim::{Optimizer, TableOptimizer};
+use bireme::optim::{Optimizer, OptimizerConfig, TableOptimizer};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixtures::{self, COLOUR, ITEM, PRICE, distance};
@@ -67,7 +69,7 @@ fn xlnet(objective: Objective, input: InputConfig) -> XlnetConfig {
 }
 
 fn network(config: &Neural<'_>) -> Network<'static> {
-    Network::new(config, &all_features(), 20, (7, Device::Cpu)).unwrap()
+    Network::new(config, &all_features(), 20, 7, Device::Cpu).unwrap()
 }
 
 fn objectives() -> [Objective; 4] {
@@ -83,12 +85,12 @@ const fn f32_logits(most: i64) -> Logits {
     Logits { kind: Kind::Float, most }
 }
 
-const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
+const SOFTMAX: Negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
-    network.parameters_mut().zero_gradients();
-    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX, &mut Laps::off()).unwrap();
-    (sum.loss.double_value(&[]), network.parameters().gradients().copy())
+    network.gradients_mut().zero();
+    let sum = network.backward(batch, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+    (sum.loss.double_value(&[]), network.gradients().all().copy())
 }
 
 #[test]
@@ -212,7 +214,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     let objective = Objective::Masked { probability: 0.15 };
     // Which events of which session are hidden, epoch by epoch.
     let hidden = |seed: u64, (n_lanes, micro_batch): (usize, usize), world_size: usize| {
-        let shape = Shape { n_lanes, micro_batch };
+        let shape = StepShape { n_streams: n_lanes, micro_batch };
         let plan = DayPlan {
             window: window.clone(),
             day: 1,
@@ -220,7 +222,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
             shape,
             seed,
             max_steps: None,
-            pass_by_pass: false,
+            one_batch_each: false,
         };
         let mut hidden: Vec<(usize, Vec<i64>, Vec<i64>)> = Vec::new();
         for rank in 0..world_size {
@@ -284,7 +286,11 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             let before = loss(&mut network);
             let values = network.parameters().values();
             let adamw = TableOptimizer::Adamw;
-            let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
+            let mut optimizer = Optimizer::new(
+                &values,
+                network.tables(),
+                OptimizerConfig { tables: adamw, learning_rate: 0.02, weight_decay: 0.0 },
+            );
             for _ in 0..40 {
                 let (_, gradients) = loss_and_gradients(&mut network, &shop);
                 optimizer.step(&values, &gradients, &Tensor::from(1f32), 1.0);
@@ -304,7 +310,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
 fn features_of_other_widths_cannot_be_summed() {
     let input = InputConfig { aggregation: Aggregation::Sum, ..input() };
     let config = gru(Objective::causal(), input);
-    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, (7, Device::Cpu)).err().unwrap();
+    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, 7, Device::Cpu).err().unwrap();
     assert_eq!(
         refused,
         "`model.input.aggregation` cannot be `sum`: feature `colour-list_seq` has the width 4, the item 8"
@@ -321,21 +327,21 @@ fn head() -> (Tensor, Tensor, Tensor, Tensor) {
 }
 
 /// Loss, and gradients of the states, the table and the bias.
-fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
+fn cross_entropy_of(negatives: &Negatives) -> (f64, [Tensor; 3]) {
     let (states, targets, table, bias) = head();
-    let mut scored = Scored {
-        table: &table,
+    let mut scored = ScoringTable {
+        weights: &table,
         bias: &bias,
-        table_gradient: table.zeros_like(),
+        weight_gradient: table.zeros_like(),
         bias_gradient: bias.zeros_like(),
-        share: &Share::whole(N_ITEMS),
+        item_table: &ItemTable::replicated(N_ITEMS),
         counts: &[30],
-        settle: &|| (),
+        group_added: &mut || (),
     };
     let done =
-        cross_entropy(&states, &targets, &mut scored, rivals, None, &mut Workspace::default()).unwrap();
-    let Scored { table_gradient, bias_gradient, .. } = scored;
-    (done.loss.double_value(&[]), [done.state_gradient, table_gradient, bias_gradient])
+        cross_entropy(&states, &targets, &mut scored, negatives, None, &mut Workspace::default()).unwrap();
+    let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
+    (done.loss.double_value(&[]), [done.state_gradient, weight_gradient, bias_gradient])
 }
 
 #[test]
@@ -349,23 +355,24 @@ fn threads_share_a_catalogue_out_and_come_to_the_same() {
         (Tensor::randn([n_items], float), Tensor::randint(n_items, [n], (Kind::Int64, Device::Cpu)));
     let on = |n_threads: i32, max_logits: i64| {
         tch::set_num_threads(n_threads);
-        let mut scored = Scored {
-            table: &table,
+        let mut scored = ScoringTable {
+            weights: &table,
             bias: &bias,
-            table_gradient: table.zeros_like(),
+            weight_gradient: table.zeros_like(),
             bias_gradient: bias.zeros_like(),
-            share: &Share::whole(n_items),
+            item_table: &ItemTable::replicated(n_items),
             counts: &[n],
-            settle: &|| (),
+            group_added: &mut || (),
         };
-        let rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(max_logits) };
+        let negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_logits(max_logits) };
         let uniform = Tensor::arange(n, float) / n as f64;
         let workspace = &mut Workspace::default();
-        let done = cross_entropy(&states, &targets, &mut scored, &rivals, Some(&uniform), workspace).unwrap();
-        let Scored { table_gradient, bias_gradient, .. } = scored;
+        let done =
+            cross_entropy(&states, &targets, &mut scored, &negatives, Some(&uniform), workspace).unwrap();
+        let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
         (
             done.loss.double_value(&[]),
-            [done.state_gradient, table_gradient, bias_gradient],
+            [done.state_gradient, weight_gradient, bias_gradient],
             done.drawn.unwrap(),
         )
     };
@@ -387,7 +394,8 @@ fn what_is_rounded_to_bf16_comes_near_and_adds_up_in_f32() {
     let (loss, gradients) = cross_entropy_of(&SOFTMAX);
     for most in [1, 4 * N_ITEMS, 1 << 20] {
         let logits = Logits { kind: Kind::BFloat16, most };
-        let (rounded, rounded_gradients) = cross_entropy_of(&Rivals::All { label_smoothing: 0.0, logits });
+        let (rounded, rounded_gradients) =
+            cross_entropy_of(&Negatives::Full { label_smoothing: 0.0, logits });
         assert_ne!(rounded, loss);
         assert!((rounded / loss - 1.0).abs() < 3e-3, "{rounded} {loss}");
         for (exact, rounded) in gradients.iter().zip(&rounded_gradients) {
@@ -408,7 +416,7 @@ fn label_smoothing_is_that_of_pytorch() {
     let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
     for max_logits in [1, 4 * N_ITEMS, 1 << 20] {
         let (found, gradients) =
-            cross_entropy_of(&Rivals::All { label_smoothing: 0.1, logits: f32_logits(max_logits) });
+            cross_entropy_of(&Negatives::Full { label_smoothing: 0.1, logits: f32_logits(max_logits) });
         assert!((found - loss.double_value(&[])).abs() < 1e-4, "{found} {loss:?}");
         for (gradient, expected) in gradients.iter().zip(&expected) {
             assert!(distance(gradient, expected) < 1e-4);
@@ -423,9 +431,9 @@ fn sampled_softmax_comes_to_the_full_one() {
     let mut occurrences = vec![0; N_ITEMS as usize];
     occurrences[2] = 999;
     occurrences[3] = 99;
-    let sampler = Sampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
+    let sampler = ItemSampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
     let (sampled, sampled_gradients) = cross_entropy_of(&sampler.draw(1));
-    // Padding and unknown are no rivals here, so the full sum is over two items more.
+    // Padding and unknown are no negatives here, so the full sum is over two items more.
     assert!((sampled / loss - 1.0).abs() < 0.05, "{sampled} {loss}");
     for (sampled, full) in sampled_gradients.iter().zip(&gradients) {
         let recommendable =
@@ -435,8 +443,8 @@ fn sampled_softmax_comes_to_the_full_one() {
         assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");
     }
     let drawn = |seed| match sampler.draw(seed) {
-        Rivals::Drawn { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
-        Rivals::All { .. } => unreachable!(),
+        Negatives::Sampled { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
+        Negatives::Full { .. } => unreachable!(),
     };
     assert_eq!(drawn(5), drawn(5));
     assert_ne!(drawn(5), drawn(6));
@@ -455,15 +463,19 @@ fn losses_over_drawn_items_learn_what_the_full_softmax_does() {
         let mut network = network(&Neural::Gru(&config));
         let values = network.parameters().values();
         let adamw = TableOptimizer::Adamw;
-        let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
-        let contestants = Contestants::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
+        let mut optimizer = Optimizer::new(
+            &values,
+            network.tables(),
+            OptimizerConfig { tables: adamw, learning_rate: 0.02, weight_decay: 0.0 },
+        );
+        let sampler = NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
         for step in 0..400 {
-            network.parameters_mut().zero_gradients();
-            let mut noise = Noise::new(&learnt, 20);
-            let LossSum { n_targets, .. } =
-                network.backward(&learnt, &mut noise, &contestants.of_step(step), &mut Laps::off()).unwrap();
+            network.gradients_mut().zero();
+            let LossSum { n_targets, .. } = network
+                .backward(&learnt, &sampler.of_step(step), &mut NoHooks, &mut PhaseTimer::off())
+                .unwrap();
             let scale = Tensor::from(1.0 / n_targets as f32);
-            optimizer.step(&values, &network.parameters().gradients(), &scale, 1.0);
+            optimizer.step(&values, &network.gradients().all(), &scale, 1.0);
         }
         let scores = network.scores(&network.encode(&known).unwrap(), 0..N_ITEMS);
         let (_, top) = scores.topk(5, 1, true, true);
@@ -490,13 +502,13 @@ fn gbce_is_the_binary_cross_entropy_of_the_target_and_the_drawn() {
     let average = (0.3f64 / 5.0).ln();
     let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr()) + average;
     let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0)).to_kind(Kind::Float);
-    let rivals = logits.index_select(1, &items).sigmoid();
-    let of_rivals = ((Tensor::from(1f32) - rivals).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
+    let negatives = logits.index_select(1, &items).sigmoid();
+    let of_rivals = ((Tensor::from(1f32) - negatives).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
     let of_targets = logits.gather(1, &targets.unsqueeze(1), false).log_sigmoid().sum(Kind::Float);
     let loss = -(of_targets * 0.3 + of_rivals);
     let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
-    let contest = Contest::Binary { target_weight: 0.3 };
-    let (found, gradients) = cross_entropy_of(&Rivals::Drawn { items, contest });
+    let sampled = SampledLoss::Binary { target_weight: 0.3 };
+    let (found, gradients) = cross_entropy_of(&Negatives::Sampled { items, loss: sampled });
     assert!((found - loss.double_value(&[])).abs() < 1e-3, "{found} {loss:?}");
     for (gradient, expected) in gradients.iter().zip(&expected) {
         assert!(distance(gradient, expected) < 1e-4);
@@ -506,9 +518,9 @@ fn gbce_is_the_binary_cross_entropy_of_the_target_and_the_drawn() {
 #[test]
 fn a_calibrated_target_weighs_as_much_as_if_all_rivals_were_seen() {
     let target_weight = |n_negatives, calibration| {
-        let sampler = Sampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
+        let sampler = ItemSampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
         match sampler.draw(1) {
-            Rivals::Drawn { contest: Contest::Binary { target_weight }, .. } => target_weight,
+            Negatives::Sampled { loss: SampledLoss::Binary { target_weight }, .. } => target_weight,
             _ => unreachable!(),
         }
     };

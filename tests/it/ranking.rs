@@ -3,7 +3,7 @@
 use bireme::collective::threads;
 use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
 use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
-use bireme::model::{GruConfig, Network, Neural, Recommender, Share};
+use bireme::model::{GruConfig, ItemTable, Network, Neural, Recommender};
 use tch::{Device, Tensor};
 
 use crate::fixtures;
@@ -17,7 +17,7 @@ fn scores() -> Tensor {
 
 fn network(n_items: i64) -> Network<'static> {
     let features = fixtures::features(&[(fixtures::ITEM.to_owned(), Some(n_items))]);
-    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, (3, Device::Cpu)).unwrap()
+    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, 3, Device::Cpu).unwrap()
 }
 
 #[test]
@@ -30,7 +30,7 @@ fn counting_gives_the_ranks_of_sorting() {
         let ranking = rank_targets(
             slice,
             (&Tensor::from_slice(&targets), &fixtures::nothing_hidden(50)),
-            &Share::whole(40),
+            &ItemTable::replicated(40),
             chunk,
             5,
         )
@@ -62,13 +62,19 @@ fn what_is_hidden_from_a_session_is_not_in_its_running() {
     for chunk in [1, 2, 4, 6] {
         let slice =
             |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        let ranking = rank_targets(slice, (&targets, &hidden), &Share::whole(6), chunk, 3).unwrap();
+        let ranking = rank_targets(slice, (&targets, &hidden), &ItemTable::replicated(6), chunk, 3).unwrap();
         let ranks: Vec<i64> = ranking.ranks.try_into().unwrap();
         assert_eq!(ranks, [1, 2, 7, 3], "chunk {chunk}");
         let in_top: Vec<bool> = ranking.in_top.try_into().unwrap();
         assert_eq!(in_top, [false, false, true, true, true, true], "chunk {chunk}");
-        let plain = rank_targets(slice, (&targets, &fixtures::nothing_hidden(4)), &Share::whole(6), chunk, 3)
-            .unwrap();
+        let plain = rank_targets(
+            slice,
+            (&targets, &fixtures::nothing_hidden(4)),
+            &ItemTable::replicated(6),
+            chunk,
+            3,
+        )
+        .unwrap();
         assert_eq!(ranking.losses, plain.losses);
     }
 }
@@ -77,7 +83,7 @@ fn what_is_hidden_from_a_session_is_not_in_its_running() {
 fn ranks_that_score_a_share_each_find_what_one_finds_alone() {
     // Items that a session may not be recommended, on one rank or another.
     let hidden = |row: i64| [row % 7 + 2, if row % 3 == 0 { 39 - row % 20 } else { -1 }];
-    let ranking = |share: &Share<'_>, hides: bool, chunk: i64, k: i64| {
+    let ranking = |item_table: &ItemTable<'_>, hides: bool, chunk: i64, k: i64| {
         let scores = scores();
         let targets = Tensor::from_slice(&(0..50).map(|row| row % 40).collect::<Vec<i64>>());
         let hidden = match hides {
@@ -86,16 +92,16 @@ fn ranks_that_score_a_share_each_find_what_one_finds_alone() {
         };
         let slice =
             |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        rank_targets(slice, (&targets, &hidden), share, chunk, k).unwrap()
+        rank_targets(slice, (&targets, &hidden), item_table, chunk, k).unwrap()
     };
     for (world_size, chunk) in [(1, 7), (2, 5), (3, 1), (3, 1000)] {
         for hides in [true, false] {
             // More than a share has items, too.
             for k in [5, 20, 38] {
                 let of_ranks = threads::spawn(world_size, |collective| {
-                    ranking(&Share::of_rank(40, collective), hides, chunk, k)
+                    ranking(&ItemTable::sharded(40, collective), hides, chunk, k)
                 });
-                let alone = ranking(&Share::whole(40), hides, 40, k);
+                let alone = ranking(&ItemTable::replicated(40), hides, 40, k);
                 let in_top: Vec<&Tensor> = of_ranks.iter().map(|ranking| &ranking.in_top).collect();
                 assert_eq!(Tensor::cat(&in_top, 0), alone.in_top, "{world_size} ranks, chunk {chunk}, k {k}");
                 for ranking in &of_ranks {
@@ -128,7 +134,7 @@ fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
                 let ranking = rank_targets(
                     slice,
                     (&targets, &fixtures::nothing_hidden(3)),
-                    &Share::whole(n_items as i64),
+                    &ItemTable::replicated(n_items as i64),
                     chunk,
                     k as i64,
                 )
@@ -215,7 +221,16 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
             let config = metrics::Config { block: 32, scores_mib, ..metrics::Config::default() };
-            evaluate(&network(), &file, days.features(), &config, &occurrences, collective).unwrap()
+            evaluate(
+                &network(),
+                &ItemTable::replicated(days.features().n_items()),
+                &file,
+                days.features(),
+                &config,
+                &occurrences,
+                collective,
+            )
+            .unwrap()
         })
     };
     let alone = on_ranks(1, 256).remove(0);
@@ -272,7 +287,16 @@ fn a_file_without_sessions_has_no_figures() {
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
         let config = metrics::Config::default();
-        evaluate(&network, &file, days.features(), &config, &[0; 10], collective).unwrap()
+        evaluate(
+            &network,
+            &ItemTable::replicated(10),
+            &file,
+            days.features(),
+            &config,
+            &[0; 10],
+            collective,
+        )
+        .unwrap()
     }) {
         let metrics = evaluation.metrics;
         assert!(evaluation.outcomes.is_empty());

@@ -1,36 +1,38 @@
-//! From states to a loss over the catalogue, with its gradients.
+//! Losses over the catalogue and their gradients.
 //!
-//! With states `h: [N, D]`, item table `E: [V, D]` and bias `b: [V]`, logits are `z = h Eᵀ + b` and the loss is
-//! the sum over targets of `logsumexp(z) − z[target]`. Its gradients are known in closed form: with
-//! `p = softmax(z) − onehot(target)`, they are `p E` for the states, `pᵀ h` for the table and the column sums of
-//! `p` for the bias. They are computed right where `z` is at hand, without autograd, which would keep about four
-//! `[N, V]` buffers. Autograd then goes on below from `(h · ∂h).sum()`, whose gradient is ∂h.
+//! With states `h: [N, D]`, item table `E: [V, D]` and bias `b: [V]`, logits are `z = h Eᵀ + b` and
+//! the loss is the sum over targets of `logsumexp(z) − z[target]`. Its gradients have a closed form:
+//! with `p = softmax(z) − onehot(target)`, they are `p E` for the states, `pᵀ h` for the table and
+//! the column sums of `p` for the bias. They are computed while `z` is in memory, without autograd,
+//! which would keep about four `[N, V]` buffers. The backward pass through the encoder then starts
+//! from `(h · ∂h).sum()`, whose gradient by `h` is `∂h`.
 
+mod full;
 mod sampled;
 mod softmax;
-mod tiles;
 
 use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::Share;
+use super::ItemTable;
 use super::rows::add_rows;
 use crate::collective::CollectiveError;
 use crate::device::send;
 
+use full::FullSoftmax;
+pub use full::Workspace;
 use sampled::sampled;
 pub(crate) use softmax::logsumexp_rows;
-pub use tiles::Workspace;
 
 /// `[model.head]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HeadConfig {
-    /// Whether states pass a ReLU before they are scored, as in Transformers4Rec.
+    /// Apply a ReLU to the states before scoring, as Transformers4Rec does.
     pub relu: bool,
-    /// Whether items are scored against the table that they are looked up in, or against one of their own.
+    /// Score items against the table that they are looked up in; otherwise against one of its own.
     pub tied: bool,
     /// Scores are `h · e / temperature + b`.
     pub temperature: f64,
@@ -132,104 +134,99 @@ impl LossConfig {
     }
 }
 
-/// How logits of the whole catalogue are held.
+/// Type and memory of the logits of the whole catalogue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Logits {
-    /// f32 or bf16: what they, their probabilities and the factors of their products are rounded to. What these add up to is
-    /// f32.
+    /// Type of logits, probabilities and factors of their products, f32 or bf16; sums are f32.
     pub kind: Kind,
-    /// At most so many at once (but always those of one target).
+    /// Largest number of logits in memory at once; those of one target are always allowed.
     pub most: i64,
 }
 
 impl Logits {
-    /// As many of type `kind` as so many bytes hold.
+    /// As many logits of type `kind` as `n_bytes` hold.
     pub fn in_bytes(kind: Kind, n_bytes: usize) -> Self {
         Self { kind, most: (n_bytes / kind.elt_size_in_bytes()) as i64 }
     }
 }
 
-/// What the targets of a pass compete with.
-pub enum Rivals {
-    /// The whole catalogue.
-    All {
+/// The negatives of a backward pass, with the loss that contrasts targets with them.
+pub enum Negatives {
+    /// The whole catalogue, with the softmax cross entropy.
+    Full {
         /// See [`LossConfig::Softmax`].
         label_smoothing: f64,
-        /// How their logits are held.
         logits: Logits,
     },
-    /// Items drawn with replacement.
-    Drawn {
+    /// Items sampled with replacement.
+    Sampled {
         /// Item indices, i64 `[M]`.
         items: Tensor,
-        /// How the target and they compete.
-        contest: Contest,
+        loss: SampledLoss,
     },
 }
 
-/// How a target and drawn items compete.
-pub enum Contest {
+/// A loss over the target and sampled negatives.
+pub enum SampledLoss {
     /// See [`LossConfig::Sampled`].
     Softmax {
-        /// Logarithm of how often each is expected among the drawn: f32 `[M]`.
+        /// Logarithm of each negative's expected count in a sample: f32 `[M]`.
         log_expected: Tensor,
     },
     /// See [`LossConfig::Gbce`].
     Binary {
-        /// What the target's own cross entropy is weighed with.
+        /// Weight of the target's binary cross entropy.
         target_weight: f64,
     },
 }
 
-/// Says what the targets of each step compete with.
-pub enum Contestants {
-    /// Always the whole catalogue.
-    All {
+/// Gives the negatives of each step.
+pub enum NegativeSampler {
+    Full {
         /// See [`LossConfig::Softmax`].
         label_smoothing: f64,
-        /// See [`Rivals::All`].
         logits: Logits,
     },
-    /// Others in each step.
-    Drawn(Sampler),
+    Sampled(ItemSampler),
 }
 
-impl Contestants {
-    /// For items that occurred `occurrences: [V]` times.
+impl NegativeSampler {
+    /// `occurrences: [V]`: how often each item occurred in training.
     pub fn new(loss: LossConfig, occurrences: &[i64], logits: Logits, device: Device) -> Self {
         match loss {
-            LossConfig::Softmax { label_smoothing } => Self::All { label_smoothing, logits },
+            LossConfig::Softmax { label_smoothing } => Self::Full { label_smoothing, logits },
             LossConfig::Sampled { n_negatives, power } => {
-                Self::Drawn(Sampler::new(occurrences, n_negatives, power, None, device))
+                Self::Sampled(ItemSampler::new(occurrences, n_negatives, power, None, device))
             }
             LossConfig::Gbce { n_negatives, calibration } => {
-                Self::Drawn(Sampler::new(occurrences, n_negatives, 0.0, Some(calibration), device))
+                Self::Sampled(ItemSampler::new(occurrences, n_negatives, 0.0, Some(calibration), device))
             }
         }
     }
 
-    /// The same for the same seed.
-    pub fn of_step(&self, seed: u64) -> Rivals {
+    /// The negatives of the step with this seed, the same on every rank.
+    pub fn of_step(&self, seed: u64) -> Negatives {
         match self {
-            &Self::All { label_smoothing, logits } => Rivals::All { label_smoothing, logits },
-            Self::Drawn(sampler) => sampler.draw(seed),
+            &Self::Full { label_smoothing, logits } => Negatives::Full { label_smoothing, logits },
+            Self::Sampled(sampler) => sampler.draw(seed),
         }
     }
 }
 
-/// Draws rivals by how often items occurred.
-pub struct Sampler {
-    /// Logarithm of how often each item is expected among the drawn, f32 `[V]`: −∞ for padding and unknown.
+/// Samples items in proportion to a power of their frequency.
+pub struct ItemSampler {
+    /// Logarithm of each item's expected count in a sample, f32 `[V]`: −∞ for padding and unknown.
     log_expected: Tensor,
-    /// Probability that an item or one before it is drawn, f64 `[V]`.
+    /// Cumulative distribution over items, f64 `[V]`.
     cumulative: Tensor,
     n_negatives: i64,
-    /// Of gBCE, if that is what they are drawn for.
+    /// For gBCE only.
     target_weight: Option<f64>,
 }
 
-impl Sampler {
-    /// Draws an item that occurred n times in proportion to `(n + 1)^power`. `calibration`: of gBCE, if that is the loss.
+impl ItemSampler {
+    /// Samples an item that occurred n times in proportion to `(n + 1)^power`. `calibration`: the
+    /// `t` of gBCE; `None` for the sampled softmax.
     pub fn new(
         occurrences: &[i64],
         n_negatives: i64,
@@ -242,7 +239,8 @@ impl Sampler {
         let _ = recommendable.narrow(0, 0, 2).zero_();
         let weights = weights * recommendable;
         let probabilities = &weights / weights.sum(Kind::Double);
-        // With α, the share of the other items that is drawn: α (t (1 − 1/α) + 1/α).
+        // gBCE weighs the target by α (t (1 − 1/α) + 1/α) = t (α − 1) + 1, where α is the fraction of
+        // the other items that is sampled.
         let n_others = (occurrences.len() as f64 - 3.0).max(1.0);
         let sampled = (n_negatives as f64 / n_others).min(1.0);
         let expected = &probabilities * n_negatives as f64;
@@ -254,93 +252,104 @@ impl Sampler {
         }
     }
 
-    /// The same for the same seed.
-    pub fn draw(&self, seed: u64) -> Rivals {
+    /// Draws a sample, the same for the same seed.
+    pub fn draw(&self, seed: u64) -> Negatives {
         let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
         let uniform: Vec<f64> = (0..self.n_negatives).map(|_| generator.random()).collect();
         let uniform = send(&Tensor::from_slice(&uniform), self.cumulative.device());
         let items = uniform.searchsorted(&self.cumulative, false, true, "right", None::<&Tensor>);
-        // The last sum may be less than 1 by its rounding.
+        // Rounding may leave the last cumulative probability below 1.
         let items = items.clamp_max(self.cumulative.size()[0] - 1);
-        let contest = match self.target_weight {
-            Some(target_weight) => Contest::Binary { target_weight },
-            None => Contest::Softmax { log_expected: self.log_expected.index_select(0, &items) },
+        let loss = match self.target_weight {
+            Some(target_weight) => SampledLoss::Binary { target_weight },
+            None => SampledLoss::Softmax { log_expected: self.log_expected.index_select(0, &items) },
         };
-        Rivals::Drawn { items, contest }
+        Negatives::Sampled { items, loss }
     }
 }
 
-/// The table that items are scored against and its bias, with the gradients to be added to. `V` are the rows of the share.
-pub struct Scored<'a> {
+/// The table that items are scored against. `V` counts the local rows.
+pub struct ScoringTable<'a> {
     /// `[V, D]`.
-    pub table: &'a Tensor,
+    pub weights: &'a Tensor,
     /// `[V]`.
     pub bias: &'a Tensor,
-    /// `[V, D]`.
-    pub table_gradient: Tensor,
-    /// `[V]`.
+    /// `[V, D]`; gradients are added to it.
+    pub weight_gradient: Tensor,
+    /// `[V]`; gradients are added to it.
     pub bias_gradient: Tensor,
-    /// Which rows they are, and who has the others.
-    pub share: &'a Share<'a>,
-    /// Targets of each rank; alone, only its own.
+    pub item_table: &'a ItemTable<'a>,
+    /// Number of targets of each rank; only this rank's if the table is replicated.
     pub counts: &'a [i64],
-    /// Called when the gradients of the targets of one rank, or of all, are added: see [`Share::exactly`].
-    pub settle: &'a dyn Fn(),
+    /// Called after the gradients of a group of targets are added: see
+    /// [`ItemTable::target_groups`].
+    pub group_added: &'a mut dyn FnMut(),
 }
 
-impl Scored<'_> {
-    /// Vectors and biases of the rows at `places: [n]`, side by side: `[n, D + 1]`.
-    fn rows(&self, places: &Tensor) -> Tensor {
-        let bias = self.bias.index_select(0, places).unsqueeze(1);
-        Tensor::cat(&[self.table.index_select(0, places), bias], 1)
+impl ScoringTable<'_> {
+    /// Vectors and biases of `rows: [n]`, side by side: `[n, D + 1]`.
+    fn vectors_and_bias(&self, rows: &Tensor) -> Tensor {
+        let bias = self.bias.index_select(0, rows).unsqueeze(1);
+        Tensor::cat(&[self.weights.index_select(0, rows), bias], 1)
     }
 
-    /// Adds gradients `[n, D + 1]` to those of the rows at `places: [n]`.
-    fn add(&mut self, places: &Tensor, gradients: &Tensor) {
-        let (width, exactly) = (self.table.size()[1], self.share.is_exact());
-        add_rows(&mut self.table_gradient, places, &gradients.narrow(1, 0, width), exactly);
-        add_rows(&mut self.bias_gradient, places, &gradients.select(1, width), exactly);
+    /// Adds gradients `[n, D + 1]` of `rows: [n]`.
+    fn add_gradients(&mut self, rows: &Tensor, gradients: &Tensor) {
+        let width = self.weights.size()[1];
+        self.add_weight_and_bias(rows, &gradients.narrow(1, 0, width), &gradients.select(1, width));
+    }
+
+    /// Adds gradients `[n, D]` and `[n]` of `rows: [n]`.
+    fn add_weight_and_bias(&mut self, rows: &Tensor, of_weights: &Tensor, of_bias: &Tensor) {
+        let is_reproducible = self.item_table.is_reproducible();
+        add_rows(&mut self.weight_gradient, rows, of_weights, is_reproducible);
+        add_rows(&mut self.bias_gradient, rows, of_bias, is_reproducible);
     }
 }
 
-/// What one call of [`cross_entropy`] gives besides the gradients it adds in place.
+/// Result of [`cross_entropy`], which also adds the gradients of the scoring table in place.
 pub struct CrossEntropy {
     /// Summed over the targets, scalar f64.
     pub loss: Tensor,
-    /// Its gradient by the states, `[N, D]`.
+    /// Gradient of the loss by the states, `[N, D]`.
     pub state_gradient: Tensor,
-    /// An item drawn for each target from what the model predicts there, i64 `[N]`, if uniform numbers were given.
+    /// An item sampled from the model's distribution for each target, i64 `[N]`; `None` without
+    /// `uniform`.
     pub drawn: Option<Tensor>,
 }
 
-/// *All ranks* of the share. Summed cross entropy of `targets: [N]` under `states: [N, D]`, its gradients added to those of
-/// `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn for each target.
+/// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under
+/// `states: [N, D]`; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item
+/// is drawn for each target.
 ///
-/// Where others have rows of the table, states and targets of all ranks come together, each rank scores them against its own
-/// rows, and what they add to the softmax's sum and to the states' gradients is added up over ranks: vocabulary-parallel, as
-/// in Megatron-LM (Shoeybi et al. 2019). What travels grows with targets and width, not with the catalogue, and the gradient
-/// of a row is complete where the row is. The loss is then split in another way: this rank's is its targets' `logsumexp(z)`
-/// less the `z[target]` of all targets that it has the rows of.
+/// On a sharded table the computation is vocabulary-parallel, as in Megatron-LM (Shoeybi et al.
+/// 2019): the states and targets of all ranks are gathered, each rank scores them against its rows,
+/// and the partial softmax sums and state gradients are summed over ranks. The traffic grows with
+/// the number of targets and the width, not with the catalogue, and the gradient of a row is
+/// complete on the rank that holds it. The loss is then split over ranks in another way: a rank's
+/// part is `logsumexp(z)` of its own targets less `z[target]` of all targets whose rows it holds.
 ///
 /// # Errors
-/// Those of the collective.
+/// A collective call fails.
 pub fn cross_entropy(
     states: &Tensor,
     targets: &Tensor,
-    scored: &mut Scored<'_>,
-    rivals: &Rivals,
+    scored: &mut ScoringTable<'_>,
+    negatives: &Negatives,
     uniform: Option<&Tensor>,
     workspace: &mut Workspace,
 ) -> Result<CrossEntropy, CollectiveError> {
-    match rivals {
-        &Rivals::All { label_smoothing, logits } => {
-            tiles::full(states, targets, scored, (label_smoothing, logits), uniform, workspace)
+    match negatives {
+        &Negatives::Full { label_smoothing, logits } => {
+            let full = FullSoftmax { label_smoothing, logits, workspace };
+            full.loss(states, targets, scored, uniform)
         }
-        Rivals::Drawn { items, contest } => sampled(states, targets, scored, (items, contest), uniform),
+        Negatives::Sampled { items, loss } => sampled(states, targets, scored, items, loss, uniform),
     }
 }
 
-/// A column of each row of probabilities `p: [n, C]`, by the uniform numbers `[n]`: i64 `[n]`.
+/// Samples a column from each row of probabilities `p: [n, C]` by inverting its cumulative sums at
+/// `uniform: [n]`: i64 `[n]`.
 fn draw(p: &Tensor, uniform: &Tensor) -> Tensor {
     let sums = p.cumsum(1, Kind::Float);
     let below = sums.le_tensor(&uniform.unsqueeze(1)).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);

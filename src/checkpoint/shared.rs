@@ -9,16 +9,16 @@ use super::tensor_file::deal;
 use super::{Checkpoint, CheckpointError, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
 use crate::device::host::return_freed_memory;
-use crate::model::Share;
+use crate::model::ItemTable;
 
 /// What all ranks know of it. Tensors come over one by one when they are asked for, of tables that are shared out only a rank's own
 /// rows, so that none is whole in the memory of a rank that does not keep it.
-pub struct Shared<'a> {
+pub struct SharedCheckpoint<'a> {
     head: Head,
     /// What rank 0 has.
     mine: Option<Tensors>,
     occurrences: Vec<i64>,
-    rows: Share<'a>,
+    item_table: ItemTable<'a>,
     collective: &'a dyn Collective,
 }
 
@@ -46,14 +46,14 @@ impl Shape {
     }
 }
 
-impl<'a> Shared<'a> {
+impl<'a> SharedCheckpoint<'a> {
     /// *All ranks.* What rank 0 brings, of which a rank wants these rows of the tables of items.
     ///
     /// # Errors
     /// Those of the collective.
     pub fn new(
         mine: Option<Checkpoint>,
-        rows: Share<'a>,
+        item_table: ItemTable<'a>,
         collective: &'a dyn Collective,
     ) -> Result<Option<Self>, CollectiveError> {
         let head = mine.as_ref().map(|Checkpoint { path, state, tensors, occurrences }| Head {
@@ -74,7 +74,7 @@ impl<'a> Shared<'a> {
         let mut counted = Tensor::from_slice(&occurrences);
         collective.broadcast(&mut counted, 0)?;
         counted.copy_data(&mut occurrences, head.n_occurrences);
-        Ok(Some(Self { head, mine, occurrences, rows, collective }))
+        Ok(Some(Self { head, mine, occurrences, item_table, collective }))
     }
 
     /// Its folder, where rank 0 sees it.
@@ -97,12 +97,12 @@ impl<'a> Shared<'a> {
         CheckpointError::Mismatch { path: self.head.path.clone(), problem }
     }
 
-    /// Names of what [`Shared::weights`] gives.
+    /// Names of what [`SharedCheckpoint::weights`] gives.
     pub fn weight_names(&self) -> impl Iterator<Item = &str> + Clone {
         self.head.weights.iter().map(|shape| shape.name.as_str())
     }
 
-    /// Names of what [`Shared::optimizer`] gives.
+    /// Names of what [`SharedCheckpoint::optimizer`] gives.
     pub fn optimizer_names(&self) -> impl Iterator<Item = &str> + Clone {
         self.head.optimizer.iter().map(|shape| shape.name.as_str())
     }
@@ -125,13 +125,13 @@ impl<'a> Shared<'a> {
         shapes.iter().enumerate().map(move |(number, Shape { name, is_count, size })| {
             let kind = if *is_count { Kind::Int64 } else { Kind::Float };
             let mine = mine.map(|mine| mine[number].1.contiguous());
-            let is_table = Share::is_table(name);
+            let is_table = ItemTable::is_item_table(name);
             if is_table {
                 // What the table before took goes back first.
                 return_freed_memory();
             }
-            if let Some(company) = self.rows.company().filter(|_| is_table) {
-                return Ok((name.as_str(), deal(mine.as_ref(), (size, kind), &self.rows, company)?));
+            if let Some(ranks) = self.item_table.ranks().filter(|_| is_table) {
+                return Ok((name.as_str(), deal(mine.as_ref(), (size, kind), &self.item_table, ranks)?));
             }
             let mut tensor = mine.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));
             self.collective.broadcast(&mut tensor, 0)?;

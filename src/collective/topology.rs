@@ -5,12 +5,12 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use super::Place;
 use crate::collective::{Collective, CollectiveError, host_name};
+use crate::device::Place;
 
 /// Where one rank computes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seat {
+pub struct RankPlacement {
     /// Its host.
     pub host: String,
     /// `cpu`, or `cuda:` and the GPU's number on its host.
@@ -23,7 +23,7 @@ pub struct Seat {
     pub n_threads: usize,
 }
 
-impl Seat {
+impl RankPlacement {
     fn of(place: &Place) -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
@@ -41,12 +41,15 @@ impl Seat {
     }
 }
 
-/// *All ranks.* The seats of all ranks, in rank order.
+/// *All ranks.* The placements of all ranks, in rank order.
 ///
 /// # Errors
 /// Those of the collective.
-pub fn seats(place: &Place, collective: &dyn Collective) -> Result<Vec<Seat>, CollectiveError> {
-    let mine = serde_json::to_vec(&Seat::of(place)).expect("a seat is JSON");
+pub fn rank_placements(
+    place: &Place,
+    collective: &dyn Collective,
+) -> Result<Vec<RankPlacement>, CollectiveError> {
+    let mine = serde_json::to_vec(&RankPlacement::of(place)).expect("a placement is JSON");
     let all = collective.gather_bytes(&mine)?;
     let read = |bytes: &Vec<u8>| {
         serde_json::from_slice(bytes).expect("what a rank of this program has just written")
@@ -55,28 +58,28 @@ pub fn seats(place: &Place, collective: &dyn Collective) -> Result<Vec<Seat>, Co
 }
 
 /// A line for each rank.
-pub fn table(seats: &[Seat]) -> Vec<String> {
-    let width = seats.iter().map(|seat| seat.host.len()).max().unwrap_or(0).max("host".len());
+pub fn table(placements: &[RankPlacement]) -> Vec<String> {
+    let width = placements.iter().map(|placement| placement.host.len()).max().unwrap_or(0).max("host".len());
     let head = format!("rank  {:width$}  device   threads  cores", "host");
-    let row = |(rank, seat): (usize, &Seat)| {
-        let Seat { host, device, cores, domains, n_threads } = seat;
+    let row = |(rank, placement): (usize, &RankPlacement)| {
+        let RankPlacement { host, device, cores, domains, n_threads } = placement;
         let domains = if domains.is_empty() { String::new() } else { format!(" (NUMA {})", list(domains)) };
         format!("{rank:4}  {host:width$}  {device:7}  {n_threads:7}  {}{domains}", list(cores))
     };
-    std::iter::once(head).chain(seats.iter().enumerate().map(row)).collect()
+    std::iter::once(head).chain(placements.iter().enumerate().map(row)).collect()
 }
 
 /// Ranks that share a GPU, and threads that share cores.
-pub fn warnings(seats: &[Seat]) -> Vec<String> {
+pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
     let mut by_device: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
     let mut by_host: BTreeMap<&str, (usize, BTreeSet<usize>)> = BTreeMap::new();
-    for (rank, seat) in seats.iter().enumerate() {
-        if seat.device != "cpu" {
-            by_device.entry((&seat.host, &seat.device)).or_default().push(rank);
+    for (rank, placement) in placements.iter().enumerate() {
+        if placement.device != "cpu" {
+            by_device.entry((&placement.host, &placement.device)).or_default().push(rank);
         }
-        let (n_threads, cores) = by_host.entry(&seat.host).or_default();
-        *n_threads += seat.n_threads;
-        cores.extend(&seat.cores);
+        let (n_threads, cores) = by_host.entry(&placement.host).or_default();
+        *n_threads += placement.n_threads;
+        cores.extend(&placement.cores);
     }
     let shared = by_device.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, device), ranks)| {
         let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
@@ -91,9 +94,12 @@ pub fn warnings(seats: &[Seat]) -> Vec<String> {
             )
         },
     );
-    let bound =
-        seats.iter().enumerate().filter(|(_, seat)| seat.n_threads > seat.cores.len()).map(|(rank, seat)| {
-            let (n_threads, n_cores) = (seat.n_threads, seat.cores.len());
+    let bound = placements
+        .iter()
+        .enumerate()
+        .filter(|(_, placement)| placement.n_threads > placement.cores.len())
+        .map(|(rank, placement)| {
+            let (n_threads, n_cores) = (placement.n_threads, placement.cores.len());
             format!("rank {rank} has {n_threads} threads and is bound to {n_cores} cores")
         });
     shared.chain(crowded).chain(bound).collect()
@@ -127,9 +133,9 @@ fn list(numbers: &BTreeSet<usize>) -> String {
 mod tests {
     use super::*;
 
-    fn seat(host: &str, device: &str, cores: &str, n_threads: usize) -> Seat {
+    fn placement(host: &str, device: &str, cores: &str, n_threads: usize) -> RankPlacement {
         let (host, device) = (host.to_owned(), device.to_owned());
-        Seat { host, device, cores: parse_list(cores), domains: [0].into(), n_threads }
+        RankPlacement { host, device, cores: parse_list(cores), domains: [0].into(), n_threads }
     }
 
     #[test]
@@ -142,9 +148,9 @@ mod tests {
 
     #[test]
     fn the_table_has_a_line_for_each_rank() {
-        let seats = [seat("bow", "cuda:0", "0-7", 8), seat("stern", "cpu", "8-15", 4)];
+        let placements = [placement("bow", "cuda:0", "0-7", 8), placement("stern", "cpu", "8-15", 4)];
         assert_eq!(
-            table(&seats),
+            table(&placements),
             [
                 "rank  host   device   threads  cores",
                 "   0  bow    cuda:0         8  0-7 (NUMA 0)",
@@ -156,13 +162,16 @@ mod tests {
     #[test]
     fn what_is_shared_is_worth_a_word() {
         let good = [
-            seat("bow", "cuda:0", "0-7", 4),
-            seat("bow", "cuda:1", "0-7", 4),
-            seat("stern", "cuda:0", "0", 1),
+            placement("bow", "cuda:0", "0-7", 4),
+            placement("bow", "cuda:1", "0-7", 4),
+            placement("stern", "cuda:0", "0", 1),
         ];
         assert_eq!(warnings(&good), [""; 0]);
-        let bad =
-            [seat("bow", "cuda:0", "0-1", 2), seat("stern", "cpu", "0", 2), seat("bow", "cuda:0", "0-1", 2)];
+        let bad = [
+            placement("bow", "cuda:0", "0-1", 2),
+            placement("stern", "cpu", "0", 2),
+            placement("bow", "cuda:0", "0-1", 2),
+        ];
         assert_eq!(
             warnings(&bad),
             [

@@ -10,7 +10,7 @@ use crate::collective::CollectiveError;
 use crate::data::Batch;
 
 /// What speaks for an item besides how often it occurred.
-pub enum Evidence {
+pub enum BaselineKind {
     /// Nothing.
     None,
     /// How often it occurred on the last day: `[V]`.
@@ -21,44 +21,44 @@ pub enum Evidence {
     Neighbours(Neighbours),
 }
 
-/// Occurrences of items over all days, which score below 1, and evidence, which scores more.
-pub struct Counts {
+/// Occurrences of items over all days, which score below 1, and kind, which scores more.
+pub struct Baseline {
     /// Occurrences of each item, `[V]`.
     items: Vec<i64>,
-    evidence: Evidence,
+    kind: BaselineKind,
     /// Scores without regard to the session: `[V]`.
     base: Vec<f64>,
 }
 
-impl Counts {
+impl Baseline {
     /// Nothing counted yet.
-    pub fn new(evidence: Evidence, n_items: i64) -> Self {
+    pub fn new(kind: BaselineKind, n_items: i64) -> Self {
         let n_items = n_items as usize;
-        Self { items: vec![0; n_items], evidence, base: vec![0.0; n_items] }
+        Self { items: vec![0; n_items], kind, base: vec![0.0; n_items] }
     }
 
-    /// Counts the sessions of a day, later than the days before.
+    /// Baseline the sessions of a day, later than the days before.
     pub fn add_day<'a>(&mut self, sessions: impl Iterator<Item = &'a [i64]>) {
-        if let Evidence::LastDay(counts) = &mut self.evidence {
+        if let BaselineKind::LastDay(counts) = &mut self.kind {
             *counts = vec![0; self.items.len()];
         }
         for session in sessions {
             for &item in session {
                 self.items[item as usize] += 1;
             }
-            match &mut self.evidence {
-                Evidence::None => {}
-                Evidence::LastDay(counts) => {
+            match &mut self.kind {
+                BaselineKind::None => {}
+                BaselineKind::LastDay(counts) => {
                     for &item in session {
                         counts[item as usize] += 1;
                     }
                 }
-                Evidence::Successors(pairs) => {
+                BaselineKind::Successors(pairs) => {
                     for pair in session.windows(2) {
                         *pairs.entry((pair[0], pair[1])).or_default() += 1;
                     }
                 }
-                Evidence::Neighbours(neighbours) => neighbours.add(session),
+                BaselineKind::Neighbours(neighbours) => neighbours.add(session),
             }
         }
         self.set_base();
@@ -67,7 +67,7 @@ impl Counts {
     fn set_base(&mut self) {
         let most = self.items.iter().copied().max().unwrap_or(0) as f64;
         self.base = self.items.iter().map(|&n| n as f64 / (most + 1.0)).collect();
-        if let Evidence::LastDay(counts) = &self.evidence {
+        if let BaselineKind::LastDay(counts) = &self.kind {
             for (base, &n) in self.base.iter_mut().zip(counts) {
                 *base += n as f64;
             }
@@ -76,14 +76,14 @@ impl Counts {
 
     /// The items that the known part of a session speaks for, and their scores.
     fn evident(&self, known: &[i64]) -> Vec<(i64, f64)> {
-        match &self.evidence {
-            Evidence::None | Evidence::LastDay(_) => Vec::new(),
-            Evidence::Successors(pairs) => {
+        match &self.kind {
+            BaselineKind::None | BaselineKind::LastDay(_) => Vec::new(),
+            BaselineKind::Successors(pairs) => {
                 let last = *known.last().expect("an event is known");
                 let successors = pairs.range((last, 0)..(last + 1, 0));
                 successors.map(|(&(_, next), &n)| (next, n as f64 + self.base[next as usize])).collect()
             }
-            Evidence::Neighbours(neighbours) => {
+            BaselineKind::Neighbours(neighbours) => {
                 let scores = neighbours.scores(known).into_iter();
                 scores.map(|(item, score)| (i64::from(item), 1.0 + score)).collect()
             }
@@ -94,14 +94,14 @@ impl Counts {
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let mut tensors = vec![("items".to_owned(), Tensor::from_slice(&self.items))];
         let mut push = |name: &str, tensor| tensors.push((name.to_owned(), tensor));
-        match &self.evidence {
-            Evidence::None => {}
-            Evidence::LastDay(counts) => push("last_day", Tensor::from_slice(counts)),
-            Evidence::Successors(pairs) => {
+        match &self.kind {
+            BaselineKind::None => {}
+            BaselineKind::LastDay(counts) => push("last_day", Tensor::from_slice(counts)),
+            BaselineKind::Successors(pairs) => {
                 let flat: Vec<i64> = pairs.iter().flat_map(|(&(item, next), &n)| [item, next, n]).collect();
                 push("pairs", Tensor::from_slice(&flat).view([-1, 3]));
             }
-            Evidence::Neighbours(neighbours) => {
+            BaselineKind::Neighbours(neighbours) => {
                 let (items, lengths) = neighbours.flat();
                 push("session_items", Tensor::from_slice(&items));
                 push("session_lengths", Tensor::from_slice(&lengths));
@@ -110,7 +110,7 @@ impl Counts {
         tensors
     }
 
-    /// Takes what [`Counts::tensors`] gave, before anything was counted.
+    /// Takes what [`Baseline::tensors`] gave, before anything was counted.
     ///
     /// # Errors
     /// Says which tensor is missing or does not fit.
@@ -138,16 +138,16 @@ impl Counts {
             None => Ok(()),
         };
         self.items = of_each_item("items")?;
-        match &mut self.evidence {
-            Evidence::None => {}
-            Evidence::LastDay(counts) => *counts = of_each_item("last_day")?,
-            Evidence::Successors(pairs) => {
+        match &mut self.kind {
+            BaselineKind::None => {}
+            BaselineKind::LastDay(counts) => *counts = of_each_item("last_day")?,
+            BaselineKind::Successors(pairs) => {
                 for entry in numbers("pairs")?.chunks_exact(3) {
                     items_of("pairs", &entry[..2])?;
                     pairs.insert((entry[0], entry[1]), entry[2]);
                 }
             }
-            Evidence::Neighbours(neighbours) => {
+            BaselineKind::Neighbours(neighbours) => {
                 let (items, lengths) = (numbers("session_items")?, numbers("session_lengths")?);
                 items_of("session_items", &items)?;
                 let mut rest = &items[..];
@@ -164,7 +164,7 @@ impl Counts {
     }
 }
 
-impl Recommender for Counts {
+impl Recommender for Baseline {
     fn n_items(&self) -> i64 {
         self.items.len() as i64
     }
@@ -191,7 +191,7 @@ impl Recommender for Counts {
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
-        let (n_sessions, _, _) = encoded.size3().expect("evidence is [B, E, 2]");
+        let (n_sessions, _, _) = encoded.size3().expect("kind is [B, E, 2]");
         let width = items.end - items.start;
         // One column more than there are items takes what lies outside of them.
         let base = [&self.base[items.start as usize..items.end as usize], &[0.0]].concat();

@@ -1,21 +1,21 @@
-//! Learning by counting, over the same days.
+//! Baselines, which count instead of learning by gradients.
 
 use std::ops::ControlFlow;
 
 use tch::Tensor;
 
 use super::{Day, Learner, TrainError};
-use crate::checkpoint::{Shared, Tensors};
-use crate::model::{Counts, Recommender};
+use crate::checkpoint::{SharedCheckpoint, Tensors};
+use crate::model::{Baseline, Recommender};
 
-/// Counts that grow day by day.
+/// A baseline that adds the counts of each day.
 ///
-/// Every rank reads every session, in file order: neighbours need all of them on every rank, the others' counts
-/// take less time than one evaluation, and what is learnt is the same on any number of ranks without a word
-/// between them.
-pub(super) struct CountLearner(pub(super) Counts);
+/// Every rank reads every session in file order: V-SkNN needs them all on every rank, and counting
+/// takes less time than an evaluation. The counts are then the same on any number of ranks without
+/// communication.
+pub(super) struct BaselineLearner(pub(super) Baseline);
 
-impl Learner for CountLearner {
+impl Learner for BaselineLearner {
     fn recommender(&self) -> &dyn Recommender {
         &self.0
     }
@@ -40,7 +40,7 @@ impl Learner for CountLearner {
         self.0.load(weights)
     }
 
-    fn go_on(&mut self, from: &Shared<'_>) -> Result<(), TrainError> {
+    fn resume(&mut self, from: &SharedCheckpoint<'_>) -> Result<(), TrainError> {
         let weights = from.weights().map(|saved| saved.map(|(name, tensor)| (name.to_owned(), tensor)));
         let weights = weights.collect::<Result<Vec<_>, _>>()?;
         Ok(self.load_weights(&weights).map_err(|problem| from.mismatch(problem))?)

@@ -1,0 +1,57 @@
+//! Evaluation of a model on a day, with its record and outcomes.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::TrainError;
+use crate::collective::Collective;
+use crate::config::Config;
+use crate::data::{Features, SessionFile, Split};
+use crate::metrics::{Evaluation, evaluate};
+use crate::model::{ItemTable, Recommender};
+use crate::report::Record;
+use crate::report::evaluations::{self, Facts};
+
+/// What a model is evaluated on, and after what.
+pub(super) struct EvaluationTask<'a> {
+    pub file: &'a SessionFile,
+    pub features: &'a Features,
+    /// Of each item in training so far, `[V]`.
+    pub occurrences: &'a [i64],
+    pub train_day: i64,
+    pub eval_day: i64,
+    pub split: Split,
+}
+
+impl EvaluationTask<'_> {
+    /// *All ranks.*
+    pub fn evaluate(
+        &self,
+        recommender: &dyn Recommender,
+        item_table: &ItemTable<'_>,
+        config: &Config,
+        collective: &dyn Collective,
+    ) -> Result<(Record, Evaluation), TrainError> {
+        let Self { file, features, occurrences, train_day, eval_day, split } = *self;
+        let begun = Instant::now();
+        let evaluation =
+            evaluate(recommender, item_table, file, features, &config.evaluate, occurrences, collective)?;
+        let (metrics, coverage_at_20) = (evaluation.metrics.clone(), evaluation.coverage_at_20);
+        let seconds = begun.elapsed().as_secs_f64();
+        Ok((Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds }, evaluation))
+    }
+
+    /// Leaves the outcomes in the run directory, on rank 0.
+    pub fn save(
+        &self,
+        run_dir: &Path,
+        config: &Config,
+        evaluation: &Evaluation,
+        collective: &dyn Collective,
+    ) -> Result<(), TrainError> {
+        let Some(root) = collective.root() else { return Ok(()) };
+        let &Self { train_day, eval_day, split, .. } = self;
+        let facts = Facts::new(&config.title(), (train_day, eval_day, split), evaluation);
+        Ok(evaluations::write(root, run_dir, &facts, &evaluation.outcomes)?)
+    }
+}
