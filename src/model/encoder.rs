@@ -14,7 +14,7 @@ use crate::data::{Batch, DropoutGenerator, Features};
 pub(super) struct Encoder {
     pub input: Input,
     body: Body,
-    /// Whether the prediction of an event must not see that event while others do.
+    /// See [`Objective::two_streams`].
     two_streams: bool,
     /// Width of the states.
     width: i64,
@@ -76,7 +76,7 @@ impl Encoder {
         let (input, head, objective) = (config.input(), config.head(), config.objective());
         let width = config.width();
         let masks = objective.masks(matches!(config, Neural::Xlnet(_)));
-        let input_block = Input::declare(input, features, (first_table, masks, width), builder)?;
+        let input_block = Input::declare(input, features, first_table, masks, width, builder)?;
         let (body, attends_to_padding) = match config {
             Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, builder)), false),
             Neural::Xlnet(xlnet) => (Body::Xlnet(Xlnet::declare(xlnet, builder)), xlnet.attend_to_padding),
@@ -93,12 +93,12 @@ impl Encoder {
         })
     }
 
-    /// Whether the body attends to positions in any order, or reads forward only.
+    /// Whether the body is an attention model, or a recurrence.
     pub fn attends(&self) -> bool {
         matches!(self.body, Body::Xlnet(_))
     }
 
-    /// The states that `plan` reads of the sessions of `batch`, `[N, D]`.
+    /// The output states of `plan`, which was made for `batch`: `[N, D]`.
     pub fn states(
         &self,
         parameters: &Parameters,
@@ -112,7 +112,7 @@ impl Encoder {
             Some(length) => plan.padded(length),
             None => plan,
         };
-        if plan.reads.is_empty() {
+        if plan.outputs.is_empty() {
             return Tensor::zeros([0, self.width], (Kind::Float, device));
         }
         self.laid_out_states(parameters, input, &Layout::new(&plan, batch, device), dropout)
@@ -126,9 +126,9 @@ impl Encoder {
         dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let EncoderInput { columns, vectors } = input;
-        let (x, mask) = self.input.positions(parameters, columns, vectors, &layout.shown);
+        let (x, mask) = self.input.positions(parameters, columns, vectors, &layout.input_rows);
         let query = mask.filter(|_| self.two_streams);
-        self.body.states(parameters, (x, query), layout, dropout)
+        self.body.states(parameters, x, query, layout, dropout)
     }
 
     /// The vectors `[B, item_width]` that the next items of sessions are scored with. The sessions
@@ -143,7 +143,7 @@ impl Encoder {
         width: i64,
     ) -> Tensor {
         let padded_length = self.padded_length.map(|length| length as i64);
-        let layout = Layout::next(objective, self.attends(), lengths, (width, padded_length));
+        let layout = Layout::next(objective, self.attends(), lengths, width, padded_length);
         self.vectors(parameters, &self.laid_out_states(parameters, input, &layout, None))
     }
 

@@ -1,13 +1,14 @@
-//! A GRU along the session (Hidasi et al. 2016, "Session-based recommendations with recurrent neural networks").
+//! A GRU over the events of a session (Hidasi et al. 2016, "Session-based recommendations with
+//! recurrent neural networks").
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::body::Layout;
 use super::parameters::ParameterBuilder;
-use super::recurrence::recurrence;
+use super::recurrence::gru_layer;
 use super::rows::take_rows;
-use super::{HeadConfig, InputConfig, MOST_LAYERS, Objective, Parameters};
+use super::{HeadConfig, InputConfig, MAX_LAYERS, Objective, Parameters};
 use crate::config::{MOST_WIDTH, check_width};
 use crate::data::DropoutGenerator;
 
@@ -45,20 +46,21 @@ impl Default for GruConfig {
 impl GruConfig {
     pub(super) fn check(&self) -> Result<(), String> {
         check_width("hidden_width", self.hidden_width, MOST_WIDTH)?;
-        check_width("n_layers", self.n_layers, MOST_LAYERS)
+        check_width("n_layers", self.n_layers, MAX_LAYERS)
     }
 }
 
-/// Four parameters a layer.
+/// A GRU of `n_layers` layers with four parameters each.
 pub struct Gru {
     n_layers: i64,
     width: i64,
     dropout: f64,
+    /// Index of the first parameter.
     first: usize,
 }
 
 impl Gru {
-    /// Appends the initial parameters.
+    /// Declares the parameters.
     pub(super) fn declare(config: &GruConfig, builder: &mut ParameterBuilder) -> Self {
         let &GruConfig { hidden_width: width, n_layers, dropout, .. } = config;
         let first = builder.len();
@@ -71,8 +73,8 @@ impl Gru {
         Self { n_layers, width, dropout, first }
     }
 
-    /// Positions `x: [P, D]` → the states read, `[N, D]`. A state has seen its position and those before it, hence never
-    /// what is behind the session.
+    /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. A state depends on its
+    /// position and the ones before it, hence never on the padding after its session.
     pub(super) fn states(
         &self,
         parameters: &Parameters,
@@ -80,63 +82,64 @@ impl Gru {
         layout: &Layout,
         dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
-        let layers = self.first..self.first + 4 * self.n_layers as usize;
-        let layers: Vec<&Tensor> = layers.map(|index| parameters.leaf(index)).collect();
-        // cuDNN goes back only through what was computed to learn.
-        let learns = dropout.is_some();
-        let run = |x: &Tensor| match &layout.by_step {
-            Some(steps) => {
-                let x = take_rows(x, &steps.positions);
-                let states = match x.device() {
-                    Device::Cpu => {
-                        layers.chunks(4).fold(x, |x, layer| recurrence(&x, &steps.n_sessions, layer))
-                    }
-                    _ => self.of_cudnn(&x, &steps.n_sessions, &layers, learns),
+        let indices = self.first..self.first + 4 * self.n_layers as usize;
+        let layers: Vec<&Tensor> = indices.map(|index| parameters.leaf(index)).collect();
+        // cuDNN supports the backward pass only after a forward pass in training mode.
+        let training = dropout.is_some();
+        let run = |x: &Tensor| match &layout.packed_sequence {
+            Some(sequence) => {
+                let x = take_rows(x, &sequence.positions);
+                let states = if x.device() == Device::Cpu {
+                    layers.chunks(4).fold(x, |x, layer| gru_layer(&x, &sequence.n_sessions, layer))
+                } else {
+                    self.cudnn_states(&x, &sequence.n_sessions, &layers, training)
                 };
-                take_rows(&states, &steps.reads)
+                take_rows(&states, &sequence.outputs)
             }
-            // In a trace, where the number of sessions is not known.
+            // A trace does not know the number of sessions and computes the padding as well.
             None => {
                 let x = layout.pad(x);
                 let h0 = x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
-                let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, learns, false, true);
-                take_rows(&states.reshape([-1, self.width]), &layout.read_cells)
+                let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, training, false, true);
+                take_rows(&states.reshape([-1, self.width]), &layout.output_cells)
             }
         };
         match dropout {
             Some(dropout) => {
                 let states = run(&dropout.dropout(x, self.dropout, &layout.positions_by_segment));
-                dropout.dropout(states, self.dropout, &layout.reads_by_segment)
+                dropout.dropout(states, self.dropout, &layout.outputs_by_segment)
             }
             None => run(&x),
         }
     }
 
-    /// The states of positions step by step: `[P, D]` → `[P, D]`.
-    fn of_cudnn(&self, x: &Tensor, n_sessions: &[i64], layers: &[&Tensor], learns: bool) -> Tensor {
+    /// All layers over packed positions on a GPU: `[P, D]` → `[P, D]`.
+    fn cudnn_states(&self, x: &Tensor, n_sessions: &[i64], layers: &[&Tensor], training: bool) -> Tensor {
         let n = n_sessions.first().copied().unwrap_or(0);
         let h0 = x.new_zeros([self.n_layers, n, self.width], (x.kind(), x.device()));
         let sizes = Tensor::from_slice(n_sessions);
-        Tensor::gru_data(x, &sizes, &h0, &side_by_side(layers), true, self.n_layers, 0.0, learns, false).0
+        let layers = flatten_parameters(layers);
+        Tensor::gru_data(x, &sizes, &h0, &layers, true, self.n_layers, 0.0, training, false).0
     }
 }
 
-/// A GRU's parameters, four a layer, in memory of their own, matrices first: where cuDNN looks for them, which would copy them
-/// otherwise, and say so each time.
-fn side_by_side(layers: &[&Tensor]) -> Vec<Tensor> {
-    let is_matrix = |number: &usize| number % 4 < 2;
+/// Copies the parameters of a GRU, four per layer, into one buffer, all matrices before all biases,
+/// and returns views of it. cuDNN requires this layout; otherwise it copies the weights in every
+/// call and warns each time.
+fn flatten_parameters(layers: &[&Tensor]) -> Vec<Tensor> {
+    let is_matrix = |index: &usize| index % 4 < 2;
     let (matrices, biases): (Vec<usize>, Vec<usize>) = (0..layers.len()).partition(is_matrix);
     let order = [matrices, biases].concat();
-    let flat: Vec<Tensor> = order.iter().map(|&number| layers[number].reshape([-1])).collect();
+    let flat: Vec<Tensor> = order.iter().map(|&index| layers[index].reshape([-1])).collect();
     let flat = Tensor::cat(&flat, 0);
-    let mut placed: Vec<(usize, Tensor)> = Vec::with_capacity(order.len());
+    let mut views: Vec<(usize, Tensor)> = Vec::with_capacity(order.len());
     let mut first = 0;
-    for number in order {
-        let size = layers[number].size();
+    for index in order {
+        let size = layers[index].size();
         let n = size.iter().product();
-        placed.push((number, flat.narrow(0, first, n).view(size.as_slice())));
+        views.push((index, flat.narrow(0, first, n).view(size.as_slice())));
         first += n;
     }
-    placed.sort_by_key(|(number, _)| *number);
-    placed.into_iter().map(|(_, parameter)| parameter).collect()
+    views.sort_by_key(|(index, _)| *index);
+    views.into_iter().map(|(_, view)| view).collect()
 }

@@ -47,7 +47,7 @@ use crate::config::check_finite;
 use crate::data::{Batch, Features};
 
 /// Largest number of layers of a body.
-const MOST_LAYERS: i64 = 1000;
+const MAX_LAYERS: i64 = 1000;
 
 /// Section `[model]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

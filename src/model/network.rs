@@ -9,9 +9,9 @@ use tch::{Device, Kind, Reduction, Tensor};
 use super::encoder::{Encoder, EncoderInput};
 use super::head::{CrossEntropy, Negatives, ScoringTable, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
-use super::objective::{Objective, Plan, Visible};
+use super::objective::{AttentionMask, Objective, Plan};
 use super::parameters::{Gradients, Linear, ParameterBuilder};
-use super::rows::{add_rows, add_rows_alike};
+use super::rows::{add_rows, add_rows_deterministically};
 use super::{GradientHooks, ItemTable, Neural, Parameters, Recommender, View};
 use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
@@ -432,7 +432,7 @@ impl<'a> Network<'a> {
     ) -> Result<Tensor, CollectiveError> {
         let is_replaced = replaced.items().ne_tensor(batch.items()).to_kind(Kind::Float);
         // A causal body classifies an event by the events before it, an attending one by all.
-        let plan = Plan::all(&batch.lengths, Visible::All);
+        let plan = Plan::all(&batch.lengths, AttentionMask::Full);
         let columns = self.encoder.input.columns(replaced, true);
         let lookups = self.encoder.input.look_up(&self.parameters, &columns, &self.item_table)?;
         let input = EncoderInput::whole(columns, &lookups).into_leaves();
@@ -496,12 +496,12 @@ impl<'a> Network<'a> {
         hooks: &mut dyn GradientHooks,
     ) -> Result<bool, CollectiveError> {
         let Some((rows, gradients)) = hooks.gather_late_rows(rows, gradients)? else { return Ok(false) };
-        add_rows_alike(&mut self.gradients.of(ITEM_TABLE), &rows, &gradients);
+        add_rows_deterministically(&mut self.gradients.of(ITEM_TABLE), &rows, &gradients);
         Ok(true)
     }
 
-    /// *All ranks*, if the item table is sharded. The states that `plan` reads of `batch`, without
-    /// dropout or autograd: `[N, D]`.
+    /// *All ranks*, if the item table is sharded. The output states of `plan` over `batch`,
+    /// without dropout or autograd: `[N, D]`.
     ///
     /// # Errors
     /// A collective call fails.
@@ -552,7 +552,7 @@ impl<'a> Network<'a> {
     fn uniform(&self, parts: &[(Plan, Batch)]) -> Tensor {
         let numbers: Vec<f32> = parts
             .iter()
-            .flat_map(|(plan, batch)| batch.session_seeds.iter().zip(&plan.reads_per_session))
+            .flat_map(|(plan, batch)| batch.session_seeds.iter().zip(&plan.outputs_per_session))
             .flat_map(|(&seed, &n)| {
                 let mut generator = ChaCha8Rng::seed_from_u64(derive_seed(seed, "replaced", &[]));
                 (0..n).map(move |_| generator.random())

@@ -1,7 +1,8 @@
-//! What is hidden from a session, and what is to be predicted from the rest.
+//! Training objectives: which events are hidden from the body, and which are predicted.
 //!
-//! Objectives are those of Transformers4Rec (de Souza Pereira Moreira et al. 2021). Whatever is drawn for a session is
-//! drawn from that session's own seed, so that it does not depend on the company in which the session is seen.
+//! The objectives are those of Transformers4Rec (de Souza Pereira Moreira et al. 2021). Random
+//! choices for a session come from the session's own seed, so they do not depend on the other
+//! sessions of its batch or on the number of ranks.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -70,57 +71,58 @@ fn detection_weight() -> f64 {
     1.0
 }
 
-/// Which events the body sees at which positions, which states are read, and what these are to predict.
+/// The inputs of all positions, the attention mask, the output positions, and their targets.
 ///
-/// `P` positions in all, packed session after session, of which `N` are read.
+/// `P` positions in all, packed session after session, of which `N` are output positions.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// Positions of each session, `[B]`.
     pub lengths: Vec<usize>,
-    /// What stands at each position, `[P]`.
-    pub shown: Vec<Shown>,
-    /// Who may attend to whom.
-    pub visible: Visible,
-    /// Positions that are read, ascending, `[N]`.
-    pub reads: Vec<i64>,
-    /// Reads of each session, `[B]`.
-    pub reads_per_session: Vec<usize>,
-    /// The event that each read position predicts, `[N]`; none where the next one is not known yet.
+    /// Input of each position, `[P]`.
+    pub inputs: Vec<PositionInput>,
+    /// Which positions attend to which.
+    pub mask: AttentionMask,
+    /// Positions whose states are used, ascending, `[N]`.
+    pub outputs: Vec<i64>,
+    /// Output positions of each session, `[B]`.
+    pub outputs_per_session: Vec<usize>,
+    /// The event that each output position predicts, `[N]`; empty if the events are in the future.
     pub targets: Vec<i64>,
 }
 
-/// What stands at a position.
+/// The input of a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shown {
-    /// The event of this number in the batch.
+pub enum PositionInput {
+    /// The event with this index in the batch.
     Event(i64),
-    /// The mask.
+    /// The learnt mask vector.
     Mask,
-    /// Padding, where the original's attention reads it.
+    /// Padding, to which Transformers4Rec attends.
     Padding,
 }
 
 /// Which positions of its session a position may attend to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Visible {
-    /// All.
-    All,
-    /// Itself and those before it.
-    Before,
-    /// Those without a place in the order of prediction (−1), and those with an earlier place than its own. `[P]`.
-    Order(Vec<i64>),
+pub enum AttentionMask {
+    /// All positions.
+    Full,
+    /// Itself and the positions before it.
+    Causal,
+    /// Context positions, with prediction order −1, and positions with a lower order than its own.
+    /// `[P]`.
+    Permuted(Vec<i64>),
 }
 
 impl Objective {
-    /// Causal, over whole sessions as they are.
+    /// Causal, without data augmentation.
     pub fn causal() -> Self {
         Objective::Causal { drop: 0.0, reverse: 0.0 }
     }
 
-    /// Checks what the types leave open.
+    /// Checks the ranges of the values.
     ///
     /// # Errors
-    /// Says which key is wrong.
+    /// Returns the first invalid key.
     pub fn check(&self) -> Result<(), String> {
         let probability = match *self {
             Objective::Causal { drop, reverse } => {
@@ -131,7 +133,7 @@ impl Objective {
                 };
             }
             Objective::Permutation { max_span: max_span @ (0 | 65_537..), .. } => {
-                return Err(format!("`objective.max_span` cannot be {max_span}"));
+                return Err(format!("`objective.max_span` must be 1 to 65536, not {max_span}"));
             }
             Objective::Replaced { weight, .. } if check_finite("", weight, 0.0).is_err() => {
                 return Err(format!("`objective.weight` cannot be {weight:?}"));
@@ -149,7 +151,7 @@ impl Objective {
         Ok(())
     }
 
-    /// What the literature calls it.
+    /// Abbreviation in the literature.
     pub fn short_name(&self) -> &'static str {
         match self {
             Objective::Causal { .. } => "CLM",
@@ -159,8 +161,8 @@ impl Objective {
         }
     }
 
-    /// Whether positions may be hidden behind the mask. `attends`: whether the body attends to positions in any order,
-    /// or reads forward only.
+    /// Whether some positions have the mask vector as input. `attends`: whether the body is an
+    /// attention model, which is independent of the order of positions, or a recurrence.
     pub fn masks(&self, attends: bool) -> bool {
         match self {
             Objective::Causal { .. } => false,
@@ -169,216 +171,225 @@ impl Objective {
         }
     }
 
-    /// Whether the prediction of an event must not see that event while others do.
+    /// Whether attention needs a second stream of states, which do not depend on their own event
+    /// while the states of the first stream do.
     pub fn two_streams(&self) -> bool {
         matches!(self, Objective::Permutation { .. })
     }
 
-    /// What is learnt from a batch.
+    /// The plan of a training batch.
     pub fn training(&self, batch: &Batch, attends: bool) -> Plan {
-        let draws = batch.lengths.iter().zip(&batch.session_seeds);
+        let sessions = batch.lengths.iter().zip(&batch.session_seeds);
         match *self {
             Objective::Causal { drop, reverse } => {
-                let read: Vec<_> = draws.map(|(&n, &seed)| reading(n, drop, reverse, seed)).collect();
-                Plan::causal(&batch.lengths, &read)
+                let events: Vec<_> = sessions.map(|(&n, &seed)| augment(n, drop, reverse, seed)).collect();
+                Plan::causal(&batch.lengths, &events)
             }
             Objective::Masked { probability } | Objective::Replaced { probability, .. } => {
-                let hidden = draws.map(|(&n, &seed)| hide(n, probability, seed)).collect::<Vec<_>>();
+                let hidden = sessions.map(|(&n, &seed)| hide(n, probability, seed)).collect::<Vec<_>>();
                 Plan::masked(&hidden)
             }
             Objective::Permutation { probability, max_span } => {
                 let orders: Vec<_> =
-                    draws.map(|(&n, &seed)| prediction_order(n, probability, max_span, seed)).collect();
-                if attends { Plan::permuted(&orders) } else { Plan::read_in_order(&batch.lengths, &orders) }
+                    sessions.map(|(&n, &seed)| prediction_order(n, probability, max_span, seed)).collect();
+                if attends { Plan::permuted(&orders) } else { Plan::permuted_causal(&batch.lengths, &orders) }
             }
         }
     }
 
-    /// Who may attend to whom where the next event is predicted; an order is left open.
-    pub(super) fn sight_of_next(&self, attends: bool) -> Visible {
+    /// The attention mask when the next event is predicted; a prediction order is left empty.
+    pub(super) fn next_mask(&self, attends: bool) -> AttentionMask {
         match self {
-            Objective::Causal { .. } => Visible::Before,
-            Objective::Masked { .. } | Objective::Replaced { .. } => Visible::All,
-            Objective::Permutation { .. } if attends => Visible::Order(Vec::new()),
-            Objective::Permutation { .. } => Visible::Before,
+            Objective::Causal { .. } => AttentionMask::Causal,
+            Objective::Masked { .. } | Objective::Replaced { .. } => AttentionMask::Full,
+            Objective::Permutation { .. } if attends => AttentionMask::Permuted(Vec::new()),
+            Objective::Permutation { .. } => AttentionMask::Causal,
         }
     }
 
-    /// Predicts what follows sessions of these lengths, all of which is known.
+    /// The plan that predicts the next event of sessions with `lengths` known events.
+    ///
+    /// An objective with a mask vector appends it as one more position and predicts there; others
+    /// predict from the last event.
     pub fn next(&self, lengths: &[usize], attends: bool) -> Plan {
-        let mut shown = Vec::new();
-        let mut reads = Vec::new();
+        let mut inputs = Vec::new();
+        let mut outputs = Vec::new();
         let mut order = Vec::new();
         let mut event = 0;
         for &length in lengths {
-            shown.extend((event..event + length as i64).map(Shown::Event));
+            inputs.extend((event..event + length as i64).map(PositionInput::Event));
             event += length as i64;
             order.extend(std::iter::repeat_n(-1, length));
             if self.masks(attends) {
-                shown.push(Shown::Mask);
+                inputs.push(PositionInput::Mask);
                 order.push(0);
             }
-            reads.push(shown.len() as i64 - 1);
+            outputs.push(inputs.len() as i64 - 1);
         }
-        let visible = match self.sight_of_next(attends) {
-            Visible::Order(_) => Visible::Order(order),
+        let mask = match self.next_mask(attends) {
+            AttentionMask::Permuted(_) => AttentionMask::Permuted(order),
             other => other,
         };
         let lengths = lengths.iter().map(|length| length + usize::from(self.masks(attends))).collect();
-        let reads_per_session = vec![1; reads.len()];
-        Plan { lengths, shown, visible, reads, reads_per_session, targets: Vec::new() }
+        let outputs_per_session = vec![1; outputs.len()];
+        Plan { lengths, inputs, mask, outputs, outputs_per_session, targets: Vec::new() }
     }
 }
 
 impl Plan {
-    /// Every event but the first that is read is predicted from the state after the one read before it. `read`: which
-    /// events of each session are read, in which order.
-    pub fn causal(lengths: &[usize], read: &[Vec<usize>]) -> Self {
-        let mut plan = Self::empty(Visible::Before);
+    /// Each event is predicted from the state at the event before it. `order`: the events of each
+    /// session in reading order, some of which may be left out.
+    pub fn causal(lengths: &[usize], order: &[Vec<usize>]) -> Self {
+        let mut plan = Self::empty(AttentionMask::Causal);
         let mut first = 0;
-        for (&length, read) in lengths.iter().zip(read) {
-            let n = read.len().saturating_sub(1);
-            let event = |&place: &usize| (first + place) as i64;
-            plan.reads.extend((plan.shown.len()..plan.shown.len() + n).map(|position| position as i64));
-            plan.targets.extend(read.iter().skip(1).map(event));
-            plan.shown.extend(read.iter().take(n).map(|place| Shown::Event(event(place))));
+        for (&length, order) in lengths.iter().zip(order) {
+            // The last event is only a target, the first only an input.
+            let n = order.len().saturating_sub(1);
+            let event = |&offset: &usize| (first + offset) as i64;
+            plan.outputs.extend((plan.inputs.len()..plan.inputs.len() + n).map(|position| position as i64));
+            plan.targets.extend(order.iter().skip(1).map(event));
+            plan.inputs.extend(order.iter().take(n).map(|offset| PositionInput::Event(event(offset))));
             plan.lengths.push(n);
-            plan.reads_per_session.push(n);
+            plan.outputs_per_session.push(n);
             first += length;
         }
         plan
     }
 
-    /// The hidden events of each session are predicted where they stand, from all that is not hidden.
+    /// The hidden events of each session are predicted at their own positions from all other events.
     pub fn masked(hidden: &[Vec<bool>]) -> Self {
-        let mut plan = Self::empty(Visible::All);
+        let mut plan = Self::empty(AttentionMask::Full);
         for session in hidden {
-            let first = plan.shown.len() as i64;
+            let first = plan.inputs.len() as i64;
             let hidden = session.iter().zip(first..).filter(|(hidden, _)| **hidden).map(|(_, event)| event);
-            plan.reads.extend(hidden);
-            plan.shown.extend(
-                session
-                    .iter()
-                    .zip(first..)
-                    .map(|(&h, event)| if h { Shown::Mask } else { Shown::Event(event) }),
-            );
+            plan.outputs.extend(hidden);
+            plan.inputs.extend(session.iter().zip(first..).map(|(&is_hidden, event)| {
+                if is_hidden { PositionInput::Mask } else { PositionInput::Event(event) }
+            }));
             plan.lengths.push(session.len());
-            plan.reads_per_session.push(session.iter().filter(|&&hidden| hidden).count());
+            plan.outputs_per_session.push(session.iter().filter(|&&hidden| hidden).count());
         }
-        plan.targets.clone_from(&plan.reads);
+        plan.targets.clone_from(&plan.outputs);
         plan
     }
 
-    /// The events that have a place in their session's order are predicted in that order.
+    /// The events with a prediction order of 0 or more are predicted in that order, at their own
+    /// positions, from the context and the events predicted earlier.
     pub fn permuted(orders: &[Vec<i64>]) -> Self {
         let hidden: Vec<Vec<bool>> =
-            orders.iter().map(|order| order.iter().map(|&place| place >= 0).collect()).collect();
+            orders.iter().map(|order| order.iter().map(|&order| order >= 0).collect()).collect();
         let mut plan = Self::masked(&hidden);
-        plan.shown = (0..plan.shown.len() as i64).map(Shown::Event).collect();
-        plan.visible = Visible::Order(orders.concat());
+        // The mask vector is the query of the second stream; the first stream has all events.
+        plan.inputs = (0..plan.inputs.len() as i64).map(PositionInput::Event).collect();
+        plan.mask = AttentionMask::Permuted(orders.concat());
         plan
     }
 
-    /// The same for a body that reads forward only: it reads the other events first, as they came, then these in their
-    /// order.
-    pub fn read_in_order(lengths: &[usize], orders: &[Vec<i64>]) -> Self {
-        let read_first = |order: &Vec<i64>| {
-            let mut read: Vec<usize> = (0..order.len()).collect();
-            read.sort_by_key(|&event| order[event]);
-            read
+    /// The same objective for a recurrence: it reads the context events first, in time order, then
+    /// the predicted events in prediction order.
+    pub fn permuted_causal(lengths: &[usize], orders: &[Vec<i64>]) -> Self {
+        let reading_order = |order: &Vec<i64>| {
+            let mut events: Vec<usize> = (0..order.len()).collect();
+            // A stable sort: context events, all −1, keep their time order.
+            events.sort_by_key(|&event| order[event]);
+            events
         };
-        let mut plan = Self::causal(lengths, &orders.iter().map(read_first).collect::<Vec<_>>());
-        // A position is read if the event behind it has a place in the order.
-        let is_read: Vec<bool> = orders
+        let mut plan = Self::causal(lengths, &orders.iter().map(reading_order).collect::<Vec<_>>());
+        // A position is an output if the event after it is predicted and not context.
+        let is_output: Vec<bool> = orders
             .iter()
             .flat_map(|order| {
-                let n_others = order.iter().filter(|&&place| place < 0).count();
-                (1..order.len()).map(move |next| next >= n_others)
+                let n_context = order.iter().filter(|&&order| order < 0).count();
+                (1..order.len()).map(move |next| next >= n_context)
             })
             .collect();
-        let mut kept = is_read.iter();
-        plan.reads.retain(|_| kept.next() == Some(&true));
-        let mut kept = is_read.iter();
+        let mut kept = is_output.iter();
+        plan.outputs.retain(|_| kept.next() == Some(&true));
+        let mut kept = is_output.iter();
         plan.targets.retain(|_| kept.next() == Some(&true));
-        plan.reads_per_session =
-            orders.iter().map(|order| order.iter().filter(|&&place| place >= 0).count()).collect();
+        plan.outputs_per_session =
+            orders.iter().map(|order| order.iter().filter(|&&order| order >= 0).count()).collect();
         plan
     }
 
-    /// Every event is shown and read.
-    pub fn all(lengths: &[usize], visible: Visible) -> Self {
+    /// Every position has its event as input and is an output position.
+    pub fn all(lengths: &[usize], mask: AttentionMask) -> Self {
         let n = lengths.iter().sum::<usize>() as i64;
         Self {
             lengths: lengths.to_vec(),
-            shown: (0..n).map(Shown::Event).collect(),
-            visible,
-            reads: (0..n).collect(),
-            reads_per_session: lengths.to_vec(),
+            inputs: (0..n).map(PositionInput::Event).collect(),
+            mask,
+            outputs: (0..n).collect(),
+            outputs_per_session: lengths.to_vec(),
             targets: (0..n).collect(),
         }
     }
 
-    /// The same with padding behind every session up to `length` positions, which is attended to like events.
+    /// The same plan with every session padded to at least `length` positions. Padding is attended
+    /// to like events.
     pub fn padded(self, length: usize) -> Self {
         let length = self.lengths.iter().copied().max().unwrap_or(0).max(length);
-        let mut shown = Vec::with_capacity(length * self.lengths.len());
+        let mut inputs = Vec::with_capacity(length * self.lengths.len());
         let mut order = Vec::new();
-        let (mut first, mut new_place) = (0, Vec::with_capacity(self.shown.len()));
+        let (mut first, mut new_positions) = (0, Vec::with_capacity(self.inputs.len()));
         for (session, &n) in self.lengths.iter().enumerate() {
-            new_place.extend((0..n).map(|i| (session * length + i) as i64));
-            shown.extend_from_slice(&self.shown[first..first + n]);
-            shown.extend(std::iter::repeat_n(Shown::Padding, length - n));
-            if let Visible::Order(of) = &self.visible {
-                order.extend_from_slice(&of[first..first + n]);
+            new_positions.extend((0..n).map(|i| (session * length + i) as i64));
+            inputs.extend_from_slice(&self.inputs[first..first + n]);
+            inputs.extend(std::iter::repeat_n(PositionInput::Padding, length - n));
+            if let AttentionMask::Permuted(unpadded) = &self.mask {
+                order.extend_from_slice(&unpadded[first..first + n]);
                 order.extend(std::iter::repeat_n(-1, length - n));
             }
             first += n;
         }
         Self {
             lengths: vec![length; self.lengths.len()],
-            shown,
-            visible: match self.visible {
-                Visible::Order(_) => Visible::Order(order),
+            inputs,
+            mask: match self.mask {
+                AttentionMask::Permuted(_) => AttentionMask::Permuted(order),
                 other => other,
             },
-            reads: self.reads.iter().map(|&read| new_place[read as usize]).collect(),
+            outputs: self.outputs.iter().map(|&position| new_positions[position as usize]).collect(),
             ..self
         }
     }
 
-    fn empty(visible: Visible) -> Self {
+    fn empty(mask: AttentionMask) -> Self {
         Self {
             lengths: Vec::new(),
-            shown: Vec::new(),
-            visible,
-            reads: Vec::new(),
-            reads_per_session: Vec::new(),
+            inputs: Vec::new(),
+            mask,
+            outputs: Vec::new(),
+            outputs_per_session: Vec::new(),
             targets: Vec::new(),
         }
     }
 }
 
-/// Which of `n` events are read, in which order: all, but each left out with probability `drop` as long as two are left,
-/// from the last to the first with probability `reverse`.
-pub fn reading(n: usize, drop: f64, reverse: f64, seed: u64) -> Vec<usize> {
-    let mut read: Vec<usize> = (0..n).collect();
+/// Data augmentation for the causal objective: the reading order of `n` events. Each event is
+/// dropped with probability `drop` while more than two are left, and the order is reversed with
+/// probability `reverse`.
+pub fn augment(n: usize, drop: f64, reverse: f64, seed: u64) -> Vec<usize> {
+    let mut events: Vec<usize> = (0..n).collect();
     if drop == 0.0 && reverse == 0.0 {
-        return read;
+        return events;
     }
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     let mut n_left = n;
-    read.retain(|_| {
-        let left_out = generator.random_bool(drop) && n_left > 2;
-        n_left -= usize::from(left_out);
-        !left_out
+    events.retain(|_| {
+        // The generator draws first, so that every event takes one draw.
+        let is_dropped = generator.random_bool(drop) && n_left > 2;
+        n_left -= usize::from(is_dropped);
+        !is_dropped
     });
     if generator.random_bool(reverse) {
-        read.reverse();
+        events.reverse();
     }
-    read
+    events
 }
 
-/// Which of `n` events are hidden: each with `probability`, and one in any case, but not all. A single event is not.
+/// Which of `n` events are hidden: each with `probability`, at least one, and never all. A single
+/// event is not hidden.
 pub fn hide(n: usize, probability: f64, seed: u64) -> Vec<bool> {
     if n < 2 {
         return vec![false; n];
@@ -392,8 +403,11 @@ pub fn hide(n: usize, probability: f64, seed: u64) -> Vec<bool> {
     hidden
 }
 
-/// The order in which some of `n` events are predicted: −1 for those that are not. Spans of 1 to `max_span` events,
-/// each within a stretch `1 / probability` times as long; one event in any case, but not all.
+/// The prediction order of `n` events, −1 for context events, which are not predicted.
+///
+/// As in XLNet, the session is cut into stretches. A stretch holds one predicted span of 1 to
+/// `max_span` events and is `1 / probability` times as long as its span. At least one event is
+/// predicted, and at least one is context.
 pub fn prediction_order(n: usize, probability: f64, max_span: usize, seed: u64) -> Vec<i64> {
     if n < 2 {
         return vec![-1; n];
@@ -416,8 +430,8 @@ pub fn prediction_order(n: usize, probability: f64, max_span: usize, seed: u64) 
     }
     let mut order = vec![-1; n];
     let mut left: Vec<usize> = (0..n).filter(|&i| predicted[i]).collect();
-    for place in 0..left.len() as i64 {
-        order[left.swap_remove(generator.random_range(0..left.len()))] = place;
+    for rank in 0..left.len() as i64 {
+        order[left.swap_remove(generator.random_range(0..left.len()))] = rank;
     }
     order
 }
@@ -427,7 +441,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_event_is_hidden_in_any_case_but_never_all() {
+    fn at_least_one_event_is_hidden_and_never_all() {
         let mut n_hidden = 0;
         let mut n_events = 0;
         for seed in 0..100_000u64 {
@@ -438,7 +452,8 @@ mod tests {
             n_hidden += count;
             n_events += n;
         }
-        // 1 + 0.15 (n − 1) of n events, less what is shown again where all were hidden, which only short ones feel.
+        // 1 + 0.15 (n − 1) of n events, slightly less in short sessions, where one event is shown
+        // again if all were hidden.
         let expected: f64 = (0..100_000).map(|seed| 1.0 + 0.15 * f64::from(1 + seed % 19)).sum();
         let rate = n_hidden as f64 / expected;
         assert!((0.98..1.002).contains(&rate), "{rate} of {expected} among {n_events}");
@@ -447,60 +462,61 @@ mod tests {
     }
 
     #[test]
-    fn readings_leave_out_and_turn_round_as_often_as_they_should() {
-        let (mut n_read, mut n_reversed) = (0, 0);
+    fn augmentation_drops_and_reverses_with_the_given_probabilities() {
+        let (mut n_kept, mut n_reversed) = (0, 0);
         for seed in 0..20_000 {
-            let read = reading(10, 0.25, 0.5, seed);
-            assert!(read.len() >= 2 && (read.is_sorted() || read.is_sorted_by(|a, b| a > b)));
-            n_read += read.len();
-            n_reversed += usize::from(read[0] > read[1]);
-            assert_eq!(reading(2, 0.9, 0.0, seed), [0, 1]);
+            let events = augment(10, 0.25, 0.5, seed);
+            assert!(events.len() >= 2 && (events.is_sorted() || events.is_sorted_by(|a, b| a > b)));
+            n_kept += events.len();
+            n_reversed += usize::from(events[0] > events[1]);
+            assert_eq!(augment(2, 0.9, 0.0, seed), [0, 1]);
         }
-        assert!((n_read as f64 / 2e5 - 0.75).abs() < 0.005, "{n_read}");
+        assert!((n_kept as f64 / 2e5 - 0.75).abs() < 0.005, "{n_kept}");
         assert!((n_reversed as f64 / 2e4 - 0.5).abs() < 0.02, "{n_reversed}");
-        assert_eq!(reading(4, 0.0, 0.0, 1), [0, 1, 2, 3]);
+        assert_eq!(augment(4, 0.0, 0.0, 1), [0, 1, 2, 3]);
         let plan = Plan::causal(&[3, 4], &[vec![0, 1, 2], vec![3, 0]]);
         assert_eq!(
-            (&plan.lengths[..], &plan.targets[..], &plan.reads[..]),
+            (&plan.lengths[..], &plan.targets[..], &plan.outputs[..]),
             (&[2, 1][..], &[1, 2, 3][..], &[0, 1, 2][..])
         );
-        assert_eq!(plan.shown, [Shown::Event(0), Shown::Event(1), Shown::Event(6)]);
+        assert_eq!(plan.inputs, [0, 1, 6].map(PositionInput::Event));
     }
 
     #[test]
-    fn every_place_is_hidden_equally_often() {
+    fn every_position_is_hidden_equally_often() {
         let mut counts = [0; 5];
         for seed in 0..100_000 {
             hide(5, 0.15, seed).iter().zip(&mut counts).for_each(|(&hidden, n)| *n += i64::from(hidden));
         }
         for n in counts {
-            // 0.15 + 0.85 / 5, give or take the correction for all five and five standard deviations.
+            // 0.15 + 0.85 / 5, within the correction for all five hidden plus five standard
+            // deviations.
             assert!((n as f64 / 1e5 - 0.32).abs() < 0.008, "{counts:?}");
         }
     }
 
     #[test]
-    fn orders_are_permutations_of_some_events() {
+    fn a_prediction_order_permutes_some_but_not_all_events() {
         let mut n_predicted = 0;
         for seed in 0..20_000u64 {
             let n = 2 + (seed % 19) as usize;
             let order = prediction_order(n, 1.0 / 6.0, 5, seed);
-            let mut places: Vec<i64> = order.iter().copied().filter(|&place| place >= 0).collect();
-            places.sort_unstable();
-            assert!(places.iter().copied().eq(0..places.len() as i64));
-            assert!(!places.is_empty() && places.len() < n);
-            n_predicted += places.len();
+            let mut ranks: Vec<i64> = order.iter().copied().filter(|&rank| rank >= 0).collect();
+            ranks.sort_unstable();
+            assert!(ranks.iter().copied().eq(0..ranks.len() as i64));
+            assert!(!ranks.is_empty() && ranks.len() < n);
+            n_predicted += ranks.len();
         }
         assert!(n_predicted > 20_000);
     }
 
     #[test]
-    fn padding_moves_what_is_read() {
+    fn padding_moves_the_output_positions() {
         let plan = Plan::masked(&[vec![false, true], vec![true, false, false]]).padded(4);
         assert_eq!(plan.lengths, [4, 4]);
-        assert_eq!(plan.reads, [1, 4]);
+        assert_eq!(plan.outputs, [1, 4]);
         assert_eq!(plan.targets, [1, 2]);
-        use Shown::{Event, Mask, Padding};
-        assert_eq!(plan.shown, [Event(0), Mask, Padding, Padding, Mask, Event(3), Event(4), Padding]);
+        use PositionInput::{Event, Mask, Padding};
+        assert_eq!(plan.inputs, [Event(0), Mask, Padding, Padding, Mask, Event(3), Event(4), Padding]);
     }
 }

@@ -1,48 +1,51 @@
-//! Rows of matrices, by number.
+//! Scatter and gather of matrix rows.
 //!
-//! On the CPU libtorch adds rows up with `index_add_`, which is also the gradient of `index_select`, one by one, each an
-//! operation of its own. `scatter_add_`, which is also the gradient of `gather`, does so in one.
+//! On a CPU, libtorch's `index_add_` (also the gradient of `index_select`) adds one row per
+//! operation. `scatter_add_` (also the gradient of `gather`) adds all rows in one operation.
 
 use tch::{Kind, Tensor};
 
 use crate::collective::exact::{from_multiples, multiples};
 
-/// Adds rows `of: [N, ..]` to the rows `to: [N]` of `table: [V, ..]`, of which some may be the same. Exactly: what others
-/// there are does not matter.
-pub(super) fn add_rows(table: &mut Tensor, to: &Tensor, of: &Tensor, exactly: bool) {
-    if !exactly || !table.device().is_cuda() {
-        let _ = table.scatter_add_(0, &across(to, of), of);
+/// Adds `values: [N, ..]` to the rows `indices: [N]` of `table: [V, ..]`; indices may repeat. If
+/// `reproducible`, the sum of a row does not depend on the other rows.
+pub(super) fn add_rows(table: &mut Tensor, indices: &Tensor, values: &Tensor, reproducible: bool) {
+    if !reproducible || !table.device().is_cuda() {
+        let _ = table.scatter_add_(0, &expand_indices(indices, values), values);
         return;
     }
-    // A GPU adds what is alike in groups, and how these are cut depends on all rows.
-    let (rows, number, _) = to.internal_unique2(true, true, false);
-    let size = [&[rows.size()[0]], &of.size()[1..]].concat();
-    let sums =
-        Tensor::zeros(size, (Kind::Int64, of.device())).scatter_add_(0, &across(&number, of), &multiples(of));
-    let _ = table.scatter_add_(0, &across(&rows, &sums), &from_multiples(&sums));
+    // A GPU adds equal indices in groups whose boundaries depend on all rows, and f32 sums depend
+    // on the grouping. Sums of fixed-point numbers do not.
+    let (rows, row_of_value, _) = indices.internal_unique2(true, true, false);
+    let size = [&[rows.size()[0]], &values.size()[1..]].concat();
+    let sums = Tensor::zeros(size, (Kind::Int64, values.device())).scatter_add_(
+        0,
+        &expand_indices(&row_of_value, values),
+        &multiples(values),
+    );
+    let _ = table.scatter_add_(0, &expand_indices(&rows, &sums), &from_multiples(&sums));
 }
 
-/// The same, and to the last bit so on all ranks that add the same rows: a GPU adds in any order otherwise.
-pub(super) fn add_rows_alike(table: &mut Tensor, to: &Tensor, of: &Tensor) {
+/// As [`add_rows`], with bitwise equal results on all ranks that add the same rows in the same
+/// order. `scatter_add_` on a GPU adds in any order.
+pub(super) fn add_rows_deterministically(table: &mut Tensor, indices: &Tensor, values: &Tensor) {
     if table.device().is_cuda() {
-        // Sorts.
-        let _ = table.index_put_(&[Some(to)], of, true);
+        // This operation sorts the indices first, so that its order of addition is fixed.
+        let _ = table.index_put_(&[Some(indices)], values, true);
     } else {
-        add_rows(table, to, of, false);
+        add_rows(table, indices, values, false);
     }
 }
 
-/// Numbers of rows, one for each number of rows `of: [N, ..]`.
-fn across(rows: &Tensor, of: &Tensor) -> Tensor {
-    match of.dim() {
-        1 => rows.shallow_clone(),
-        _ => rows.unsqueeze(1).expand_as(of),
-    }
+/// Row indices `[N]`, expanded to the shape of `values: [N, ..]`.
+fn expand_indices(indices: &Tensor, values: &Tensor) -> Tensor {
+    if values.dim() == 1 { indices.shallow_clone() } else { indices.unsqueeze(1).expand_as(values) }
 }
 
-/// The rows `at: [N]` of `of: [M, D, ..]`, of which some may be the same: `[N, D, ..]`. For what is learnt through.
-pub(super) fn take_rows(of: &Tensor, at: &Tensor) -> Tensor {
-    let rows = of.flatten(1, -1);
-    let taken = rows.gather(0, &at.unsqueeze(1).expand([-1, rows.size()[1]], false), false);
-    taken.view([&[-1], &of.size()[1..]].concat().as_slice())
+/// The rows `indices: [N]` of `table: [M, D, ..]`: `[N, D, ..]`; indices may repeat. Its gradient is
+/// a `scatter_add_`.
+pub(super) fn take_rows(table: &Tensor, indices: &Tensor) -> Tensor {
+    let rows = table.flatten(1, -1);
+    let taken = rows.gather(0, &indices.unsqueeze(1).expand([-1, rows.size()[1]], false), false);
+    taken.view([&[-1], &table.size()[1..]].concat().as_slice())
 }

@@ -1,16 +1,19 @@
 //! XLNet: attention with relative positions (Yang et al. 2019; Dai et al. 2019 for the positions).
 //!
-//! Layer by layer the arithmetic is that of Hugging Face's `XLNetModel`, without segments and memories. With input `x`,
-//! widths D = heads · D_h and positions i, j of a session, a layer computes, for every head,
+//! The arithmetic of a layer is that of Hugging Face's `XLNetModel`, without segments and memories.
+//! With input `x`, widths D = heads · D_h and positions i, j of a session, a layer computes, for
+//! every head,
 //!
-//! `score[i, j] = ((q_i + b_w) · k_j + (q_i + b_r) · r_{i−j}) / √D_h`, where `q, k, v = x W_q, x W_k, x W_v` and
-//! `r_δ = (sin(δ f), cos(δ f)) W_r` with frequencies `f_m = 10000^(−2m/D)`, then
-//! `h = norm(x + softmax(score) v W_oᵀ)` and `y = norm(h + W₂ gelu(W₁ h))`.
+//! `score[i, j] = ((q_i + b_w) · k_j + (q_i + b_r) · r_{i−j}) / √D_h`, where
+//! `q, k, v = x W_q, x W_k, x W_v` and `r_δ = (sin(δ f), cos(δ f)) W_r` with frequencies
+//! `f_m = 10000^(−2m/D)`, then `h = norm(x + softmax(score) v W_oᵀ)` and
+//! `y = norm(h + W₂ gelu(W₁ h))`.
 //!
-//! Everything but the attention itself runs over packed positions, so padding costs nothing. What a position attends to
-//! is computed for all positions of a layer (`Keys`), what attends either for all positions or for those alone that
-//! are read: the last layer's, and a prediction's that must not see its own event (the second stream of the paper).
-//! The table of positions is not dropped out; the original draws another dropout of it for every session.
+//! Everything except the attention itself runs over packed positions, so padding costs nothing.
+//! Keys and values are computed for all positions of a layer. Queries are computed for all positions
+//! or for the output positions only: the latter in the last layer, and in the second stream of the
+//! paper, whose states do not depend on their own events. The position table has no dropout; the
+//! original draws a dropout mask of it for every session.
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -18,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 use super::body::Layout;
 use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
-use super::{HeadConfig, InputConfig, MOST_LAYERS, Objective, Parameters};
+use super::{HeadConfig, InputConfig, MAX_LAYERS, Objective, Parameters};
 use crate::config::{MOST_WIDTH, check_finite, check_width};
 use crate::data::DropoutGenerator;
 
@@ -66,14 +69,14 @@ impl Default for XlnetConfig {
     }
 }
 
-/// Attention weights of a session for which dropout is drawn, at most: a GiB of numbers.
-const MOST_WEIGHTS: u128 = 1 << 28;
+/// Largest number of attention weights of a session for which a dropout mask is drawn: a GiB.
+const MAX_WEIGHTS: u128 = 1 << 28;
 
 impl XlnetConfig {
     pub(super) fn check(&self) -> Result<(), String> {
         check_width("width", self.width, MOST_WIDTH)?;
         check_width("n_heads", self.n_heads, MOST_WIDTH)?;
-        check_width("n_layers", self.n_layers, MOST_LAYERS)?;
+        check_width("n_layers", self.n_layers, MAX_LAYERS)?;
         if self.width % self.n_heads != 0 || self.width % 2 != 0 {
             return Err(format!(
                 "`width` {} is not an even number divisible by `n_heads` {}",
@@ -84,40 +87,40 @@ impl XlnetConfig {
         check_finite("layer_norm_epsilon", self.layer_norm_epsilon, f32::MIN_POSITIVE)
     }
 
-    /// Checks that the dropout of attention weights, `[H, L, L]` for the longest session, can be drawn.
+    /// Checks the size of the dropout mask of attention weights, `[H, L, L]` for the longest session.
     pub(super) fn check_length(&self, max_length: usize) -> Result<(), String> {
         let n_weights = self.n_heads.max(1) as u128 * (max_length as u128).pow(2);
-        if self.dropout == 0.0 || n_weights <= MOST_WEIGHTS {
+        if self.dropout == 0.0 || n_weights <= MAX_WEIGHTS {
             return Ok(());
         }
         Err(format!(
-            "`dropout` of attention over `data.max_length` {max_length} events by `n_heads` {} is drawn \
-             for {n_weights} weights: at most {MOST_WEIGHTS}",
+            "`dropout` of attention needs a mask of {n_weights} weights for `data.max_length` \
+             {max_length} events and `n_heads` {}: at most {MAX_WEIGHTS}",
             self.n_heads
         ))
     }
 }
 
-/// The layers, and what they share.
+/// The layers, and their common shape.
 pub struct Xlnet {
     layers: Vec<Layer>,
-    shape: Shape,
+    shape: XlnetShape,
 }
 
 #[derive(Clone, Copy)]
-struct Shape {
+struct XlnetShape {
     width: i64,
     n_heads: i64,
     dropout: f64,
 }
 
-impl Shape {
+impl XlnetShape {
     fn head_width(self) -> i64 {
         self.width / self.n_heads
     }
 }
 
-/// A layer's parameters, by index: named and shaped as in Hugging Face's XLNet.
+/// Indices of a layer's parameters, which have the names and shapes of Hugging Face's XLNet.
 struct Layer {
     q: usize,
     k: usize,
@@ -132,20 +135,31 @@ struct Layer {
     layer_2: Linear,
 }
 
-/// What the positions of a layer offer: keys and values `[B, H, L, D_h]`, what they ask with themselves, if they do, and `r_δ` for
-/// δ from L down to 1 − L, as `[H, D_h, 2L]`.
-struct Keys {
+/// The inputs that all layers share.
+#[derive(Clone, Copy)]
+struct LayerContext<'a> {
+    parameters: &'a Parameters,
+    shape: XlnetShape,
+    layout: &'a Layout,
+}
+
+/// Projections of the positions of a layer.
+struct Projections {
+    /// `[B, H, L, D_h]`, if all positions attend.
     q: Option<Tensor>,
+    /// `[B, H, L, D_h]`.
     k: Tensor,
+    /// `[B, H, L, D_h]`.
     v: Tensor,
+    /// `r_δ` for δ from L down to 1 − L: `[H, D_h, 2L]`.
     r: Tensor,
 }
 
 impl Xlnet {
-    /// Appends the initial parameters.
+    /// Declares the parameters.
     pub fn declare(config: &XlnetConfig, builder: &mut ParameterBuilder) -> Self {
         let &XlnetConfig { width, n_heads, dropout, init_std: std, layer_norm_epsilon: epsilon, .. } = config;
-        let shape = Shape { width, n_heads, dropout };
+        let shape = XlnetShape { width, n_heads, dropout };
         let matrix = [width, n_heads, shape.head_width()];
         let layers = (0..config.n_layers).map(|layer| {
             let name = |part: &str| format!("xlnet.layer.{layer}.{part}");
@@ -166,60 +180,59 @@ impl Xlnet {
         Self { layers: layers.collect(), shape }
     }
 
-    /// Positions `x: [P, D]` → the states read, `[N, D]`. With a `query: [1, D]` these are of the second stream, in which
-    /// a position knows of itself only the query.
+    /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. With a `query: [1, D]` these
+    /// are the states of the second stream, which starts from the query at every output position.
     pub fn states(
         &self,
         parameters: &Parameters,
-        (x, query): (Tensor, Option<Tensor>),
+        x: Tensor,
+        query: Option<Tensor>,
         layout: &Layout,
         mut dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
+        let context = LayerContext { parameters, shape: self.shape, layout };
+        let p = self.shape.dropout;
         let table = position_table(layout.length, self.shape.width, x.device());
-        let (hidden, hidden_from_reads) = (layout.hidden(), layout.hidden_from_reads());
-        let (positions, reads) = (&layout.positions_by_segment, &layout.reads_by_segment);
-        let mut h = apply_dropout(&mut dropout, x, self.shape.dropout, positions);
-        // A row for each read: by lookup, as a trace does not know how many there are.
-        let queries = |query: Tensor| take_rows(&query, &layout.reads.zeros_like());
-        let mut read =
-            query.map(|query| apply_dropout(&mut dropout, queries(query), self.shape.dropout, reads));
+        let (mask, output_mask) = (layout.attention_mask(), layout.output_mask());
+        let (positions, outputs) = (&layout.positions_by_segment, &layout.outputs_by_segment);
+        let mut h = apply_dropout(&mut dropout, x, p, positions);
+        // The query at each output position. A lookup, because a trace does not know their number.
+        let repeat = |query: Tensor| take_rows(&query, &layout.outputs.zeros_like());
+        // States of the output positions: of the second stream, or in the last layer.
+        let mut output_states = query.map(|query| apply_dropout(&mut dropout, repeat(query), p, outputs));
         for (number, layer) in self.layers.iter().enumerate() {
             let is_last = number + 1 == self.layers.len();
-            if is_last && read.is_none() && !layout.reads_all {
-                read = Some(take_rows(&h, &layout.reads));
+            // Nothing attends to the states of the last layer, so only output positions need them.
+            if is_last && output_states.is_none() && !layout.all_are_outputs {
+                output_states = Some(take_rows(&h, &layout.outputs));
             }
-            let all_attend = !is_last || read.is_none();
-            let keys = layer.keys(parameters, self.shape, (&h, all_attend), layout, &table);
-            if let Some(states) = &mut read {
-                let context = layer.attend_from_reads(
-                    parameters,
-                    self.shape,
-                    (states, &keys),
-                    layout,
-                    &hidden_from_reads,
-                    &mut dropout,
-                );
-                *states = layer.finish(parameters, self.shape, (&context, states), reads, &mut dropout);
+            let all_attend = !is_last || output_states.is_none();
+            let projections = layer.project(context, &h, all_attend, &table);
+            if let Some(states) = &mut output_states {
+                let attended =
+                    layer.attend_from_outputs(context, states, &projections, &output_mask, &mut dropout);
+                *states = layer.feed_forward(context, attended, states, outputs, &mut dropout);
             }
             if all_attend {
-                let context = layer.attend(parameters, self.shape, &keys, layout, &hidden, &mut dropout);
-                h = layer.finish(parameters, self.shape, (&context, &h), positions, &mut dropout);
+                let attended = layer.attend(context, &projections, &mask, &mut dropout);
+                h = layer.feed_forward(context, attended, &h, positions, &mut dropout);
             }
         }
-        apply_dropout(&mut dropout, read.unwrap_or(h), self.shape.dropout, reads)
+        apply_dropout(&mut dropout, output_states.unwrap_or(h), p, outputs)
     }
 }
 
 impl Layer {
-    fn keys(
+    /// Projects the states `h: [P, D]`, and the position table to `r`. Queries only if `all_attend`.
+    fn project(
         &self,
-        parameters: &Parameters,
-        shape: Shape,
-        (h, all_attend): (&Tensor, bool),
-        layout: &Layout,
+        context: LayerContext<'_>,
+        h: &Tensor,
+        all_attend: bool,
         table: &Tensor,
-    ) -> Keys {
-        // At once: a GPU has more to do with each product then, and less to be told.
+    ) -> Projections {
+        let LayerContext { parameters, shape, layout } = context;
+        // One product for all projections: a GPU launches fewer and larger kernels.
         let parts = [self.k, self.v, self.q];
         let parts = if all_attend { &parts[..] } else { &parts[..2] };
         let weights: Vec<Tensor> = parts.iter().map(|&index| matrix(parameters, index)).collect();
@@ -230,75 +243,79 @@ impl Layer {
         let r = r.view([-1, shape.n_heads, shape.head_width()]).permute([1, 2, 0]);
         let mut x = x.unbind(0).into_iter();
         let mut next = || x.next().expect("as many as were multiplied");
-        Keys { k: next(), v: next(), q: all_attend.then(next), r }
+        Projections { k: next(), v: next(), q: all_attend.then(next), r }
     }
 
-    /// What all positions find: `[P, D]`.
+    /// Attention from all positions: `[P, D]`.
     fn attend(
         &self,
-        parameters: &Parameters,
-        shape: Shape,
-        keys: &Keys,
-        layout: &Layout,
-        hidden: &Option<Tensor>,
+        context: LayerContext<'_>,
+        projections: &Projections,
+        mask: &Option<Tensor>,
         dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
-        let q = keys.q.as_ref().expect("all attend");
+        let LayerContext { parameters, shape, layout } = context;
+        let q = projections.q.as_ref().expect("all attend");
         let bias = |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
-        let by_content = (q + bias(self.r_w_bias)).matmul(&keys.k.transpose(2, 3));
-        // `[B, H, L, 2L]`: column p belongs to δ = L − p, so that (i, j) wants column L + j − i. Reading the rows with a
-        // stride one shorter shifts each by one more than the one before.
+        let by_content = (q + bias(self.r_w_bias)).matmul(&projections.k.transpose(2, 3));
+        // The relative shift of Dai et al. 2019. The product is `[B, H, L, 2L]`. Its column p belongs
+        // to δ = L − p, so the score (i, j) is in column L + j − i. Reading the same memory with rows
+        // of one number less shifts each row by one more than the row before.
         let length = layout.length;
         let by_position = (q + bias(self.r_r_bias))
-            .matmul(&keys.r.unsqueeze(0))
+            .matmul(&projections.r.unsqueeze(0))
             .view([-1, shape.n_heads, 2 * length, length])
             .narrow(2, 1, 2 * length - 1)
             .reshape([-1, shape.n_heads, length, 2 * length - 1])
             .narrow(3, 0, length);
-        let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
-        let weights = weights(by_content + by_position, hidden, shape);
+        let mask = mask.as_ref().map(|mask| mask.unsqueeze(1));
+        let weights = attention_weights(by_content + by_position, mask, shape);
         let weights = dropout_weights(dropout, weights, shape.dropout, &layout.sessions_by_segment);
-        let found = weights.matmul(&keys.v).transpose(1, 2).reshape([-1, length, shape.width]);
-        layout.pack(&found).matmul(&matrix(parameters, self.o).tr())
+        let attended = weights.matmul(&projections.v).transpose(1, 2).reshape([-1, length, shape.width]);
+        layout.pack(&attended).matmul(&matrix(parameters, self.o).tr())
     }
 
-    /// What the positions that are read find, their states being `states: [N, D]`: `[N, D]`.
-    fn attend_from_reads(
+    /// Attention from the output positions with `states: [N, D]` to all positions: `[N, D]`.
+    fn attend_from_outputs(
         &self,
-        parameters: &Parameters,
-        shape: Shape,
-        (states, keys): (&Tensor, &Keys),
-        layout: &Layout,
-        hidden: &Option<Tensor>,
+        context: LayerContext<'_>,
+        states: &Tensor,
+        projections: &Projections,
+        mask: &Option<Tensor>,
         dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
+        let LayerContext { parameters, shape, layout } = context;
         let q = states.matmul(&matrix(parameters, self.q)).view([-1, shape.n_heads, shape.head_width()]);
-        let asked = layout.by_read(&(&q + parameters.leaf(self.r_w_bias)));
-        let by_content = layout.of_reads(&asked.matmul(&keys.k.transpose(2, 3)));
+        // Queries are grouped by session for one batched product with the session's keys.
+        let queries = layout.pad_outputs(&(&q + parameters.leaf(self.r_w_bias)));
+        let by_content = layout.pack_outputs(&queries.matmul(&projections.k.transpose(2, 3)));
         let by_position =
-            (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&keys.r).transpose(0, 1);
-        let to = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
-        let columns = to - layout.read_places().unsqueeze(1) + layout.length;
+            (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&projections.r).transpose(0, 1);
+        // Few rows: a gather of column L + j − i replaces the relative shift.
+        let key = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
+        let columns = key - layout.output_offsets().unsqueeze(1) + layout.length;
         let columns = columns.unsqueeze(1).expand([-1, shape.n_heads, layout.length], false);
         let by_position = by_position.gather(2, &columns, false);
-        let hidden = hidden.as_ref().map(|hidden| hidden.unsqueeze(1));
-        let weights = weights(by_content + by_position, hidden, shape);
-        let weights = dropout_weights(dropout, weights, shape.dropout, &layout.reads_by_segment);
-        let found = layout.of_reads(&layout.by_read(&weights).matmul(&keys.v)).reshape([-1, shape.width]);
-        found.matmul(&matrix(parameters, self.o).tr())
+        let mask = mask.as_ref().map(|mask| mask.unsqueeze(1));
+        let weights = attention_weights(by_content + by_position, mask, shape);
+        let weights = dropout_weights(dropout, weights, shape.dropout, &layout.outputs_by_segment);
+        let attended = layout.pack_outputs(&layout.pad_outputs(&weights).matmul(&projections.v));
+        attended.reshape([-1, shape.width]).matmul(&matrix(parameters, self.o).tr())
     }
 
-    /// What comes after attention, position by position: `context` and `h`, both `[N, D]` → `[N, D]`.
-    fn finish(
+    /// The rest of a layer after attention, with residual connections: `attended` and `h`, both
+    /// `[N, D]` → `[N, D]`. `counts`: rows of each micro-batch, for dropout.
+    fn feed_forward(
         &self,
-        parameters: &Parameters,
-        shape: Shape,
-        (context, h): (&Tensor, &Tensor),
+        context: LayerContext<'_>,
+        attended: Tensor,
+        h: &Tensor,
         counts: &[i64],
         dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
+        let LayerContext { parameters, shape, .. } = context;
         let mut drop = |x: Tensor| apply_dropout(dropout, x, shape.dropout, counts);
-        let h = self.attention_norm.apply(parameters, &(drop(context.shallow_clone()) + h));
+        let h = self.attention_norm.apply(parameters, &(drop(attended) + h));
         let inner = drop(self.layer_1.apply(parameters, &h).gelu("none"));
         self.norm.apply(parameters, &(drop(self.layer_2.apply(parameters, &inner)) + h))
     }
@@ -310,10 +327,12 @@ fn matrix(parameters: &Parameters, index: usize) -> Tensor {
     parameter.view([parameter.size()[0], -1])
 }
 
-fn weights(scores: Tensor, hidden: Option<Tensor>, shape: Shape) -> Tensor {
+fn attention_weights(scores: Tensor, mask: Option<Tensor>, shape: XlnetShape) -> Tensor {
     let scores = scores * (shape.head_width() as f64).powf(-0.5);
-    let scores =
-        hidden.map_or(scores.shallow_clone(), |hidden| scores.masked_fill(&hidden, f64::NEG_INFINITY));
+    let scores = match mask {
+        Some(mask) => scores.masked_fill(&mask, f64::NEG_INFINITY),
+        None => scores,
+    };
     scores.softmax(-1, Kind::Float)
 }
 
@@ -343,9 +362,9 @@ fn dropout_weights(
 
 /// `(sin(δ f), cos(δ f))` for δ from L down to 1 − L: `[2L, D]`.
 fn position_table(length: i64, width: i64, device: Device) -> Tensor {
-    let on = (Kind::Float, device);
-    let distances = Tensor::arange_start_step(length, -length, -1, on);
-    let exponents = Tensor::arange_start_step(0, width, 2, on) / width as f64;
+    let options = (Kind::Float, device);
+    let distances = Tensor::arange_start_step(length, -length, -1, options);
+    let exponents = Tensor::arange_start_step(0, width, 2, options) / width as f64;
     let frequencies = (exponents * -(10_000f64.ln())).exp();
     let angles = distances.unsqueeze(1) * frequencies.unsqueeze(0);
     Tensor::cat(&[angles.sin(), angles.cos()], 1)

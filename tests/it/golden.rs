@@ -6,7 +6,7 @@ use bireme::collective::phase_timer::PhaseTimer;
 use bireme::data::{Batch, Features, Segment};
 use bireme::metrics::{Ranking, Tally, rank_targets};
 use bireme::model::head::{Logits, Negatives};
-use bireme::model::objective::{Plan, Visible};
+use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::parameters::ParameterBuilder;
 use bireme::model::{
     GruConfig, InputConfig, ItemTable, Layout, Network, Neural, NoHooks, Parameters, Recommender, Xlnet,
@@ -247,9 +247,9 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
         let states = network.read(&batch, plan.clone()).unwrap();
         assert!(distance(&states, &at_labels("train")) < tolerance, "{name}");
         let padded = plan.padded(length);
-        let n = padded.shown.len() as i64;
+        let n = padded.inputs.len() as i64;
         let everywhere =
-            Plan { reads: (0..n).collect(), reads_per_session: padded.lengths.clone(), ..padded };
+            Plan { outputs: (0..n).collect(), outputs_per_session: padded.lengths.clone(), ..padded };
         let states = network.read(&batch, everywhere).unwrap();
         assert!(distance(&states, &golden["train.act.2_body"].reshape([-1, width])) < tolerance, "{name}");
         // At evaluation the original hides the last event, where ours puts the mask behind those known.
@@ -276,10 +276,10 @@ fn xlnet_layers_are_those_of_hugging_face() {
         tch::no_grad(|| view.of(&parameters.values()).copy_(&golden[&original]));
     }
     let sessions = pack(&[Tensor::full([3, 5], 2, (Kind::Int64, Device::Cpu))]);
-    let plan = Plan::all(&[5, 5, 5], Visible::All);
+    let plan = Plan::all(&[5, 5, 5], AttentionMask::Full);
     let layout = Layout::new(&plan, &sessions, Device::Cpu);
     let x = golden["in.inputs_embeds"].reshape([15, 8]);
-    let states = tch::no_grad(|| xlnet.states(&parameters, (x, None), &layout, None));
+    let states = tch::no_grad(|| xlnet.states(&parameters, x, None, &layout, None));
     assert!(distance(&states, &golden["out"].reshape([15, 8])) < 1e-5);
 }
 

@@ -12,7 +12,7 @@ use bireme::model::head::{
     ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace, cross_entropy,
 };
 use bireme::model::input::{Aggregation, Continuous};
-use bireme::model::objective::{Plan, Visible};
+use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::{
     self, GruConfig, InputConfig, ItemTable, LossConfig, LossSum, Network, Neural, NoHooks, Objective,
     Recommender, XlnetConfig,
@@ -121,13 +121,13 @@ fn packing_sessions_of_other_lengths_changes_nothing() {
 #[test]
 fn the_last_layer_where_it_is_read_is_the_last_layer_everywhere() {
     let sessions = [vec![5, 9, 3, 7], vec![2, 7, 11, 30, 21, 4]];
-    for visible in [Visible::All, Visible::Before] {
+    for visible in [AttentionMask::Full, AttentionMask::Causal] {
         let config = xlnet(Objective::causal(), input());
         let network = network(&Neural::Xlnet(&config));
         let everywhere = Plan::all(&[4, 6], visible);
-        let some = Plan { reads: vec![1, 3, 4, 8], reads_per_session: vec![2, 2], ..everywhere.clone() };
+        let some = Plan { outputs: vec![1, 3, 4, 8], outputs_per_session: vec![2, 2], ..everywhere.clone() };
         let all = network.read(&batch(&sessions), everywhere).unwrap();
-        let rows = all.index_select(0, &Tensor::from_slice(&some.reads));
+        let rows = all.index_select(0, &Tensor::from_slice(&some.outputs));
         assert!(distance(&network.read(&batch(&sessions), some).unwrap(), &rows) < 1e-5);
     }
 }
@@ -230,7 +230,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
                 for batch in passes.unwrap() {
                     let plan = objective.training(&batch, true);
                     let (mut first, mut reads) = (0, plan.targets.as_slice());
-                    for (session, n_reads) in batch.sessions().into_iter().zip(plan.reads_per_session) {
+                    for (session, n_reads) in batch.sessions().into_iter().zip(plan.outputs_per_session) {
                         let (mine, rest) = reads.split_at(n_reads);
                         hidden.push((
                             step / shape.steps(window.n_sessions()),
