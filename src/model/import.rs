@@ -1,16 +1,17 @@
-//! Weights saved by Transformers4Rec, by their names there.
+//! Names of weights that Transformers4Rec saved.
 
-/// The name here of what Transformers4Rec (0.1) calls `original` in the state dictionary of a session model whose body
-/// is an MLP block and a GRU or Hugging Face's XLNet; `Ok(None)` for what no computation reads.
+/// The parameter that Transformers4Rec (0.1) names `original` in the state dictionary of a session
+/// model whose body is an MLP block and a GRU or Hugging Face's XLNet; `Ok(None)` for a weight that
+/// no computation uses.
 ///
 /// # Errors
-/// A name of some other model.
-pub fn name_of(original: &str) -> Result<Option<String>, String> {
-    let unknown = || format!("`{original}` is no weight of a session model of Transformers4Rec");
+/// The name belongs to another model.
+pub fn parameter_name(original: &str) -> Result<Option<String>, String> {
+    let unknown = || format!("`{original}` is not a weight of a Transformers4Rec session model");
     let rest = original.strip_prefix("heads.0.").ok_or_else(unknown)?;
-    let linear = |prefix: &str, ours: &str| {
+    let linear = |prefix: &str, name: &str| {
         let part = rest.strip_prefix(prefix)?;
-        ["weight", "bias"].contains(&part).then(|| format!("{ours}.{part}"))
+        ["weight", "bias"].contains(&part).then(|| format!("{name}.{part}"))
     };
     if let Some((_, table)) = rest.split_once(".embedding_tables.") {
         let feature = table.strip_suffix(".weight").ok_or_else(unknown)?;
@@ -31,7 +32,7 @@ pub fn name_of(original: &str) -> Result<Option<String>, String> {
     if rest.ends_with(".pre.module.output_layer_bias") {
         return Ok(Some("item_table.bias".to_owned()));
     }
-    let task = rest.find("task_block.").map_or(rest, |place| &rest[place..]);
+    let task = rest.find("task_block.").map_or(rest, |start| &rest[start..]);
     let in_task = task.strip_prefix("task_block.0.0.").map(|part| format!("head.projection.{part}"));
     linear("body.0.projection_module.0.0.", "input.projection")
         .or_else(|| linear("body.1.0.0.", "input.to_body"))
@@ -40,8 +41,9 @@ pub fn name_of(original: &str) -> Result<Option<String>, String> {
         .ok_or_else(unknown)
 }
 
-/// The name without what DistributedDataParallel (`module.`) and `torch.compile` (`_orig_mod.`) put into it.
-fn unwrapped(name: &str) -> String {
+/// The name without the prefixes of DistributedDataParallel (`module.`) and the parts that
+/// `torch.compile` inserts (`_orig_mod.`).
+fn without_wrappers(name: &str) -> String {
     let mut name = name.split('.').filter(|part| *part != "_orig_mod").collect::<Vec<_>>().join(".");
     while let Some(rest) = name.strip_prefix("module.") {
         name = rest.to_owned();
@@ -49,10 +51,11 @@ fn unwrapped(name: &str) -> String {
     name
 }
 
-/// Renames a state dictionary, for a model whose parameters are named `wanted` and whose item id is the feature `item`.
+/// Renames a state dictionary for a model with the parameters `wanted`; `item` is the feature with
+/// the item ids.
 ///
 /// # Errors
-/// A name of some other model.
+/// A name belongs to another model, or two names are the same parameter.
 pub fn rename<T>(
     original: Vec<(String, T)>,
     item: &str,
@@ -61,12 +64,12 @@ pub fn rename<T>(
     let item_table = format!("tables.{item}.weight");
     let mut renamed: Vec<(String, T)> = Vec::new();
     for (name, value) in original {
-        let Some(ours) = name_of(&unwrapped(&name))? else { continue };
+        let Some(ours) = parameter_name(&without_wrappers(&name))? else { continue };
         let ours = if ours == item_table { "item_table.weight".to_owned() } else { ours };
-        // The original has a mask vector even where nothing is ever hidden.
         if renamed.iter().any(|(other, _)| *other == ours) {
-            return Err(format!("`{name}` is there twice, wrapped and as it is"));
+            return Err(format!("`{name}` occurs twice, with and without a wrapper's prefix"));
         }
+        // Transformers4Rec saves a mask vector even if the objective hides nothing.
         if ours != "input.mask" || wanted(&ours) {
             renamed.push((ours, value));
         }
@@ -79,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wrappers_of_a_model_leave_its_names_alone() {
+    fn prefixes_of_wrappers_are_removed() {
         let plain = "heads.0.body.2.module.weight_ih_l0";
         let names = |names: &[&str]| {
             let original = names.iter().map(|name| ((*name).to_owned(), ())).collect();
@@ -87,13 +90,13 @@ mod tests {
                 .map(|renamed| renamed.into_iter().map(|(name, ())| name).collect())
         };
         for prefix in ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."] {
-            let found: Vec<String> = names(&[&format!("{prefix}{plain}")]).unwrap();
-            assert_eq!(found, ["gru.weight_ih_l0"], "{prefix}");
+            let renamed: Vec<String> = names(&[&format!("{prefix}{plain}")]).unwrap();
+            assert_eq!(renamed, ["gru.weight_ih_l0"], "{prefix}");
         }
         let compiled: Vec<String> = names(&["heads.0.body._orig_mod.2.module.weight_ih_l0"]).unwrap();
         assert_eq!(compiled, ["gru.weight_ih_l0"]);
         let twice: Result<Vec<String>, String> = names(&[plain, &format!("module.{plain}")]);
-        assert!(twice.unwrap_err().contains("is there twice"));
+        assert!(twice.unwrap_err().contains("occurs twice"));
     }
 
     #[test]
@@ -101,7 +104,7 @@ mod tests {
         for name in
             ["bert.encoder.layer.0.weight", "heads.0.body.7.weight", "heads.0.body.1.0.0.running_mean"]
         {
-            assert!(name_of(name).unwrap_err().contains(name));
+            assert!(parameter_name(name).unwrap_err().contains(name));
         }
     }
 }

@@ -1,4 +1,5 @@
-//! From the columns of an event to one vector: tables, continuous values, aggregation, projection.
+//! The input block, from the columns of an event to one vector: tables, continuous features,
+//! aggregation, projection.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -87,7 +88,7 @@ pub enum Continuous {
 
 impl InputConfig {
     pub(super) fn check(&self) -> Result<(), String> {
-        let continuous = match self.continuous {
+        let (n_vectors, width) = match self.continuous {
             Continuous::Raw {} => (1, 1),
             Continuous::Projected { width } => (1, width),
             Continuous::SoftOneHot { n_vectors, width } => (n_vectors, width),
@@ -96,8 +97,8 @@ impl InputConfig {
             ("input.item_width", self.item_width),
             ("input.feature_width", self.feature_width),
             ("input.projection_width", self.projection_width.unwrap_or(1)),
-            ("input.continuous.n_vectors", continuous.0),
-            ("input.continuous.width", continuous.1),
+            ("input.continuous.n_vectors", n_vectors),
+            ("input.continuous.width", width),
         ];
         for (key, value) in widths {
             check_width(key, value, MOST_WIDTH)?;
@@ -108,11 +109,9 @@ impl InputConfig {
         }
         Ok(())
     }
-}
 
-impl InputConfig {
-    /// Width of what becomes of a column; none of one that is projected together with others.
-    fn width_of(&self, features: &Features, column: usize) -> Option<i64> {
+    /// Width of a column's channel; `None` if the column shares a projection with others.
+    fn column_width(&self, features: &Features, column: usize) -> Option<i64> {
         match (column, features.columns()[column].is_categorical(), self.continuous) {
             (0, ..) => Some(self.item_width),
             (_, true, _) => Some(self.feature_width),
@@ -122,13 +121,18 @@ impl InputConfig {
         }
     }
 
-    /// Width of what the features of an event are aggregated to.
+    /// Width of the aggregated features of an event.
+    ///
+    /// # Errors
+    /// Features of different widths cannot be summed.
     pub(super) fn aggregated_width(&self, features: &Features) -> Result<i64, String> {
         let columns = features.columns();
         let mut widths: Vec<(&str, i64)> = (0..columns.len())
-            .filter_map(|column| Some((columns[column].name.as_str(), self.width_of(features, column)?)))
+            .filter_map(|column| Some((columns[column].name.as_str(), self.column_width(features, column)?)))
             .collect();
-        if let (Continuous::Projected { width }, true) = (self.continuous, widths.len() < columns.len()) {
+        if let Continuous::Projected { width } = self.continuous
+            && widths.len() < columns.len()
+        {
             widths.push(("continuous", width));
         }
         if self.aggregation == Aggregation::Concat {
@@ -144,39 +148,43 @@ impl InputConfig {
     }
 }
 
-/// What becomes of one column, or of all continuous ones together.
+/// The vector of one column, or of all continuous columns together, before aggregation.
 enum Channel {
+    /// A row of the parameter `table`.
     Table { column: usize, table: usize },
+    /// [`Continuous::Raw`].
     Value { column: usize },
+    /// [`Continuous::Projected`].
     Values { columns: Vec<usize>, projection: Linear },
+    /// [`Continuous::SoftOneHot`]; `vectors` is a parameter.
     SoftOneHot { column: usize, mixture: Linear, vectors: usize },
 }
 
-/// The input block: events → vectors of the body's width.
+/// Events → vectors of the body's width.
 pub struct Input {
     aggregation: Aggregation,
     swap_noise: f64,
-    /// In the order of aggregation.
+    /// Sorted by name, which is the order of concatenation.
     channels: Vec<(Channel, Option<LayerNorm>)>,
     projection: Option<Linear>,
-    /// The vector that stands for a hidden event, unless nothing is ever hidden.
+    /// Parameter that replaces hidden events; `None` if the objective hides none.
     mask: Option<usize>,
     to_body: Linear,
 }
 
-/// Rows that were looked up in a table.
+/// A lookup in one table.
 pub(super) struct Lookup<'a> {
-    /// The table's parameter.
+    /// Index of the table's parameter.
     pub table: usize,
-    /// Row of each event, `[T + 1]`.
+    /// Row of each event, and of the padding: `[T + 1]`.
     pub rows: Tensor,
-    /// Its vector, `[T + 1, D]`.
+    /// Values of these rows, `[T + 1, D]`.
     pub vectors: Tensor,
     pub request: RowRequest<'a>,
 }
 
 impl Input {
-    /// Appends a table for every categorical feature but the item id, whose table is there already.
+    /// Declares a table for every categorical feature except the item id, whose table comes first.
     pub(super) fn declare_tables(config: &InputConfig, features: &Features, builder: &mut ParameterBuilder) {
         for feature in &features.columns()[1..] {
             if let Some(n_rows) = feature.cardinality().filter(|_| feature.is_categorical()) {
@@ -186,24 +194,27 @@ impl Input {
         }
     }
 
-    /// Appends everything else. `first_table`: the first parameter that [`Input::declare_tables`] appended.
+    /// Declares all other parameters. `first_table`: the first that [`Input::declare_tables`]
+    /// declared. `masks`: whether the objective hides events.
     ///
     /// # Errors
     /// Features of different widths cannot be summed.
     pub(super) fn declare(
         config: &InputConfig,
         features: &Features,
-        (first_table, masks, body_width): (usize, bool, i64),
+        first_table: usize,
+        masks: bool,
+        body_width: i64,
         builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
         let columns = features.columns();
         let continuous: Vec<usize> = (0..columns.len()).filter(|&i| !columns[i].is_categorical()).collect();
         let mut tables = first_table..;
-        // (name that orders it, width, channel)
+        // (name, width, channel)
         let mut channels: Vec<(&str, i64, Channel)> = Vec::new();
         for (column, feature) in columns.iter().enumerate() {
             let name = feature.name.as_str();
-            let Some(width) = config.width_of(features, column) else { continue };
+            let Some(width) = config.column_width(features, column) else { continue };
             let channel = if column == 0 {
                 Channel::Table { column, table: ITEM_TABLE }
             } else if feature.is_categorical() {
@@ -218,7 +229,9 @@ impl Input {
             };
             channels.push((name, width, channel));
         }
-        if let (Continuous::Projected { width }, false) = (config.continuous, continuous.is_empty()) {
+        if let Continuous::Projected { width } = config.continuous
+            && !continuous.is_empty()
+        {
             let projection = builder.linear("input.continuous", continuous.len() as i64, width);
             channels.push(("continuous", width, Channel::Values { columns: continuous, projection }));
         }
@@ -228,13 +241,14 @@ impl Input {
         let channels = channels
             .into_iter()
             .map(|(name, width, channel)| {
-                // Of a single number the norm would leave nothing.
+                // The layer norm of a single number is a constant.
                 let norm = (config.layer_norm && width > 1)
                     .then(|| builder.layer_norm(&format!("input.{name}.layer_norm"), width, 1e-5));
                 (channel, norm)
             })
             .collect();
-        let projection = config.projection_width.map(|to| builder.linear("input.projection", width, to));
+        let projection =
+            config.projection_width.map(|projected| builder.linear("input.projection", width, projected));
         let width = config.projection_width.unwrap_or(width);
         let mask = masks.then(|| builder.normal("input.mask", &[width], 0.001));
         let to_body = builder.linear("input.to_body", width, body_width);
@@ -242,8 +256,8 @@ impl Input {
         Ok(Self { aggregation, swap_noise, channels, projection, mask, to_body })
     }
 
-    /// The batch's columns as a pass reads them: with swap noise, if it learns, and with a padding event at the end.
-    pub(super) fn columns(&self, batch: &Batch, learns: bool) -> Vec<Tensor> {
+    /// The columns of a batch followed by a padding event, `[T + 1]`; with swap noise if `training`.
+    pub(super) fn columns(&self, batch: &Batch, training: bool) -> Vec<Tensor> {
         let n = batch.n_events() as i64;
         batch
             .columns
@@ -251,18 +265,21 @@ impl Input {
             .enumerate()
             .map(|(column, values)| {
                 let padded = values.constant_pad_nd([0, 1]);
-                if !learns || self.swap_noise == 0.0 {
+                if !training || self.swap_noise == 0.0 {
                     return padded;
                 }
-                let mut from = swap(batch, column, self.swap_noise);
-                from.push(n);
-                padded.index_select(0, &send(&Tensor::from_slice(&from), values.device()))
+                let mut sources = swap_sources(batch, column, self.swap_noise);
+                sources.push(n);
+                padded.index_select(0, &send(&Tensor::from_slice(&sources), values.device()))
             })
             .collect()
     }
 
     /// *All ranks*, if the item table is sharded. Looks up the vectors of the categorical columns, in
     /// the order of the channels.
+    ///
+    /// # Errors
+    /// A collective call fails.
     pub(super) fn look_up<'a>(
         &self,
         parameters: &Parameters,
@@ -288,14 +305,14 @@ impl Input {
             .collect()
     }
 
-    /// The vector of what stands at each position, `[P, body_width]`, and that of the mask, `[1, body_width]`. `looked_up`: the
-    /// vectors of [`Input::look_up`]; `shown`: see [`super::Layout`].
+    /// The vectors of all positions, `[P, body_width]`, and the mask vector, `[1, body_width]`.
+    /// `looked_up`: vectors of [`Input::look_up`]; `input_rows`: see [`super::Layout`].
     pub(super) fn positions(
         &self,
         parameters: &Parameters,
         columns: &[Tensor],
         looked_up: &[Tensor],
-        shown: &Tensor,
+        input_rows: &Tensor,
     ) -> (Tensor, Option<Tensor>) {
         let mut looked_up = looked_up.iter();
         let channels: Vec<Tensor> = self
@@ -327,27 +344,28 @@ impl Input {
         if let Some(projection) = self.projection {
             events = projection.apply(parameters, &events).relu();
         }
-        // The padding event is the last of the events; the mask comes behind it.
+        // Row `T` is the padding event, row `T + 1` the mask.
         if let Some(mask) = self.mask {
             events = Tensor::cat(&[events, parameters.leaf(mask).unsqueeze(0)], 0);
         }
         let vectors = self.to_body.apply(parameters, &events).relu();
         let mask = self.mask.map(|_| vectors.narrow(0, -1, 1));
-        (take_rows(&vectors, shown), mask)
+        (take_rows(&vectors, input_rows), mask)
     }
 }
 
-/// From which event each event takes its value of a column: itself, or with `probability` any of its micro-batch.
-fn swap(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
+/// The event from which each event takes its value of a column: itself, or with `probability` a
+/// random event of its micro-batch.
+fn swap_sources(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
     let events = batch.by_segment(&batch.lengths);
-    let mut from = Vec::with_capacity(batch.n_events());
+    let mut sources = Vec::with_capacity(batch.n_events());
     for (segment, n) in batch.segments.iter().zip(events) {
-        let first = from.len() as i64;
+        let first = sources.len() as i64;
         let mut generator =
             ChaCha8Rng::seed_from_u64(derive_seed(segment.seed, "swap noise", &[column as u64]));
-        from.extend((first..first + n).map(|event| {
+        sources.extend((first..first + n).map(|event| {
             if generator.random_bool(probability) { generator.random_range(first..first + n) } else { event }
         }));
     }
-    from
+    sources
 }

@@ -1,9 +1,10 @@
-//! Models: what they compute, not how they are trained.
+//! Models: their parameters, scores, losses and gradients. The training loop is in `train`.
 //!
-//! Every model is a [`Recommender`], so that one evaluator and one server read them all. A neural model ([`Network`])
-//! is an input block that turns events into vectors ([`input`]), a body that turns vectors into states ([`Gru`],
-//! [`Xlnet`]) and a softmax over the catalogue ([`head`]); what is hidden and what is predicted is its [`objective`].
-//! The gradients of tables do not go through autograd: see [`head`].
+//! Every model is a [`Recommender`], so that evaluation and serving are the same for all. A neural
+//! model ([`Network`]) is an input block from events to vectors ([`input`]), a body from vectors to
+//! states ([`Gru`], [`Xlnet`]) and a softmax over the catalogue ([`head`]). The [`objective`] chooses
+//! which events are hidden and which are predicted. Gradients of the tables do not go through
+//! autograd: see [`head`].
 
 mod baseline;
 mod body;
@@ -67,20 +68,18 @@ pub enum Config {
     Vsknn(NeighboursConfig),
 }
 
-/// A model that learns by gradients.
+/// The configuration of a model that is trained by gradient descent.
 #[derive(Clone, Copy, Debug)]
 pub enum Neural<'a> {
-    /// See [`Config::Gru`].
     Gru(&'a GruConfig),
-    /// See [`Config::Xlnet`].
     Xlnet(&'a XlnetConfig),
 }
 
 impl Config {
-    /// Checks what the types leave open, for sessions of at most `max_length` events.
+    /// Checks the ranges of the values, for sessions of at most `max_length` events.
     ///
     /// # Errors
-    /// Says which key is wrong.
+    /// Returns the first invalid key.
     pub fn check(&self, max_length: usize) -> Result<(), String> {
         match self {
             Config::Vsknn(neighbours) => neighbours.check(),
@@ -91,7 +90,7 @@ impl Config {
         }
     }
 
-    /// The model, if it learns by gradients.
+    /// `None` for a baseline.
     pub fn neural(&self) -> Option<Neural<'_>> {
         match self {
             Config::Gru(gru) => Some(Neural::Gru(gru)),
@@ -100,14 +99,14 @@ impl Config {
         }
     }
 
-    /// Checks what depends on the columns that are read.
+    /// Checks the keys that depend on the features.
     ///
     /// # Errors
-    /// Says which key and which feature do not go together.
+    /// Returns the first key that does not fit the features.
     pub fn check_features(&self, features: &Features) -> Result<(), String> {
         let n_items = features.n_items();
         match self {
-            // Sessions are kept as item indices of 32 bits.
+            // `Neighbours` stores item indices in 32 bits.
             Config::Vsknn(_) if n_items > 1 << 32 => {
                 Err(format!("`kind` vsknn knows at most {} items, not {n_items}", 1u64 << 32))
             }
@@ -115,11 +114,11 @@ impl Config {
         }
     }
 
-    /// Its name, with its objective where that is not the usual one.
+    /// Name for people, with the objective if it is not the model's usual one.
     pub fn title(&self) -> String {
         match self {
             Config::Gru(gru) => match gru.objective {
-                // What a GRU always learns goes without saying.
+                // The usual objective of a GRU.
                 Objective::Causal { .. } => "GRU".to_owned(),
                 _ => format!("GRU-{}", gru.objective.short_name()),
             },
@@ -133,7 +132,6 @@ impl Config {
 }
 
 impl<'a> Neural<'a> {
-    /// The input block.
     pub fn input(self) -> &'a InputConfig {
         match self {
             Neural::Gru(gru) => &gru.input,
@@ -141,7 +139,6 @@ impl<'a> Neural<'a> {
         }
     }
 
-    /// What is learnt.
     pub fn objective(self) -> &'a Objective {
         match self {
             Neural::Gru(gru) => &gru.objective,
@@ -149,7 +146,6 @@ impl<'a> Neural<'a> {
         }
     }
 
-    /// What comes out.
     pub fn head(self) -> &'a HeadConfig {
         match self {
             Neural::Gru(gru) => &gru.head,
@@ -186,19 +182,19 @@ impl<'a> Neural<'a> {
     }
 }
 
-/// Scores every item of the catalogue as the next of a session.
+/// A model that scores every item of the catalogue as the next item of a session.
 pub trait Recommender {
     /// Rows of the catalogue `V`, padding (0) and unknown (1) included.
     fn n_items(&self) -> i64;
 
-    /// Device of the batches that it reads and of the scores that it returns.
+    /// Device of the batches and of the scores.
     fn device(&self) -> Device;
 
     /// Whether scores are logits, so that their cross entropy is meaningful.
     fn scores_are_logits(&self) -> bool;
 
-    /// *All ranks*, if the item table is sharded. Encodes each session: `[B, ..]`, which only
-    /// [`Recommender::scores`] reads.
+    /// *All ranks*, if the item table is sharded. Encodes each session: `[B, ..]`, the
+    /// input of [`Recommender::scores`].
     ///
     /// # Errors
     /// A collective call fails.

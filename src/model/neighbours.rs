@@ -1,25 +1,27 @@
-//! V-SkNN: what the most similar of the sessions so far hold.
+//! V-SkNN: scores from the items of the most similar past sessions.
 //!
-//! Ludewig and Jannach 2018, "Evaluation of session-based recommendation algorithms", with the decays and the
-//! inverse document frequency that their later comparisons tune (Ludewig et al. 2021, "Empirical analysis of
-//! session-based recommendation algorithms"). Let the known part of a session be the items `i₁ … i_n`, unknown
-//! ones left out, and `s` one of the sessions so far as a set of items.
+//! Ludewig and Jannach 2018, "Evaluation of session-based recommendation algorithms", with the decays
+//! and the inverse document frequency of their later comparison (Ludewig et al. 2021, "Empirical
+//! analysis of session-based recommendation algorithms"). Let the known part of a session be the
+//! items `i₁ … i_n`, without unknown ones, and let `s` be a past session as a set of items.
 //!
 //! 1. *Candidates* are the `sample_size` most recent sessions that share an item with it.
-//! 2. *Similarity.* Each distinct item of the known part weighs `w(p, n)`, where p is its last position in it. The
-//!    similarity of `s` is the dot product of these weights with `s`, over the number of distinct items:
-//!    `sim(s) = Σ_{i ∈ s} w(p_i, n) / n_distinct`.
-//! 3. *Neighbours* are the `k` candidates of greatest similarity above 0, of equal ones the more recent.
-//! 4. *Scores.* A neighbour speaks for all its items, less so the further back the last item is that it shares: the
-//!    d-th from the end, d = 1 being the last. `score(i) = (1 + idf_weight · idf(i)) · Σ_{s ∋ i} sim(s) · v(d_s)`,
-//!    where `idf(i)` is the logarithm of all sessions so far over those that hold i.
+//! 2. *Similarity.* Each distinct item of the known part has the weight `w(p, n)`, where p is its last
+//!    position in it. The similarity of `s` is the dot product of these weights with `s`, divided by
+//!    the number of distinct items: `sim(s) = Σ_{i ∈ s} w(p_i, n) / n_distinct`.
+//! 3. *Neighbours* are the `k` candidates with the greatest similarity above 0; ties go to the more
+//!    recent session.
+//! 4. *Scores.* A neighbour votes for all its items. Its vote decays with the distance of the last
+//!    shared item from the end of the known part, d = 1 for the last item:
+//!    `score(i) = (1 + idf_weight · idf(i)) · Σ_{s ∋ i} sim(s) · v(d_s)`, where `idf(i)` is the
+//!    logarithm of the number of past sessions divided by the number of those that contain i.
 //!
-//! Items of the session itself are scored like all others. Of two sessions the one of the later day is the more
-//! recent, and in a day the one of the later row: sessions carry no times inside a day.
+//! Items of the session itself are scored like all others. Sessions are ordered by day and, as they
+//! have no times within a day, by row.
 
 use serde::{Deserialize, Serialize};
 
-/// First item index that two sessions can share: padding (0) and unknown (1) are no items.
+/// First index of an item: 0 is padding, 1 is unknown.
 const FIRST_ITEM: i64 = 2;
 
 /// How weight falls towards the beginning of a session.
@@ -39,19 +41,19 @@ pub enum Decay {
 }
 
 impl Decay {
-    /// `w(p, n)`: the weight of position `p` (from 1) of `n`.
+    /// `w(p, n)`: weight of position `p` (from 1) of `n`.
     pub fn of_position(self, p: usize, n: usize) -> f64 {
-        let back = (n - p) as f64;
+        let distance = (n - p) as f64;
         match self {
             Decay::Same => 1.0,
-            Decay::Linear => (1.0 - back / 10.0).max(0.0),
+            Decay::Linear => (1.0 - distance / 10.0).max(0.0),
             Decay::Div => p as f64 / n as f64,
             Decay::Quadratic => (p as f64 / n as f64).powi(2),
-            Decay::Log => 1.0 / (back + 1.7).log10(),
+            Decay::Log => 1.0 / (distance + 1.7).log10(),
         }
     }
 
-    /// `v(d)`: the weight of a neighbour whose last shared item is number `d` from the end (from 1).
+    /// `v(d)`: weight of a neighbour whose last shared item is number `d` (from 1) from the end.
     pub fn of_distance(self, d: usize) -> f64 {
         let d = d as f64;
         match self {
@@ -108,25 +110,24 @@ impl NeighboursConfig {
     }
 }
 
-/// The sessions so far, by session and by item.
+/// Past sessions, indexed by session and by item.
 pub struct Neighbours {
     config: NeighboursConfig,
-    /// The distinct items of all sessions, oldest session first, ascending in each.
+    /// The distinct items of each session, ascending; oldest session first.
     items: Vec<u32>,
-    /// Session `s` holds `items[offsets[s]..offsets[s + 1]]`.
+    /// Session `s` has the items `items[offsets[s]..offsets[s + 1]]`.
     offsets: Vec<usize>,
-    /// The sessions that hold each item, oldest first.
-    holders: Vec<Vec<u32>>,
+    /// Sessions with each item, oldest first.
+    sessions_by_item: Vec<Vec<u32>>,
 }
 
 impl Neighbours {
-    /// None yet.
     pub fn new(config: &NeighboursConfig, n_items: i64) -> Self {
-        let holders = vec![Vec::new(); n_items as usize];
-        Self { config: config.clone(), items: Vec::new(), offsets: vec![0], holders }
+        let sessions_by_item = vec![Vec::new(); n_items as usize];
+        Self { config: config.clone(), items: Vec::new(), offsets: vec![0], sessions_by_item }
     }
 
-    /// Adds a session, more recent than those before.
+    /// Adds a session, which becomes the most recent one.
     pub fn add(&mut self, session: &[i64]) {
         let mut items: Vec<u32> =
             session.iter().filter(|&&item| item >= FIRST_ITEM).map(|&item| item as u32).collect();
@@ -134,7 +135,7 @@ impl Neighbours {
         items.dedup();
         let index = self.n_sessions() as u32;
         for &item in &items {
-            self.holders[item as usize].push(index);
+            self.sessions_by_item[item as usize].push(index);
         }
         self.items.extend(items);
         self.offsets.push(self.items.len());
@@ -149,54 +150,59 @@ impl Neighbours {
         &self.items[self.offsets[index]..self.offsets[index + 1]]
     }
 
-    /// The items of all sessions, one after the other, and how many each has.
+    /// The items of all sessions, concatenated, and the number of items of each session.
     pub fn flat(&self) -> (Vec<i64>, Vec<i64>) {
         let lengths = self.offsets.windows(2).map(|ends| (ends[1] - ends[0]) as i64);
         (self.items.iter().map(|&item| i64::from(item)).collect(), lengths.collect())
     }
 
-    /// The items that neighbours of the known part of a session hold, ascending, and their scores.
+    /// Scores of the items of the neighbours of `session`, the known part of one; items ascend.
     pub fn scores(&self, session: &[i64]) -> Vec<(u32, f64)> {
-        let Self { config, holders, .. } = self;
+        let Self { config, sessions_by_item, .. } = self;
         let known: Vec<u32> =
             session.iter().filter(|&&item| item >= FIRST_ITEM).map(|&item| item as u32).collect();
         let n = known.len();
         let distinct: Vec<(usize, u32)> =
             (1..=n).zip(known.iter().copied()).filter(|&(p, item)| !known[p..].contains(&item)).collect();
 
-        // A session that is not among an item's most recent holders is not among the most recent of all.
+        // The sample needs only the `sample_size` most recent sessions of each item: an older one has
+        // that many more recent candidates.
         let weights = distinct.iter().flat_map(|&(p, item)| {
             let weight = config.weighting.of_position(p, n) / distinct.len() as f64;
-            let holders = &holders[item as usize];
-            holders[holders.len().saturating_sub(config.sample_size)..].iter().map(move |&s| (s, weight))
+            let sessions = &sessions_by_item[item as usize];
+            sessions[sessions.len().saturating_sub(config.sample_size)..].iter().map(move |&s| (s, weight))
         });
-        let mut sample = summed(weights.collect());
+        let mut sample = sum_by_key(weights.collect());
         sample.reverse();
         sample.truncate(config.sample_size);
         sample.retain(|&(_, similarity)| similarity > 0.0);
-        // Stable: among equals the more recent stays first.
+        // The sort is stable: ties keep the more recent session first.
         sample.sort_by(|a, b| b.1.total_cmp(&a.1));
         sample.truncate(config.k);
 
-        let spoken_for = sample.iter().flat_map(|&(s, similarity)| {
+        let votes = sample.iter().flat_map(|&(s, similarity)| {
             let items = self.session(s);
             let last = distinct.iter().rev().find(|(_, item)| items.binary_search(item).is_ok());
             let (p, _) = last.expect("a candidate shares an item");
             let score = similarity * config.score_weighting.of_distance(n - p + 1);
             items.iter().map(move |&item| (item, score))
         });
-        let mut scores = summed(spoken_for.collect());
+        let mut scores = sum_by_key(votes.collect());
         for (item, score) in &mut scores {
-            let n_holders = self.holders[*item as usize].len();
-            let idf = (self.n_sessions() as f64 / n_holders as f64).ln();
+            let n_sessions = sessions_by_item[*item as usize].len();
+            let idf = (self.n_sessions() as f64 / n_sessions as f64).ln();
             *score *= 1.0 + config.idf_weight * idf;
         }
         scores
     }
 }
 
-/// Adds up the values of each key, in their order, so that a sum is the same to the last bit: keys ascending.
-fn summed(mut pairs: Vec<(u32, f64)>) -> Vec<(u32, f64)> {
+/// The sum of the values of each key; keys ascend. The sort is stable, so values are added in their
+/// order and sums are bitwise reproducible.
+fn sum_by_key(mut pairs: Vec<(u32, f64)>) -> Vec<(u32, f64)> {
     pairs.sort_by_key(|&(key, _)| key);
-    pairs.chunk_by(|a, b| a.0 == b.0).map(|same| (same[0].0, same.iter().map(|pair| pair.1).sum())).collect()
+    pairs
+        .chunk_by(|a, b| a.0 == b.0)
+        .map(|pairs| (pairs[0].0, pairs.iter().map(|pair| pair.1).sum()))
+        .collect()
 }
