@@ -22,8 +22,8 @@ pub enum BaselineKind {
 
 /// A baseline: counts of its kind, then occurrences of items over all days.
 ///
-/// Occurrences give a score below 1, and the counts of the kind are added to it or give more than 1,
-/// so that occurrences break ties and rank the items without other counts.
+/// Occurrences give a score below 1, and the counts of the kind are added to it or give more than
+/// 1, so that occurrences break ties and rank the items without other counts.
 pub struct Baseline {
     /// Occurrences of each item, `[V]`.
     items: Vec<i64>,

@@ -15,8 +15,8 @@ pub enum Body {
 }
 
 impl Body {
-    /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. `query: [1, D]`: the initial
-    /// state of the second stream, for an objective with two streams. A GRU ignores it.
+    /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. `query: [1, D]`: the
+    /// initial state of the second stream, for an objective with two streams. A GRU ignores it.
     pub(super) fn states(
         &self,
         parameters: &Parameters,
@@ -34,8 +34,8 @@ impl Body {
 
 /// The positions of a batch in a `[B, L]` rectangle, their inputs, and the attention mask.
 ///
-/// [`Layout::new`] packs positions: only cells with a position are computed. [`Layout::next`] is for
-/// a trace, which must serve any number of sessions and gets their lengths as a tensor. Its
+/// [`Layout::new`] packs positions: only cells with a position are computed. [`Layout::next`] is
+/// for a trace, which must serve any number of sessions and gets their lengths as a tensor. Its
 /// positions fill the rectangle, and every size that depends on the batch is −1. The other methods
 /// work for both.
 pub struct Layout {
@@ -46,7 +46,8 @@ pub struct Layout {
     /// Input of each position, i64 `[P]`: the row of an event in `[T]`, of the padding, `T`, or of
     /// the mask, `T + 1`.
     pub(super) input_rows: Tensor,
-    /// Cell `session * L + offset` of each position, i64 `[P]`; `None` if every cell has a position.
+    /// Cell `session * L + offset` of each position, i64 `[P]`; `None` if every cell has a
+    /// position.
     cells: Option<Tensor>,
     /// Positions of each session, i64 `[B]`; `None` if all sessions have `L`.
     lengths: Option<Tensor>,
@@ -208,7 +209,8 @@ impl Layout {
     /// last event. Session lengths (i64 `[B]`, at least 1) are known only when the model runs.
     ///
     /// Events are in padded columns `[B, width]`. Positions after a session's end have the padding
-    /// as input; it is attended to if there is a `padded_length`, to which sessions are then padded.
+    /// as input; it is attended to if there is a `padded_length`, to which sessions are then
+    /// padded.
     pub fn next(
         objective: &Objective,
         attends: bool,
@@ -327,7 +329,8 @@ impl Layout {
         self.output_cells.remainder(self.length.max(1))
     }
 
-    /// Cells after the end of their session, bool `[B, L]`; `None` if all sessions have `L` positions.
+    /// Cells after the end of their session, bool `[B, L]`; `None` if all sessions have `L`
+    /// positions.
     fn padding(&self) -> Option<Tensor> {
         let lengths = self.lengths.as_ref()?;
         let offsets = Tensor::arange(self.length, (Kind::Int64, lengths.device()));

@@ -256,7 +256,8 @@ impl Input {
         Ok(Self { aggregation, swap_noise, channels, projection, mask, to_body })
     }
 
-    /// The columns of a batch followed by a padding event, `[T + 1]`; with swap noise if `training`.
+    /// The columns of a batch followed by a padding event, `[T + 1]`; with swap noise if
+    /// `training`.
     pub(super) fn columns(&self, batch: &Batch, training: bool) -> Vec<Tensor> {
         let n = batch.n_events() as i64;
         batch
@@ -275,8 +276,8 @@ impl Input {
             .collect()
     }
 
-    /// *All ranks*, if the item table is sharded. Looks up the vectors of the categorical columns, in
-    /// the order of the channels.
+    /// *All ranks*, if the item table is sharded. Looks up the vectors of the categorical columns,
+    /// in the order of the channels.
     ///
     /// # Errors
     /// A collective call fails.

@@ -2,9 +2,9 @@
 //!
 //! Every model is a [`Recommender`], so that evaluation and serving are the same for all. A neural
 //! model ([`Network`]) is an input block from events to vectors ([`input`]), a body from vectors to
-//! states ([`Gru`], [`Xlnet`]) and a softmax over the catalogue ([`head`]). The [`objective`] chooses
-//! which events are hidden and which are predicted. Gradients of the tables do not go through
-//! autograd: see [`head`].
+//! states ([`Gru`], [`Xlnet`]) and a softmax over the catalogue ([`head`]). The [`objective`]
+//! chooses which events are hidden and which are predicted. Gradients of the tables do not go
+//! through autograd: see [`head`].
 
 mod baseline;
 mod body;

@@ -1,14 +1,15 @@
 //! V-SkNN: scores from the items of the most similar past sessions.
 //!
-//! Ludewig and Jannach 2018, "Evaluation of session-based recommendation algorithms", with the decays
-//! and the inverse document frequency of their later comparison (Ludewig et al. 2021, "Empirical
-//! analysis of session-based recommendation algorithms"). Let the known part of a session be the
-//! items `i₁ … i_n`, without unknown ones, and let `s` be a past session as a set of items.
+//! Ludewig and Jannach 2018, "Evaluation of session-based recommendation algorithms", with the
+//! decays and the inverse document frequency of their later comparison (Ludewig et al. 2021,
+//! "Empirical analysis of session-based recommendation algorithms"). Let the known part of a
+//! session be the items `i₁ … i_n`, without unknown ones, and let `s` be a past session as a set of
+//! items.
 //!
 //! 1. *Candidates* are the `sample_size` most recent sessions that share an item with it.
-//! 2. *Similarity.* Each distinct item of the known part has the weight `w(p, n)`, where p is its last
-//!    position in it. The similarity of `s` is the dot product of these weights with `s`, divided by
-//!    the number of distinct items: `sim(s) = Σ_{i ∈ s} w(p_i, n) / n_distinct`.
+//! 2. *Similarity.* Each distinct item of the known part has the weight `w(p, n)`, where p is its
+//!    last position in it. The similarity of `s` is the dot product of these weights with `s`,
+//!    divided by the number of distinct items: `sim(s) = Σ_{i ∈ s} w(p_i, n) / n_distinct`.
 //! 3. *Neighbours* are the `k` candidates with the greatest similarity above 0; ties go to the more
 //!    recent session.
 //! 4. *Scores.* A neighbour votes for all its items. Its vote decays with the distance of the last
@@ -165,8 +166,8 @@ impl Neighbours {
         let distinct: Vec<(usize, u32)> =
             (1..=n).zip(known.iter().copied()).filter(|&(p, item)| !known[p..].contains(&item)).collect();
 
-        // The sample needs only the `sample_size` most recent sessions of each item: an older one has
-        // that many more recent candidates.
+        // The sample needs only the `sample_size` most recent sessions of each item: an older one
+        // has that many more recent candidates.
         let weights = distinct.iter().flat_map(|&(p, item)| {
             let weight = config.weighting.of_position(p, n) / distinct.len() as f64;
             let sessions = &sessions_by_item[item as usize];

@@ -256,7 +256,8 @@ impl Plan {
         plan
     }
 
-    /// The hidden events of each session are predicted at their own positions from all other events.
+    /// The hidden events of each session are predicted at their own positions from all other
+    /// events.
     pub fn masked(hidden: &[Vec<bool>]) -> Self {
         let mut plan = Self::empty(AttentionMask::Full);
         for session in hidden {

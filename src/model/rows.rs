@@ -42,8 +42,8 @@ fn expand_indices(indices: &Tensor, values: &Tensor) -> Tensor {
     if values.dim() == 1 { indices.shallow_clone() } else { indices.unsqueeze(1).expand_as(values) }
 }
 
-/// The rows `indices: [N]` of `table: [M, D, ..]`: `[N, D, ..]`; indices may repeat. Its gradient is
-/// a `scatter_add_`.
+/// The rows `indices: [N]` of `table: [M, D, ..]`: `[N, D, ..]`; indices may repeat. Its gradient
+/// is a `scatter_add_`.
 pub(super) fn take_rows(table: &Tensor, indices: &Tensor) -> Tensor {
     let rows = table.flatten(1, -1);
     let taken = rows.gather(0, &indices.unsqueeze(1).expand([-1, rows.size()[1]], false), false);

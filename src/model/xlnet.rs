@@ -10,10 +10,10 @@
 //! `y = norm(h + W₂ gelu(W₁ h))`.
 //!
 //! Everything except the attention itself runs over packed positions, so padding costs nothing.
-//! Keys and values are computed for all positions of a layer. Queries are computed for all positions
-//! or for the output positions only: the latter in the last layer, and in the second stream of the
-//! paper, whose states do not depend on their own events. The position table has no dropout; the
-//! original draws a dropout mask of it for every session.
+//! Keys and values are computed for all positions of a layer. Queries are computed for all
+//! positions or for the output positions only: the latter in the last layer, and in the second
+//! stream of the paper, whose states do not depend on their own events. The position table has no
+//! dropout; the original draws a dropout mask of it for every session.
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -87,7 +87,8 @@ impl XlnetConfig {
         check_finite("layer_norm_epsilon", self.layer_norm_epsilon, f32::MIN_POSITIVE)
     }
 
-    /// Checks the size of the dropout mask of attention weights, `[H, L, L]` for the longest session.
+    /// Checks the size of the dropout mask of attention weights, `[H, L, L]` for the longest
+    /// session.
     pub(super) fn check_length(&self, max_length: usize) -> Result<(), String> {
         let n_weights = self.n_heads.max(1) as u128 * (max_length as u128).pow(2);
         if self.dropout == 0.0 || n_weights <= MAX_WEIGHTS {
@@ -180,8 +181,9 @@ impl Xlnet {
         Self { layers: layers.collect(), shape }
     }
 
-    /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. With a `query: [1, D]` these
-    /// are the states of the second stream, which starts from the query at every output position.
+    /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. With a `query: [1, D]`
+    /// these are the states of the second stream, which starts from the query at every output
+    /// position.
     pub fn states(
         &self,
         parameters: &Parameters,
@@ -223,7 +225,8 @@ impl Xlnet {
 }
 
 impl Layer {
-    /// Projects the states `h: [P, D]`, and the position table to `r`. Queries only if `all_attend`.
+    /// Projects the states `h: [P, D]`, and the position table to `r`. Queries only if
+    /// `all_attend`.
     fn project(
         &self,
         context: LayerContext<'_>,
@@ -258,9 +261,9 @@ impl Layer {
         let q = projections.q.as_ref().expect("all attend");
         let bias = |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
         let by_content = (q + bias(self.r_w_bias)).matmul(&projections.k.transpose(2, 3));
-        // The relative shift of Dai et al. 2019. The product is `[B, H, L, 2L]`. Its column p belongs
-        // to δ = L − p, so the score (i, j) is in column L + j − i. Reading the same memory with rows
-        // of one number less shifts each row by one more than the row before.
+        // The relative shift of Dai et al. 2019. The product is `[B, H, L, 2L]`. Its column p
+        // belongs to δ = L − p, so the score (i, j) is in column L + j − i. Reading the same memory
+        // with rows of one number less shifts each row by one more than the row before.
         let length = layout.length;
         let by_position = (q + bias(self.r_r_bias))
             .matmul(&projections.r.unsqueeze(0))
