@@ -287,16 +287,8 @@ fn a_file_without_sessions_has_no_figures() {
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
         let config = metrics::Config::default();
-        evaluate(
-            &network,
-            &ItemTable::replicated(10),
-            &file,
-            days.features(),
-            &config,
-            &[0; 10],
-            collective,
-        )
-        .unwrap()
+        evaluate(&network, &ItemTable::replicated(10), &file, days.features(), &config, &[0; 10], collective)
+            .unwrap()
     }) {
         let metrics = evaluation.metrics;
         assert!(evaluation.outcomes.is_empty());
