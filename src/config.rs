@@ -17,9 +17,11 @@ use toml::{Table, Value};
 use crate::device::{DeviceChoice, Precision};
 pub use train::{NonFinite, ParallelConfig, Reduction, TableLayout, TrainConfig};
 
-pub use crate::model::LossConfig;
+pub use crate::checkpoint::CheckpointConfig;
+pub use crate::data::DataConfig;
+pub use crate::metrics::EvaluateConfig;
+pub use crate::model::{LossConfig, ModelConfig};
 pub use crate::optim::{Schedule, TableOptimizer};
-use crate::{checkpoint, data, metrics, model};
 
 /// Section `[run]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,17 +64,17 @@ pub struct Config {
     /// Where and with which seed.
     pub run: RunConfig,
     /// Which days and columns.
-    pub data: data::Config,
+    pub data: DataConfig,
     /// What ranks share out among them.
     pub parallel: ParallelConfig,
     /// Which model.
-    pub model: model::Config,
+    pub model: ModelConfig,
     /// How it learns.
     pub train: TrainConfig,
     /// How it is evaluated.
-    pub evaluate: metrics::Config,
+    pub evaluate: EvaluateConfig,
     /// When its state is saved.
-    pub checkpoint: checkpoint::Config,
+    pub checkpoint: CheckpointConfig,
 }
 
 /// A configuration that cannot be run.

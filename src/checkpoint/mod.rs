@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::collective::{Collective, CollectiveError, Root};
-use crate::config::check_finite;
+use crate::config::{Config, check_finite};
 use crate::metrics::Measure;
 use crate::model::ItemTable;
 
@@ -51,7 +51,7 @@ const FORMAT: u32 = 2;
 /// Section `[checkpoint]` of a configuration. A checkpoint is written at the end of every day in any case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Config {
+pub struct CheckpointConfig {
     /// Also every so many steps; 0: not by steps.
     pub every_steps: usize,
     /// Also when so many minutes have passed since the last; 0: not by time.
@@ -65,13 +65,13 @@ pub struct Config {
     pub keep_best: Option<Measure>,
 }
 
-impl Default for Config {
+impl Default for CheckpointConfig {
     fn default() -> Self {
         Self { every_steps: 0, every_minutes: 0.0, keep_last: 2, keep_days: false, keep_best: None }
     }
 }
 
-impl Config {
+impl CheckpointConfig {
     /// Checks what the types leave open.
     ///
     /// # Errors
@@ -123,12 +123,12 @@ pub struct State {
     /// What the run's data files were, by day and part.
     pub data: BTreeMap<String, String>,
     /// The resolved configuration.
-    pub config: crate::config::Config,
+    pub config: Config,
 }
 
 impl State {
     /// Of a run at its very beginning.
-    pub fn new(config: &crate::config::Config, n_items: i64, data: BTreeMap<String, String>) -> Self {
+    pub fn new(config: &Config, n_items: i64, data: BTreeMap<String, String>) -> Self {
         Self {
             format: FORMAT,
             bireme: env!("CARGO_PKG_VERSION").to_owned(),

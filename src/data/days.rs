@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bireme_etl::{Feature, SCHEMA, SESSIONS_BY_DAY, Schema, Split};
 
-use super::{Config, DataError, SessionFile};
+use super::{DataConfig, DataError, SessionFile};
 
 /// The columns a run reads, in the order of [`super::Batch::columns`].
 #[derive(Clone, Debug)]
@@ -69,7 +69,7 @@ impl Days {
     ///
     /// # Errors
     /// A folder without partitions or without a readable schema, or a configured feature that it lacks.
-    pub fn open(dir: &Path, config: &Config) -> Result<Self, DataError> {
+    pub fn open(dir: &Path, config: &DataConfig) -> Result<Self, DataError> {
         let schema = Schema::read(dir.join(SCHEMA))?;
         let features = Features::select(&schema, &config.features)?;
         let nested = dir.join(SESSIONS_BY_DAY);

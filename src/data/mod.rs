@@ -30,7 +30,7 @@ pub use occurrences::occurrences;
 /// Section `[data]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Config {
+pub struct DataConfig {
     /// First day trained on; absent: the first of the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_day: Option<i64>,
@@ -46,13 +46,13 @@ pub struct Config {
     pub features: Vec<String>,
 }
 
-impl Default for Config {
+impl Default for DataConfig {
     fn default() -> Self {
         Self { first_day: None, last_day: None, window_days: 1, max_length: 20, features: Vec::new() }
     }
 }
 
-impl Config {
+impl DataConfig {
     /// Checks what the types leave open.
     ///
     /// # Errors
@@ -98,7 +98,7 @@ impl Config {
     /// The days trained on.
     ///
     /// # Panics
-    /// A day is absent that [`Config::resolve_days`] would have filled in.
+    /// A day is absent that [`DataConfig::resolve_days`] would have filled in.
     pub fn training_days(&self) -> Range<i64> {
         let resolved = |day: Option<i64>| day.expect("the days of the run are resolved");
         resolved(self.first_day)..resolved(self.last_day)

@@ -35,7 +35,7 @@ const LOSS_UNIT: f64 = (1u64 << 30) as f64;
 /// Section `[evaluate]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Config {
+pub struct EvaluateConfig {
     /// Sessions scored together.
     pub block: usize,
     /// Memory for scores, in MiB: a block is scored against as much of the catalogue at a time as this holds.
@@ -44,7 +44,7 @@ pub struct Config {
     pub reminders: Reminders,
 }
 
-impl Config {
+impl EvaluateConfig {
     /// Checks what the types leave open.
     ///
     /// # Errors
@@ -87,7 +87,7 @@ impl Reminders {
     }
 }
 
-impl Default for Config {
+impl Default for EvaluateConfig {
     fn default() -> Self {
         Self { block: 256, scores_mib: 64, reminders: Reminders::All }
     }
@@ -213,7 +213,7 @@ pub fn evaluate(
     item_table: &ItemTable<'_>,
     file: &SessionFile,
     features: &Features,
-    config: &Config,
+    config: &EvaluateConfig,
     occurrences: &[i64],
     collective: &dyn Collective,
 ) -> Result<Evaluation, EvaluateError> {

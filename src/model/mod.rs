@@ -53,7 +53,7 @@ const MAX_LAYERS: i64 = 1000;
 /// Section `[model]` of a configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Config {
+pub enum ModelConfig {
     /// GRU over the session (Hidasi et al. 2016).
     Gru(GruConfig),
     /// Attention over the session with relative positions (Yang et al. 2019).
@@ -75,15 +75,15 @@ pub enum Neural<'a> {
     Xlnet(&'a XlnetConfig),
 }
 
-impl Config {
+impl ModelConfig {
     /// Checks the ranges of the values, for sessions of at most `max_length` events.
     ///
     /// # Errors
     /// Returns the first invalid key.
     pub fn check(&self, max_length: usize) -> Result<(), String> {
         match self {
-            Config::Vsknn(neighbours) => neighbours.check(),
-            Config::Xlnet(xlnet) => {
+            ModelConfig::Vsknn(neighbours) => neighbours.check(),
+            ModelConfig::Xlnet(xlnet) => {
                 xlnet.check_length(max_length).and_then(|()| Neural::Xlnet(xlnet).check())
             }
             _ => self.neural().map_or(Ok(()), Neural::check),
@@ -93,9 +93,9 @@ impl Config {
     /// `None` for a baseline.
     pub fn neural(&self) -> Option<Neural<'_>> {
         match self {
-            Config::Gru(gru) => Some(Neural::Gru(gru)),
-            Config::Xlnet(xlnet) => Some(Neural::Xlnet(xlnet)),
-            Config::Popularity {} | Config::Recent {} | Config::Markov {} | Config::Vsknn(_) => None,
+            ModelConfig::Gru(gru) => Some(Neural::Gru(gru)),
+            ModelConfig::Xlnet(xlnet) => Some(Neural::Xlnet(xlnet)),
+            ModelConfig::Popularity {} | ModelConfig::Recent {} | ModelConfig::Markov {} | ModelConfig::Vsknn(_) => None,
         }
     }
 
@@ -107,7 +107,7 @@ impl Config {
         let n_items = features.n_items();
         match self {
             // `Neighbours` stores item indices in 32 bits.
-            Config::Vsknn(_) if n_items > 1 << 32 => {
+            ModelConfig::Vsknn(_) if n_items > 1 << 32 => {
                 Err(format!("`kind` vsknn knows at most {} items, not {n_items}", 1u64 << 32))
             }
             _ => self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ())),
@@ -117,16 +117,16 @@ impl Config {
     /// Name for people, with the objective if it is not the model's usual one.
     pub fn title(&self) -> String {
         match self {
-            Config::Gru(gru) => match gru.objective {
+            ModelConfig::Gru(gru) => match gru.objective {
                 // The usual objective of a GRU.
                 Objective::Causal { .. } => "GRU".to_owned(),
                 _ => format!("GRU-{}", gru.objective.short_name()),
             },
-            Config::Xlnet(xlnet) => format!("XLNet-{}", xlnet.objective.short_name()),
-            Config::Popularity {} => "Popularity".to_owned(),
-            Config::Recent {} => "Popularity of the last day".to_owned(),
-            Config::Markov {} => "Markov".to_owned(),
-            Config::Vsknn(_) => "V-SkNN".to_owned(),
+            ModelConfig::Xlnet(xlnet) => format!("XLNet-{}", xlnet.objective.short_name()),
+            ModelConfig::Popularity {} => "Popularity".to_owned(),
+            ModelConfig::Recent {} => "Popularity of the last day".to_owned(),
+            ModelConfig::Markov {} => "Markov".to_owned(),
+            ModelConfig::Vsknn(_) => "V-SkNN".to_owned(),
         }
     }
 }

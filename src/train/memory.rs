@@ -14,7 +14,7 @@ use crate::collective::host_name;
 use crate::config::{Config, Reduction, TableLayout};
 use crate::data::Features;
 use crate::device::memory::{self, Available, in_words};
-use crate::model::{self, ItemTable, Neural, ParameterSizes};
+use crate::model::{ItemTable, ModelConfig, Neural, ParameterSizes};
 use crate::optim::TableOptimizer;
 
 /// What a rank makes of a model.
@@ -149,9 +149,9 @@ impl Need {
                 // Occurrences and scores, i64 and f64.
                 let of_item = 16
                     + match config.model {
-                        model::Config::Recent {} => 8,
+                        ModelConfig::Recent {} => 8,
                         // An empty list for each.
-                        model::Config::Vsknn(_) => 24,
+                        ModelConfig::Vsknn(_) => 24,
                         _ => 0,
                     };
                 Self {

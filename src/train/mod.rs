@@ -24,7 +24,7 @@ use crate::checkpoint::{SharedCheckpoint, Tensors};
 use crate::collective::Collective;
 use crate::config::{Config, Reduction, TableLayout};
 use crate::data::Features;
-use crate::model::{self, Baseline, BaselineKind, ItemTable, Neighbours, Neural, Recommender};
+use crate::model::{Baseline, BaselineKind, ItemTable, ModelConfig, Neighbours, Neural, Recommender};
 
 use baseline::BaselineLearner;
 pub use dataset::Dataset;
@@ -76,12 +76,12 @@ fn learner<'a>(
     };
     let n_items = features.n_items();
     let kind = match &config.model {
-        model::Config::Gru(gru) => return neural(Neural::Gru(gru)),
-        model::Config::Xlnet(xlnet) => return neural(Neural::Xlnet(xlnet)),
-        model::Config::Popularity {} => BaselineKind::None,
-        model::Config::Recent {} => BaselineKind::LastDay(vec![0; n_items as usize]),
-        model::Config::Markov {} => BaselineKind::Successors(BTreeMap::new()),
-        model::Config::Vsknn(vsknn) => BaselineKind::Neighbours(Neighbours::new(vsknn, n_items)),
+        ModelConfig::Gru(gru) => return neural(Neural::Gru(gru)),
+        ModelConfig::Xlnet(xlnet) => return neural(Neural::Xlnet(xlnet)),
+        ModelConfig::Popularity {} => BaselineKind::None,
+        ModelConfig::Recent {} => BaselineKind::LastDay(vec![0; n_items as usize]),
+        ModelConfig::Markov {} => BaselineKind::Successors(BTreeMap::new()),
+        ModelConfig::Vsknn(vsknn) => BaselineKind::Neighbours(Neighbours::new(vsknn, n_items)),
     };
     Ok(Box::new(BaselineLearner(Baseline::new(kind, n_items))))
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-use bireme::data::{Config, Days, Split, evaluation_batches};
+use bireme::data::{DataConfig, Days, Split, evaluation_batches};
 use bireme::model::{Baseline, BaselineKind, Decay, Neighbours, NeighboursConfig, Recommender};
 
 use crate::fixtures;
@@ -20,7 +20,7 @@ fn scores(model: &Baseline, known: &[&[i64]]) -> Vec<Vec<f64>> {
     fixtures::write_schema(dir.path(), N_ITEMS);
     let sessions: Vec<Vec<i64>> = known.iter().map(|known| [known, &[2][..]].concat()).collect();
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Valid).unwrap();
     let mut rows = Vec::new();

@@ -14,7 +14,7 @@ use bireme::model::head::{
 use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::{
-    self, GruConfig, InputConfig, ItemTable, LossConfig, LossSum, Network, Neural, NoHooks, Objective,
+    GruConfig, InputConfig, ItemTable, LossConfig, LossSum, ModelConfig, Network, Neural, NoHooks, Objective,
     Recommender, XlnetConfig,
 };
 use bireme::optim::{Optimizer, OptimizerConfig, TableOptimizer};
@@ -202,7 +202,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     sessions.sort();
     sessions.dedup();
     fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
-    let config = bireme::data::Config {
+    let config = bireme::data::DataConfig {
         first_day: Some(1),
         last_day: Some(2),
         window_days: 1,
@@ -597,7 +597,7 @@ fn configurations_in_the_repository_are_complete() {
                 Config::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             let resolved: toml::Table = config.to_toml().parse().unwrap();
             assert!(resolved.contains_key("model"));
-            if let model::Config::Xlnet(xlnet) = config.model {
+            if let ModelConfig::Xlnet(xlnet) = config.model {
                 assert!(!xlnet.attend_to_padding);
             }
             n_files += 1;

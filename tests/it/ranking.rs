@@ -1,8 +1,10 @@
 //! Ranks by counting are ranks by sorting, and figures do not depend on who evaluated.
 
 use bireme::collective::threads;
-use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
-use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
+use bireme::data::{Batch, DataConfig, Days, Segment, Split, occurrences};
+use bireme::metrics::{
+    EvaluateConfig, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets,
+};
 use bireme::model::{GruConfig, ItemTable, Network, Neural, Recommender};
 use tch::{Device, Tensor};
 
@@ -212,7 +214,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     fixtures::write_schema(dir.path(), n_items);
     let sessions = fixtures::sessions(333, n_items, 9);
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let network = || network(n_items);
     // Items 2 to 41 occurred, the higher the more often.
     let occurrences: Vec<i64> = (0..n_items).map(|item| if item < 42 { item } else { 0 }).collect();
@@ -220,7 +222,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
-            let config = metrics::Config { block: 32, scores_mib, ..metrics::Config::default() };
+            let config = EvaluateConfig { block: 32, scores_mib, ..EvaluateConfig::default() };
             evaluate(
                 &network(),
                 &ItemTable::replicated(days.features().n_items()),
@@ -265,7 +267,7 @@ fn occurrences_of_all_ranks_are_those_of_the_file() {
     fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
     let mut expected = vec![0; 60];
     sessions.iter().flatten().for_each(|&item| expected[item as usize] += 1);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Train).unwrap();
     for world_size in [1, 2, 3, 400] {
@@ -281,12 +283,12 @@ fn a_file_without_sessions_has_no_figures() {
     let dir = tempfile::tempdir().unwrap();
     fixtures::write_schema(dir.path(), 10);
     fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &[], |_| 0.0);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     for evaluation in threads::spawn(2, |collective| {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
-        let config = metrics::Config::default();
+        let config = EvaluateConfig::default();
         evaluate(&network, &ItemTable::replicated(10), &file, days.features(), &config, &[0; 10], collective)
             .unwrap()
     }) {
