@@ -1,4 +1,5 @@
-//! The rows of all files that a run reads, checked before a fault on a late day can cost hours.
+//! Checks the rows of all files of a run early, so that a bad row of a late day does not cost hours
+//! of training.
 
 use std::panic;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,26 +8,26 @@ use std::thread::{self, JoinHandle};
 
 use super::{DataError, SessionFile};
 
-/// Sessions of a rank's part that are checked before the first step: less than a second. The others are checked beside
-/// the training, so that large data begins as soon as small data.
+/// Number of sessions of each rank that are checked before the first step, which takes less than a
+/// second. The rest is checked during training, so that large data does not delay the start.
 pub const AT_THE_START: usize = 1 << 20;
 
-/// One row group of one file.
+/// A file and the index of one of its row groups.
 type Group = (Arc<SessionFile>, usize);
 
-/// What is left to check of a rank's part of the files.
+/// The row groups that a rank has yet to check.
 #[derive(Default)]
 pub struct RowCheck {
-    left: Vec<Group>,
+    unchecked: Vec<Group>,
     background: Option<JoinHandle<Result<(), DataError>>>,
 }
 
 impl RowCheck {
-    /// Checks the first row groups of this rank's part of `files`, those of `at_the_start` sessions, on `n_threads`
-    /// threads. Ranks share the row groups out, so that together they check all.
+    /// Checks the first `at_the_start` sessions of this rank's row groups, on `n_threads` threads.
+    /// The ranks divide the row groups of `files` among them.
     ///
     /// # Errors
-    /// That of the first row that no model can use.
+    /// A file cannot be read, or a row is invalid; the first such row is returned.
     pub fn begin(
         files: &[Arc<SessionFile>],
         (rank, world_size): (usize, usize),
@@ -36,9 +37,9 @@ impl RowCheck {
         let groups = files
             .iter()
             .flat_map(|file| (0..file.group_rows().len()).map(move |group| (Arc::clone(file), group)));
-        let mut left: Vec<Group> = groups.skip(rank).step_by(world_size).collect();
+        let mut first: Vec<Group> = groups.skip(rank).step_by(world_size).collect();
         let mut n_sessions = 0;
-        let n_first = left
+        let n_first = first
             .iter()
             .take_while(|(file, group)| {
                 let is_first = n_sessions < at_the_start;
@@ -46,28 +47,28 @@ impl RowCheck {
                 is_first
             })
             .count();
-        let later = left.split_off(n_first);
-        check(&left, n_threads)?;
-        Ok(Self { left: later, background: None })
+        let unchecked = first.split_off(n_first);
+        check(&first, n_threads)?;
+        Ok(Self { unchecked, background: None })
     }
 
-    /// Sessions of this rank's part that are not checked yet.
+    /// Number of sessions that this rank has yet to check.
     pub fn n_left(&self) -> usize {
-        self.left.iter().map(|(file, group)| file.group_rows()[*group]).sum()
+        self.unchecked.iter().map(|(file, group)| file.group_rows()[*group]).sum()
     }
 
-    /// Begins to check what is left on a thread of its own.
+    /// Starts a thread that checks the remaining row groups.
     pub fn continue_in_background(&mut self) {
-        let left = std::mem::take(&mut self.left);
-        if !left.is_empty() {
-            self.background = Some(thread::spawn(move || check(&left, 1)));
+        let unchecked = std::mem::take(&mut self.unchecked);
+        if !unchecked.is_empty() {
+            self.background = Some(thread::spawn(move || check(&unchecked, 1)));
         }
     }
 
-    /// The error that the background has met, as soon as it has.
+    /// Returns the result of the background thread once it has ended, without waiting for it.
     ///
     /// # Errors
-    /// That of a row that no model can use.
+    /// A file cannot be read, or a row is invalid.
     pub fn poll(&mut self) -> Result<(), DataError> {
         match self.background.take_if(|background| background.is_finished()) {
             Some(ended) => ended.join().unwrap_or_else(|payload| panic::resume_unwind(payload)),
@@ -76,8 +77,8 @@ impl RowCheck {
     }
 }
 
-/// Checks row groups on `n_threads` threads. Of several errors the first in order is returned, whichever thread is
-/// faster.
+/// Checks row groups on `n_threads` threads. Of several errors it returns the one of the first row
+/// group, whichever thread is faster.
 fn check(groups: &[Group], n_threads: usize) -> Result<(), DataError> {
     let (next, end) = (AtomicUsize::new(0), AtomicUsize::new(groups.len()));
     let first: Mutex<Option<(usize, DataError)>> = Mutex::new(None);
@@ -89,7 +90,7 @@ fn check(groups: &[Group], n_threads: usize) -> Result<(), DataError> {
             }
             let (file, group) = &groups[index];
             if let Err(error) = file.check(*group) {
-                // Groups before this one have been taken, and are still checked to their end.
+                // Threads take groups in order, so all groups before this one are still checked.
                 end.fetch_min(index, Ordering::Relaxed);
                 let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
                 if first.as_ref().is_none_or(|(other, _)| index < *other) {

@@ -1,4 +1,4 @@
-//! Where the day partitions lie and which of their columns a run reads.
+//! The day partitions of a data folder, and the columns that a run reads.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use bireme_etl::{Feature, SCHEMA, SESSIONS_BY_DAY, Schema, Split};
 
 use super::{DataConfig, DataError, SessionFile};
 
-/// The columns a run reads, in the order of [`super::Batch::columns`].
+/// The columns that a run reads, in the order of [`super::Batch::columns`].
 #[derive(Clone, Debug)]
 pub struct Features {
     columns: Vec<Feature>,
@@ -15,10 +15,10 @@ pub struct Features {
 }
 
 impl Features {
-    /// The item id first, then the other features named, by name.
+    /// Selects the item id and then the features `names`, sorted by name.
     ///
     /// # Errors
-    /// A feature that the schema lacks, or has otherwise than as a list.
+    /// A feature is not in the schema or is not a list.
     pub fn select(schema: &Schema, names: &[String]) -> Result<Self, DataError> {
         let item = schema.item_id()?;
         if item.cardinality().is_none() || !item.is_list() {
@@ -39,23 +39,24 @@ impl Features {
         Ok(Self { columns, warnings: schema.warnings.clone() })
     }
 
-    /// What the schema holds that this version does not know.
+    /// Descriptions of the schema's parts that this version does not know.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// All columns, in the order of a batch: the item id first.
+    /// All columns; the item id is the first.
     pub fn columns(&self) -> &[Feature] {
         &self.columns
     }
 
-    /// Rows of the item table: the largest item index + 1, so padding (0) and unknown (1) are counted.
+    /// Size of the catalogue `V`: the largest item index + 1, which includes padding (0) and
+    /// unknown (1).
     pub fn n_items(&self) -> i64 {
         self.columns[0].cardinality().unwrap_or_default()
     }
 }
 
-/// The day partitions of a folder, opened for the days and columns of a run.
+/// The day partitions of a data folder.
 pub struct Days {
     dir: PathBuf,
     partitions: BTreeMap<i64, PathBuf>,
@@ -64,11 +65,11 @@ pub struct Days {
 }
 
 impl Days {
-    /// Opens what `bireme preprocess` wrote, or a folder of `<day>/{train,valid,test}.parquet` with a
-    /// `schema.pbtxt`.
+    /// Opens the output of `bireme preprocess`, or a folder of `<day>/{train,valid,test}.parquet`
+    /// with a `schema.pbtxt`.
     ///
     /// # Errors
-    /// A folder without partitions or without a readable schema, or a configured feature that it lacks.
+    /// The folder has no partitions, its schema cannot be read, or it lacks a configured feature.
     pub fn open(dir: &Path, config: &DataConfig) -> Result<Self, DataError> {
         let schema = Schema::read(dir.join(SCHEMA))?;
         let features = Features::select(&schema, &config.features)?;
@@ -86,47 +87,45 @@ impl Days {
         Ok(Self { dir: dir.to_owned(), partitions, features, max_length: config.max_length })
     }
 
-    /// The columns a run reads.
     pub fn features(&self) -> &Features {
         &self.features
     }
 
-    /// The days there are, ascending.
+    /// The days that have a partition, ascending.
     pub fn days(&self) -> impl DoubleEndedIterator<Item = i64> {
         self.partitions.keys().copied()
     }
 
-    /// The first of them.
     pub fn first(&self) -> i64 {
         self.days().next().expect("a folder without days is refused")
     }
 
-    /// The last of them.
     pub fn last(&self) -> i64 {
         self.days().next_back().expect("a folder without days is refused")
     }
 
-    /// As a message names them: `1 to 3, 5`.
+    /// The days as messages list them: `1 to 3, 5`.
     pub(super) fn in_words(&self) -> String {
         let days: Vec<i64> = self.days().collect();
-        let runs = days.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        let ranges = days.chunk_by(|a, b| a + 1 == *b).map(|range| match range {
             [first, .., last] => format!("{first} to {last}"),
             [day, ..] => day.to_string(),
-            [] => unreachable!("a run has a day"),
+            [] => unreachable!("a range has a day"),
         });
-        runs.collect::<Vec<_>>().join(", ")
+        ranges.collect::<Vec<_>>().join(", ")
     }
 
-    /// Opens one part of a day and checks its footer and columns.
+    /// Opens one split of a day and checks the file's footer and columns.
     ///
     /// # Errors
-    /// A missing day, a file that is missing or not parquet, a column that is missing or of a wrong type.
+    /// The day or its file is missing, the file is not parquet, or a column is missing or has an
+    /// unexpected type.
     pub fn file(&self, day: i64, split: Split) -> Result<SessionFile, DataError> {
         let partition = self.partitions.get(&day).ok_or_else(|| DataError::MissingDay {
             day,
             dir: self.dir.clone(),
             have: self.in_words(),
         })?;
-        SessionFile::open((&partition.join(split.file()), day), &self.features, self.max_length)
+        SessionFile::open(&partition.join(split.file()), day, &self.features, self.max_length)
     }
 }

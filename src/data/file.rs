@@ -1,4 +1,4 @@
-//! Rows of one session file, read column by column without going through another in-memory format.
+//! Reads rows of a session file column by column, straight from parquet into vectors.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::plan::spans_in_order;
 use super::{DataError, Features};
 
-/// Values of one list column of many sessions, one after the other.
+/// Values of one list column, session after session.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Column {
     /// Categorical codes: 0 padding (never in a file), 1 unknown, 2.. known values.
@@ -26,49 +26,48 @@ pub enum Column {
     Values(Vec<f32>),
 }
 
-/// Sessions in ragged form: those of row `i` lie at `offsets[i]..offsets[i + 1]` of every column.
+/// Sessions in ragged form: row `i` is `offsets[i]..offsets[i + 1]` of every column.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sessions {
     offsets: Vec<usize>,
     columns: Vec<Column>,
-    /// Each session's day, and its row in that day's file.
-    places: Vec<(i64, u64)>,
+    /// Day of each session, and its row in the file of that day.
+    day_rows: Vec<(i64, u64)>,
 }
 
 impl Sessions {
-    fn none(features: &Features) -> Self {
+    fn empty(features: &Features) -> Self {
         let columns = features.columns().iter().map(|feature| {
             if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) }
         });
-        Self { offsets: vec![0], columns: columns.collect(), places: Vec::new() }
+        Self { offsets: vec![0], columns: columns.collect(), day_rows: Vec::new() }
     }
 
-    /// Number of sessions.
     pub fn len(&self) -> usize {
         self.offsets.len() - 1
     }
 
-    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Where the events of session `row` lie in every column.
+    /// Range of the events of session `row` in every column.
     pub fn span(&self, row: usize) -> Range<usize> {
         self.offsets[row]..self.offsets[row + 1]
     }
 
-    /// Events of each session.
+    /// Number of events in each session.
     pub fn lengths(&self) -> Vec<usize> {
         self.offsets.windows(2).map(|ends| ends[1] - ends[0]).collect()
     }
 
-    /// Day of session `row`, and its row in that day's file: what identifies it, however it is read.
-    pub fn place(&self, row: usize) -> (i64, u64) {
-        self.places[row]
+    /// Day of session `row`, and its row in the file of that day. They identify the session
+    /// whichever way it is read.
+    pub fn day_row(&self, row: usize) -> (i64, u64) {
+        self.day_rows[row]
     }
 
-    /// Codes of session `row` in a categorical column, numbered as in [`Features::columns`].
+    /// Codes of session `row` in the categorical column `column` of [`Features::columns`].
     pub fn ids(&self, column: usize, row: usize) -> &[i64] {
         match &self.columns[column] {
             Column::Ids(ids) => &ids[self.span(row)],
@@ -76,7 +75,7 @@ impl Sessions {
         }
     }
 
-    /// Values of session `row` in a continuous column, numbered as in [`Features::columns`].
+    /// Values of session `row` in the continuous column `column` of [`Features::columns`].
     pub fn values(&self, column: usize, row: usize) -> &[f32] {
         match &self.columns[column] {
             Column::Values(values) => &values[self.span(row)],
@@ -85,13 +84,13 @@ impl Sessions {
     }
 
     fn append(&mut self, other: Sessions) {
-        self.places.extend(other.places);
+        self.day_rows.extend(other.day_rows);
         let base = *self.offsets.last().unwrap_or(&0);
         self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
-        for (mine, theirs) in self.columns.iter_mut().zip(other.columns) {
-            match (mine, theirs) {
-                (Column::Ids(mine), Column::Ids(theirs)) => mine.extend(theirs),
-                (Column::Values(mine), Column::Values(theirs)) => mine.extend(theirs),
+        for (column, appended) in self.columns.iter_mut().zip(other.columns) {
+            match (column, appended) {
+                (Column::Ids(ids), Column::Ids(appended)) => ids.extend(appended),
+                (Column::Values(values), Column::Values(appended)) => values.extend(appended),
                 _ => unreachable!("both follow the same features"),
             }
         }
@@ -103,7 +102,8 @@ pub struct SessionFile {
     day: i64,
     path: PathBuf,
     features: Features,
-    /// Each feature's leaf column in the file: its index, and the definition level of a value that is there.
+    /// Leaf column of each feature: its index, and the definition level of a value that is not
+    /// null.
     leaves: Vec<(usize, i16)>,
     group_rows: Vec<usize>,
     max_length: usize,
@@ -111,7 +111,8 @@ pub struct SessionFile {
 
 impl SessionFile {
     pub(super) fn open(
-        (path, day): (&Path, i64),
+        path: &Path,
+        day: i64,
         features: &Features,
         max_length: usize,
     ) -> Result<Self, DataError> {
@@ -132,12 +133,12 @@ impl SessionFile {
             if column.max_rep_level() != 1 {
                 return Err(column_error("is not a list"));
             }
-            let fits = match column.physical_type() {
+            let is_supported = match column.physical_type() {
                 Physical::INT32 | Physical::INT64 => true,
                 Physical::FLOAT | Physical::DOUBLE => !feature.is_categorical(),
                 _ => false,
             };
-            if !fits {
+            if !is_supported {
                 return Err(column_error(&format!("has the unexpected type {}", column.physical_type())));
             }
             leaves.push((leaf, column.max_def_level()));
@@ -146,7 +147,6 @@ impl SessionFile {
         Ok(Self { day, path: path.to_owned(), features: features.clone(), leaves, group_rows, max_length })
     }
 
-    /// The file's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -156,16 +156,17 @@ impl SessionFile {
         self.group_rows.iter().sum()
     }
 
-    /// Sessions in each row group.
+    /// Number of sessions in each row group.
     pub fn group_rows(&self) -> &[usize] {
         &self.group_rows
     }
 
-    /// What tells this file from another: its size, and a hash (xxh3) of its end, where parquet keeps the size and the
-    /// smallest and largest value of each part of a column.
+    /// Returns the file's size and an xxh3 hash of its end. The end holds the parquet footer with
+    /// sizes, smallest and largest values of all column chunks, so that a changed file has another
+    /// fingerprint.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The file cannot be read.
     pub fn fingerprint(&self) -> Result<String, DataError> {
         let read = || -> std::io::Result<String> {
             let mut file = File::open(&self.path)?;
@@ -178,13 +179,14 @@ impl SessionFile {
         read().map_err(|source| DataError::Open { path: self.path.clone(), source })
     }
 
-    /// Reads the given rows of the given row groups, in this order.
+    /// Reads spans of rows, given by row group, in this order.
     ///
     /// # Errors
-    /// A file that changed or is cut off, a session of fewer than 2 events, a null or out-of-range value.
+    /// The file has changed or is truncated, a session has fewer than 2 events, or a value is null
+    /// or out of range.
     pub fn read(&self, spans: &[(usize, Range<usize>)]) -> Result<Sessions, DataError> {
         let reader = open_parquet(&self.path)?;
-        let mut sessions = Sessions::none(&self.features);
+        let mut sessions = Sessions::empty(&self.features);
         for (group, rows) in spans {
             sessions.append(self.read_group(&reader, *group, rows.clone())?);
         }
@@ -204,7 +206,7 @@ impl SessionFile {
         self.read_group(&reader, group, 0..self.group_rows[group]).map(drop)
     }
 
-    /// The row spans of rows `rows` of the whole file, in file order.
+    /// Splits the rows `rows` of the whole file into spans by row group.
     pub fn spans(&self, rows: Range<usize>) -> Vec<(usize, Range<usize>)> {
         let in_file_order: Vec<usize> = (0..self.group_rows.len()).collect();
         spans_in_order(&self.group_rows, &in_file_order, rows)
@@ -216,27 +218,28 @@ impl SessionFile {
         group: usize,
         rows: Range<usize>,
     ) -> Result<Sessions, DataError> {
-        let in_file = |source| DataError::Parquet { path: self.path.clone(), source };
+        let unreadable = |source| DataError::Parquet { path: self.path.clone(), source };
         let first_row = self.group_rows[..group].iter().sum::<usize>() + rows.start;
-        let group_reader = reader.get_row_group(group).map_err(in_file)?;
+        let group_reader = reader.get_row_group(group).map_err(unreadable)?;
         let mut lengths = Vec::new();
         let mut columns = Vec::with_capacity(self.leaves.len());
         for (feature, &(leaf, defined)) in self.features.columns().iter().zip(&self.leaves) {
-            let at = |row: usize, problem: String| DataError::Row {
+            let invalid = |row: usize, problem: String| DataError::Row {
                 path: self.path.clone(),
                 row: first_row + row,
                 column: feature.name.clone(),
                 problem,
             };
-            let column = group_reader.get_column_reader(leaf).map_err(in_file)?;
-            let lists = read_lists(column, rows.clone(), defined).map_err(in_file)?;
+            let column = group_reader.get_column_reader(leaf).map_err(unreadable)?;
+            let lists = read_lists(column, rows.clone(), defined).map_err(unreadable)?;
             if let Some(row) = lists.first_gap {
-                return Err(at(row, "holds a null or an empty list".to_owned()));
+                return Err(invalid(row, "holds a null or an empty list".to_owned()));
             }
             if lists.lengths.len() != rows.len() {
                 let problem = ParquetError::EOF(format!("{} of {} rows", lists.lengths.len(), rows.len()));
-                return Err(in_file(problem));
+                return Err(unreadable(problem));
             }
+            // The item id is the first column; all others must have its lengths.
             if columns.is_empty() {
                 if let Some(row) = lists.lengths.iter().position(|&length| length < 2) {
                     return Err(DataError::ShortSession {
@@ -248,27 +251,27 @@ impl SessionFile {
                 lengths.clone_from(&lists.lengths);
             } else if let Some(row) = (0..rows.len()).find(|&row| lengths[row] != lists.lengths[row]) {
                 let problem = format!("has {} values, the item id {}", lists.lengths[row], lengths[row]);
-                return Err(at(row, problem));
+                return Err(invalid(row, problem));
             }
-            let recent = lists.cut_to_last(self.max_length);
-            columns.push(recent.into_column(feature).map_err(|(row, problem)| at(row, problem))?);
+            let recent = lists.keep_last(self.max_length);
+            columns.push(recent.into_column(feature).map_err(|(row, problem)| invalid(row, problem))?);
         }
         let mut offsets = vec![0];
         offsets.extend(lengths.iter().scan(0, |end, &length| {
             *end += length.min(self.max_length);
             Some(*end)
         }));
-        let places = (first_row..first_row + lengths.len()).map(|row| (self.day, row as u64)).collect();
-        Ok(Sessions { offsets, columns, places })
+        let day_rows = (first_row..first_row + lengths.len()).map(|row| (self.day, row as u64)).collect();
+        Ok(Sessions { offsets, columns, day_rows })
     }
 }
 
-/// The train files of consecutive days, read as one.
+/// The train files of consecutive days, read like one file.
 #[derive(Clone)]
 pub struct Window(Vec<Arc<SessionFile>>);
 
 impl Window {
-    /// Of these days, the earliest first; at least one.
+    /// `files`: at least one, the earliest day first.
     pub fn new(files: Vec<Arc<SessionFile>>) -> Self {
         assert!(!files.is_empty(), "a window has a day");
         Self(files)
@@ -284,17 +287,17 @@ impl Window {
         self.0.iter().map(|file| file.n_sessions()).sum()
     }
 
-    /// Sessions in each row group, file by file.
+    /// Number of sessions in each row group, file by file.
     pub fn group_rows(&self) -> Vec<usize> {
         self.0.iter().flat_map(|file| file.group_rows()).copied().collect()
     }
 
-    /// Reads the given rows of the given row groups, in this order.
+    /// Reads spans of rows, given by row group of the whole window, in this order.
     ///
     /// # Errors
     /// See [`SessionFile::read`].
     pub fn read(&self, spans: &[(usize, Range<usize>)]) -> Result<Sessions, DataError> {
-        let mut sessions = Sessions::none(&self.today().features);
+        let mut sessions = Sessions::empty(&self.today().features);
         let groups: Vec<(&SessionFile, usize)> = self
             .0
             .iter()
@@ -319,7 +322,7 @@ enum Raw {
     Float(Vec<f64>),
 }
 
-/// A list column of some rows.
+/// Rows of a list column.
 struct Lists {
     lengths: Vec<usize>,
     values: Raw,
@@ -328,11 +331,12 @@ struct Lists {
 }
 
 impl Lists {
-    fn cut_to_last(self, max_length: usize) -> Self {
+    /// Keeps the last `max_length` values of each row.
+    fn keep_last(self, max_length: usize) -> Self {
         if self.lengths.iter().all(|&length| length <= max_length) {
             return self;
         }
-        fn cut<T: Copy>(values: &[T], lengths: &[usize], max_length: usize) -> Vec<T> {
+        fn truncate<T: Copy>(values: &[T], lengths: &[usize], max_length: usize) -> Vec<T> {
             let mut kept = Vec::with_capacity(values.len());
             let mut end = 0;
             for &length in lengths {
@@ -342,14 +346,15 @@ impl Lists {
             kept
         }
         let values = match &self.values {
-            Raw::Int(values) => Raw::Int(cut(values, &self.lengths, max_length)),
-            Raw::Float(values) => Raw::Float(cut(values, &self.lengths, max_length)),
+            Raw::Int(values) => Raw::Int(truncate(values, &self.lengths, max_length)),
+            Raw::Float(values) => Raw::Float(truncate(values, &self.lengths, max_length)),
         };
         let lengths = self.lengths.iter().map(|&length| length.min(max_length)).collect();
         Self { lengths, values, first_gap: self.first_gap }
     }
 
-    /// Checks the values: codes within `1..cardinality`, continuous values finite.
+    /// Checks that codes are within `1..cardinality` and continuous values are finite. The error
+    /// has the row and the problem.
     fn into_column(self, feature: &Feature) -> Result<Column, (usize, String)> {
         let row_of = |index: usize| {
             let mut end = 0;
@@ -406,6 +411,8 @@ fn read_lists(column: ColumnReader, rows: Range<usize>, defined: i16) -> Result<
         }
         let mut lengths: Vec<usize> = Vec::with_capacity(n_read);
         let mut first_gap = None;
+        // Dremel encoding: repetition level 0 starts a new list; a definition level below the
+        // largest is a null element, or a null or empty list.
         for (definition, repetition) in definitions.iter().zip(&repetitions) {
             if *repetition == 0 {
                 lengths.push(0);

@@ -1,64 +1,62 @@
-//! Reads the steps of a rank in the background, while earlier ones are trained on.
+//! Reads the batches of a rank in the background, a few steps ahead of the training.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use bireme_base::console::panic_text;
 
-use super::plan::{StepShape, derive_seed, streams_of_rank};
+use super::plan::{EpochKey, StepShape, derive_seed, streams_of_rank};
 use super::{Batch, DataError, Features, Segment, SessionFile, Sessions, Window};
 
-/// Steps that are read ahead: enough to even out a slow read, few enough to take little memory.
+/// Number of steps that are read ahead: enough to hide a slow read, few enough to need little
+/// memory.
 const READY_STEPS: usize = 4;
 
-/// Where a training day begins and what it consists of.
+/// The sessions and steps of a training day.
 #[derive(Clone)]
 pub struct DayPlan {
-    /// The sessions.
     pub window: Window,
-    /// The day.
     pub day: i64,
-    /// Passes over it.
     pub n_epochs: usize,
-    /// How steps are cut.
     pub shape: StepShape,
     /// Seed of the run.
     pub seed: u64,
-    /// At most so many steps, if given.
+    /// Largest number of steps of the day.
     pub max_steps: Option<usize>,
-    /// Whether each micro-batch is a batch of its own; otherwise those of a rank are one batch.
+    /// Whether each micro-batch is a separate batch; otherwise all micro-batches of a rank are one
+    /// batch.
     pub one_batch_each: bool,
 }
 
 impl DayPlan {
-    /// Steps of one epoch.
     pub fn steps_per_epoch(&self) -> usize {
         self.shape.steps(self.window.n_sessions())
     }
 
-    /// Steps of the day, the same on every rank.
+    /// Number of steps of the day, the same on every rank.
     pub fn n_steps(&self) -> usize {
         let all = self.n_epochs * self.steps_per_epoch();
         self.max_steps.map_or(all, |max| all.min(max))
     }
 
-    /// Sessions in the global batch of step `step` of the day.
+    /// Number of sessions in the global batch of step `step` of the day.
     pub fn sessions_in_step(&self, step: usize) -> usize {
         self.shape.sessions_in_step(self.window.n_sessions(), step % self.steps_per_epoch())
     }
 }
 
-/// Reads this rank's micro-batches of each step of a day, in a thread of its own.
+/// Reads this rank's micro-batches of each step of a day on a background thread.
 ///
-/// The iterator ends after the last step. A panic of the thread is its last item.
+/// The iterator ends after the last step. If the thread panics, the last item is an error with the
+/// panic's text.
 pub struct Loader {
-    /// `None` once the thread is to end.
+    /// `None` while the loader is dropped.
     steps: Option<Receiver<Result<Vec<Batch>, DataError>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Loader {
-    /// Starts to read the steps of the day from `first_step` on.
+    /// Starts reading the steps of the day from `first_step` on.
     pub fn start(
         plan: &DayPlan,
         features: &Features,
@@ -86,7 +84,7 @@ impl Iterator for Loader {
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        // The thread ends when it cannot send its next step.
+        // Closing the channel ends the thread at its next send.
         self.steps = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -94,7 +92,7 @@ impl Drop for Loader {
     }
 }
 
-/// What the thread of a [`Loader`] reads.
+/// Reads and packs the steps on the thread of a [`Loader`].
 struct StepReader {
     plan: DayPlan,
     features: Features,
@@ -106,27 +104,27 @@ struct StepReader {
 struct EpochStream {
     index: usize,
     sessions: Sessions,
-    /// Numbers of the sessions in the order in which they are seen.
+    /// Indices of the sessions in training order.
     order: Vec<usize>,
 }
 
 impl StepReader {
-    /// Sends the steps of the day from `first_step` on, until the receiver is gone or a file cannot
-    /// be read.
+    /// Sends the steps of the day from `first_step` on, until the receiver is dropped or a file
+    /// cannot be read.
     fn send_from(&self, first_step: usize, ready: &SyncSender<Result<Vec<Batch>, DataError>>) {
         let n_steps = self.plan.n_steps();
         let steps_per_epoch = self.plan.steps_per_epoch();
         let first_epoch = first_step.checked_div(steps_per_epoch).unwrap_or(0);
         for epoch in first_epoch..self.plan.n_epochs {
-            let before = epoch * steps_per_epoch;
-            if before >= n_steps {
+            let n_before = epoch * steps_per_epoch;
+            if n_before >= n_steps {
                 return;
             }
             let streams = match self.read_epoch(epoch) {
                 Ok(streams) => streams,
                 Err(error) => return drop(ready.send(Err(error))),
             };
-            for step in first_step.saturating_sub(before)..steps_per_epoch.min(n_steps - before) {
+            for step in first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before) {
                 if ready.send(Ok(self.micro_batches(&streams, epoch, step))).is_err() {
                     return;
                 }
@@ -136,8 +134,8 @@ impl StepReader {
 
     fn read_epoch(&self, epoch: usize) -> Result<Vec<EpochStream>, DataError> {
         let DayPlan { window, shape, seed, day, .. } = &self.plan;
-        let ranks = (self.rank, self.world_size);
-        let streams = streams_of_rank(&window.group_rows(), *shape, (*seed, *day, epoch), ranks);
+        let key = EpochKey { seed: *seed, day: *day, epoch };
+        let streams = streams_of_rank(&window.group_rows(), *shape, key, self.rank, self.world_size);
         let read = streams.iter().map(|stream| {
             let sessions = window.read(&stream.spans)?;
             let order = stream.order(&sessions.lengths(), shape.micro_batch);
@@ -146,18 +144,19 @@ impl StepReader {
         read.collect()
     }
 
-    /// This rank's micro-batches of a step of an epoch: one batch of all, or one batch each.
+    /// Packs this rank's micro-batches of step `step` of an epoch into one batch, or into one batch
+    /// each.
     fn micro_batches(&self, streams: &[EpochStream], epoch: usize, step: usize) -> Vec<Batch> {
         let plan = &self.plan;
-        let derive = |purpose, place: &[u64]| {
-            let place = [&[plan.day as u64, epoch as u64], place].concat();
-            derive_seed(plan.seed, purpose, &place)
+        let derive = |purpose, position: &[u64]| {
+            let position = [&[plan.day as u64, epoch as u64], position].concat();
+            derive_seed(plan.seed, purpose, &position)
         };
         let step_seed = derive("step", &[step as u64]);
         let batch = |rows: &[(&Sessions, usize)], segments| Batch {
             session_seeds: rows
                 .iter()
-                .map(|(sessions, row)| sessions.place(*row))
+                .map(|(sessions, row)| sessions.day_row(*row))
                 .map(|(day, row)| derive("session", &[day as u64, row]))
                 .collect(),
             step_seed,
@@ -176,8 +175,8 @@ impl StepReader {
         }
         let mut batches: Vec<Batch> =
             micro_batches.map(|(segment, rows)| batch(&rows, vec![segment])).collect();
-        // Backward passes may exchange rows, so every rank makes as many as the rank with most
-        // micro-batches.
+        // A backward pass may exchange rows with all ranks, so a rank with fewer micro-batches than
+        // others gets empty ones.
         batches.resize_with(plan.shape.n_streams.div_ceil(self.world_size), || Batch {
             step_seed,
             ..Batch::new(&[], &self.features)
@@ -186,10 +185,10 @@ impl StepReader {
     }
 }
 
-/// The blocks of `block` consecutive sessions of a file that `rank` evaluates.
+/// Packs the sessions of a file that `rank` evaluates into batches of `block` consecutive sessions.
 ///
-/// Blocks are cut without regard to the number of ranks, so that a session is scored in the same company, and
-/// by the same arithmetic, whoever scores it. Each rank takes consecutive blocks and reads its share only.
+/// The blocks do not depend on the number of ranks, so that a session is always scored beside the
+/// same sessions and by the same arithmetic. Each rank reads only its own consecutive blocks.
 ///
 /// # Errors
 /// See [`SessionFile::read`].

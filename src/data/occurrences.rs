@@ -1,12 +1,12 @@
-//! How often items occur.
+//! Counts the occurrences of items.
 
 use std::slice;
 
 use super::{DataError, Features, SessionFile};
 
-/// Occurrences of each item, `[V]`, in this rank's share of a file: consecutive sessions, each counted once,
-/// however often a run trains on it. Summed over ranks they are those of the whole file. Row groups are read one after
-/// the other, so that a day needs no more memory than one of them.
+/// Counts the occurrences of each item, `[V]`, in this rank's part of the sessions of a file. The
+/// sum over ranks counts each session once, whatever the number of epochs. Row groups are read one
+/// at a time, so that memory holds only one of them.
 ///
 /// # Errors
 /// See [`SessionFile::read`].
