@@ -1,4 +1,4 @@
-//! What a checkpoint's folder must hold to be whole.
+//! The manifest of a checkpoint, which shows whether its folder is complete.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::etl;
 
-/// The file that is written last.
+/// This file is written last.
 pub(super) const MANIFEST: &str = "manifest.json";
 
-/// `manifest.json`: the other files by name.
+/// `manifest.json`: size and hash of the other files, by name.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Manifest {
     files: BTreeMap<String, Entry>,
@@ -32,13 +32,13 @@ impl Entry {
 }
 
 impl Manifest {
-    /// Of these files of a folder, as they are now.
+    /// Describes `files` of a folder.
     pub fn of(folder: &Path, files: &[&str]) -> io::Result<Self> {
         let entry = |file: &&str| Ok(((*file).to_owned(), Entry::of(&folder.join(file))?));
         Ok(Self { files: files.iter().map(entry).collect::<io::Result<_>>()? })
     }
 
-    /// What is wrong with a folder, if anything is.
+    /// Returns why a folder is not a complete checkpoint, or `None` if it is one.
     pub fn problem(folder: &Path) -> Option<String> {
         let text = match fs::read(folder.join(MANIFEST)) {
             Ok(text) => text,
@@ -56,7 +56,7 @@ impl Manifest {
             Ok(Entry { bytes, .. }) if bytes != written.bytes => {
                 Some(format!("`{file}` has {bytes} bytes, {} were written", written.bytes))
             }
-            Ok(_) => Some(format!("`{file}` is not what was written: its hash is another")),
+            Ok(_) => Some(format!("the hash of `{file}` is not the one that was written")),
             Err(error) => Some(format!("`{file}`: {error}")),
         })
     }

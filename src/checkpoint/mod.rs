@@ -1,16 +1,17 @@
-//! States to go on from: `RUN/checkpoints/day-<day>-step-<step>/`.
+//! Checkpoints, from which a run resumes: `RUN/checkpoints/day-<day>-step-<step>/`.
 //!
-//! | file | holds |
+//! | file | contents |
 //! | --- | --- |
-//! | `weights.safetensors` | what the model predicts with |
-//! | `optimizer.safetensors` | what only further training needs |
-//! | `occurrences.safetensors` | how often each item occurred in training so far |
+//! | `weights.safetensors` | the weights of the model |
+//! | `optimizer.safetensors` | the state of the optimizer |
+//! | `occurrences.safetensors` | occurrences of each item in training so far |
 //! | `state.json` | everything else, a [`State`] |
-//! | `manifest.json` | size and hash of each of these |
+//! | `manifest.json` | size and hash of each of these files |
 //!
-//! A checkpoint is written aside, forced to disk, its manifest last, and then renamed: a reader that finds the manifest,
-//! and what it lists, has found it whole, whenever the writer was stopped. No generator has a state of its own: all that
-//! is random is a function of the configuration's seed and the position.
+//! A checkpoint is written to a staging folder, the manifest last, flushed to disk, and then
+//! renamed. A folder whose files match its manifest is therefore complete, whenever the writer was
+//! stopped. Random generators need no saved state: all random numbers are functions of the
+//! configuration's seed and the position.
 
 mod manifest;
 mod retention;
@@ -32,7 +33,7 @@ use crate::metrics::Measure;
 use crate::model::ItemTable;
 
 use manifest::{MANIFEST, Manifest};
-use retention::{Place, superseded};
+use retention::{CheckpointId, superseded};
 pub use saver::Saver;
 pub use shared::SharedCheckpoint;
 use tensor_file::{TensorFile, stream};
@@ -42,13 +43,14 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const OCCURRENCES: &str = "occurrences.safetensors";
 const STATE: &str = "state.json";
 
-/// Ends the name of a folder that is being written.
-const ASIDE: &str = ".partial";
+/// Suffix of the staging folder of a checkpoint.
+const STAGING_SUFFIX: &str = ".partial";
 
-/// Layout of the folder that this version writes and reads.
+/// Version of the folder layout that this program writes and reads.
 const FORMAT: u32 = 2;
 
-/// Section `[checkpoint]` of a configuration. A checkpoint is written at the end of every day in any case.
+/// Section `[checkpoint]` of a configuration. A checkpoint is written at the end of every day in
+/// any case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
@@ -72,30 +74,30 @@ impl Default for CheckpointConfig {
 }
 
 impl CheckpointConfig {
-    /// Checks what the types leave open.
+    /// Checks the ranges of the values.
     ///
     /// # Errors
-    /// Says which key is wrong.
+    /// Returns the first invalid key.
     pub fn check(&self) -> Result<(), String> {
         check_finite("every_minutes", self.every_minutes, 0.0)
     }
 }
 
-/// Where in a run a checkpoint was taken.
+/// Position in a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
-    /// The day being trained on.
+    /// Training day.
     pub day: i64,
-    /// Steps of that day that are done.
+    /// Finished steps of that day.
     pub day_step: usize,
-    /// Steps that the day has.
+    /// All steps of that day.
     pub day_steps: usize,
     /// Steps since the run began.
     pub global_step: usize,
 }
 
 impl Position {
-    /// Whether the day has been trained on to its end.
+    /// Whether all steps of the day are finished.
     pub fn is_end_of_day(&self) -> bool {
         self.day_step == self.day_steps
     }
@@ -104,30 +106,29 @@ impl Position {
 /// Everything about a checkpoint that is not a tensor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    /// Layout of the folder.
+    /// Version of the folder layout.
     pub format: u32,
-    /// Version of the program that wrote it.
+    /// Version of the program.
     pub bireme: String,
-    /// Where the run was.
     pub position: Position,
-    /// Steps that the optimizer has counted.
+    /// Steps of the optimizer.
     pub optimizer_steps: i32,
-    /// Steps left out so far, as their gradients were not finite.
+    /// Steps that were skipped because their gradients were not finite.
     pub n_skipped: usize,
-    /// Rows of the item table.
+    /// Size of the catalogue.
     pub n_items: i64,
-    /// Bytes of the run's `metrics.jsonl` until here.
+    /// Size of the run's `metrics.jsonl` at this position, in bytes.
     pub log_bytes: u64,
-    /// What `checkpoint.keep_best` was after each day so far.
+    /// The metric of `checkpoint.keep_best` after each day so far.
     pub evaluated: BTreeMap<i64, f64>,
-    /// What the run's data files were, by day and part.
+    /// Fingerprints of the run's data files, by day and split.
     pub data: BTreeMap<String, String>,
     /// The resolved configuration.
     pub config: Config,
 }
 
 impl State {
-    /// Of a run at its very beginning.
+    /// The state before the first step of a run.
     pub fn new(config: &Config, n_items: i64, data: BTreeMap<String, String>) -> Self {
         Self {
             format: FORMAT,
@@ -142,108 +143,80 @@ impl State {
             config: config.clone(),
         }
     }
+
+    fn id(&self) -> CheckpointId {
+        let Position { day, global_step, .. } = self.position;
+        CheckpointId { day, global_step }
+    }
 }
 
-/// Named tensors of a model and of its optimizer.
+/// Named tensors of a model and its optimizer.
 #[derive(Debug, Default)]
 pub struct Tensors {
-    /// What the model predicts with.
     pub weights: Vec<(String, Tensor)>,
-    /// What only further training needs.
     pub optimizer: Vec<(String, Tensor)>,
 }
 
-/// A whole checkpoint.
+/// A checkpoint that was read.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// Its folder.
+    /// Folder of the checkpoint.
     pub path: PathBuf,
-    /// What is not a tensor.
     pub state: State,
-    /// The model's and the optimizer's.
     pub tensors: Tensors,
-    /// How often each item occurred in training so far, `[V]`.
+    /// Occurrences of each item in training so far, `[V]`.
     pub occurrences: Vec<i64>,
 }
 
 impl Checkpoint {
-    /// Whether it is of a catalogue whose item table has `n_items` rows.
+    /// Checks that the checkpoint has a catalogue of `n_items` items.
     ///
     /// # Errors
-    /// Says that it is not.
+    /// It has another number of items.
     pub fn check_items(&self, n_items: i64) -> Result<(), CheckpointError> {
-        let counted = self.occurrences.len();
-        if counted as i64 == n_items {
+        let n_counted = self.occurrences.len();
+        if n_counted as i64 == n_items {
             return Ok(());
         }
-        let problem = counts_other_items(counted, n_items);
+        let problem = counts_other_items(n_counted, n_items);
         Err(CheckpointError::Mismatch { path: self.path.clone(), problem })
     }
 }
 
-/// What is wrong with one that counts so many items.
+/// The problem of a checkpoint whose catalogue does not fit the schema.
 pub(crate) fn counts_other_items(n_counted: usize, n_items: i64) -> String {
     format!("it counts {n_counted} items, the schema has {n_items}")
 }
 
-/// What can go wrong with a checkpoint.
+/// An error of reading or writing a checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// The file system refused.
     #[error("cannot {action} `{path}`")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// A tensor file is not what it should be.
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    /// A file of tensors cannot be read.
     #[error("cannot {action} `{path}`")]
-    Tensors {
-        /// What was tried.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// Why not.
-        source: tch::TchError,
-    },
-    /// The state is not what it should be.
+    Tensors { action: &'static str, path: PathBuf, source: tch::TchError },
+    /// The state cannot be parsed.
     #[error("`{path}` is not the state of a checkpoint of this version")]
-    State {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// No complete checkpoint.
+    State { path: PathBuf, source: serde_json::Error },
     #[error("`{dir}` holds no complete checkpoint{}", skipped.iter().map(|s| format!("; {s}")).collect::<String>())]
     None {
-        /// Where it was looked for.
         dir: PathBuf,
-        /// The others there, and what is wrong with each.
+        /// The incomplete checkpoints in `dir`, each with its problem.
         skipped: Vec<String>,
     },
-    /// None of that name.
+    /// No complete checkpoint has the requested name.
     #[error("`{dir}` holds no complete checkpoint `{name}`, only {have}")]
     Unknown {
-        /// As asked for.
         name: String,
-        /// Where it was looked for.
         dir: PathBuf,
-        /// The complete ones.
+        /// The complete checkpoints in `dir`.
         have: String,
     },
-    /// It belongs to another model.
+    /// The checkpoint belongs to another model or to other data.
     #[error("checkpoint `{path}` does not fit: {problem}")]
-    Mismatch {
-        /// The checkpoint.
-        path: PathBuf,
-        /// What differs.
-        problem: String,
-    },
-    /// The thread that writes could not be started, or panicked.
+    Mismatch { path: PathBuf, problem: String },
+    /// The writer thread could not be started, or it panicked.
     #[error("checkpoints cannot be written in the background: {0}")]
     Background(String),
 }
@@ -255,15 +228,15 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Those under `run_dir`.
+    /// The checkpoints under `run_dir`.
     pub fn of(run_dir: &Path) -> Self {
         Self { dir: run_dir.join("checkpoints") }
     }
 
-    /// Writes one and then removes those that are no longer kept.
+    /// Writes a checkpoint and then removes those that are no longer kept.
     ///
     /// # Errors
-    /// What the file system says; the earlier checkpoints are then still there.
+    /// A file operation fails; if the checkpoint was not written, the earlier ones are kept.
     pub fn write(
         &self,
         root: Root,
@@ -271,17 +244,18 @@ impl Checkpoints {
         tensors: &Tensors,
         occurrences: &[i64],
     ) -> Result<(), CheckpointError> {
-        let mut writing = Writing::begin(self, root, state, tensors, &ItemTable::replicated(state.n_items))?;
-        for (file, named) in writing.files.iter_mut().zip([&tensors.weights, &tensors.optimizer]) {
+        let item_table = ItemTable::replicated(state.n_items);
+        let mut writer = CheckpointWriter::new(self, root, state, tensors, &item_table)?;
+        for (file, named) in writer.files.iter_mut().zip([&tensors.weights, &tensors.optimizer]) {
             named.iter().for_each(|(_, tensor)| file.put(tensor));
         }
-        writing.finish(occurrences)
+        writer.finish(occurrences)
     }
 
-    /// *All ranks.* Writes one of tensors that are shared out, on rank 0.
+    /// *All ranks.* Writes a checkpoint with a sharded item table; rank 0 writes the files.
     ///
     /// # Errors
-    /// What the file system says to rank 0, on all ranks, or those of the collective.
+    /// A file operation of rank 0 fails, or a collective call; all ranks get the error.
     pub fn write_shared(
         &self,
         state: &State,
@@ -290,21 +264,22 @@ impl Checkpoints {
         item_table: &ItemTable<'_>,
         collective: &dyn Collective,
     ) -> Result<(), CollectiveError> {
-        let begun =
-            collective.root().map(|root| Writing::begin(self, root, state, tensors, item_table)).transpose();
-        let mut writing = collective.agree(begun)?;
-        for (which, named) in [&tensors.weights, &tensors.optimizer].into_iter().enumerate() {
-            stream(named, item_table, |numbers| {
-                writing.iter_mut().for_each(|writing| writing.files[which].put(numbers));
+        let root = collective.root();
+        let writer = root.map(|root| CheckpointWriter::new(self, root, state, tensors, item_table));
+        let mut writer = collective.agree(writer.transpose())?;
+        for (index, named) in [&tensors.weights, &tensors.optimizer].into_iter().enumerate() {
+            stream(named, item_table, |elements| {
+                writer.iter_mut().for_each(|writer| writer.files[index].put(elements));
             })?;
         }
-        collective.agree(writing.map_or(Ok(()), |writing| writing.finish(occurrences)))
+        collective.agree(writer.map_or(Ok(()), |writer| writer.finish(occurrences)))
     }
 
-    /// The newest complete one, and what is wrong with each newer one.
+    /// Reads the newest complete checkpoint; also returns the problems of the incomplete newer
+    /// ones.
     ///
     /// # Errors
-    /// There is none, or it cannot be read.
+    /// There is no complete checkpoint, or it cannot be read.
     pub fn newest(&self) -> Result<(Checkpoint, Vec<String>), CheckpointError> {
         loop {
             let (mut skipped, mut is_outdated) = (Vec::new(), false);
@@ -316,7 +291,8 @@ impl Checkpoints {
                         found => return Ok((found?, skipped)),
                     },
                 };
-                // A running training removes old checkpoints, each only after it has written a newer one.
+                // A training run removed this checkpoint meanwhile, after it wrote a newer one:
+                // look again.
                 is_outdated |= !path.exists();
                 skipped.extend(found.err().map(|problem| format!("`{}`: {problem}", path.display())));
             }
@@ -326,10 +302,10 @@ impl Checkpoints {
         }
     }
 
-    /// The complete one whose folder has this name.
+    /// Reads the complete checkpoint whose folder has this name.
     ///
     /// # Errors
-    /// There is none, or it cannot be read.
+    /// There is no such checkpoint, or it cannot be read.
     pub fn named(&self, name: &str) -> Result<Checkpoint, CheckpointError> {
         let folders = self.folders()?.into_iter().map(|(_, path)| path);
         let (named, others): (Vec<_>, Vec<_>) =
@@ -345,30 +321,31 @@ impl Checkpoints {
         }
     }
 
-    /// Removes what a writer that was stopped has left half done.
+    /// Removes the staging folders of interrupted writers.
     ///
     /// # Errors
-    /// What the file system says.
+    /// A folder cannot be removed.
     pub fn clear_partial(&self, _: Root) -> Result<(), CheckpointError> {
         for path in self.entries()? {
-            if path.as_os_str().to_string_lossy().ends_with(ASIDE) {
+            if path.as_os_str().to_string_lossy().ends_with(STAGING_SUFFIX) {
                 io_at("remove", &path, fs::remove_dir_all(&path))?;
             }
         }
         Ok(())
     }
 
-    fn path(&self, (day, global_step): Place) -> PathBuf {
+    fn path(&self, id: CheckpointId) -> PathBuf {
+        let CheckpointId { day, global_step } = id;
         self.dir.join(format!("day-{day:04}-step-{global_step:08}"))
     }
 
     /// Folders with the name of a checkpoint, oldest first.
-    fn folders(&self) -> Result<Vec<(Place, PathBuf)>, CheckpointError> {
-        let place = |path: PathBuf| {
+    fn folders(&self) -> Result<Vec<(CheckpointId, PathBuf)>, CheckpointError> {
+        let with_id = |path: PathBuf| {
             let (day, step) = path.file_name()?.to_str()?.strip_prefix("day-")?.split_once("-step-")?;
-            Some(((day.parse().ok()?, step.parse().ok()?), path))
+            Some((CheckpointId { day: day.parse().ok()?, global_step: step.parse().ok()? }, path))
         };
-        let mut folders: Vec<_> = self.entries()?.into_iter().filter_map(place).collect();
+        let mut folders: Vec<_> = self.entries()?.into_iter().filter_map(with_id).collect();
         folders.sort_unstable();
         Ok(folders)
     }
@@ -382,68 +359,71 @@ impl Checkpoints {
     }
 }
 
-/// A checkpoint that is being written aside.
-struct Writing<'a> {
+/// Writes a checkpoint to a staging folder.
+struct CheckpointWriter<'a> {
     checkpoints: &'a Checkpoints,
     state: &'a State,
-    aside: Aside,
+    staging: StagingFolder,
+    /// Final folder of the checkpoint.
     path: PathBuf,
     /// Weights and optimizer.
     files: [TensorFile; 2],
 }
 
-/// A folder that is removed if it comes to nothing.
-struct Aside(PathBuf);
+/// A folder that is removed unless it is renamed.
+struct StagingFolder(PathBuf);
 
-impl Drop for Aside {
+impl Drop for StagingFolder {
     fn drop(&mut self) {
-        // Renamed, it is not there any more; what cannot be removed now was not worth more either.
+        // After the rename the path no longer exists. Folders that cannot be removed are left to
+        // `clear_partial`.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-impl<'a> Writing<'a> {
-    fn begin(
+impl<'a> CheckpointWriter<'a> {
+    fn new(
         checkpoints: &'a Checkpoints,
         _: Root,
         state: &'a State,
         tensors: &Tensors,
         item_table: &ItemTable<'_>,
     ) -> Result<Self, CheckpointError> {
-        let path = checkpoints.path((state.position.day, state.position.global_step));
-        let mut aside = path.clone().into_os_string();
-        aside.push(ASIDE);
-        let aside = PathBuf::from(aside);
-        // A folder of that name is what an interrupted run left: complete or not, this one replaces it.
-        for stale in [&aside, &path] {
+        let path = checkpoints.path(state.id());
+        let mut staging = path.clone().into_os_string();
+        staging.push(STAGING_SUFFIX);
+        let staging = PathBuf::from(staging);
+        // An interrupted run may have left folders of these names; complete or not, they are
+        // replaced.
+        for stale in [&staging, &path] {
             if stale.exists() {
                 io_at("remove", stale, fs::remove_dir_all(stale))?;
             }
         }
-        io_at("create", &aside, fs::create_dir_all(&aside))?;
-        let aside = Aside(aside);
+        io_at("create", &staging, fs::create_dir_all(&staging))?;
+        let staging = StagingFolder(staging);
         let create = |file: &str, named| {
-            let path = aside.0.join(file);
+            let path = staging.0.join(file);
             io_at("write", &path, TensorFile::create(&path, named, item_table))
         };
         let files = [create(WEIGHTS, &tensors.weights)?, create(OPTIMIZER, &tensors.optimizer)?];
-        Ok(Self { checkpoints, state, aside, path, files })
+        Ok(Self { checkpoints, state, staging, path, files })
     }
 
     fn finish(self, occurrences: &[i64]) -> Result<(), CheckpointError> {
-        let Self { checkpoints, state, aside, path, files } = self;
-        let folder = &aside.0;
+        let Self { checkpoints, state, staging, path, files } = self;
+        let folder = &staging.0;
         for (name, file) in [WEIGHTS, OPTIMIZER].into_iter().zip(files) {
             io_at("write", &folder.join(name), file.finish())?;
         }
-        let of_items = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
-        let path_of = folder.join(OCCURRENCES);
-        let written = TensorFile::create(&path_of, &of_items, &ItemTable::replicated(state.n_items))
+        let counts = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
+        let counts_path = folder.join(OCCURRENCES);
+        let written = TensorFile::create(&counts_path, &counts, &ItemTable::replicated(state.n_items))
             .and_then(|mut file| {
-                file.put(&of_items[0].1);
+                file.put(&counts[0].1);
                 file.finish()
             });
-        io_at("write", &path_of, written)?;
+        io_at("write", &counts_path, written)?;
         write_json(&folder.join(STATE), state)?;
         let manifest_path = folder.join(MANIFEST);
         let manifest = Manifest::of(folder, &[WEIGHTS, OPTIMIZER, OCCURRENCES, STATE]);
@@ -451,12 +431,12 @@ impl<'a> Writing<'a> {
         sync(folder)?;
         io_at("rename", folder, fs::rename(folder, &path))?;
         sync(&checkpoints.dir)?;
-        // Later ones are of a past that this run has left: not whole, or it would have gone on from there.
-        let place = (state.position.day, state.position.global_step);
-        let have = checkpoints.folders()?.into_iter().map(|(other, _)| other).filter(|&other| other <= place);
-        let have: Vec<Place> = have.collect();
-        for place in superseded(&have, &state.config.checkpoint, &state.evaluated) {
-            let path = checkpoints.path(place);
+        // Later checkpoints are incomplete, or this run would have resumed from them; they do not
+        // count.
+        let saved = checkpoints.folders()?.into_iter().map(|(id, _)| id).filter(|&id| id <= state.id());
+        let saved: Vec<CheckpointId> = saved.collect();
+        for id in superseded(&saved, &state.config.checkpoint, &state.evaluated) {
+            let path = checkpoints.path(id);
             io_at("remove", &path, fs::remove_dir_all(&path))?;
         }
         Ok(())
@@ -475,20 +455,20 @@ fn read(path: PathBuf) -> Result<Checkpoint, CheckpointError> {
     let state: State = serde_json::from_str(&text)
         .map_err(|source| CheckpointError::State { path: state_path.clone(), source })?;
     if state.format != FORMAT {
-        let problem = format!("its format is {}, and this version knows {FORMAT}", state.format);
+        let problem = format!("its format is {}, this version reads {FORMAT}", state.format);
         return Err(CheckpointError::Mismatch { path, problem });
     }
     let tensors = |file: &str| read_tensors(&path.join(file));
-    let found = tensors(OCCURRENCES)?.into_iter().find(|(name, _)| name == "occurrences");
-    let occurrences = found.and_then(|(_, tensor)| Vec::try_from(tensor).ok()).unwrap_or_default();
+    let counts = tensors(OCCURRENCES)?.into_iter().find(|(name, _)| name == "occurrences");
+    let occurrences = counts.and_then(|(_, tensor)| Vec::try_from(tensor).ok()).unwrap_or_default();
     let tensors = Tensors { weights: tensors(WEIGHTS)?, optimizer: tensors(OPTIMIZER)? };
     Ok(Checkpoint { path, state, tensors, occurrences })
 }
 
-/// The named tensors of a safetensors file, each read when it is looked at.
+/// Maps the named tensors of a safetensors file; their data is read on access.
 ///
 /// # Errors
-/// It cannot be read.
+/// The file cannot be read.
 pub fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointError> {
     tensor_file::map(path).map_err(|source| CheckpointError::Tensors {
         action: "read",

@@ -1,4 +1,4 @@
-//! Checkpoints written while training goes on.
+//! Writes checkpoints in the background of the training.
 
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -9,29 +9,33 @@ use tch::{Device, Tensor};
 use super::{CheckpointError, Checkpoints, State, Tensors};
 use crate::collective::Root;
 
-/// Writes checkpoints from copies, one at a time. Dropping it waits for the one being written.
+/// Writes copies of the state on a background thread, one at a time. Dropping the saver waits for
+/// the checkpoint that is being written.
 pub struct Saver {
-    to_writer: Option<SyncSender<Copied>>,
+    to_writer: Option<SyncSender<Snapshot>>,
     writer: Option<JoinHandle<Result<(), CheckpointError>>>,
+    /// Start of the last checkpoint, or of the saver.
     last: Instant,
 }
 
-struct Copied {
+/// A copy of everything that a checkpoint holds.
+struct Snapshot {
     state: State,
     tensors: Tensors,
     occurrences: Vec<i64>,
 }
 
 impl Saver {
-    /// For the checkpoints of a run.
+    /// Starts the writer of the checkpoints of a run.
     ///
     /// # Errors
-    /// No thread can be started.
+    /// The thread cannot be started.
     pub fn new(root: Root, checkpoints: Checkpoints) -> Result<Self, CheckpointError> {
-        // No room: a state is taken when the writer is free, so that there are two of them at most.
-        let (to_writer, states) = sync_channel::<Copied>(0);
+        // The channel has no buffer, so that at most two copies exist: the one being written and
+        // the next one.
+        let (to_writer, snapshots) = sync_channel::<Snapshot>(0);
         let write = move || {
-            states.into_iter().try_for_each(|Copied { state, tensors, occurrences }| {
+            snapshots.into_iter().try_for_each(|Snapshot { state, tensors, occurrences }| {
                 checkpoints.write(root, &state, &tensors, &occurrences)
             })
         };
@@ -40,20 +44,20 @@ impl Saver {
         Ok(Self { to_writer: Some(to_writer), writer: Some(writer), last: Instant::now() })
     }
 
-    /// How long ago the last checkpoint was begun, or this was made.
+    /// Time since the last checkpoint was started, or since the saver was made.
     pub fn since_last(&self) -> Duration {
         self.last.elapsed()
     }
 
-    /// One has been written in another way.
-    pub fn saved(&mut self) {
+    /// Records that a checkpoint was written without this saver.
+    pub fn reset_timer(&mut self) {
         self.last = Instant::now();
     }
 
-    /// Begins a checkpoint of what is given, as it is now: waits for the one before, and copies.
+    /// Copies the state, waits for the previous checkpoint, and starts writing this one.
     ///
     /// # Errors
-    /// Those of the one before.
+    /// The previous checkpoint could not be written.
     pub fn save(
         &mut self,
         state: State,
@@ -62,35 +66,35 @@ impl Saver {
     ) -> Result<(), CheckpointError> {
         let copy = |named: &[(String, Tensor)]| {
             let copied = named.iter().map(|(name, tensor)| {
-                let here = tensor.detach().to_device_(Device::Cpu, tensor.kind(), false, true);
-                (name.clone(), here)
+                let on_cpu = tensor.detach().to_device_(Device::Cpu, tensor.kind(), false, true);
+                (name.clone(), on_cpu)
             });
             copied.collect()
         };
         let tensors = Tensors { weights: copy(&tensors.weights), optimizer: copy(&tensors.optimizer) };
-        let copied = Copied { state, tensors, occurrences: occurrences.to_vec() };
-        let sent = self.to_writer.as_ref().is_some_and(|to_writer| to_writer.send(copied).is_ok());
-        if !sent {
+        let snapshot = Snapshot { state, tensors, occurrences: occurrences.to_vec() };
+        let is_sent = self.to_writer.as_ref().is_some_and(|to_writer| to_writer.send(snapshot).is_ok());
+        if !is_sent {
             self.finish()?;
         }
-        self.saved();
+        self.reset_timer();
         Ok(())
     }
 
-    /// Whether the writer has met an error, which [`Saver::finish`] tells.
+    /// Whether the writer has failed; [`Saver::finish`] returns the error.
     pub fn has_failed(&self) -> bool {
         self.writer.as_ref().is_some_and(JoinHandle::is_finished)
     }
 
-    /// Waits until all is written.
+    /// Waits until all checkpoints are written.
     ///
     /// # Errors
-    /// What went wrong in the background.
+    /// A checkpoint could not be written.
     pub fn finish(&mut self) -> Result<(), CheckpointError> {
         self.to_writer = None;
         match self.writer.take().map(JoinHandle::join) {
             Some(Ok(written)) => written,
-            // The panic's text was told by the hook.
+            // The panic hook has printed the panic's text.
             Some(Err(_)) => {
                 Err(CheckpointError::Background("the thread that writes them panicked".to_owned()))
             }
@@ -101,7 +105,7 @@ impl Saver {
 
 impl Drop for Saver {
     fn drop(&mut self) {
-        // Whoever drops it early has an error of its own to tell.
+        // A saver is only dropped without `finish` after another error, which is the one to report.
         let _ = self.finish();
     }
 }

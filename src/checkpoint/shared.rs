@@ -1,139 +1,143 @@
-//! A checkpoint that rank 0 has read, as every rank sees it: only rank 0 needs to see the run directory.
+//! Distributes a checkpoint that rank 0 has read, so that other ranks need no access to the run
+//! directory.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::tensor_file::deal;
+use super::tensor_file::scatter_rows;
 use super::{Checkpoint, CheckpointError, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
 use crate::device::host::return_freed_memory;
 use crate::model::ItemTable;
 
-/// What all ranks know of it. Tensors come over one by one when they are asked for, of tables that are shared out only a rank's own
-/// rows, so that none is whole in the memory of a rank that does not keep it.
+/// A checkpoint as all ranks see it. Tensors are sent one at a time as an iterator yields them. Of
+/// a sharded item table each rank receives only its own rows, so that no rank holds a whole table.
 pub struct SharedCheckpoint<'a> {
-    head: Head,
-    /// What rank 0 has.
-    mine: Option<Tensors>,
+    header: Header,
+    /// The tensors, on rank 0.
+    tensors: Option<Tensors>,
     occurrences: Vec<i64>,
     item_table: ItemTable<'a>,
     collective: &'a dyn Collective,
 }
 
-/// What there is to tell before the tensors themselves.
+/// The part of a checkpoint that rank 0 sends before the tensors.
 #[derive(Serialize, Deserialize)]
-struct Head {
+struct Header {
     path: PathBuf,
     state: State,
-    weights: Vec<Shape>,
-    optimizer: Vec<Shape>,
+    weights: Vec<TensorSpec>,
+    optimizer: Vec<TensorSpec>,
     n_occurrences: usize,
 }
 
-/// A tensor's name, whether it counts (i64) or measures (f32), and its size.
+/// Name, type and size of a tensor.
 #[derive(Serialize, Deserialize)]
-struct Shape {
+struct TensorSpec {
     name: String,
-    is_count: bool,
+    /// Whether it is i64; otherwise it is f32.
+    is_i64: bool,
     size: Vec<i64>,
 }
 
-impl Shape {
+impl TensorSpec {
     fn of((name, tensor): &(String, Tensor)) -> Self {
-        Self { name: name.clone(), is_count: tensor.kind() == Kind::Int64, size: tensor.size() }
+        Self { name: name.clone(), is_i64: tensor.kind() == Kind::Int64, size: tensor.size() }
     }
 }
 
 impl<'a> SharedCheckpoint<'a> {
-    /// *All ranks.* What rank 0 brings, of which a rank wants these rows of the tables of items.
+    /// *All ranks.* Sends everything but the tensors of rank 0's checkpoint to all ranks; returns
+    /// `None` if rank 0 has none. `item_table`: the rows that this rank receives.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// A collective call fails.
     pub fn new(
-        mine: Option<Checkpoint>,
+        on_root: Option<Checkpoint>,
         item_table: ItemTable<'a>,
         collective: &'a dyn Collective,
     ) -> Result<Option<Self>, CollectiveError> {
-        let head = mine.as_ref().map(|Checkpoint { path, state, tensors, occurrences }| Head {
+        let header = on_root.as_ref().map(|Checkpoint { path, state, tensors, occurrences }| Header {
             path: path.clone(),
             state: state.clone(),
-            weights: tensors.weights.iter().map(Shape::of).collect(),
-            optimizer: tensors.optimizer.iter().map(Shape::of).collect(),
+            weights: tensors.weights.iter().map(TensorSpec::of).collect(),
+            optimizer: tensors.optimizer.iter().map(TensorSpec::of).collect(),
             n_occurrences: occurrences.len(),
         });
-        let head = serde_json::to_vec(&head).expect("a state is JSON");
-        let head = collective.broadcast_bytes(head, 0)?;
-        let head: Option<Head> = serde_json::from_slice(&head).expect("what rank 0 has just written");
-        let Some(head) = head else { return Ok(None) };
-        let (mine, mut occurrences) = match mine {
+        let header = serde_json::to_vec(&header).expect("a state is JSON");
+        let header = collective.broadcast_bytes(header, 0)?;
+        let header: Option<Header> = serde_json::from_slice(&header).expect("rank 0 has written it");
+        let Some(header) = header else { return Ok(None) };
+        let (tensors, mut occurrences) = match on_root {
             Some(Checkpoint { tensors, occurrences, .. }) => (Some(tensors), occurrences),
-            None => (None, vec![0; head.n_occurrences]),
+            None => (None, vec![0; header.n_occurrences]),
         };
-        let mut counted = Tensor::from_slice(&occurrences);
-        collective.broadcast(&mut counted, 0)?;
-        counted.copy_data(&mut occurrences, head.n_occurrences);
-        Ok(Some(Self { head, mine, occurrences, item_table, collective }))
+        let mut counts = Tensor::from_slice(&occurrences);
+        collective.broadcast(&mut counts, 0)?;
+        counts.copy_data(&mut occurrences, header.n_occurrences);
+        Ok(Some(Self { header, tensors, occurrences, item_table, collective }))
     }
 
-    /// Its folder, where rank 0 sees it.
+    /// Folder of the checkpoint on rank 0.
     pub fn path(&self) -> &Path {
-        &self.head.path
+        &self.header.path
     }
 
-    /// What is not a tensor.
     pub fn state(&self) -> &State {
-        &self.head.state
+        &self.header.state
     }
 
-    /// How often each item occurred in training so far, `[V]`.
+    /// Occurrences of each item in training so far, `[V]`.
     pub fn occurrences(&self) -> &[i64] {
         &self.occurrences
     }
 
-    /// Says that it belongs to another model or other data.
+    /// The error of a checkpoint of another model or of other data.
     pub fn mismatch(&self, problem: String) -> CheckpointError {
-        CheckpointError::Mismatch { path: self.head.path.clone(), problem }
+        CheckpointError::Mismatch { path: self.header.path.clone(), problem }
     }
 
-    /// Names of what [`SharedCheckpoint::weights`] gives.
+    /// Names of the tensors that [`SharedCheckpoint::weights`] yields.
     pub fn weight_names(&self) -> impl Iterator<Item = &str> + Clone {
-        self.head.weights.iter().map(|shape| shape.name.as_str())
+        self.header.weights.iter().map(|spec| spec.name.as_str())
     }
 
-    /// Names of what [`SharedCheckpoint::optimizer`] gives.
+    /// Names of the tensors that [`SharedCheckpoint::optimizer`] yields.
     pub fn optimizer_names(&self) -> impl Iterator<Item = &str> + Clone {
-        self.head.optimizer.iter().map(|shape| shape.name.as_str())
+        self.header.optimizer.iter().map(|spec| spec.name.as_str())
     }
 
-    /// *All ranks*, each as far as the others. What the model predicts with.
+    /// *All ranks*, with the same number of calls of `next`. Receives the weights.
     pub fn weights(&self) -> impl Iterator<Item = Result<(&str, Tensor), CollectiveError>> {
-        self.each(&self.head.weights, self.mine.as_ref().map(|mine| &mine.weights))
+        self.receive(&self.header.weights, self.tensors.as_ref().map(|tensors| &tensors.weights))
     }
 
-    /// *All ranks*, each as far as the others. What only further training needs.
+    /// *All ranks*, with the same number of calls of `next`. Receives the state of the optimizer.
     pub fn optimizer(&self) -> impl Iterator<Item = Result<(&str, Tensor), CollectiveError>> {
-        self.each(&self.head.optimizer, self.mine.as_ref().map(|mine| &mine.optimizer))
+        self.receive(&self.header.optimizer, self.tensors.as_ref().map(|tensors| &tensors.optimizer))
     }
 
-    fn each<'b>(
+    fn receive<'b>(
         &'b self,
-        shapes: &'b [Shape],
-        mine: Option<&'b Vec<(String, Tensor)>>,
+        specs: &'b [TensorSpec],
+        on_root: Option<&'b Vec<(String, Tensor)>>,
     ) -> impl Iterator<Item = Result<(&'b str, Tensor), CollectiveError>> {
-        shapes.iter().enumerate().map(move |(number, Shape { name, is_count, size })| {
-            let kind = if *is_count { Kind::Int64 } else { Kind::Float };
-            let mine = mine.map(|mine| mine[number].1.contiguous());
+        specs.iter().enumerate().map(move |(number, TensorSpec { name, is_i64, size })| {
+            let kind = if *is_i64 { Kind::Int64 } else { Kind::Float };
+            let on_root = on_root.map(|tensors| tensors[number].1.contiguous());
             let is_table = ItemTable::is_item_table(name);
             if is_table {
-                // What the table before took goes back first.
+                // Return the memory of the previous table to the system before this one takes as
+                // much.
                 return_freed_memory();
             }
             if let Some(ranks) = self.item_table.ranks().filter(|_| is_table) {
-                return Ok((name.as_str(), deal(mine.as_ref(), (size, kind), &self.item_table, ranks)?));
+                let local = scatter_rows(on_root.as_ref(), size, kind, &self.item_table, ranks)?;
+                return Ok((name.as_str(), local));
             }
-            let mut tensor = mine.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));
+            let mut tensor = on_root.unwrap_or_else(|| Tensor::empty(size, (kind, Device::Cpu)));
             self.collective.broadcast(&mut tensor, 0)?;
             Ok((name.as_str(), tensor))
         })

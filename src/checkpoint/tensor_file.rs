@@ -1,4 +1,5 @@
-//! Safetensors files: written from front to back and read where they are looked at, so that no tensor need be whole in memory.
+//! Safetensors files, written in blocks and mapped for reading, so that memory never holds a whole
+//! file.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -12,19 +13,20 @@ use crate::collective::{Collective, CollectiveError};
 use crate::device::host::numbers;
 use crate::model::ItemTable;
 
-/// Numbers of a table that travel at a time.
+/// Largest number of elements that are sent or written at a time.
 const BLOCK: i64 = 1 << 22;
 
-/// Where tensors go, one after the other.
+/// A file to which tensors are written one after the other.
 pub(super) struct TensorFile {
     file: BufWriter<File>,
-    /// The first that went wrong: whoever sends what is to be written is not kept waiting.
-    failed: Option<io::Error>,
+    /// The first error. [`TensorFile::finish`] returns it, because the collective calls that
+    /// deliver the tensors must not stop on rank 0 alone.
+    error: Option<io::Error>,
 }
 
 impl TensorFile {
-    /// For `named` tensors, all of them f32 or i64; of tables of items they are the rows of `share`, and the file will have
-    /// all.
+    /// Creates a file with a header for the tensors `named`, f32 or i64. If the item table is
+    /// sharded, its tensors have this rank's rows, and the file will have all rows.
     pub fn create(path: &Path, named: &[(String, Tensor)], item_table: &ItemTable<'_>) -> io::Result<Self> {
         let mut header = Map::new();
         let mut end = 0;
@@ -43,25 +45,25 @@ impl TensorFile {
                 .insert(name.clone(), json!({ "dtype": kind, "shape": size, "data_offsets": [start, end] }));
         }
         let mut header = Value::Object(header).to_string();
-        // Numbers begin where any of them may.
+        // Padding aligns the data to 8 bytes.
         header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
         let mut file = BufWriter::new(File::create(path)?);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
-        Ok(Self { file, failed: None })
+        Ok(Self { file, error: None })
     }
 
-    /// Writes what comes next.
-    pub fn put(&mut self, numbers: &Tensor) {
-        if self.failed.is_none() {
-            self.failed = write_numbers(&mut self.file, numbers).err();
+    /// Writes the next elements.
+    pub fn put(&mut self, elements: &Tensor) {
+        if self.error.is_none() {
+            self.error = write_elements(&mut self.file, elements).err();
         }
     }
 
-    /// Forces all to disk.
+    /// Flushes the file to disk.
     pub fn finish(mut self) -> io::Result<()> {
-        match self.failed.take() {
-            Some(failed) => Err(failed),
+        match self.error.take() {
+            Some(error) => Err(error),
             None => {
                 self.file.flush()?;
                 self.file.get_ref().sync_all()
@@ -70,24 +72,23 @@ impl TensorFile {
     }
 }
 
-fn write_numbers(file: &mut impl Write, numbers: &Tensor) -> io::Result<()> {
-    let numbers = numbers.to_device(Device::Cpu).contiguous().view([-1]);
+fn write_elements(file: &mut impl Write, elements: &Tensor) -> io::Result<()> {
+    let elements = elements.to_device(Device::Cpu).contiguous().view([-1]);
     let mut bytes = Vec::new();
-    for first in (0..numbers.size()[0]).step_by(BLOCK as usize) {
-        let block = numbers.narrow(0, first, BLOCK.min(numbers.size()[0] - first));
-        bytes.resize(block.numel() * numbers.kind().elt_size_in_bytes(), 0);
+    for first in (0..elements.size()[0]).step_by(BLOCK as usize) {
+        let block = elements.narrow(0, first, BLOCK.min(elements.size()[0] - first));
+        bytes.resize(block.numel() * elements.kind().elt_size_in_bytes(), 0);
         block.copy_data_u8(&mut bytes, block.numel());
         file.write_all(&bytes)?;
     }
     Ok(())
 }
 
-/// The named tensors of a file in the order in which they lie there, mapped into memory: what nobody looks at is not read, and
-/// what was read takes no memory that the system could not have back. The file must not be written to meanwhile; it may be
-/// removed.
+/// Maps the tensors of a file into memory, in file order. Pages are read on access, and the system
+/// can reclaim them. The file must not be modified while the tensors exist; it may be removed.
 ///
 /// # Errors
-/// It cannot be read, or is no whole safetensors file.
+/// The file cannot be read, or it is not a complete safetensors file.
 pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
     let refused = |err| TchError::SafeTensorError { path: path.display().to_string(), err };
     let name = path.to_str().ok_or_else(|| TchError::FileFormat("its path is not UTF-8".to_owned()))?;
@@ -98,25 +99,26 @@ pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
     let file = Tensor::f_from_file(name, false, n_bytes as i64, (Kind::Uint8, Device::Cpu))?;
     let mut whole = file.shallow_clone();
     let bytes = numbers::<u8>(&mut whole);
-    let found = SafeTensors::deserialize(bytes).map_err(refused)?;
-    let mut found = found.tensors();
-    // As they lie, not as a hash map gives them.
-    found.sort_by_key(|(name, view)| (view.data().as_ptr().addr(), name.clone()));
+    let views = SafeTensors::deserialize(bytes).map_err(refused)?;
+    let mut views = views.tensors();
+    // `tensors` iterates over a hash map.
+    views.sort_by_key(|(name, view)| (view.data().as_ptr().addr(), name.clone()));
     let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let kind = Kind::try_from(view.dtype())?;
         let start = view.data().as_ptr().addr() - bytes.as_ptr().addr();
         let tensor = file.narrow(0, start as i64, view.data().len() as i64);
-        // Others may have put numbers where none of their kind can begin.
+        // Files of other programs may not be aligned.
         let is_aligned = start.is_multiple_of(kind.elt_size_in_bytes());
         let tensor = if is_aligned { tensor } else { tensor.copy() };
         let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         Ok((name, tensor.f_view_dtype(kind)?.f_view(size.as_slice())?))
     };
-    found.into_iter().map(tensor).collect()
+    views.into_iter().map(tensor).collect()
 }
 
-/// *All ranks* of the item_table. Hands all numbers of `named` to `put` in order, whoever has them. What only this rank has may lie
-/// on any device.
+/// *All ranks*, if the item table is sharded. Passes all elements of the tensors `named` to `put`,
+/// in order: replicated tensors as they are, on any device, and sharded tables in blocks of rows
+/// that the ranks that hold them broadcast.
 pub(super) fn stream(
     named: &[(String, Tensor)],
     item_table: &ItemTable<'_>,
@@ -127,14 +129,15 @@ pub(super) fn stream(
             put(tensor);
             continue;
         };
-        let of_row = tensor.size()[1..].to_vec();
-        let most_rows = rows_at_a_time(&of_row);
+        let row_size = tensor.size()[1..].to_vec();
+        let max_rows = max_block_rows(&row_size);
         for (rank, rows) in item_table.rows_by_rank().into_iter().enumerate() {
-            for first in (rows.start..rows.end).step_by(most_rows as usize) {
-                let n = most_rows.min(rows.end - first);
-                let mut block = match rank == ranks.rank() {
-                    true => tensor.narrow(0, first - rows.start, n).to_device(Device::Cpu).contiguous(),
-                    false => Tensor::empty([&[n], &of_row[..]].concat(), (tensor.kind(), Device::Cpu)),
+            for first in (rows.start..rows.end).step_by(max_rows as usize) {
+                let n = max_rows.min(rows.end - first);
+                let mut block = if rank == ranks.rank() {
+                    tensor.narrow(0, first - rows.start, n).to_device(Device::Cpu).contiguous()
+                } else {
+                    Tensor::empty([&[n], &row_size[..]].concat(), (tensor.kind(), Device::Cpu))
                 };
                 ranks.broadcast(&mut block, rank)?;
                 put(&block);
@@ -144,37 +147,39 @@ pub(super) fn stream(
     Ok(())
 }
 
-/// How many rows of this size travel at a time.
-fn rows_at_a_time(of_row: &[i64]) -> i64 {
-    (BLOCK / of_row.iter().product::<i64>()).max(1)
+/// Number of rows of this size in a block.
+fn max_block_rows(row_size: &[i64]) -> i64 {
+    (BLOCK / row_size.iter().product::<i64>()).max(1)
 }
 
-/// *All ranks* of a item_table, which are the `ranks`. What rank 0 has as `whole`, of this size and kind: the rows that are this rank's, as
-/// far as there are any. A catalogue that has grown since has fewer rows there.
-pub(super) fn deal(
-    whole: Option<&Tensor>,
-    (size, kind): (&[i64], Kind),
+/// *All ranks.* Sends each rank its rows of `on_root`, a tensor of this size and kind on rank 0. A
+/// table that was saved before the catalogue grew has fewer rows than `item_table`, so a rank may
+/// get none.
+pub(super) fn scatter_rows(
+    on_root: Option<&Tensor>,
+    size: &[i64],
+    kind: Kind,
     item_table: &ItemTable<'_>,
     ranks: &dyn Collective,
 ) -> Result<Tensor, CollectiveError> {
-    let of_row = &size[1..];
+    let row_size = &size[1..];
     let rows = item_table.rows.start.min(size[0])..item_table.rows.end.min(size[0]);
-    let own = Tensor::empty([&[rows.end - rows.start], of_row].concat(), (kind, Device::Cpu));
-    let most_rows = rows_at_a_time(of_row);
-    for first in (0..size[0]).step_by(most_rows as usize) {
-        let end = (first + most_rows).min(size[0]);
-        let mut block = match whole {
-            Some(whole) => whole.narrow(0, first, end - first).contiguous(),
-            None => Tensor::empty([&[end - first], of_row].concat(), (kind, Device::Cpu)),
+    let local = Tensor::empty([&[rows.end - rows.start], row_size].concat(), (kind, Device::Cpu));
+    let max_rows = max_block_rows(row_size);
+    for first in (0..size[0]).step_by(max_rows as usize) {
+        let end = (first + max_rows).min(size[0]);
+        let mut block = match on_root {
+            Some(tensor) => tensor.narrow(0, first, end - first).contiguous(),
+            None => Tensor::empty([&[end - first], row_size].concat(), (kind, Device::Cpu)),
         };
         ranks.broadcast(&mut block, 0)?;
-        let here = first.max(rows.start)..end.min(rows.end);
-        if !here.is_empty() {
-            let n = here.end - here.start;
-            own.narrow(0, here.start - rows.start, n).copy_(&block.narrow(0, here.start - first, n));
+        let overlap = first.max(rows.start)..end.min(rows.end);
+        if !overlap.is_empty() {
+            let n = overlap.end - overlap.start;
+            local.narrow(0, overlap.start - rows.start, n).copy_(&block.narrow(0, overlap.start - first, n));
         }
     }
-    Ok(own)
+    Ok(local)
 }
 
 #[cfg(test)]
@@ -183,37 +188,37 @@ mod tests {
     use crate::collective::threads;
 
     #[test]
-    fn a_file_is_the_same_whoever_has_which_rows_and_is_dealt_again() {
+    fn a_file_does_not_depend_on_the_sharding_and_its_rows_are_scattered_again() {
         let folder = tempfile::tempdir().unwrap();
         let table = || Tensor::arange(200 * 3, (Kind::Float, Device::Cpu)).view([200, 3]);
         let rest = || Tensor::arange(5, (Kind::Float, Device::Cpu));
         for world_size in [1, 3] {
             let path = folder.path().join(format!("{world_size}"));
-            let dealt = threads::spawn(world_size, |collective| {
+            let scattered = threads::spawn(world_size, |collective| {
                 let item_table = ItemTable::sharded(200, collective);
-                let own = table().narrow(0, item_table.rows.start, item_table.len());
-                let named = [("item_table.weight".to_owned(), own), ("rest".to_owned(), rest())];
+                let local = table().narrow(0, item_table.rows.start, item_table.len());
+                let named = [("item_table.weight".to_owned(), local), ("rest".to_owned(), rest())];
                 let mut file =
                     collective.root().map(|_| TensorFile::create(&path, &named, &item_table).unwrap());
-                let put = |numbers: &Tensor| file.iter_mut().for_each(|file| file.put(numbers));
+                let put = |elements: &Tensor| file.iter_mut().for_each(|file| file.put(elements));
                 stream(&named, &item_table, put).unwrap();
                 if let Some(file) = file {
                     file.finish().unwrap();
                 }
-                // As many rows were saved as now, or fewer.
+                // The saved table has as many rows as now, or fewer.
                 [200, 90].map(|n_saved| {
                     if world_size == 1 {
                         return table().narrow(0, 0, n_saved);
                     }
-                    let whole = collective.root().map(|_| table().narrow(0, 0, n_saved));
-                    deal(whole.as_ref(), (&[n_saved, 3], Kind::Float), &item_table, collective).unwrap()
+                    let saved = collective.root().map(|_| table().narrow(0, 0, n_saved));
+                    scatter_rows(saved.as_ref(), &[n_saved, 3], Kind::Float, &item_table, collective).unwrap()
                 })
             });
             let named = map(&path).unwrap();
-            let of = |name: &str| &named.iter().find(|(other, _)| other == name).unwrap().1;
-            assert!(of("item_table.weight").equal(&table()) && of("rest").equal(&rest()));
-            for (which, n_saved) in [200, 90].into_iter().enumerate() {
-                let parts: Vec<&Tensor> = dealt.iter().map(|of_rank| &of_rank[which]).collect();
+            let tensor = |name: &str| &named.iter().find(|(other, _)| other == name).unwrap().1;
+            assert!(tensor("item_table.weight").equal(&table()) && tensor("rest").equal(&rest()));
+            for (index, n_saved) in [200, 90].into_iter().enumerate() {
+                let parts: Vec<&Tensor> = scattered.iter().map(|tensors| &tensors[index]).collect();
                 assert!(Tensor::cat(&parts, 0).equal(&table().narrow(0, 0, n_saved)));
             }
         }
@@ -222,27 +227,27 @@ mod tests {
     }
 
     #[test]
-    fn files_of_others_are_read_as_libtorch_reads_them_and_broken_ones_refused() {
+    fn unaligned_files_are_read_like_libtorch_does_and_truncated_ones_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        // Numbers that begin at odd places.
+        // The f32 data begins at an odd offset.
         let header = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"F32","shape":[1,2],"data_offsets":[3,11]},"c":{"dtype":"F32","shape":[0],"data_offsets":[11,11]}}"#;
         let numbers = [&[7u8, 8, 9][..], &1.5f32.to_le_bytes(), &(-2f32).to_le_bytes()].concat();
         let whole = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &numbers].concat();
         fs::write(&path, &whole).unwrap();
-        let of = |named: Vec<(String, Tensor)>| {
-            let mut named = named;
+        let sorted = |mut named: Vec<(String, Tensor)>| {
             named.sort_by(|a, b| a.0.cmp(&b.0));
             named
         };
-        let (ours, theirs) = (of(map(&path).unwrap()), of(Tensor::read_safetensors(&path).unwrap()));
-        assert_eq!(ours.len(), 3);
-        for ((name, tensor), (other, expected)) in ours.iter().zip(&theirs) {
+        let mapped = sorted(map(&path).unwrap());
+        let read_by_libtorch = sorted(Tensor::read_safetensors(&path).unwrap());
+        assert_eq!(mapped.len(), 3);
+        for ((name, tensor), (other, expected)) in mapped.iter().zip(&read_by_libtorch) {
             assert!(name == other && tensor.kind() == expected.kind() && tensor.equal(expected), "{name}");
         }
-        // What is mapped stays when the file is gone.
+        // A mapping outlives its file.
         fs::remove_file(&path).unwrap();
-        assert_eq!(ours[1].1.double_value(&[0, 1]), -2.0);
+        assert_eq!(mapped[1].1.double_value(&[0, 1]), -2.0);
         for n_bytes in [0, 7, 60, whole.len() - 1] {
             fs::write(&path, &whole[..n_bytes]).unwrap();
             assert!(map(&path).is_err(), "{n_bytes}");

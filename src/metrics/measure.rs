@@ -1,35 +1,30 @@
-//! The metrics by name.
+//! Names of the ranking metrics.
 
 use serde::{Deserialize, Serialize};
 
 use super::Metrics;
 
-/// One of the [`Metrics`] of how well items are ranked.
+/// One of the ranking metrics in [`Metrics`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Measure {
-    /// NDCG@10.
     #[serde(rename = "ndcg_at_10")]
     NdcgAt10,
-    /// NDCG@20.
     #[serde(rename = "ndcg_at_20")]
     NdcgAt20,
-    /// Recall@10.
     #[serde(rename = "recall_at_10")]
     RecallAt10,
-    /// Recall@20.
     #[serde(rename = "recall_at_20")]
     RecallAt20,
-    /// MRR@20.
     #[serde(rename = "mrr_at_20")]
     MrrAt20,
 }
 
 impl Measure {
-    /// All of them, in the order of tables.
+    /// All measures, in the order of tables.
     pub const ALL: [Self; 5] =
         [Self::NdcgAt10, Self::NdcgAt20, Self::RecallAt10, Self::RecallAt20, Self::MrrAt20];
 
-    /// Its name in JSON, as in `metrics.jsonl`.
+    /// JSON key, as in `metrics.jsonl`.
     pub fn key(self) -> &'static str {
         match self {
             Self::NdcgAt10 => "ndcg_at_10",
@@ -40,7 +35,7 @@ impl Measure {
         }
     }
 
-    /// Its name for people.
+    /// Title in tables and charts.
     pub fn title(self) -> &'static str {
         match self {
             Self::NdcgAt10 => "NDCG@10",
@@ -51,7 +46,7 @@ impl Measure {
         }
     }
 
-    /// Its value.
+    /// Value in `metrics`.
     pub fn of(self, metrics: &Metrics) -> f64 {
         match self {
             Self::NdcgAt10 => metrics.ndcg_at_10,

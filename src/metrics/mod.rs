@@ -1,12 +1,13 @@
-//! How well the held-out item is ranked: NDCG@K, Recall@K and MRR@K over the full catalogue, and how much of the
-//! catalogue the recommendations cover.
+//! Ranking metrics over the full catalogue: NDCG@K, Recall@K, MRR@K and the catalogue coverage.
 //!
-//! With one relevant item at rank r (from 1), NDCG@K is `1 / log2(r + 1)`, Recall@K is 1 and MRR@K is `1 / r` if
-//! r ≤ K, and 0 otherwise. All of them are functions of *how many* sessions had which rank, so ranks of a job
-//! add up integer counts, and the figures are the same to the last digit however the sessions were divided.
+//! With one relevant item at rank r (from 1), NDCG@K is `1 / log2(r + 1)`, Recall@K is 1 and MRR@K
+//! is `1 / r` if r ≤ K, and 0 otherwise. They depend only on the number of sessions at each rank.
+//! The ranks of a job sum these integer counts, so that the metrics are the same to the last digit
+//! on any number of ranks.
 //!
-//! The catalogue coverage at K is the share of the items that may be recommended that are among the K best of at
-//! least one session: 1 for a model that finds a use for every item, near 0 for one that always says the same.
+//! The catalogue coverage at K is the fraction of the recommendable items that are in the top K of
+//! at least one session: 1 if every item is recommended to some session, near 0 if all sessions get
+//! the same items.
 
 mod measure;
 mod outcomes;
@@ -29,7 +30,8 @@ pub use ranking::{Ranking, rank_targets};
 /// Largest K of any metric.
 pub const K_MAX: usize = 20;
 
-/// Losses are added up as whole multiples of 2⁻³⁰, so that their order does not matter: room for 10⁸ sessions.
+/// Losses are summed in fixed point, in units of 2⁻³⁰, so that their order does not matter. An i64
+/// has room for the losses of 10⁸ sessions.
 const LOSS_UNIT: f64 = (1u64 << 30) as f64;
 
 /// Section `[evaluate]` of a configuration.
@@ -45,10 +47,10 @@ pub struct EvaluateConfig {
 }
 
 impl EvaluateConfig {
-    /// Checks what the types leave open.
+    /// Checks the ranges of the values.
     ///
     /// # Errors
-    /// Says which key is wrong.
+    /// Returns the first invalid key.
     pub fn check(&self) -> Result<(), String> {
         check_count("block", self.block, 1 << 20)?;
         check_count("scores_mib", self.scores_mib, 1 << 24)
@@ -68,7 +70,7 @@ pub enum Reminders {
 }
 
 impl Reminders {
-    /// The items hidden from each session, i64 `[B, E]`, filled up with −1.
+    /// Items that are not recommended to each session: i64 `[B, E]`, padded with −1.
     fn hidden(self, known: &Batch) -> Tensor {
         let hidden: Vec<Vec<i64>> = match self {
             Reminders::All => Vec::new(),
@@ -77,12 +79,12 @@ impl Reminders {
             }
             Reminders::None => known.sessions(),
         };
-        let longest = hidden.iter().map(Vec::len).max().unwrap_or(0);
-        let fill = |session: &Vec<i64>| std::iter::repeat_n(-1, longest - session.len());
+        let max_hidden = hidden.iter().map(Vec::len).max().unwrap_or(0);
+        let padding = |session: &Vec<i64>| std::iter::repeat_n(-1, max_hidden - session.len());
         let rows: Vec<i64> =
-            hidden.iter().flat_map(|session| session.iter().copied().chain(fill(session))).collect();
+            hidden.iter().flat_map(|session| session.iter().copied().chain(padding(session))).collect();
         Tensor::from_slice(&rows)
-            .view([known.n_sessions() as i64, longest as i64])
+            .view([known.n_sessions() as i64, max_hidden as i64])
             .to_device(known.items().device())
     }
 }
@@ -93,63 +95,54 @@ impl Default for EvaluateConfig {
     }
 }
 
-/// What can go wrong while evaluating.
+/// An error of an evaluation.
 #[derive(Debug, thiserror::Error)]
 pub enum EvaluateError {
-    /// Reading sessions.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// Adding up over ranks.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
-    /// A score that cannot be ranked.
     #[error("`{path}`: the model's scores are not finite")]
     NotFinite {
-        /// The file being evaluated.
+        /// The evaluated file.
         path: std::path::PathBuf,
     },
 }
 
-/// Means over sessions; NaN (`null` in JSON) where there is no session, or no loss.
+/// Means over sessions; NaN (`null` in JSON) without a session or a loss.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metrics {
-    /// Sessions evaluated.
     pub n_sessions: i64,
-    /// Cross entropy of the held-out item; none for a model whose scores are not logits.
+    /// Cross entropy of the target; NaN if the model's scores are not logits.
     pub loss: f64,
-    /// NDCG@10.
     pub ndcg_at_10: f64,
-    /// NDCG@20.
     pub ndcg_at_20: f64,
-    /// Recall@10.
     pub recall_at_10: f64,
-    /// Recall@20.
     pub recall_at_20: f64,
-    /// MRR@20.
     pub mrr_at_20: f64,
 }
 
-/// How many sessions had their item at which rank.
+/// Number of sessions at each rank of their target.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// `at_rank[r]` for ranks 1 to [`K_MAX`]; `at_rank[0]` counts the sessions beyond.
+    /// `at_rank[r]` for ranks 1 to [`K_MAX`]; `at_rank[0]` counts all worse ranks.
     at_rank: [i64; K_MAX + 1],
     /// Summed loss in units of [`LOSS_UNIT`].
     loss: i64,
 }
 
-/// Where a rank is counted: ranks 1 to [`K_MAX`] at themselves, those beyond at 0.
+/// Index of a rank in a [`Tally`]: the rank itself up to [`K_MAX`], else 0.
 pub fn rank_bin(rank: i64) -> usize {
     usize::try_from(rank).ok().filter(|&rank| rank <= K_MAX).unwrap_or(0)
 }
 
 impl Tally {
-    /// So many sessions at each [`rank_bin`], without losses.
+    /// `at_rank`: number of sessions at each [`rank_bin`]. The tally has no losses.
     pub fn of_counts(at_rank: [i64; K_MAX + 1]) -> Self {
         Self { at_rank, loss: 0 }
     }
 
-    /// Counts target ranks (1 is best; i64 `[B]`) and adds their losses (f64 `[B]`).
+    /// Adds target ranks (i64 `[B]`, 1 is best) and losses (f64 `[B]`).
     pub fn add(&mut self, ranks: &Tensor, losses: Option<&Tensor>) {
         for rank in Vec::<i64>::try_from(ranks.to_device(Device::Cpu)).expect("ranks are i64") {
             self.at_rank[rank_bin(rank)] += 1;
@@ -159,10 +152,10 @@ impl Tally {
         }
     }
 
-    /// *All ranks.* Adds up over ranks.
+    /// *All ranks.* Sums the tallies of all ranks.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// A collective call fails.
     pub fn all_reduce(mut self, collective: &dyn Collective) -> Result<Self, CollectiveError> {
         let mut counts = [&self.at_rank[..], &[self.loss]].concat();
         collective.sum_i64(&mut counts)?;
@@ -171,7 +164,7 @@ impl Tally {
         Ok(self)
     }
 
-    /// Divides, at last. `has_loss`: whether losses were added.
+    /// Divides the sums. `has_loss`: whether losses were added.
     pub fn metrics(&self, has_loss: bool) -> Metrics {
         let n_sessions: i64 = self.at_rank.iter().sum();
         let mean = |k: usize, value: fn(f64) -> f64| {
@@ -191,14 +184,14 @@ impl Tally {
     }
 }
 
-/// What an evaluation found.
+/// Results of an evaluation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Means over all sessions of all ranks, the same on every rank.
+    /// Means over the sessions of all ranks, the same on every rank.
     pub metrics: Metrics,
-    /// Share of the items that may be recommended that are in the top 20 of at least one session.
+    /// Fraction of the recommendable items that are in the top 20 of at least one session.
     pub coverage_at_20: f64,
-    /// On the root one for each session, in the order of the file; none elsewhere.
+    /// On the root one for each session, in the order of the file; empty on other ranks.
     pub outcomes: Vec<Outcome>,
 }
 
@@ -219,10 +212,12 @@ pub fn evaluate(
 ) -> Result<Evaluation, EvaluateError> {
     let (mut tally, mut outcomes) = (Tally::default(), Outcomes::default());
     let mut in_top = Tensor::zeros([item_table.len()], (Kind::Bool, recommender.device()));
+    // Scores are f32.
     let max_scores = (config.scores_mib << 20) as i64 / 4;
     let ranks = (collective.rank(), collective.world_size());
     let mut batches = evaluation_batches(file, features, config.block, ranks)?;
-    // Ranks score the sessions of all ranks, so each takes part until the last block of any.
+    // With a sharded item table each rank scores its rows for the sessions of all ranks, so every
+    // rank takes part until the last block of any rank.
     let n_blocks = item_table.gather_counts(batches.len() as i64)?.into_iter().max().unwrap_or(0);
     for _ in 0..n_blocks {
         let batch = batches.next().unwrap_or_else(|| Batch::new(&[], features));
@@ -230,19 +225,18 @@ pub fn evaluate(
         let counts = item_table.gather_counts(targets.size()[0])?;
         let encoded = recommender.encode(&known)?;
         let hidden = config.reminders.hidden(&known);
-        let longest = item_table.gather_counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
-        let filled_up = hidden.pad([0, longest - hidden.size()[1]], "constant", -1.0);
-        let of_all = |own: &Tensor| item_table.gather_rows(own, &counts);
-        let (encoded, hidden) = (of_all(&encoded)?, of_all(&filled_up)?);
-        let targets_of_all = of_all(&targets)?;
+        let max_hidden = item_table.gather_counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
+        let hidden = hidden.pad([0, max_hidden - hidden.size()[1]], "constant", -1.0);
+        let gather = |local: &Tensor| item_table.gather_rows(local, &counts);
+        let (encoded, hidden, all_targets) = (gather(&encoded)?, gather(&hidden)?, gather(&targets)?);
         let (mut ranks, mut losses) = (Vec::new(), Vec::new());
         for group in item_table.target_groups(&counts) {
             let n = group.end - group.start;
-            let of_group = |x: &Tensor| x.narrow(0, group.start, n);
-            let encoded = of_group(&encoded);
+            let group_rows = |x: &Tensor| x.narrow(0, group.start, n);
+            let encoded = group_rows(&encoded);
             let ranking = rank_targets(
                 |items| recommender.scores(&encoded, items),
-                (&of_group(&targets_of_all), &of_group(&hidden)),
+                (&group_rows(&all_targets), &group_rows(&hidden)),
                 item_table,
                 max_scores / n.max(1),
                 K_MAX as i64,
@@ -266,8 +260,8 @@ pub fn evaluate(
     })
 }
 
-/// *All ranks.* The fraction of recommendable items that are `in_top` of some session on some rank.
-/// `in_top`: bool `[V]`, of the local rows.
+/// *All ranks.* Returns the fraction of recommendable items that are `in_top` for a session of any
+/// rank. `in_top`: bool `[V]`, for the local rows.
 fn coverage(
     in_top: &Tensor,
     item_table: &ItemTable<'_>,
@@ -277,11 +271,11 @@ fn coverage(
     let mut in_top = Vec::<u8>::try_from(in_top).expect("truth values [V]");
     let n_covered = |in_top: &[u8]| in_top.iter().map(|&covered| i64::from(covered)).sum();
     let n_covered = match item_table.ranks() {
-        // Each rank holds other items.
+        // Each rank has its own rows, so their counts add up.
         Some(ranks) => {
-            let mut of_all = [n_covered(&in_top)];
-            ranks.sum_i64(&mut of_all)?;
-            of_all[0]
+            let mut total = [n_covered(&in_top)];
+            ranks.sum_i64(&mut total)?;
+            total[0]
         }
         None => {
             collective.reduce(&mut in_top, Reduce::Max)?;

@@ -1,51 +1,53 @@
-//! What became of each session evaluated, so that models can be compared session by session.
+//! Outcomes of single sessions, so that models can be compared session by session.
 
 use tch::{Device, Tensor};
 
 use super::ranking::FIRST_ITEM;
 use crate::collective::{Collective, CollectiveError};
 
-/// Tenths of the catalogue by popularity.
+/// Number of popularity groups of the catalogue.
 const N_DECILES: usize = 10;
 
-/// One session's held-out item and where it was ranked.
+/// The rank of a session's target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// Exact rank of the item among those that may be recommended, from 1; beyond all of them for one that may not.
+    /// Rank of the target among the recommendable items, from 1. A target that is not recommendable
+    /// ranks after all of them.
     pub rank: i64,
-    /// Events that the model knew.
+    /// Number of events before the target.
     pub n_known: i64,
-    /// Index of the item.
+    /// Item index.
     pub target: i64,
-    /// Its popularity in training: see [`deciles`].
+    /// Popularity of the target in training: see [`deciles`].
     pub decile: i64,
 }
 
-/// The popularity decile of every item, `[V]`: 1 for the tenth of the items that occurred most often, 10 for the tenth
-/// that occurred least, 0 for items that never occurred and for those that may not be recommended.
+/// Returns the popularity decile of every item, `[V]`: 1 for the most frequent tenth of the items,
+/// 10 for the least frequent tenth, and 0 for items that never occurred or are not recommendable.
 ///
-/// The items that occurred are sorted by occurrences, ties by the lower index first, and cut into ten groups of
-/// equal numbers of items (to one).
+/// Items are sorted by descending occurrences, ties by ascending index, and cut into ten groups
+/// whose sizes differ by one item at most.
 pub fn deciles(occurrences: &[i64]) -> Vec<i64> {
     let mut seen: Vec<usize> =
         (FIRST_ITEM as usize..occurrences.len()).filter(|&item| occurrences[item] > 0).collect();
     seen.sort_by_key(|&item| (-occurrences[item], item));
     let mut deciles = vec![0; occurrences.len()];
-    for (place, &item) in seen.iter().enumerate() {
-        deciles[item] = (1 + place * N_DECILES / seen.len()) as i64;
+    for (index, &item) in seen.iter().enumerate() {
+        deciles[item] = (1 + index * N_DECILES / seen.len()) as i64;
     }
     deciles
 }
 
-/// Outcomes of this rank's sessions, before anyone knows how popular the items are.
+/// Outcomes of this rank's sessions, without the deciles.
 #[derive(Default)]
 pub(super) struct Outcomes {
-    /// Rank, known events and target of each session.
+    /// Rank, number of known events and target of each session.
     numbers: Vec<[i64; 3]>,
 }
 
 impl Outcomes {
-    /// Adds a block of sessions, of each its target's rank, its known events and its target: `[B]`.
+    /// Adds a block of sessions: the rank of each target, the number of known events and the
+    /// target, all `[B]`.
     pub(super) fn add(&mut self, ranks: &Tensor, n_known: &[usize], targets: &Tensor) {
         let [ranks, targets] = [ranks, targets]
             .map(|tensor| Vec::<i64>::try_from(tensor.to_device(Device::Cpu)).expect("numbers are i64 [B]"));
@@ -54,8 +56,9 @@ impl Outcomes {
         self.numbers.extend(rows.map(|((rank, n_known), target)| [rank, n_known, target]));
     }
 
-    /// *All ranks.* Those of all sessions on the root, none elsewhere. Ranks evaluate consecutive blocks, so
-    /// that their outcomes, one rank after the other, are in the order of the file.
+    /// *All ranks.* Gathers the outcomes of all sessions on the root; other ranks get none. Ranks
+    /// evaluate consecutive blocks, so that the outcomes in rank order are in the order of the
+    /// file.
     pub(super) fn gather(
         self,
         occurrences: &[i64],

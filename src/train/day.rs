@@ -189,7 +189,7 @@ impl Day<'_> {
                 &item_table,
                 self.place.collective,
             )?;
-            self.saver.iter_mut().for_each(Saver::saved);
+            self.saver.iter_mut().for_each(Saver::reset_timer);
         } else if let Some(saver) = &mut self.saver {
             saver.save(state, &tensors, occurrences)?;
         }
