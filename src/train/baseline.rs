@@ -1,4 +1,4 @@
-//! Baselines, which count instead of learning by gradients.
+//! Baselines, which count items instead of learning by gradients.
 
 use std::ops::ControlFlow;
 

@@ -1,4 +1,4 @@
-//! The data of a run, opened and checked before the first step.
+//! The files of a run, opened and checked before the first step.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,23 +12,32 @@ use crate::data::plan::StepShape;
 use crate::data::{AT_THE_START, DataError, Days, Features, RowCheck, SessionFile, Split, Window};
 use crate::model::ItemTable;
 
-/// The data of a run, opened and checked.
+/// The data of a run.
 pub struct Dataset {
     pub(super) features: Features,
-    /// (day, the train files up to it, the next day's valid file).
-    pub(super) days: Vec<(i64, Window, Arc<SessionFile>)>,
-    /// Each of these files once, in the order in which they are read.
+    pub(super) days: Vec<TrainingDay>,
+    /// All files of `days`, each once, in reading order.
     pub(super) files: Vec<Arc<SessionFile>>,
-    /// What each of these files is, by day and part.
+    /// Fingerprint of each file, by day and split.
     pub(super) fingerprints: BTreeMap<String, String>,
 }
 
+/// The files of a training day.
+pub(super) struct TrainingDay {
+    pub day: i64,
+    /// Train files of the day and of the days before it that are trained on again.
+    pub window: Window,
+    /// Valid file of the next day.
+    pub valid: Arc<SessionFile>,
+}
+
 impl Dataset {
-    /// Opens every file that the run will read, so that what is missing is known before the first step.
+    /// Opens every file that the run will read, so that missing files are reported before the first
+    /// step.
     ///
     /// # Errors
-    /// A missing day, unreadable file, unknown feature, features that do not suit the model, or more ranks than there
-    /// is work for.
+    /// A day is missing, a file cannot be read, a feature is unknown, the features do not fit the
+    /// model, or there are more ranks than micro-batches, shards or sessions.
     pub fn open(dir: &Path, config: &Config, world_size: usize) -> Result<Self, TrainError> {
         let days = Days::open(dir, &config.data)?;
         config.model.check_features(days.features()).map_err(TrainError::Model)?;
@@ -43,8 +52,8 @@ impl Dataset {
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        let mut trained = Vec::new();
-        let mut steps = Vec::new();
+        let mut train_files = Vec::new();
+        let mut training_days = Vec::new();
         let mut fingerprints = BTreeMap::new();
         let mut files = Vec::new();
         let mut open = |day, split: Split| {
@@ -53,87 +62,87 @@ impl Dataset {
             files.push(Arc::clone(&file));
             Ok::<_, DataError>(file)
         };
-        let training_days = config.data.training_days();
-        for day in training_days.clone() {
-            trained.push(open(day, Split::Train)?);
-            let window = trained[trained.len().saturating_sub(config.data.window_days)..].to_vec();
-            steps.push((day, Window::new(window), open(day + 1, Split::Valid)?));
+        let day_numbers = config.data.training_days();
+        for day in day_numbers.clone() {
+            train_files.push(open(day, Split::Train)?);
+            let first = train_files.len().saturating_sub(config.data.window_days);
+            let window = Window::new(train_files[first..].to_vec());
+            training_days.push(TrainingDay { day, window, valid: open(day + 1, Split::Valid)? });
         }
         check_shards(config, n_items, world_size)?;
-        let n_sessions: usize = trained.iter().map(|file| file.n_sessions()).sum();
+        let n_sessions: usize = train_files.iter().map(|file| file.n_sessions()).sum();
         if world_size > n_sessions {
             let limit = format!(
                 "the {n_sessions} training sessions of days {} to {}",
-                training_days.start,
-                training_days.end - 1
+                day_numbers.start,
+                day_numbers.end - 1
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        Ok(Self { features: days.features().clone(), days: steps, files, fingerprints })
+        Ok(Self { features: days.features().clone(), days: training_days, files, fingerprints })
     }
 
-    /// The columns that are read.
     pub fn features(&self) -> &Features {
         &self.features
     }
 
-    /// Sessions of all files.
+    /// Number of sessions in all files.
     pub fn n_sessions(&self) -> usize {
         self.files.iter().map(|file| file.n_sessions()).sum()
     }
 
-    /// Begins to check all rows: see [`RowCheck`].
+    /// Starts checking all rows: see [`RowCheck`].
     ///
     /// # Errors
-    /// Names the first row that no model can use.
+    /// A file cannot be read, or a row is invalid.
     pub fn check_rows(&self, ranks: (usize, usize), n_threads: usize) -> Result<RowCheck, TrainError> {
         Ok(RowCheck::begin(&self.files, ranks, n_threads, AT_THE_START)?)
     }
 
-    /// Rows of the catalogue `V`.
+    /// Size of the catalogue `V`.
     pub fn n_items(&self) -> i64 {
         self.features.n_items()
     }
 
-    /// What the schema holds that this version does not know.
+    /// Descriptions of the schema's parts that this version does not know.
     pub fn warnings(&self) -> &[String] {
         self.features.warnings()
     }
 
-    /// *All ranks.* Whether all of them see the same data.
+    /// *All ranks.* Checks that all ranks see the same files.
     ///
     /// # Errors
-    /// Names the first rank that sees other data than rank 0.
+    /// Returns the first rank whose files differ from those of rank 0.
     pub fn compare_ranks(&self, collective: &dyn Collective) -> Result<(), TrainError> {
-        let mine = serde_json::to_vec(&self.fingerprints).expect("texts are JSON");
-        let all = collective.gather_bytes(&mine)?;
+        let own = serde_json::to_vec(&self.fingerprints).expect("texts are JSON");
+        let all = collective.gather_bytes(&own)?;
         match all.iter().position(|other| *other != all[0]) {
             Some(rank) => Err(TrainError::OtherData { rank }),
             None => Ok(()),
         }
     }
 
-    /// A file that is another than when a checkpoint was written, by day and part, if one is.
+    /// Returns a file (day and split) that has changed since a checkpoint was written, if any.
     pub fn changed_since<'s>(&self, state: &'s State) -> Option<&'s str> {
-        let is_other =
-            |(file, then): (&String, &String)| self.fingerprints.get(file).is_some_and(|now| now != then);
-        let changed = state.data.iter().find(|&entry| is_other(entry));
+        let has_changed = |file: &String, saved: &String| {
+            self.fingerprints.get(file).is_some_and(|fingerprint| fingerprint != saved)
+        };
+        let changed = state.data.iter().find(|&(file, saved)| has_changed(file, saved));
         changed.map(|(file, _)| file.as_str())
     }
 }
 
-/// Whether every rank has rows of an item table of so many, if ranks share it out.
+/// Checks that every rank gets rows of the item table, if it is sharded.
 pub(super) fn check_shards(config: &Config, n_items: i64, world_size: usize) -> Result<(), DataError> {
     let is_sharded = config.parallel.item_table == TableLayout::Sharded && config.model.neural().is_some();
     let n_shards = ItemTable::max_shards(n_items);
     if is_sharded && world_size > n_shards {
-        let limit = format!("the {n_shards} shards that an item table of {n_items} rows has at most");
+        let limit = format!("the largest number of shards, {n_shards}, of an item table of {n_items} rows");
         return Err(DataError::TooManyRanks { world_size, limit });
     }
     Ok(())
 }
 
-/// How the sessions of a step are divided into micro-batches.
 pub(super) fn step_shape(config: &TrainConfig) -> StepShape {
     StepShape { n_streams: config.global_batch / config.micro_batch, micro_batch: config.micro_batch }
 }

@@ -1,4 +1,4 @@
-//! One day of training: what a learner reads, and what is recorded and saved after its steps.
+//! One day of training: the inputs of a learner, and the records and checkpoints after its steps.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use crate::config::{Config, NonFinite};
 use crate::data::{DayPlan, Features, RowCheck};
 use crate::report::{Record, Report};
 
-/// What a learner is given to learn one day.
+/// The inputs and the state of a day of training.
 pub(super) struct Day<'a> {
     pub config: &'a Config,
     pub plan: DayPlan,
@@ -25,16 +25,19 @@ pub(super) struct Day<'a> {
     pub checkpoints: &'a Checkpoints,
     /// On rank 0.
     pub saver: &'a mut Option<Saver>,
-    /// How often each item occurred in training so far, this day included, on all ranks: `[V]`.
+    /// Occurrences of each item in training so far, including this day, on all ranks: `[V]`.
     pub occurrences: &'a [i64],
-    /// Of the run as far as it has come.
     pub state: &'a mut State,
-    /// Sessions of the steps done today by this process, over all ranks.
+    /// Sessions of the steps that this process has trained on today, over all ranks.
     pub n_trained: usize,
-    /// When the last record was written, and how many steps were done then.
-    pub last_log: (Instant, usize),
-    /// What time is spent on.
+    pub last_record: LastRecord,
     pub timer: PhaseTimer,
+}
+
+/// Time and finished steps of the day at the last record of a step.
+pub(super) struct LastRecord {
+    pub time: Instant,
+    pub day_step: usize,
 }
 
 impl Day<'_> {
@@ -42,45 +45,48 @@ impl Day<'_> {
         self.place.collective.rank()
     }
 
-    /// *All ranks.* Trains on what is left of the day; breaks off where a rank was asked to. Either way a checkpoint holds
-    /// what was done.
+    /// *All ranks.* Trains on the remaining steps of the day; breaks if a stop was requested. In
+    /// both cases a checkpoint holds the result.
     pub fn train(&mut self, learner: &mut dyn Learner) -> Result<ControlFlow<()>, TrainError> {
         let (day, n_steps) = (self.plan.day, self.plan.n_steps());
-        let day_step = self.state.position.day_step;
-        self.report.begin_day(day, (day_step, n_steps), self.plan.window.n_sessions());
+        let n_done = self.state.position.day_step;
+        self.report.begin_day(day, (n_done, n_steps), self.plan.window.n_sessions());
         let begun = Instant::now();
-        let went = learner.learn_day(self)?;
-        if went.is_break() {
-            return Ok(went);
+        let flow = learner.learn_day(self)?;
+        if flow.is_break() {
+            return Ok(flow);
         }
         let seconds = begun.elapsed().as_secs_f64();
-        // A learner without steps counts each session once.
-        let (n_sessions, n_here) = match self.n_trained {
-            0 => (self.plan.window.today().n_sessions(), self.plan.window.today().n_sessions()),
-            n_here => ((0..n_steps).map(|step| self.plan.sessions_in_step(step)).sum(), n_here),
+        let (n_sessions, n_trained) = if self.n_trained == 0 {
+            // A baseline has no steps and counts each session once.
+            let n_today = self.plan.window.today().n_sessions();
+            (n_today, n_today)
+        } else {
+            ((0..n_steps).map(|step| self.plan.sessions_in_step(step)).sum(), self.n_trained)
         };
         self.report.end_day();
-        let sessions_per_s = n_here as f64 / seconds;
+        let sessions_per_s = n_trained as f64 / seconds;
         self.report.record(&Record::Day { day, n_sessions, seconds, sessions_per_s })?;
         self.state.position.day_step = n_steps;
         self.save(learner)?;
-        // An evaluation may take longer than whoever asked will wait.
-        let mut is_stop = [i64::from(self.signals.stop())];
-        self.place.collective.sum_i64(&mut is_stop)?;
-        Ok(if is_stop[0] > 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        // Stop before the evaluation, which may take longer than a scheduler's grace period.
+        let mut n_stop = [i64::from(self.signals.stop_requested())];
+        self.place.collective.sum_i64(&mut n_stop)?;
+        Ok(if n_stop[0] > 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    /// Requests to this rank: signals, and a checkpoint that is due by the clock.
+    /// Requests to this rank: by signals, and by the clock for a checkpoint.
     pub fn requests(&self) -> Requests {
         let every = self.config.checkpoint.every_minutes;
         let minutes = self.saver.as_ref().map_or(0.0, |saver| saver.since_last().as_secs_f64() / 60.0);
         let is_due = every > 0.0 && minutes >= every;
-        Requests { stop: self.signals.stop(), save: self.signals.save() || is_due }
+        Requests { stop: self.signals.stop_requested(), save: self.signals.save_requested() || is_due }
     }
 
-    /// *All ranks.* The next step is done, at this learning rate. Breaks where a rank was asked to stop.
+    /// *All ranks.* Records a finished step and writes a checkpoint if one is due; breaks if a stop
+    /// was requested. `lr`: learning rate of the step.
     ///
-    /// On a GPU the status is read only where it is needed, as that waits for the device.
+    /// On a GPU the outcome is read only if it is needed, because reading waits for the device.
     pub fn step_done(
         &mut self,
         learner: &dyn Learner,
@@ -90,61 +96,63 @@ impl Day<'_> {
         self.rows.poll()?;
         let config = self.config;
         let step = self.state.position.day_step;
-        let (done, n_steps) = (step + 1, self.plan.n_steps());
-        self.state.position.day_step = done;
+        let (n_done, n_steps) = (step + 1, self.plan.n_steps());
+        self.state.position.day_step = n_done;
         self.state.position.global_step += 1;
         self.n_trained += self.plan.sessions_in_step(step);
         self.report.tick();
-        let is_logged = done.is_multiple_of(config.train.log_every_steps) || done == n_steps;
+        let is_logged = n_done.is_multiple_of(config.train.log_every_steps) || n_done == n_steps;
         let every = config.checkpoint.every_steps;
-        let is_due = every > 0 && done.is_multiple_of(every);
+        let is_due = every > 0 && n_done.is_multiple_of(every);
         let may_skip = config.train.non_finite != NonFinite::Stop;
+        // The condition is the same on all ranks, and so are the values that are read next, so that
+        // all ranks reach the collective calls below.
         if !(is_logged || is_due || may_skip || self.place.device == Device::Cpu) {
             return Ok(ControlFlow::Continue(()));
         }
         let values = outcome.read();
         let Requests { stop, save } = values.requests;
         if save {
-            self.signals.saved();
+            self.signals.clear_save();
         }
         if !values.is_finite() {
-            self.not_finite(&values, outcome, done)?;
+            self.not_finite(&values, outcome, n_done)?;
         }
-        let StepValues { loss, n_targets, .. } = values;
         if is_logged {
-            let (day, (since, logged)) = (self.plan.day, self.last_log);
-            let seconds = since.elapsed().as_secs_f64();
-            let n_sessions: usize = (logged..done).map(|step| self.plan.sessions_in_step(step)).sum();
-            self.last_log = (Instant::now(), done);
-            let n_steps = (done - logged) as f64;
-            let epoch = step / self.plan.steps_per_epoch();
-            let sessions_per_s = n_sessions as f64 / seconds;
-            self.report.record(&Record::Step {
-                day,
-                epoch,
-                step: done,
-                loss,
-                n_targets,
-                lr,
-                sessions_per_s,
-            })?;
-            if let Some(timer) = self.timer.take() {
-                let seconds = timer.into_iter().map(|(name, seconds)| (name, seconds / n_steps)).collect();
-                self.report.record(&Record::Phases { day, step: done, seconds })?;
-            }
+            self.record_step(&values, lr)?;
         }
-        // At its end the day saves itself.
-        if done < n_steps && (is_due || save || stop) {
+        // The last step of a day is followed by the checkpoint of `train`.
+        if n_done < n_steps && (is_due || save || stop) {
             self.save(learner)?;
         }
-        match self.saver {
-            Some(saver) if saver.has_failed() => saver.finish()?,
-            _ => {}
+        if let Some(saver) = self.saver.as_mut()
+            && saver.has_failed()
+        {
+            saver.finish()?;
         }
-        Ok(if stop && done < n_steps { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        Ok(if stop && n_done < n_steps { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    /// *All ranks.* A step whose loss or gradient is not finite: left out, or the end.
+    /// Records the last finished step, with averages over the steps since the last record.
+    fn record_step(&mut self, values: &StepValues, lr: f64) -> Result<(), TrainError> {
+        let &StepValues { loss, n_targets, .. } = values;
+        let (day, step) = (self.plan.day, self.state.position.day_step);
+        let now = Instant::now();
+        let last = std::mem::replace(&mut self.last_record, LastRecord { time: now, day_step: step });
+        let n_sessions: usize = (last.day_step..step).map(|step| self.plan.sessions_in_step(step)).sum();
+        let epoch = (step - 1) / self.plan.steps_per_epoch();
+        let sessions_per_s = n_sessions as f64 / (now - last.time).as_secs_f64();
+        self.report.record(&Record::Step { day, epoch, step, loss, n_targets, lr, sessions_per_s })?;
+        if let Some(phases) = self.timer.take() {
+            let n_steps = (step - last.day_step) as f64;
+            let seconds = phases.into_iter().map(|(name, seconds)| (name, seconds / n_steps)).collect();
+            self.report.record(&Record::Phases { day, step, seconds })?;
+        }
+        Ok(())
+    }
+
+    /// *All ranks.* Records a step whose loss or gradient is not finite as skipped, or fails if it
+    /// may not be skipped.
     fn not_finite(
         &mut self,
         values: &StepValues,
@@ -159,16 +167,16 @@ impl Day<'_> {
                 Ok(self.report.record(&Record::Skipped { day, step, loss, norm })?)
             }
             NonFinite::Skip { .. } | NonFinite::Stop => {
-                let is_mine = u8::from(!outcome.is_own_loss_finite());
-                let all = self.place.collective.gather(&[is_mine])?;
+                let is_cause = u8::from(!outcome.is_own_loss_finite());
+                let all = self.place.collective.gather(&[is_cause])?;
                 let ranks = (0..all.len()).filter(|&rank| all[rank] == 1).collect();
                 Err(TrainError::NotFinite { loss, norm, day, step, ranks, n_skipped })
             }
         }
     }
 
-    /// *All ranks.* Takes a checkpoint: rank 0 begins one in the background, unless tables are shared out, where all take part
-    /// until it is written.
+    /// *All ranks.* Writes a checkpoint. Rank 0 starts writing in the background; with a sharded
+    /// item table all ranks take part until it is written.
     fn save(&mut self, learner: &dyn Learner) -> Result<(), TrainError> {
         let item_table = learner.item_table();
         if !item_table.is_sharded() && self.saver.is_none() {

@@ -1,4 +1,4 @@
-//! Evaluation of a model on a day, with its record and outcomes.
+//! Evaluates a model on a day, records the metrics and writes the outcomes.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,19 +12,20 @@ use crate::model::{ItemTable, Recommender};
 use crate::report::Record;
 use crate::report::evaluations::{self, Facts};
 
-/// What a model is evaluated on, and after what.
+/// The data of an evaluation.
 pub(super) struct EvaluationTask<'a> {
     pub file: &'a SessionFile,
     pub features: &'a Features,
-    /// Of each item in training so far, `[V]`.
+    /// Occurrences of each item in training so far, `[V]`.
     pub occurrences: &'a [i64],
+    /// Last day of the training.
     pub train_day: i64,
     pub eval_day: i64,
     pub split: Split,
 }
 
 impl EvaluationTask<'_> {
-    /// *All ranks.*
+    /// *All ranks.* Returns the record of the log and the outcomes.
     pub fn evaluate(
         &self,
         recommender: &dyn Recommender,
@@ -41,7 +42,7 @@ impl EvaluationTask<'_> {
         Ok((Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds }, evaluation))
     }
 
-    /// Leaves the outcomes in the run directory, on rank 0.
+    /// Writes the outcomes to the run directory, on rank 0.
     pub fn save(
         &self,
         run_dir: &Path,

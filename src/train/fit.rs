@@ -1,46 +1,67 @@
-//! A run from its first day, or from where an earlier part of it ended, to its last.
+//! The day loop: trains on each day of a run and evaluates on the next.
 
-use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use super::dataset::step_shape;
-use super::day::Day;
+use super::dataset::{TrainingDay, step_shape};
+use super::day::{Day, LastRecord};
 use super::evaluation::EvaluationTask;
 use super::{Dataset, Learner, RankContext, Signals, TrainError, item_table, learner};
-use crate::checkpoint::{Checkpoints, Position, Saver, SharedCheckpoint, State, counts_other_items};
+use crate::checkpoint::{
+    CheckpointError, Checkpoints, Position, Saver, SharedCheckpoint, State, counts_other_items,
+};
 use crate::collective::Collective;
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{Config, Reduction};
-use crate::data::{DayPlan, Features, RowCheck, SessionFile, Split, Window, occurrences};
+use crate::data::{DayPlan, Features, RowCheck, SessionFile, Split, occurrences};
 use crate::device::memory::set_phase;
+use crate::metrics::Metrics;
 use crate::report::{Report, write_results};
 
-/// How a run ended that did not fail.
+/// How a run ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// It has trained on all days.
     Done,
-    /// It was asked to stop, and a checkpoint holds all it had done.
+    /// It stopped on request, after a checkpoint at this position.
     Stopped(Position),
 }
 
-/// A run that is ready to go: at its beginning, or where an earlier part of it left off.
+/// A run that is ready to train, new or resumed.
 pub struct Training<'a> {
     config: &'a Config,
     data: &'a Dataset,
     place: RankContext<'a>,
     learner: Box<dyn Learner + 'a>,
     state: State,
-    /// How often each item occurred in training so far, on all ranks: `[V]`.
-    occurred: Vec<i64>,
-    /// Where the earlier part left off.
-    begin: Option<Position>,
+    /// Occurrences of each item in training so far, on all ranks: `[V]`.
+    occurrences: Vec<i64>,
+    /// Position of the checkpoint that the run resumes from.
+    resumed_at: Option<Position>,
+}
+
+/// Everything outside the model that a running training uses.
+struct RunContext<'r> {
+    run_dir: &'r Path,
+    report: &'r mut Report,
+    signals: &'r Signals,
+    rows: &'r mut RowCheck,
+    checkpoints: Checkpoints,
+    /// On rank 0.
+    saver: Option<Saver>,
+}
+
+impl RunContext<'_> {
+    /// Waits until all checkpoints are written.
+    fn finish_saving(&mut self) -> Result<(), CheckpointError> {
+        self.saver.as_mut().map_or(Ok(()), Saver::finish)
+    }
 }
 
 impl<'a> Training<'a> {
-    /// A run of this configuration on this data. `from`: where an earlier part of it left off. The catalogue may have grown
-    /// since.
+    /// Prepares a run of `config` on `data`. `from`: the checkpoint to resume from, whose catalogue
+    /// may be smaller than that of `data`.
     ///
     /// # Errors
     /// The model does not fit the data, or the checkpoint does not fit the model or the data.
@@ -53,137 +74,164 @@ impl<'a> Training<'a> {
         set_phase("setting the model up");
         let n_items = data.features.n_items();
         let item_table = item_table(config, n_items, place.collective);
-        let mut learner = learner(config, &data.features, place, item_table)?;
-        let mut state = State::new(config, n_items, data.fingerprints.clone());
-        let mut occurred = vec![0; n_items as usize];
-        let begin = from.as_ref().map(|from| from.state().position);
+        let learner = learner(config, &data.features, place, item_table)?;
+        let state = State::new(config, n_items, data.fingerprints.clone());
+        let occurrences = vec![0; n_items as usize];
+        let mut training = Self { config, data, place, learner, state, occurrences, resumed_at: None };
         if let Some(from) = from {
-            let n_counted = from.occurrences().len();
-            if n_counted as i64 > n_items {
-                return Err(from.mismatch(counts_other_items(n_counted, n_items)).into());
-            }
-            let &State { position, n_skipped, .. } = from.state();
-            let Position { day, day_steps, .. } = position;
-            let Some((_, window, _)) = data.days.iter().find(|(other, ..)| *other == day) else {
-                let problem = format!("it is of day {day}, which the configuration does not train on");
-                return Err(from.mismatch(problem).into());
-            };
-            let n_steps = plan(config, day, window).n_steps();
-            if !position.is_end_of_day() && day_steps != n_steps {
-                let problem = format!("its day {day} has {day_steps} steps, and now it would have {n_steps}");
-                return Err(from.mismatch(problem).into());
-            }
-            learner.resume(&from)?;
-            occurred[..n_counted].copy_from_slice(from.occurrences());
-            // Another metric's values are none of this one's.
-            let is_same_metric = from.state().config.checkpoint.keep_best == config.checkpoint.keep_best;
-            let evaluated = if is_same_metric { from.state().evaluated.clone() } else { BTreeMap::new() };
-            state = State { position, n_skipped, evaluated, ..state };
+            training.resume(&from)?;
         }
-        Ok(Self { config, data, place, learner, state, occurred, begin })
+        Ok(training)
     }
 
-    /// *All ranks.* Trains on every day, evaluates each on the next; rank 0 leaves checkpoints and results.
+    /// *All ranks.* Loads the state of a checkpoint.
+    fn resume(&mut self, from: &SharedCheckpoint<'_>) -> Result<(), TrainError> {
+        let (n_items, n_counted) = (self.data.features.n_items(), from.occurrences().len());
+        if n_counted as i64 > n_items {
+            return Err(from.mismatch(counts_other_items(n_counted, n_items)).into());
+        }
+        let &State { position, n_skipped, .. } = from.state();
+        let Position { day, day_steps, .. } = position;
+        let Some(training_day) = self.data.days.iter().find(|other| other.day == day) else {
+            let problem = format!("it is of day {day}, which the configuration does not train on");
+            return Err(from.mismatch(problem).into());
+        };
+        let n_steps = day_plan(self.config, training_day).n_steps();
+        if !position.is_end_of_day() && day_steps != n_steps {
+            let problem = format!("its day {day} has {day_steps} steps, this run's day has {n_steps}");
+            return Err(from.mismatch(problem).into());
+        }
+        self.learner.resume(from)?;
+        self.occurrences[..n_counted].copy_from_slice(from.occurrences());
+        // Values of another metric cannot be compared with those of this run.
+        if from.state().config.checkpoint.keep_best == self.config.checkpoint.keep_best {
+            self.state.evaluated.clone_from(&from.state().evaluated);
+        }
+        self.state.position = position;
+        self.state.n_skipped = n_skipped;
+        self.resumed_at = Some(position);
+        Ok(())
+    }
+
+    /// *All ranks.* Trains on every day and evaluates on the next; rank 0 writes checkpoints and
+    /// results.
     ///
     /// # Errors
     /// See [`TrainError`].
     pub fn fit(
-        self,
+        mut self,
         run_dir: &Path,
         report: &mut Report,
         signals: &Signals,
         rows: &mut RowCheck,
     ) -> Result<Ended, TrainError> {
-        let Self { config, data, place, mut learner, mut state, mut occurred, begin } = self;
-        let root = place.collective.root();
+        let (data, root) = (self.data, self.place.collective.root());
         let checkpoints = Checkpoints::of(run_dir);
-        let mut saver = root.map(|root| Saver::new(root, checkpoints.clone())).transpose()?;
+        let saver = root.map(|root| Saver::new(root, checkpoints.clone())).transpose()?;
+        let mut run = RunContext { run_dir, report, signals, rows, checkpoints, saver };
         let mut last_metrics = None;
-        for (day, window, valid) in
-            data.days.iter().filter(|(day, ..)| begin.is_none_or(|begin| begin.day <= *day))
-        {
-            let plan = plan(config, *day, window);
-            set_phase(format!("training on day {day}"));
-            if begin.is_none_or(|begin| begin.day != *day) {
-                add_occurrences(&mut occurred, window.today(), &data.features, place.collective)?;
-                let global_step = state.position.global_step;
-                state.position = Position { day: *day, day_step: 0, day_steps: plan.n_steps(), global_step };
+        let first_day = self.resumed_at.map(|position| position.day);
+        for day in data.days.iter().filter(|day| first_day.is_none_or(|first| first <= day.day)) {
+            if self.train_day(day, &mut run)?.is_break() {
+                run.finish_saving()?;
+                return Ok(Ended::Stopped(self.state.position));
             }
-            let is_trained = begin.is_some_and(|begin| begin.day == *day && begin.is_end_of_day());
-            if !is_trained {
-                let mut context = Day {
-                    config,
-                    plan,
-                    features: &data.features,
-                    place,
-                    report: &mut *report,
-                    signals,
-                    rows: &mut *rows,
-                    checkpoints: &checkpoints,
-                    saver: &mut saver,
-                    occurrences: &occurred,
-                    n_trained: 0,
-                    last_log: (Instant::now(), state.position.day_step),
-                    timer: PhaseTimer::new(place.device, config.train.time_phases, place.collective.watch()),
-                    state: &mut state,
-                };
-                if context.train(&mut *learner)?.is_break() {
-                    if let Some(saver) = &mut saver {
-                        saver.finish()?;
-                    }
-                    return Ok(Ended::Stopped(state.position));
-                }
-            }
-
-            rows.poll()?;
-            set_phase(format!("evaluating on day {}", day + 1));
-            let task = EvaluationTask {
-                file: valid,
-                features: &data.features,
-                occurrences: &occurred,
-                train_day: *day,
-                eval_day: day + 1,
-                split: Split::Valid,
-            };
-            let (record, evaluation) =
-                task.evaluate(learner.recommender(), &learner.item_table(), config, place.collective)?;
-            report.record(&record)?;
-            task.save(run_dir, config, &evaluation, place.collective)?;
-            let value = config.checkpoint.keep_best.map(|measure| measure.of(&evaluation.metrics));
-            state.evaluated.extend(value.filter(|value| value.is_finite()).map(|value| (*day, value)));
-            last_metrics = Some(evaluation.metrics);
+            last_metrics = Some(self.evaluate_day(day, &mut run)?);
         }
-        if let Some(saver) = &mut saver {
-            saver.finish()?;
-        }
+        run.finish_saving()?;
         if let (Some(root), Some(metrics)) = (root, last_metrics) {
-            write_results(root, run_dir, &config.title(), &metrics)?;
+            write_results(root, run_dir, &self.config.title(), &metrics)?;
         }
         Ok(Ended::Done)
     }
+
+    /// *All ranks.* Trains on the remaining steps of a day, if any; breaks if a stop was requested.
+    fn train_day(
+        &mut self,
+        day: &TrainingDay,
+        run: &mut RunContext<'_>,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let Self { config, data, place, resumed_at, .. } = *self;
+        let plan = day_plan(config, day);
+        set_phase(format!("training on day {}", day.day));
+        match resumed_at.filter(|position| position.day == day.day) {
+            // The checkpoint was written after the last step of the day and before its evaluation.
+            Some(position) if position.is_end_of_day() => return Ok(ControlFlow::Continue(())),
+            // The checkpoint's occurrences include this day.
+            Some(_) => {}
+            None => {
+                add_occurrences(&mut self.occurrences, day.window.today(), &data.features, place.collective)?;
+                let global_step = self.state.position.global_step;
+                let day_steps = plan.n_steps();
+                self.state.position = Position { day: day.day, day_step: 0, day_steps, global_step };
+            }
+        }
+        let mut day = Day {
+            config,
+            plan,
+            features: &data.features,
+            place,
+            report: &mut *run.report,
+            signals: run.signals,
+            rows: &mut *run.rows,
+            checkpoints: &run.checkpoints,
+            saver: &mut run.saver,
+            occurrences: &self.occurrences,
+            n_trained: 0,
+            last_record: LastRecord { time: Instant::now(), day_step: self.state.position.day_step },
+            timer: PhaseTimer::new(place.device, config.train.time_phases, place.collective.watch()),
+            state: &mut self.state,
+        };
+        day.train(&mut *self.learner)
+    }
+
+    /// *All ranks.* Evaluates on the day after `day`.
+    fn evaluate_day(&mut self, day: &TrainingDay, run: &mut RunContext<'_>) -> Result<Metrics, TrainError> {
+        let Self { config, data, place, .. } = *self;
+        run.rows.poll()?;
+        set_phase(format!("evaluating on day {}", day.day + 1));
+        let task = EvaluationTask {
+            file: &day.valid,
+            features: &data.features,
+            occurrences: &self.occurrences,
+            train_day: day.day,
+            eval_day: day.day + 1,
+            split: Split::Valid,
+        };
+        let (recommender, item_table) = (self.learner.recommender(), self.learner.item_table());
+        let (record, evaluation) = task.evaluate(recommender, &item_table, config, place.collective)?;
+        run.report.record(&record)?;
+        task.save(run.run_dir, config, &evaluation, place.collective)?;
+        let measured = config.checkpoint.keep_best.map(|measure| measure.of(&evaluation.metrics));
+        if let Some(value) = measured.filter(|value| value.is_finite()) {
+            self.state.evaluated.insert(day.day, value);
+        }
+        Ok(evaluation.metrics)
+    }
 }
 
-fn plan(config: &Config, day: i64, window: &Window) -> DayPlan {
+fn day_plan(config: &Config, day: &TrainingDay) -> DayPlan {
     DayPlan {
-        window: window.clone(),
-        day,
+        window: day.window.clone(),
+        day: day.day,
         n_epochs: config.train.epochs_per_day,
         shape: step_shape(&config.train),
         seed: config.run.seed,
         max_steps: config.train.max_steps_per_day,
+        // Gradients are summed in fixed point per micro-batch, so each needs its own backward pass.
         one_batch_each: config.run.reduction == Reduction::Reproducible,
     }
 }
 
-/// *All ranks.* Adds the occurrences of the items of a whole file, `[V]`.
+/// *All ranks.* Adds the occurrences of the items in a whole file to `total: [V]`.
 fn add_occurrences(
     total: &mut [i64],
     file: &SessionFile,
     features: &Features,
     collective: &dyn Collective,
 ) -> Result<(), TrainError> {
-    let mut of_file = occurrences(file, features, (collective.rank(), collective.world_size()))?;
-    collective.sum_i64(&mut of_file)?;
-    total.iter_mut().zip(of_file).for_each(|(total, n)| *total += n);
+    let mut counts = occurrences(file, features, (collective.rank(), collective.world_size()))?;
+    collective.sum_i64(&mut counts)?;
+    total.iter_mut().zip(counts).for_each(|(total, n)| *total += n);
     Ok(())
 }

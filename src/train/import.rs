@@ -1,4 +1,4 @@
-//! Weights that were trained elsewhere, as a run.
+//! Imports weights that another program has trained.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::data::{Days, Split, occurrences};
 use crate::device::memory::set_phase;
 use crate::model::{ItemTable, import};
 
-/// Weights that Transformers4Rec saved, as if a run had been trained to the end of a day.
+/// Weights saved by Transformers4Rec, as the state of a run after the last step of a day.
 pub struct ImportedWeights {
     state: State,
     tensors: Tensors,
@@ -25,32 +25,32 @@ impl ImportedWeights {
     /// Reads `weights` for the model of `config`, last trained on `day` of the data in `data_dir`.
     ///
     /// # Errors
-    /// A file that is no safetensors file, weights of another model or of other sizes, or what [`Days::open`] says.
+    /// The file cannot be read, its weights do not fit the model, or [`Days::open`] fails.
     pub fn read((weights, day): (&Path, i64), data_dir: &Path, config: &Config) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
         let features = days.features();
-        let original = weights_file::read(weights)?;
+        let imported = weights_file::read(weights)?;
         set_phase("setting the model up");
         let place = RankContext { collective: &Solo, device: Device::Cpu };
         let item_table = ItemTable::replicated(features.n_items());
         let mut learner = learner(config, features, place, item_table)?;
         let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
         let wanted = |name: &str| names.iter().any(|other| other == name);
-        import::rename(original, &features.columns()[0].name, wanted)
+        import::rename(imported, &features.columns()[0].name, wanted)
             .and_then(|renamed| learner.load_weights(&renamed))
             .map_err(|problem| CheckpointError::Mismatch { path: weights.to_owned(), problem })?;
         let first_day = config.data.training_days().start;
-        let mut occurred = vec![0; features.n_items() as usize];
+        let mut total = vec![0; features.n_items() as usize];
         for trained in days.days().filter(|&trained| first_day <= trained && trained <= day) {
-            let of_day = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
-            occurred.iter_mut().zip(of_day).for_each(|(total, n)| *total += n);
+            let counts = occurrences(&days.file(trained, Split::Train)?, features, (0, 1))?;
+            total.iter_mut().zip(counts).for_each(|(total, n)| *total += n);
         }
         let mut state = State::new(config, features.n_items(), BTreeMap::new());
         state.position = Position { day, ..Position::default() };
-        Ok(Self { state, tensors: learner.tensors(), occurrences: occurred })
+        Ok(Self { state, tensors: learner.tensors(), occurrences: total })
     }
 
-    /// Writes them as a checkpoint of the run in `run_dir`.
+    /// Writes the weights as a checkpoint of the run in `run_dir`.
     ///
     /// # Errors
     /// See [`Checkpoints::write`].

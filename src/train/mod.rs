@@ -1,4 +1,4 @@
-//! The day loop: train on day t, evaluate on day t + 1.
+//! Training: trains on day t and evaluates on day t + 1.
 
 mod baseline;
 mod dataset;
@@ -56,8 +56,8 @@ trait Learner {
     /// Steps of the optimizer.
     fn optimizer_steps(&self) -> i32;
 
-    /// Loads the weights that [`Learner::tensors`] of another run returned; the error says what does
-    /// not fit.
+    /// Loads the weights that [`Learner::tensors`] of another run returned; the error says what
+    /// does not fit.
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String>;
 
     /// *All ranks.* Loads weights and optimizer state.

@@ -1,15 +1,16 @@
-//! What the outside asks of a running job.
+//! Signals to a running job: requests for a checkpoint or a stop.
 //!
 //! | signal | request |
 //! | --- | --- |
 //! | SIGUSR1 | a checkpoint |
-//! | SIGUSR2 | a checkpoint, then the end |
+//! | SIGUSR2 | a checkpoint, then a stop |
 //! | SIGTERM, SIGINT, SIGHUP | the same; a second SIGTERM or SIGINT ends a process without a launcher at once |
 //!
-//! SIGINT and SIGHUP that were ignored at the start stay ignored: `nohup`, and jobs in the background of a script.
+//! SIGINT and SIGHUP stay ignored if they were ignored at the start, as under `nohup` and for
+//! background jobs of a script.
 //!
-//! A signal only sets a flag. The ranks' flags are added up with the gradients, so that all act after the same step,
-//! whichever rank got the signal.
+//! A signal only sets a flag. The flags of all ranks are summed with the gradients, so that all
+//! ranks act after the same step, whichever rank got the signal.
 
 use std::io;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use signal_hook::low_level::emulate_default_handler;
 
 use crate::collective;
 
-/// Within this time a signal repeats the one before: `timeout` signals the process and then its group.
+/// Signals within this time count as one request: `timeout` signals the process and then its group.
 const SAME_REQUEST: Duration = Duration::from_millis(100);
 
 /// The flags of this rank.
@@ -36,46 +37,45 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Flags that the signals to this process set from now on.
+    /// Starts listening to signals.
     ///
     /// # Errors
-    /// The system refuses.
+    /// A handler cannot be registered, or the thread cannot be started.
     pub fn listen() -> io::Result<Self> {
         let signals = Self::default();
         register(SIGUSR1, signals.save.clone())?;
         register(SIGUSR2, signals.stop.clone())?;
-        let heard = [SIGTERM, SIGINT, SIGHUP].into_iter();
-        let heard = heard.filter(|&signal| signal == SIGTERM || !signal::is_ignored(signal));
-        let incoming = Incoming::new(heard)?;
+        let handled = [SIGTERM, SIGINT, SIGHUP].into_iter();
+        let handled = handled.filter(|&signal| signal == SIGTERM || !signal::is_ignored(signal));
+        let incoming = Incoming::new(handled)?;
         let stop = signals.stop.clone();
-        // A launcher signals its ranks several times, and ends them itself.
+        // A launcher signals its ranks several times and kills them itself.
         let is_alone = !collective::is_launched();
         thread::Builder::new().name("signals".to_owned()).spawn(move || wait(incoming, &stop, is_alone))?;
         Ok(signals)
     }
 
-    /// Whether a checkpoint was asked for.
-    pub(super) fn save(&self) -> bool {
+    pub(super) fn save_requested(&self) -> bool {
         self.save.load(Ordering::Relaxed)
     }
 
-    /// The checkpoint that was asked for is made.
-    pub(super) fn saved(&self) {
+    /// Clears the request for a checkpoint.
+    pub(super) fn clear_save(&self) {
         self.save.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the end was asked for.
-    pub(super) fn stop(&self) -> bool {
+    pub(super) fn stop_requested(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 }
 
-/// Sets the flag at the first signal. At a second one from a person the process ends as if nothing had been registered.
+/// Sets the flag `stop` at the first signal. A second SIGTERM or SIGINT, to a process without a
+/// launcher, has the default effect and ends the process.
 fn wait(mut incoming: Incoming, stop: &AtomicBool, is_alone: bool) {
     let mut first: Option<Instant> = None;
     for signal in incoming.forever() {
         stop.store(true, Ordering::Relaxed);
-        // A terminal that closes sends SIGHUP, and its shell sends it again.
+        // A terminal that closes sends SIGHUP, and then its shell sends it again.
         if signal == SIGHUP || !is_alone {
             continue;
         }
@@ -85,7 +85,7 @@ fn wait(mut incoming: Incoming, stop: &AtomicBool, is_alone: bool) {
                 console::log("stopping after a checkpoint; a second signal ends the run at once");
             }
             Some(first) if first.elapsed() > SAME_REQUEST => {
-                // It returns only where the system refuses; the run then stops after a checkpoint.
+                // On success this does not return; otherwise the run stops after a checkpoint.
                 let _ = emulate_default_handler(signal);
             }
             Some(_) => {}

@@ -1,4 +1,4 @@
-//! A trained run, opened to be evaluated.
+//! Opens a trained run for an evaluation.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,10 +18,10 @@ use crate::model::{ItemTable, Recommender};
 use crate::report::Record;
 use crate::report::evaluations;
 
-/// The newest checkpoint of a run, and what it is to be evaluated on.
+/// The newest checkpoint of a run, and the file to evaluate it on.
 pub struct TrainedRun<'a> {
     learner: Box<dyn Learner + 'a>,
-    /// What is evaluated in the learner's place.
+    /// The exported model that is evaluated instead of the learner.
     exported: Option<ScriptedModel>,
     skipped: Vec<String>,
     features: Features,
@@ -33,10 +33,11 @@ pub struct TrainedRun<'a> {
 }
 
 impl<'a> TrainedRun<'a> {
-    /// Opens one part of `day`, or of the day after the last trained on.
+    /// Opens the newest checkpoint and a split of `day`; the day defaults to the one after the last
+    /// training day.
     ///
     /// # Errors
-    /// No complete checkpoint, one of another catalogue, or what [`Days::file`] says.
+    /// There is no complete checkpoint, it has another catalogue, or [`Days::file`] fails.
     pub fn open(
         run_dir: &Path,
         data_dir: &Path,
@@ -64,10 +65,10 @@ impl<'a> TrainedRun<'a> {
         Ok(Self { learner, exported: None, skipped, features, file, occurrences, train_day, eval_day, split })
     }
 
-    /// Evaluates the newest version of the model `name` in a repository in place of the checkpoint.
+    /// Replaces the checkpoint by the newest version of the model `name` in a repository.
     ///
     /// # Errors
-    /// It cannot be loaded, or is of another catalogue.
+    /// The model cannot be loaded, or it has another catalogue.
     pub fn with_exported(
         mut self,
         repository: &Path,
@@ -81,20 +82,20 @@ impl<'a> TrainedRun<'a> {
         Ok(self)
     }
 
-    /// Newer checkpoints that are not whole, and what is wrong with each.
+    /// The problems of newer, incomplete checkpoints.
     pub fn skipped(&self) -> &[String] {
         &self.skipped
     }
 
-    /// Where `save` of [`TrainedRun::evaluate`] leaves the outcomes.
+    /// Path of the outcomes that [`TrainedRun::evaluate`] writes with `save`.
     pub fn evaluation_file(&self, run_dir: &Path) -> PathBuf {
         evaluations::path(run_dir, self.eval_day, self.split)
     }
 
-    /// *All ranks.* Evaluates, and leaves the outcomes in the run directory `save`, if given.
+    /// *All ranks.* Evaluates, and writes the outcomes to the run directory `save`, if given.
     ///
     /// # Errors
-    /// See [`evaluate`].
+    /// The evaluation fails, or the outcomes cannot be written.
     pub fn evaluate(
         &self,
         config: &Config,

@@ -1,4 +1,4 @@
-//! Files of weights that other programs wrote.
+//! Reads weights that another program has saved.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -8,54 +8,29 @@ use tch::{Kind, Tensor};
 
 use crate::checkpoint::{CheckpointError, read_tensors};
 
-/// A file that holds no weights that can be read.
+/// An error of a weights file.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
-    /// It is of another kind.
+    /// The file has another format.
     #[error("`{path}` is {kind}, not a safetensors file")]
-    Kind {
-        /// The file.
-        path: PathBuf,
-        /// Which.
-        kind: &'static str,
-        /// What to do about it.
-        hint: &'static str,
-    },
-    /// It ends before its tensors do.
-    #[error("`{path}` is cut off: it has {found} bytes, and its header alone tells of {expected}")]
+    Kind { path: PathBuf, kind: &'static str, hint: &'static str },
+    #[error("`{path}` is cut off: it has {found} bytes, its header requires {expected}")]
     CutOff {
-        /// The file.
         path: PathBuf,
-        /// Its bytes.
         found: u64,
-        /// What it should have at least.
+        /// Smallest size of the complete file.
         expected: u64,
     },
-    /// A tensor that is no parameter.
     #[error("`{path}`: tensor `{tensor}` {problem}")]
-    Tensor {
-        /// The file.
-        path: PathBuf,
-        /// Its name there.
-        tensor: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// It cannot be opened.
+    Tensor { path: PathBuf, tensor: String, problem: String },
     #[error("cannot read `{path}`")]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// It is not whole.
+    Open { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Unreadable(#[from] CheckpointError),
 }
 
 impl WeightsError {
-    /// What to do about it, where that is known.
+    /// How to correct the error, if known.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Kind { hint, .. } => Some(hint),
@@ -71,7 +46,7 @@ const FROM_NUMPY: &str = "convert it: `python -c 'import safetensors.numpy as s,
 const FROM_ELSEWHERE: &str = "weights are read as `safetensors.torch.save_file(model.state_dict(), FILE)` writes them, of a \
                               session model of Transformers4Rec";
 
-/// Kinds of files by their first bytes.
+/// Kinds of files, with a hint, by their first bytes.
 const KINDS: [(&[u8], &str, &str); 9] = [
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes weights", FROM_ELSEWHERE),
     (b"GGUF", "a GGUF file", FROM_ELSEWHERE),
@@ -81,28 +56,28 @@ const KINDS: [(&[u8], &str, &str); 9] = [
     (b"PAR1", "a parquet file", FROM_ELSEWHERE),
     (b"{", "JSON", "give the safetensors file itself, not its index"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself by `git lfs pull`"),
-    // The protocol of a pickle, 2 to 5.
+    // The first opcode of pickle protocols 2 to 5.
     (b"\x80", "a pickle, as older versions of PyTorch save", FROM_PYTORCH),
 ];
 
-/// The named tensors of a safetensors file, all of them floating-point and finite.
+/// Reads the named tensors of a safetensors file. All must be floating-point and finite.
 pub(super) fn read(path: &Path) -> Result<Vec<(String, Tensor)>, WeightsError> {
     let open = |source| WeightsError::Open { path: path.to_owned(), source };
     let kind = |kind, hint| WeightsError::Kind { path: path.to_owned(), kind, hint };
-    let facts = fs::metadata(path).map_err(open)?;
-    if facts.is_dir() {
+    let metadata = fs::metadata(path).map_err(open)?;
+    if metadata.is_dir() {
         return Err(kind("a folder", "give the safetensors file in it"));
     }
-    if !facts.is_file() {
+    if !metadata.is_file() {
         return Err(kind("a pipe or a device", "weights are mapped into memory: give a regular file"));
     }
-    if facts.len() == 0 {
+    if metadata.len() == 0 {
         return Err(kind("empty", FROM_ELSEWHERE));
     }
-    let tensors = read_tensors(path).map_err(|error| match diagnose(path, facts.len()) {
-        Ok(Some(Diagnosis::Other(what, hint))) => kind(what, hint),
+    let tensors = read_tensors(path).map_err(|error| match diagnose(path, metadata.len()) {
+        Ok(Some(Diagnosis::OtherFormat(format, hint))) => kind(format, hint),
         Ok(Some(Diagnosis::CutOff(expected))) => {
-            WeightsError::CutOff { path: path.to_owned(), found: facts.len(), expected }
+            WeightsError::CutOff { path: path.to_owned(), found: metadata.len(), expected }
         }
         Ok(None) => error.into(),
         Err(source) => open(source),
@@ -122,18 +97,18 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, Tensor)>, WeightsError> {
 }
 
 enum Diagnosis {
-    /// A file of this kind, with a hint.
-    Other(&'static str, &'static str),
-    /// A safetensors file that should have so many bytes.
+    /// The name of the format, and a hint.
+    OtherFormat(&'static str, &'static str),
+    /// A truncated safetensors file, and its complete size in bytes.
     CutOff(u64),
 }
 
-/// Why a file is no safetensors file, where its first bytes tell.
+/// Finds out from the first bytes of a file why it is not a safetensors file.
 fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
     let mut first = Vec::new();
     File::open(path)?.take(1 << 16).read_to_end(&mut first)?;
     if first.starts_with(b"PK") {
-        // The name of an archive's first file follows thirty bytes of facts about it.
+        // The name of the first file of a zip archive follows a header of 30 bytes.
         let name_len = first.get(26..28).map_or(0, |n| usize::from(u16::from_le_bytes([n[0], n[1]])));
         let name = first.get(30..30 + name_len).unwrap_or_default();
         let (kind, hint) = if name.ends_with(b".npy") {
@@ -141,9 +116,9 @@ fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
         } else {
             ("a zip archive, as PyTorch saves", FROM_PYTORCH)
         };
-        return Ok(Some(Diagnosis::Other(kind, hint)));
+        return Ok(Some(Diagnosis::OtherFormat(kind, hint)));
     }
-    // A header begins with its length, and then with a brace.
+    // A safetensors file begins with the length of its JSON header.
     let header = first.first_chunk::<8>().map(|n| u64::from_le_bytes(*n));
     if let Some(header) = header.filter(|_| first.get(8) == Some(&b'{')) {
         let expected = 8_u64.saturating_add(header);
@@ -151,14 +126,15 @@ fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
         let end = header
             .and_then(|header| serde_json::from_slice::<serde_json::Value>(header).ok())
             .and_then(|header| {
-                let ends = header.as_object()?.values().filter_map(|of| of["data_offsets"][1].as_u64());
+                let ends =
+                    header.as_object()?.values().filter_map(|tensor| tensor["data_offsets"][1].as_u64());
                 Some(expected.saturating_add(ends.max()?))
             });
         let expected = end.unwrap_or(expected);
         return Ok((expected > n_bytes).then_some(Diagnosis::CutOff(expected)));
     }
     let kind = KINDS.into_iter().find(|(mark, ..)| first.starts_with(mark));
-    Ok(kind.map(|(_, kind, hint)| Diagnosis::Other(kind, hint)))
+    Ok(kind.map(|(_, kind, hint)| Diagnosis::OtherFormat(kind, hint)))
 }
 
 #[cfg(test)]
@@ -174,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn other_files_are_named_with_the_way_to_convert_them() {
+    fn an_error_names_the_format_of_a_file_and_how_to_convert_it() {
         let zip = |name: &str| {
             let mut bytes = b"PK\x03\x04".to_vec();
             bytes.resize(26, 0);
@@ -204,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_cut_off_are_told_from_others() {
+    fn truncated_safetensors_files_are_recognised() {
         let header = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
         let whole = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 8]].concat();
         for n_bytes in [9, 30, whole.len() - 1] {
@@ -214,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_floating_point_and_finite() {
+    fn tensors_must_be_floating_point_and_finite() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weights");
         let read_one = |tensor: Tensor| {
@@ -226,9 +202,9 @@ mod tests {
         }
         let integers = read_one(Tensor::from_slice(&[1i64])).unwrap_err();
         assert!(integers.ends_with("tensor `a` is of type Int64, not floating-point"), "{integers}");
-        for bad in [f64::NAN, 1e300] {
-            let bad = read_one(Tensor::from_slice(&[bad])).unwrap_err();
-            assert!(bad.ends_with("tensor `a` holds NaN, or numbers that are infinite as f32"), "{bad}");
+        for value in [f64::NAN, 1e300] {
+            let error = read_one(Tensor::from_slice(&[value])).unwrap_err();
+            assert!(error.ends_with("tensor `a` holds NaN, or numbers that are infinite as f32"), "{error}");
         }
     }
 }
