@@ -10,7 +10,7 @@ use super::{DataError, SessionFile};
 
 /// Number of sessions of each rank that are checked before the first step, which takes less than a
 /// second. The rest is checked during training, so that large data does not delay the start.
-pub const AT_THE_START: usize = 1 << 20;
+pub const N_CHECKED_AT_START: usize = 1 << 20;
 
 /// A file and the index of one of its row groups.
 type Group = (Arc<SessionFile>, usize);
@@ -23,7 +23,7 @@ pub struct RowCheck {
 }
 
 impl RowCheck {
-    /// Checks the first `at_the_start` sessions of this rank's row groups, on `n_threads` threads.
+    /// Checks the first `n_at_start` sessions of this rank's row groups, on `n_threads` threads.
     /// The ranks divide the row groups of `files` among them.
     ///
     /// # Errors
@@ -32,7 +32,7 @@ impl RowCheck {
         files: &[Arc<SessionFile>],
         (rank, world_size): (usize, usize),
         n_threads: usize,
-        at_the_start: usize,
+        n_at_start: usize,
     ) -> Result<Self, DataError> {
         let groups = files
             .iter()
@@ -42,7 +42,7 @@ impl RowCheck {
         let n_first = first
             .iter()
             .take_while(|(file, group)| {
-                let is_first = n_sessions < at_the_start;
+                let is_first = n_sessions < n_at_start;
                 n_sessions += file.group_rows()[*group];
                 is_first
             })

@@ -21,7 +21,7 @@ use crate::config::check_count;
 
 pub use batch::{Batch, DropoutGenerator, Segment, with_seed};
 pub use bireme_etl::Split;
-pub use check::{AT_THE_START, RowCheck};
+pub use check::{N_CHECKED_AT_START, RowCheck};
 pub use days::{Days, Features};
 pub use file::{SessionFile, Sessions, Window};
 pub use loader::{DayPlan, Loader, evaluation_batches};

@@ -9,7 +9,7 @@ use crate::checkpoint::State;
 use crate::collective::Collective;
 use crate::config::{Config, TableLayout, TrainConfig};
 use crate::data::plan::StepShape;
-use crate::data::{AT_THE_START, DataError, Days, Features, RowCheck, SessionFile, Split, Window};
+use crate::data::{DataError, Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split, Window};
 use crate::model::ItemTable;
 
 /// The data of a run.
@@ -96,7 +96,7 @@ impl Dataset {
     /// # Errors
     /// A file cannot be read, or a row is invalid.
     pub fn check_rows(&self, ranks: (usize, usize), n_threads: usize) -> Result<RowCheck, TrainError> {
-        Ok(RowCheck::begin(&self.files, ranks, n_threads, AT_THE_START)?)
+        Ok(RowCheck::begin(&self.files, ranks, n_threads, N_CHECKED_AT_START)?)
     }
 
     /// Size of the catalogue `V`.

@@ -11,7 +11,7 @@ use super::{Learner, RankContext, TrainError, item_table, learner};
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints};
 use crate::collective::Collective;
 use crate::config::Config;
-use crate::data::{AT_THE_START, Days, Features, RowCheck, SessionFile, Split};
+use crate::data::{Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split};
 use crate::device::memory::set_phase;
 use crate::export::ScriptedModel;
 use crate::model::{ItemTable, Recommender};
@@ -53,7 +53,7 @@ impl<'a> TrainedRun<'a> {
         let eval_day = day.unwrap_or(train_day + 1);
         let file = Arc::new(days.file(eval_day, split)?);
         let ranks = (place.collective.rank(), place.collective.world_size());
-        RowCheck::begin(std::slice::from_ref(&file), ranks, 1, AT_THE_START)?;
+        RowCheck::begin(std::slice::from_ref(&file), ranks, 1, N_CHECKED_AT_START)?;
         set_phase("setting the model up");
         let n_items = days.features().n_items();
         check_shards(config, n_items, place.collective.world_size())?;
