@@ -308,10 +308,10 @@ impl Checkpoints {
     /// There is no such checkpoint, or it cannot be read.
     pub fn named(&self, name: &str) -> Result<Checkpoint, CheckpointError> {
         let folders = self.folders()?.into_iter().map(|(_, path)| path);
-        let (named, others): (Vec<_>, Vec<_>) =
+        let (matching, others): (Vec<_>, Vec<_>) =
             folders.partition(|path| path.file_name().is_some_and(|file| file == name));
         let is_complete = |path: &&PathBuf| Manifest::problem(path).is_none();
-        match named.iter().find(is_complete) {
+        match matching.iter().find(is_complete) {
             Some(path) => read(path.clone()),
             None => {
                 let names = others.iter().filter(is_complete).filter_map(|path| path.file_name());

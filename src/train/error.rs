@@ -57,7 +57,7 @@ pub enum TrainError {
     },
     /// The data files of some ranks differ.
     #[error(
-        "rank {rank} sees other data than rank 0: all need the same files, on a shared file system or copied whole"
+        "the data files of rank {rank} differ from those of rank 0: all ranks need the same files, on a shared file system or as complete copies"
     )]
     OtherData {
         /// The first rank that differs from rank 0.

@@ -161,7 +161,7 @@ impl MemoryNeed {
                 Self {
                     host: n_items * bytes_per_item,
                     largest: format!("most is for counts of {n_items} items (`schema.pbtxt`)"),
-                    hint: "fewer items: the item id's domain in `schema.pbtxt` says how many there are",
+                    hint: "reduce the number of items, the domain of the item id in `schema.pbtxt`",
                     device: 0,
                 }
             }

@@ -56,8 +56,8 @@ trait Learner {
     /// Steps of the optimizer.
     fn optimizer_steps(&self) -> i32;
 
-    /// Loads the weights that [`Learner::tensors`] of another run returned; the error says what
-    /// does not fit.
+    /// Loads the weights that [`Learner::tensors`] of another run returned; the error names the
+    /// tensor that does not fit.
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String>;
 
     /// *All ranks.* Loads weights and optimizer state.
@@ -86,7 +86,7 @@ fn learner<'a>(
     Ok(Box::new(BaselineLearner(Baseline::new(kind, n_items))))
 }
 
-/// A rank's connection to the others, and its device.
+/// Collective and device of a rank.
 #[derive(Clone, Copy)]
 pub struct RankContext<'a> {
     pub collective: &'a dyn Collective,
