@@ -95,7 +95,10 @@ impl ModelConfig {
         match self {
             ModelConfig::Gru(gru) => Some(Neural::Gru(gru)),
             ModelConfig::Xlnet(xlnet) => Some(Neural::Xlnet(xlnet)),
-            ModelConfig::Popularity {} | ModelConfig::Recent {} | ModelConfig::Markov {} | ModelConfig::Vsknn(_) => None,
+            ModelConfig::Popularity {}
+            | ModelConfig::Recent {}
+            | ModelConfig::Markov {}
+            | ModelConfig::Vsknn(_) => None,
         }
     }
 
