@@ -19,7 +19,7 @@
 mod bf16;
 mod call;
 mod error;
-pub mod exact;
+pub mod fixed_point;
 pub mod mpi;
 pub mod nccl;
 pub mod phase_timer;

@@ -5,7 +5,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::collective::exact::{from_multiples, multiples};
+use crate::collective::fixed_point::{from_fixed_point, to_fixed_point};
 
 /// Adds `values: [N, ..]` to the rows `indices: [N]` of `table: [V, ..]`; indices may repeat. If
 /// `reproducible`, the sum of a row does not depend on the other rows.
@@ -21,9 +21,9 @@ pub(super) fn add_rows(table: &mut Tensor, indices: &Tensor, values: &Tensor, re
     let sums = Tensor::zeros(size, (Kind::Int64, values.device())).scatter_add_(
         0,
         &expand_indices(&row_of_value, values),
-        &multiples(values),
+        &to_fixed_point(values),
     );
-    let _ = table.scatter_add_(0, &expand_indices(&rows, &sums), &from_multiples(&sums));
+    let _ = table.scatter_add_(0, &expand_indices(&rows, &sums), &from_fixed_point(&sums));
 }
 
 /// As [`add_rows`], with bitwise equal results on all ranks that add the same rows in the same

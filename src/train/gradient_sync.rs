@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::collective::exact::ExactSum;
+use crate::collective::fixed_point::FixedPointSum;
 use crate::collective::{Collective, CollectiveError, Reduce, rounded};
 use crate::config::Reduction;
 use crate::device::send;
@@ -35,9 +35,9 @@ pub(super) struct GradientSync<'a> {
     /// Type in which f32 gradients are sent.
     wire: Kind,
     /// Replicated gradients and scalars of the micro-batches so far, if sums are reproducible.
-    replicated_sum: Option<ExactSum>,
+    replicated_sum: Option<FixedPointSum>,
     /// Sharded gradients so far, if sums are reproducible.
-    sharded_sum: Option<ExactSum>,
+    sharded_sum: Option<FixedPointSum>,
     /// Whether the scoring gradients are reduced during the backward pass. With several micro-batches
     /// a step they would be reduced several times.
     overlaps: bool,
@@ -55,8 +55,8 @@ impl<'a> GradientSync<'a> {
         let is_sharded = item_table.is_sharded();
         Self {
             wire: if reduction == Reduction::Bf16 { Kind::BFloat16 } else { Kind::Float },
-            replicated_sum: is_reproducible.then(|| ExactSum::new(&gradients.replicated_and_scalars())),
-            sharded_sum: (is_reproducible && is_sharded).then(|| ExactSum::new(&gradients.sharded())),
+            replicated_sum: is_reproducible.then(|| FixedPointSum::new(&gradients.replicated_and_scalars())),
+            sharded_sum: (is_reproducible && is_sharded).then(|| FixedPointSum::new(&gradients.sharded())),
             overlaps: collective.world_size() > 1 && !is_reproducible && !is_sharded && network.scores_once(),
             scoring: network.scoring_parameters(),
             own_loss: Tensor::zeros([1], (Kind::Float, gradients.all().device())),

@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::softmax::softmax_rows;
 use super::{CrossEntropy, Logits, ScoringTable, draw};
-use crate::collective::{Collective, CollectiveError, exact};
+use crate::collective::{Collective, CollectiveError, fixed_point};
 use crate::device::host::each_alone;
 use crate::model::ItemTable;
 use crate::model::item_table::div_ceil;
@@ -235,7 +235,7 @@ impl StateGradients {
     fn add(&self, terms: &Tensor) {
         let mut sums = self.0.shallow_clone();
         if sums.kind() == Kind::Int64 {
-            sums += exact::multiples(terms);
+            sums += fixed_point::to_fixed_point(terms);
         } else {
             sums += terms;
         }
@@ -252,7 +252,7 @@ impl StateGradients {
         reduce_scatter: impl FnOnce(&Tensor) -> Result<Tensor, CollectiveError>,
     ) -> Result<Tensor, CollectiveError> {
         let own = reduce_scatter(&self.0)?;
-        Ok(if own.kind() == Kind::Int64 { exact::from_multiples(&own) } else { own })
+        Ok(if own.kind() == Kind::Int64 { fixed_point::from_fixed_point(&own) } else { own })
     }
 }
 

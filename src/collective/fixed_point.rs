@@ -17,12 +17,12 @@ const MOST: f64 = (1u64 << 20) as f64;
 ///
 /// It is kept from step to step, and zero in between: a buffer as long as all parameters takes longer to be made than to be
 /// filled. Most terms are zero, as a micro-batch touches few rows of the tables, and cost no more than a look.
-pub struct ExactSum {
+pub struct FixedPointSum {
     /// Multiples of [`UNIT`], and behind them how many terms were NaN, infinite or beyond [`MOST`]: i64 `[n + 1]`.
     total: Tensor,
 }
 
-impl ExactSum {
+impl FixedPointSum {
     /// Zero, for terms like `like: [n]`.
     pub fn new(like: &Tensor) -> Self {
         Self { total: Tensor::zeros([like.size()[0] + 1], (Kind::Int64, like.device())) }
@@ -36,7 +36,7 @@ impl ExactSum {
             let mut n_bad = self.total.narrow(0, n, 1);
             n_bad += n - terms.abs().le(MOST).sum(Kind::Int64);
             let mut total = self.total.narrow(0, 0, n);
-            total += multiples(terms);
+            total += to_fixed_point(terms);
             let _ = terms.zero_();
             return;
         }
@@ -70,7 +70,7 @@ impl ExactSum {
     pub fn move_into(&mut self, sums: &mut Tensor) {
         let n = sums.size()[0];
         if sums.device() != Device::Cpu {
-            let total = from_multiples(&self.total.narrow(0, 0, n));
+            let total = from_fixed_point(&self.total.narrow(0, 0, n));
             let is_bad = self.total.narrow(0, n, 1).ne(0);
             sums.copy_(&total.masked_fill(&is_bad, f64::NAN));
             let _ = self.total.zero_();
@@ -86,14 +86,14 @@ impl ExactSum {
     }
 }
 
-/// Small terms as whole multiples, i64: what they add up to is turned back by [`from_multiples`]. What is not finite has no
+/// Small terms as whole multiples, i64: what they add up to is turned back by [`from_fixed_point`]. What is not finite has no
 /// multiple; whoever adds up a loss beside it sees that.
-pub fn multiples(terms: &Tensor) -> Tensor {
+pub fn to_fixed_point(terms: &Tensor) -> Tensor {
     (terms.to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64)
 }
 
-/// Sums of [`multiples`] as f32.
-pub fn from_multiples(sums: &Tensor) -> Tensor {
+/// Sums of [`to_fixed_point`] as f32.
+pub fn from_fixed_point(sums: &Tensor) -> Tensor {
     (sums.to_kind(Kind::Double) * UNIT).to_kind(Kind::Float)
 }
 
@@ -191,7 +191,7 @@ mod tests {
         let term = |i: i32| Tensor::from_slice(&[1e-9f32, 0.1, 3.7, -123.4]) * f64::from(i * i - 40) / 7.0;
         let on_ranks = |world_size: usize| {
             threads::spawn(world_size, |collective| {
-                let mut sum = ExactSum::new(&term(0));
+                let mut sum = FixedPointSum::new(&term(0));
                 (0..12).skip(collective.rank()).step_by(world_size).for_each(|i| sum.take(&mut term(i)));
                 reduced(&mut sum, collective)
             })
@@ -209,7 +209,7 @@ mod tests {
     fn what_does_not_fit_is_no_number() {
         for bad in [f32::NAN, f32::INFINITY, 1e9] {
             let sums = threads::spawn(2, |collective| {
-                let mut sum = ExactSum::new(&Tensor::from_slice(&[0f32, 0.0]));
+                let mut sum = FixedPointSum::new(&Tensor::from_slice(&[0f32, 0.0]));
                 let mine = if collective.rank() == 1 { bad } else { 1.0 };
                 sum.take(&mut Tensor::from_slice(&[1.0, mine]));
                 let first = reduced(&mut sum, collective);
@@ -222,7 +222,7 @@ mod tests {
         }
     }
 
-    fn reduced(sum: &mut ExactSum, collective: &dyn Collective) -> Vec<f32> {
+    fn reduced(sum: &mut FixedPointSum, collective: &dyn Collective) -> Vec<f32> {
         let mut sums = Tensor::zeros([sum.total.size()[0] - 1], (Kind::Float, Device::Cpu));
         sum.reduce_into(&mut sums, collective).unwrap();
         Vec::try_from(sums).unwrap()
@@ -236,12 +236,13 @@ mod tests {
             [0.1f32, -3.7e-3, 2.0f32.powi(-12), 2.0f32.powi(-13) * 1.000_001, 123.456, -1e6, 1_048_576.0];
         let terms: Vec<f32> = terms.into_iter().chain(large).cycle().take(100_000).collect();
         let expected = (Tensor::from_slice(&terms).to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
-        let (mut sum, mut taken) = (ExactSum::new(&Tensor::from_slice(&terms)), Tensor::from_slice(&terms));
+        let (mut sum, mut taken) =
+            (FixedPointSum::new(&Tensor::from_slice(&terms)), Tensor::from_slice(&terms));
         sum.take(&mut taken);
         assert!(sum.total.narrow(0, 0, 100_000).equal(&expected));
         let mut sums = Tensor::zeros([100_000], (Kind::Float, Device::Cpu));
-        ExactSum { total: sum.total.copy() }.move_into(&mut sums);
-        assert!(sums.equal(&from_multiples(&expected)));
+        FixedPointSum { total: sum.total.copy() }.move_into(&mut sums);
+        assert!(sums.equal(&from_fixed_point(&expected)));
         assert_eq!((sum.total.int64_value(&[100_000]), taken.count_nonzero(None).int64_value(&[])), (0, 0));
     }
 }
