@@ -675,8 +675,7 @@ impl Job {
             }
             let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
             let host = collective::host_name();
-            let at =
-                self.collective.watch().map_or(String::new(), |watch| format!(", {}", watch.whereabouts()));
+            let at = self.collective.watch().map_or(String::new(), |watch| format!(", {}", watch.progress()));
             console::error(&format!("{message}: rank {rank} of {world_size} on {host}{at}"));
             self.collective.abort(1)
         })

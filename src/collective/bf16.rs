@@ -1,4 +1,5 @@
-//! Arithmetic on bf16, for MPI, which has no such type: numbers travel as 16 bits, and these operations know what they mean.
+//! Reductions of bf16 for MPI, which has no such type: numbers are sent as 16-bit integers, and these
+//! user-defined operations interpret them.
 
 use std::ffi::{c_int, c_void};
 
@@ -8,7 +9,7 @@ use mpi::traits::AsRaw;
 
 use super::Reduce;
 
-/// The operations of MPI on bf16, as long as they live.
+/// MPI operations on bf16. Dropping them frees them in MPI.
 pub(super) struct Operations {
     sum: UnsafeUserOperation,
     min: UnsafeUserOperation,
@@ -17,8 +18,8 @@ pub(super) struct Operations {
 
 impl Operations {
     pub(super) fn new() -> Self {
-        // SAFETY: the functions do what MPI asks of commutative operations on 16-bit elements, do not unwind, and are only
-        // used with those.
+        // SAFETY: the functions are commutative operations on 16-bit elements, do not unwind, and are used
+        // with 16-bit elements only.
         unsafe {
             Self {
                 sum: UnsafeUserOperation::commutative(combine_all::<SUM>),
@@ -28,7 +29,7 @@ impl Operations {
         }
     }
 
-    pub(super) fn of(&self, op: Reduce) -> ffi::MPI_Op {
+    pub(super) fn operation(&self, op: Reduce) -> ffi::MPI_Op {
         match op {
             Reduce::Sum => self.sum.as_raw(),
             Reduce::Min => self.min.as_raw(),
@@ -41,14 +42,15 @@ const SUM: u8 = 0;
 const MIN: u8 = 1;
 const MAX: u8 = 2;
 
-/// What MPI calls to combine `n` elements `from` with those `to`.
+/// Callback of MPI: combines `n` elements of `from` into `to`.
 unsafe extern "C" fn combine_all<const OP: u8>(
     from: *mut c_void,
     to: *mut c_void,
     n: *mut c_int,
     _: *mut ffi::MPI_Datatype,
 ) {
-    // SAFETY: MPI gives two buffers of `n` elements, apart in memory; nobody else touches them during the call.
+    // SAFETY: MPI passes two buffers of `n` elements that do not overlap and that nothing else uses during
+    // the call.
     let (from, to) = unsafe {
         let n = usize::try_from(*n).unwrap_or(0);
         (
@@ -70,13 +72,14 @@ fn combine<const OP: u8>(a: u16, b: u16) -> u16 {
     })
 }
 
-/// The nearest bf16; of two, the one with an even last digit.
+/// Rounds to the nearest bf16, ties to even.
 fn rounded(x: f32) -> u16 {
     let bits = x.to_bits();
     if x.is_nan() {
-        // Digits that are cut off must not leave infinity.
+        // Cutting the mantissa of a NaN could leave the bits of infinity: set one of the remaining bits.
         return (bits >> 16) as u16 | 0x40;
     }
+    // Just below half a unit, plus one if the last kept bit is odd: so ties round to even.
     let half = 0x7fff + (bits >> 16 & 1);
     (bits.wrapping_add(half) >> 16) as u16
 }
@@ -110,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn operations_do_what_they_are_called() {
+    fn sum_minimum_and_maximum_are_those_of_f32() {
         let bits = |x: f32| rounded(x);
         let (a, b) = (bits(1.5), bits(-2.25));
         assert_eq!(combine::<SUM>(a, b), bits(-0.75));

@@ -1,21 +1,21 @@
-//! What every backend checks before it moves a byte.
+//! Argument checks and error texts that all backends share.
 
 use tch::{Device, Kind, Tensor};
 
 use super::{Collective, CollectiveError, Reduce};
 
-/// What a call says beside its tensor.
+/// Arguments of a call other than its tensor.
 #[derive(Clone, Copy)]
-pub(super) enum How {
-    Plain,
-    Reduce(Reduce),
-    /// Sent by this rank.
-    From(usize),
-    /// Without a tensor.
-    Barrier,
+pub(super) enum CallArgs {
+    None,
+    Op(Reduce),
+    /// The rank that sends.
+    Root(usize),
+    /// The call has no tensor.
+    NoTensor,
 }
 
-/// The data type as the program's messages name it.
+/// Data type for messages.
 fn kind_name(kind: Kind) -> String {
     match kind {
         Kind::Uint8 => "u8".to_owned(),
@@ -30,7 +30,7 @@ fn kind_name(kind: Kind) -> String {
     }
 }
 
-/// The device as the program's messages name it.
+/// Device for messages.
 pub(super) fn device_name(device: Device) -> String {
     match device {
         Device::Cpu => "the CPU".to_owned(),
@@ -39,7 +39,7 @@ pub(super) fn device_name(device: Device) -> String {
     }
 }
 
-/// One call as its error texts name it.
+/// Name and rank of a call, for its error texts.
 #[derive(Clone, Copy)]
 pub(super) struct Call {
     name: &'static str,
@@ -48,31 +48,33 @@ pub(super) struct Call {
 }
 
 impl Call {
-    pub fn new(name: &'static str, of: &impl Collective) -> Self {
-        Self { name, rank: of.rank(), world_size: of.world_size() }
+    pub fn new(name: &'static str, collective: &impl Collective) -> Self {
+        Self { name, rank: collective.rank(), world_size: collective.world_size() }
     }
 
-    /// The call in words: ranks whose words differ have lost each other.
-    pub fn words(self, tensor: &Tensor, how: How) -> String {
-        let how = match how {
-            How::Plain => String::new(),
-            How::Reduce(Reduce::Sum) => " (sum)".to_owned(),
-            How::Reduce(Reduce::Min) => " (minimum)".to_owned(),
-            How::Reduce(Reduce::Max) => " (maximum)".to_owned(),
-            How::From(root) => format!(" from rank {root}"),
-            How::Barrier => return format!("`{}`", self.name),
+    /// Describes the call. Ranks whose descriptions differ have diverged.
+    pub fn description(self, tensor: &Tensor, args: CallArgs) -> String {
+        let args = match args {
+            CallArgs::None => String::new(),
+            CallArgs::Op(Reduce::Sum) => " (sum)".to_owned(),
+            CallArgs::Op(Reduce::Min) => " (minimum)".to_owned(),
+            CallArgs::Op(Reduce::Max) => " (maximum)".to_owned(),
+            CallArgs::Root(root) => format!(" from rank {root}"),
+            CallArgs::NoTensor => return format!("`{}`", self.name),
         };
-        format!("`{}`{how} of {} {} elements", self.name, tensor.numel(), kind_name(tensor.kind()))
+        format!("`{}`{args} of {} {} elements", self.name, tensor.numel(), kind_name(tensor.kind()))
     }
 
-    /// Every rank came with the same words, here in rank order.
-    pub fn check_words<'a>(
+    /// Checks that all ranks made the same call. `all` holds their descriptions in rank order.
+    pub fn check_descriptions<'a>(
         self,
-        mine: &str,
+        local: &str,
         all: impl IntoIterator<Item = &'a str>,
     ) -> Result<(), CollectiveError> {
-        match all.into_iter().enumerate().find(|(_, other)| *other != mine) {
-            Some((rank, other)) => Err(self.refuse(format!("called {mine}, but rank {rank} called {other}"))),
+        match all.into_iter().enumerate().find(|(_, other)| *other != local) {
+            Some((rank, other)) => {
+                Err(self.refuse(format!("called {local}, but rank {rank} called {other}")))
+            }
             None => Ok(()),
         }
     }
@@ -82,7 +84,7 @@ impl Call {
         CollectiveError::Refused { call, rank, world_size, problem: problem.into() }
     }
 
-    /// A contiguous tensor of a kind that every backend carries.
+    /// Checks that the tensor is contiguous and of a kind that all backends support.
     pub fn check(self, tensor: &Tensor) -> Result<(), CollectiveError> {
         if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64 | Kind::Uint8) {
             return Err(self.refuse(format!(
@@ -99,7 +101,7 @@ impl Call {
         Ok(())
     }
 
-    /// A tensor as above, to be sent by a rank that exists.
+    /// [`check`](Self::check), and that rank `root` exists.
     pub fn check_root(self, tensor: &Tensor, root: usize) -> Result<(), CollectiveError> {
         if root >= self.world_size {
             return Err(self.refuse(format!("there is no rank {root}")));
@@ -107,8 +109,8 @@ impl Call {
         self.check(tensor)
     }
 
-    /// `part` and `whole` are what [`check`](Self::check) asks for, of one kind, on one device, apart in
-    /// memory, and `whole` holds one part of every rank.
+    /// [`check`](Self::check) for both tensors. They must have one kind and one device and not overlap
+    /// in memory, and `whole` must hold one part per rank.
     pub fn check_parts(self, part: &Tensor, whole: &Tensor) -> Result<(), CollectiveError> {
         self.check(part)?;
         self.check(whole)?;
@@ -140,12 +142,12 @@ impl Call {
         Ok(())
     }
 
-    /// Copies element by element, whatever the shapes, unseen by autograd.
+    /// Copies elements in flat order, whatever the shapes, without recording gradients.
     pub fn copy(self, into: &mut Tensor, from: &Tensor) -> Result<(), CollectiveError> {
         self.torch(|| into.f_view([-1])?.f_copy_(&from.f_view([-1])?))
     }
 
-    /// The tensor's values in memory of their own.
+    /// Copies the tensor to new memory.
     pub fn snapshot(self, tensor: &Tensor) -> Result<Tensor, CollectiveError> {
         self.torch(|| {
             let mut copy = tensor.f_empty_like()?;
@@ -154,7 +156,7 @@ impl Call {
         })
     }
 
-    /// Runs tensor arithmetic, unseen by autograd.
+    /// Runs tensor operations without recording gradients.
     pub fn torch<T>(self, work: impl FnOnce() -> Result<T, tch::TchError>) -> Result<T, CollectiveError> {
         let Self { name: call, rank, world_size } = self;
         tch::no_grad(work).map_err(|source| CollectiveError::Torch { call, rank, world_size, source })

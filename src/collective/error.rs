@@ -1,78 +1,67 @@
-//! What can go wrong between ranks.
+//! Errors of collective calls.
 
 use thiserror::Error;
 
-/// A collective call that failed; every text names the call and the rank.
+/// A failed collective call.
 #[derive(Debug, Error)]
 pub enum CollectiveError {
-    /// A tensor that this call cannot take: dtype, device, layout or size.
+    /// The call does not support the tensor's data type, device, layout or size.
     #[error("`{call}` on rank {rank} of {world_size}: {problem}")]
     Refused {
-        /// Method of `Collective`.
+        /// The method of [`Collective`](super::Collective).
         call: &'static str,
-        /// Rank that made the call.
         rank: usize,
-        /// Ranks in the world.
         world_size: usize,
-        /// What is wrong with the tensor.
         problem: String,
     },
     /// MPI or NCCL returned an error.
     #[error("`{call}` of {n_elements} elements failed on rank {rank} of {world_size} ({host}): {text}")]
     Library {
-        /// Function of the library.
+        /// The function of the library.
         call: &'static str,
-        /// Elements this rank handed over.
+        /// Elements that this rank passed.
         n_elements: usize,
-        /// Rank that made the call.
         rank: usize,
-        /// Ranks in the world.
         world_size: usize,
-        /// Host of that rank.
         host: String,
-        /// The library's own words.
+        /// The library's message.
         text: String,
     },
     /// libtorch could not copy or combine host tensors.
     #[error("`{call}` on rank {rank} of {world_size}: libtorch failed")]
     Torch {
-        /// Method of `Collective`.
+        /// The method of [`Collective`](super::Collective).
         call: &'static str,
-        /// Rank that made the call.
         rank: usize,
-        /// Ranks in the world.
         world_size: usize,
-        /// libtorch's error.
         source: tch::TchError,
     },
-    /// Some rank failed, and all ranks know.
+    /// A rank failed, and all ranks return its error.
     #[error("{message}")]
     Rank {
         /// The failing rank, the lowest when several failed.
         rank: usize,
-        /// Its error, with its rank when there are others.
+        /// Its error, prefixed with the rank if the job has several.
         message: String,
     },
     /// The processes were not started as one MPI job.
     #[error("{problem}")]
     Launch {
-        /// What the launcher set and MPI did not find.
         problem: String,
-        /// What to type instead.
+        /// How to start the job instead.
         hint: &'static str,
     },
-    /// NCCL, or what libtorch must offer for it, is not there.
+    /// NCCL cannot be loaded, or libtorch lacks the CUDA functions that it needs.
     #[error("NCCL is not usable on rank {rank}: {problem}")]
     NcclMissing {
-        /// Rank that looked for it.
         rank: usize,
-        /// What was tried and what came of it.
+        /// The failed attempts.
         problem: String,
     },
 }
 
 impl CollectiveError {
-    /// What to do about it, where that is known.
+    /// A remedy, if one is known.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Launch { hint, .. } => Some(hint),

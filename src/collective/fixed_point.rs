@@ -1,4 +1,8 @@
-//! Sums that do not depend on the order of their terms: they are added up as whole numbers.
+//! Fixed-point sums, for the reproducible mode.
+//!
+//! Adding f32 numbers rounds after every addition, so the result depends on the order of the terms,
+//! and with it on the number of ranks. Here each term is rounded once, to an integer number of units,
+//! and the integers are added: integer addition is associative.
 
 use tch::{Device, Kind, Tensor};
 
@@ -6,67 +10,72 @@ use super::{Collective, CollectiveError, Reduce};
 use crate::device::host::{in_parallel, numbers, part_len};
 use crate::device::vectors::{self, Loop};
 
-/// Gradients are added up as whole multiples of 2⁻³⁶. Over a thousand targets that is 10⁻¹⁴ of a mean gradient,
-/// far below the 10⁻⁸ that AdamW adds to its root.
+/// The unit of the integers. Divided by a thousand targets it is an error of 10⁻¹⁴ in the mean
+/// gradient, far below the ε of 10⁻⁸ that AdamW adds to the root of the second moment.
 const UNIT: f64 = 1.0 / (1u64 << 36) as f64;
 
-/// Largest term: the loss of a large micro-batch. 64 bits hold the sum of 128 of these, and gradients are far smaller.
-const MOST: f64 = (1u64 << 20) as f64;
+/// Largest term: the loss of a large micro-batch. 64 bits hold the sum of 128 such terms, and
+/// gradients are far smaller.
+const MAX_TERM: f64 = (1u64 << 20) as f64;
 
-/// A sum that does not depend on the order of its terms.
+/// Fixed-point sum of f32 vectors, the same for any order of the terms.
 ///
-/// It is kept from step to step, and zero in between: a buffer as long as all parameters takes longer to be made than to be
-/// filled. Most terms are zero, as a micro-batch touches few rows of the tables, and cost no more than a look.
+/// The buffer is kept from step to step and is zero between steps, because allocating a buffer of
+/// the size of all parameters takes longer than filling it. Most terms are zero, since a micro-batch
+/// touches few rows of the tables; a block of zeros is read and skipped.
 pub struct FixedPointSum {
-    /// Multiples of [`UNIT`], and behind them how many terms were NaN, infinite or beyond [`MOST`]: i64 `[n + 1]`.
+    /// The sums in units of [`UNIT`], then the number of terms that were NaN, infinite or larger than
+    /// [`MAX_TERM`]: i64 `[n + 1]`.
     total: Tensor,
 }
 
 impl FixedPointSum {
-    /// Zero, for terms like `like: [n]`.
+    /// A sum of zero for terms of the size and device of `like: [n]`.
     pub fn new(like: &Tensor) -> Self {
         Self { total: Tensor::zeros([like.size()[0] + 1], (Kind::Int64, like.device())) }
     }
 
-    /// Adds `terms: [n]`, which are zero afterwards.
-    pub fn take(&mut self, terms: &mut Tensor) {
+    /// Adds `terms: [n]` and sets them to zero.
+    pub fn add_and_clear(&mut self, terms: &mut Tensor) {
         let n = terms.size()[0];
         if terms.device() != Device::Cpu {
-            // Not `>`: a NaN is neither larger nor smaller than anything.
+            // Counted by `<=`, because every comparison with a NaN is false.
             let mut n_bad = self.total.narrow(0, n, 1);
-            n_bad += n - terms.abs().le(MOST).sum(Kind::Int64);
+            n_bad += n - terms.abs().le(MAX_TERM).sum(Kind::Int64);
             let mut total = self.total.narrow(0, 0, n);
             total += to_fixed_point(terms);
             let _ = terms.zero_();
             return;
         }
         let (total, terms) = (numbers::<i64>(&mut self.total), numbers::<f32>(terms));
-        let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
+        let (n_bad, total) = total.split_last_mut().expect("the total is one longer than the terms");
         let n_each = part_len(terms.len(), BLOCK);
         let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
-        let taken = in_parallel(parts, |(total, terms)| {
+        let n_bad_by_part = in_parallel(parts, |(total, terms)| {
             let mut n_bad = 0;
-            vectors::run(Take { total, terms, n_bad: &mut n_bad });
+            vectors::run(AddTerms { total, terms, n_bad: &mut n_bad });
             n_bad
         });
-        *n_bad += taken.into_iter().sum::<i64>();
+        *n_bad += n_bad_by_part.into_iter().sum::<i64>();
     }
 
-    /// *All ranks.* Moves the sum over ranks to `sums: [n]`; NaN throughout if any term was out of range.
+    /// *All ranks.* Moves the sum over all ranks to `sums: [n]`. All values are NaN if any term of any
+    /// rank was out of range.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// A collective call fails.
     pub fn reduce_into(
         &mut self,
         sums: &mut Tensor,
         collective: &dyn Collective,
     ) -> Result<(), CollectiveError> {
+        // One call carries the sums and the number of bad terms, so all ranks agree on both.
         collective.all_reduce(&mut self.total, Reduce::Sum)?;
         self.move_into(sums);
         Ok(())
     }
 
-    /// Moves what this rank has added up to `sums: [n]`; NaN throughout if any term was out of range.
+    /// Moves the sum of this rank to `sums: [n]`. All values are NaN if any term was out of range.
     pub fn move_into(&mut self, sums: &mut Tensor) {
         let n = sums.size()[0];
         if sums.device() != Device::Cpu {
@@ -77,85 +86,90 @@ impl FixedPointSum {
             return;
         }
         let (total, sums) = (numbers::<i64>(&mut self.total), numbers::<f32>(sums));
-        let (n_bad, total) = total.split_last_mut().expect("one more than there are terms");
+        let (n_bad, total) = total.split_last_mut().expect("the total is one longer than the terms");
         let unit = if *n_bad == 0 { UNIT } else { f64::NAN };
         *n_bad = 0;
         let n_each = part_len(sums.len(), BLOCK);
         let parts = total.chunks_mut(n_each).zip(sums.chunks_mut(n_each));
-        in_parallel(parts, |(total, sums)| vectors::run(Move { total, sums, unit }));
+        in_parallel(parts, |(total, sums)| vectors::run(MoveSums { total, sums, unit }));
     }
 }
 
-/// Small terms as whole multiples, i64: what they add up to is turned back by [`from_fixed_point`]. What is not finite has no
-/// multiple; whoever adds up a loss beside it sees that.
+/// Rounds small terms to units of 2⁻³⁶, i64; [`from_fixed_point`] converts their sums back.
+///
+/// NaN and infinity have no integer and give an arbitrary one. The loss of the same step is not
+/// finite then, and the caller checks the loss.
 pub fn to_fixed_point(terms: &Tensor) -> Tensor {
     (terms.to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64)
 }
 
-/// Sums of [`to_fixed_point`] as f32.
+/// Converts sums of [`to_fixed_point`] to f32.
 pub fn from_fixed_point(sums: &Tensor) -> Tensor {
     (sums.to_kind(Kind::Double) * UNIT).to_kind(Kind::Float)
 }
 
-/// Numbers that are looked at together: a row of a table, usually.
+/// Numbers that are skipped together if all are zero: about one row of a table.
 const BLOCK: usize = 64;
 
-/// Added to a number that is no larger than 2⁵¹, this leaves in the last bits of an f64 the whole number next to it, ties to even:
-/// how many more than in its own.
-const WHOLE: f64 = 1.5 * (1u64 << 52) as f64;
+/// Rounds by one addition. The spacing of f64 numbers near 1.5 · 2⁵² is one, so `x + ROUNDER` rounds
+/// any `|x| <= 2⁵¹` to the nearest integer, ties to even, and its bits less those of `ROUNDER` are that
+/// integer. A conversion from f64 to i64 is one AVX-512 or scalar instruction; this works on AVX2 too.
+const ROUNDER: f64 = 1.5 * (1u64 << 52) as f64;
 
-/// Adds terms to multiples of [`UNIT`], sets them to zero, and counts those that are out of range.
-struct Take<'a> {
+/// Adds terms to the totals, sets them to zero and counts those that are out of range.
+struct AddTerms<'a> {
     total: &'a mut [i64],
     terms: &'a mut [f32],
     n_bad: &'a mut i64,
 }
 
-impl Loop for Take<'_> {
+impl Loop for AddTerms<'_> {
     #[inline(always)]
     fn run<const FUSES: bool>(self) {
-        // Multiples of 2⁵⁰ at most.
-        const SMALL: f32 = (1u32 << 14) as f32;
+        // 2¹⁴ is 2⁵⁰ units, within the range of `ROUNDER`.
+        const MAX_SMALL: f32 = (1u32 << 14) as f32;
         for (total, terms) in self.total.chunks_mut(BLOCK).zip(self.terms.chunks_mut(BLOCK)) {
-            // Bits without their sign are in the order of the numbers, and those of a NaN above all.
+            // Without the sign bit, the bits of floats compare as the floats do, and a NaN is above
+            // infinity. An integer maximum vectorises, and it does not lose a NaN.
             let largest = terms.iter().fold(0, |largest, term| term.abs().to_bits().max(largest));
             if largest == 0 {
                 continue;
             }
-            if largest > SMALL.to_bits() {
-                *self.n_bad += take_large(total, terms);
+            if largest > MAX_SMALL.to_bits() {
+                *self.n_bad += add_large(total, terms);
                 continue;
             }
             for (total, term) in total.iter_mut().zip(terms) {
-                let whole = f64::from(*term) / UNIT + WHOLE;
-                *total = total.wrapping_add(whole.to_bits().wrapping_sub(WHOLE.to_bits()).cast_signed());
+                let rounded = f64::from(*term) / UNIT + ROUNDER;
+                let units = rounded.to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed();
+                *total = total.wrapping_add(units);
                 *term = 0.0;
             }
         }
     }
 }
 
-/// The same for terms of any size. Returns how many were out of range.
-fn take_large(total: &mut [i64], terms: &mut [f32]) -> i64 {
+/// Adds and clears terms of any size. Returns the number of terms that were out of range.
+fn add_large(total: &mut [i64], terms: &mut [f32]) -> i64 {
     let mut n_bad = 0;
     for (total, term) in total.iter_mut().zip(terms) {
-        // A NaN is not within anything. What is large enough to lose digits by being rounded is whole already.
-        let is_within = f64::from(term.abs()) <= MOST;
-        n_bad += i64::from(!is_within);
+        // False for a NaN.
+        let is_in_range = f64::from(term.abs()) <= MAX_TERM;
+        n_bad += i64::from(!is_in_range);
         *total = total.wrapping_add((f64::from(*term) / UNIT).round_ties_even() as i64);
         *term = 0.0;
     }
     n_bad
 }
 
-/// Moves sums of multiples out, times a unit.
-struct Move<'a> {
+/// Multiplies totals by the unit, stores them as f32 and sets them to zero.
+struct MoveSums<'a> {
     total: &'a mut [i64],
     sums: &'a mut [f32],
     unit: f64,
 }
 
-impl Loop for Move<'_> {
+impl Loop for MoveSums<'_> {
     #[inline(always)]
     fn run<const FUSES: bool>(self) {
         for (total, sums) in self.total.chunks_mut(BLOCK).zip(self.sums.chunks_mut(BLOCK)) {
@@ -163,18 +177,18 @@ impl Loop for Move<'_> {
                 sums.fill((0.0 * self.unit) as f32);
                 continue;
             }
-            // All bits that differ from the sign, of all of them.
-            let size = total.iter().fold(0, |size, total| size | (total ^ (total >> 63)));
-            let is_small = size < 1 << 51;
+            // `x ^ (x >> 63)` is x, or −x − 1 if x is negative: its bits show the magnitude.
+            let magnitudes = total.iter().fold(0, |bits, total| bits | (total ^ (total >> 63)));
+            let is_small = magnitudes < 1 << 51;
             for (total, sum) in total.iter_mut().zip(sums) {
-                let whole = match is_small {
-                    true => {
-                        f64::from_bits(total.wrapping_add(WHOLE.to_bits().cast_signed()).cast_unsigned())
-                            - WHOLE
-                    }
-                    false => *total as f64,
+                let units = if is_small {
+                    // The rounding trick in reverse.
+                    let bits = total.wrapping_add(ROUNDER.to_bits().cast_signed()).cast_unsigned();
+                    f64::from_bits(bits) - ROUNDER
+                } else {
+                    *total as f64
                 };
-                *sum = (whole * self.unit) as f32;
+                *sum = (units * self.unit) as f32;
                 *total = 0;
             }
         }
@@ -187,12 +201,15 @@ mod tests {
     use crate::collective::threads;
 
     #[test]
-    fn sums_do_not_depend_on_who_adds_what() {
+    fn sums_do_not_depend_on_the_number_of_ranks() {
         let term = |i: i32| Tensor::from_slice(&[1e-9f32, 0.1, 3.7, -123.4]) * f64::from(i * i - 40) / 7.0;
         let on_ranks = |world_size: usize| {
             threads::spawn(world_size, |collective| {
                 let mut sum = FixedPointSum::new(&term(0));
-                (0..12).skip(collective.rank()).step_by(world_size).for_each(|i| sum.take(&mut term(i)));
+                (0..12)
+                    .skip(collective.rank())
+                    .step_by(world_size)
+                    .for_each(|i| sum.add_and_clear(&mut term(i)));
                 reduced(&mut sum, collective)
             })
             .remove(0)
@@ -206,15 +223,15 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_no_number() {
+    fn a_term_out_of_range_makes_all_sums_nan_for_one_step() {
         for bad in [f32::NAN, f32::INFINITY, 1e9] {
             let sums = threads::spawn(2, |collective| {
                 let mut sum = FixedPointSum::new(&Tensor::from_slice(&[0f32, 0.0]));
                 let mine = if collective.rank() == 1 { bad } else { 1.0 };
-                sum.take(&mut Tensor::from_slice(&[1.0, mine]));
+                sum.add_and_clear(&mut Tensor::from_slice(&[1.0, mine]));
                 let first = reduced(&mut sum, collective);
-                // The next step knows nothing of it.
-                sum.take(&mut Tensor::from_slice(&[1f32, 0.0]));
+                // The next step starts from zero again.
+                sum.add_and_clear(&mut Tensor::from_slice(&[1f32, 0.0]));
                 assert_eq!(reduced(&mut sum, collective), [2.0, 0.0]);
                 first
             });
@@ -229,20 +246,20 @@ mod tests {
     }
 
     #[test]
-    fn terms_are_rounded_as_libtorch_rounds_them_and_taken_away() {
+    fn terms_are_rounded_as_libtorch_rounds_them_and_cleared() {
         let unit = UNIT as f32;
         let terms = [0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 1.4999, 1e3].map(|n: f32| n * unit);
         let large =
             [0.1f32, -3.7e-3, 2.0f32.powi(-12), 2.0f32.powi(-13) * 1.000_001, 123.456, -1e6, 1_048_576.0];
         let terms: Vec<f32> = terms.into_iter().chain(large).cycle().take(100_000).collect();
         let expected = (Tensor::from_slice(&terms).to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
-        let (mut sum, mut taken) =
+        let (mut sum, mut cleared) =
             (FixedPointSum::new(&Tensor::from_slice(&terms)), Tensor::from_slice(&terms));
-        sum.take(&mut taken);
+        sum.add_and_clear(&mut cleared);
         assert!(sum.total.narrow(0, 0, 100_000).equal(&expected));
         let mut sums = Tensor::zeros([100_000], (Kind::Float, Device::Cpu));
         FixedPointSum { total: sum.total.copy() }.move_into(&mut sums);
         assert!(sums.equal(&from_fixed_point(&expected)));
-        assert_eq!((sum.total.int64_value(&[100_000]), taken.count_nonzero(None).int64_value(&[])), (0, 0));
+        assert_eq!((sum.total.int64_value(&[100_000]), cleared.count_nonzero(None).int64_value(&[])), (0, 0));
     }
 }

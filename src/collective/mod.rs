@@ -1,6 +1,6 @@
-//! What ranks do together: reductions, broadcasts, gathers, and one end for all.
+//! Collective operations: reductions, broadcasts, gathers, barriers, and the end of the job.
 //!
-//! Code above this module sees the trait [`Collective`] and never which backend runs:
+//! Code above this module uses the trait [`Collective`] and does not know the backend:
 //!
 //! | backend | ranks are | carries | when |
 //! | --- | --- | --- | --- |
@@ -9,12 +9,12 @@
 //! | [`mpi`] | processes | host memory | started by `mpirun` or `srun` |
 //! | [`nccl`] | processes, a GPU each | device memory; host memory through MPI | more than one rank, on GPUs |
 //!
-//! The choice falls once: [`join`] finds the launcher, the local rank then chooses a GPU
-//! ([`crate::device::place`], before the first call here, as calls make tensors), and [`on_device`] adds NCCL where
-//! there is one.
+//! The backend is chosen once. [`join`] detects the launcher, the local rank selects a GPU
+//! ([`crate::device::place`], before the first collective call, because calls create tensors), and
+//! [`on_device`] adds NCCL if the rank computes on a GPU.
 //!
-//! Whoever joined keeps the collective until the work is done: dropping it is the orderly goodbye that waits for
-//! the other ranks. After an error on this rank alone call [`Collective::abort`] instead.
+//! Keep the collective until the work is done: dropping it waits for the other ranks. After an error
+//! on this rank alone, call [`Collective::abort`] instead.
 
 mod bf16;
 mod call;
@@ -41,24 +41,22 @@ pub use error::CollectiveError;
 use watch::Watch;
 pub use world::{is_launched, join, on_device};
 
-/// How the values of all ranks become one. Sums of integers wrap; a NaN makes a minimum or maximum undefined.
+/// Reduction over ranks. Sums of integers wrap; with a NaN, the minimum and maximum are undefined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduce {
-    /// Added up.
     Sum,
-    /// The smallest.
     Min,
-    /// The largest.
     Max,
 }
 
-/// What is done beside a call.
+/// Computation that a collective call overlaps.
 pub type Work<'a> = &'a mut dyn FnMut();
 
-/// The ranks of one job, seen from one of them.
+/// The ranks of one job, as seen by one rank.
 ///
-/// Tensors are contiguous f32, f64, bf16, i64 or u8, of the same kind and size on every rank, and any shape: only their
-/// flat order counts. Every rank makes the same calls in the same order. Results are the same bits on every rank.
+/// Tensors are contiguous f32, f64, bf16, i64 or u8, with the same kind and number of elements on
+/// every rank. Their shapes are ignored: elements are combined in flat order. Every rank makes the
+/// same calls in the same order. Results are identical bits on every rank.
 pub trait Collective {
     /// This rank, `0..world_size`.
     fn rank(&self) -> usize;
@@ -75,31 +73,31 @@ pub trait Collective {
     /// `solo`, `threads`, `mpi` or `nccl`.
     fn backend(&self) -> &'static str;
 
-    /// *All ranks.* Combines `tensor` element by element over ranks, in place.
+    /// *All ranks.* Reduces `tensor` element-wise over the ranks, in place.
     fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) -> Result<(), CollectiveError>;
 
-    /// *All ranks.* As `all_reduce`, while this thread does `work`, which does not touch `tensor` and makes no call. On a
-    /// GPU that is what `work` queues.
+    /// *All ranks.* `all_reduce` overlapped with `work`, which neither uses `tensor` nor makes a
+    /// collective call. On a GPU the reduction overlaps the kernels that `work` queues.
     fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
         work();
         self.all_reduce(tensor, op)
     }
 
-    /// *All ranks.* Every rank's `tensor` becomes that of rank `root`.
+    /// *All ranks.* Copies the `tensor` of rank `root` to all ranks.
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError>;
 
-    /// *All ranks.* `whole: [world_size * n]` becomes every rank's `part: [n]`, in rank order.
-    /// The two may not overlap.
+    /// *All ranks.* Concatenates every rank's `part: [n]` in rank order into `whole: [world_size * n]`.
+    /// The two may not overlap in memory.
     fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError>;
 
-    /// *All ranks.* Combines `whole: [world_size * n]` over ranks; rank r keeps elements `r*n..(r+1)*n` as
-    /// `part: [n]`. The two may not overlap.
+    /// *All ranks.* Reduces `whole: [world_size * n]` over the ranks; rank r keeps elements
+    /// `r*n..(r+1)*n` as `part: [n]`. The two may not overlap in memory.
     fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError>;
 
-    /// *All ranks.* Returns when every rank has come here.
+    /// *All ranks.* Returns when every rank has called it.
     fn barrier(&self) -> Result<(), CollectiveError>;
 
-    /// The clock on this rank's calls; none where no process could keep others waiting.
+    /// The watchdog over this rank's calls; `None` if the ranks are not separate processes.
     fn watch(&self) -> Option<&Watch> {
         None
     }
@@ -108,35 +106,37 @@ pub trait Collective {
     fn abort(&self, code: i32) -> !;
 }
 
-/// Lets `numbers` travel as numbers of this kind, rounded to them on the way out and where they arrive.
+/// Communicates `numbers` as elements of type `kind`: `call` gets a converted copy, and its result is
+/// converted back.
 ///
 /// # Errors
-/// Those of `travel`.
-pub fn rounded(
+/// `call` fails.
+pub fn communicate_as(
     numbers: &mut Tensor,
     kind: Kind,
-    travel: impl FnOnce(&mut Tensor) -> Result<(), CollectiveError>,
+    call: impl FnOnce(&mut Tensor) -> Result<(), CollectiveError>,
 ) -> Result<(), CollectiveError> {
-    let mut travelling = numbers.to_kind(kind);
-    travel(&mut travelling)?;
+    // Without a conversion `converted` is `numbers` itself, and the call works in place.
+    let mut converted = numbers.to_kind(kind);
+    call(&mut converted)?;
     if kind != numbers.kind() {
-        numbers.copy_(&travelling);
+        numbers.copy_(&converted);
     }
     Ok(())
 }
 
-/// Held by rank 0 alone: work that one rank does for all takes a `Root`.
+/// Token that only rank 0 can obtain. Functions that one rank runs for all take a `Root`.
 #[derive(Clone, Copy, Debug)]
 pub struct Root(());
 
-/// Host values, in terms of the calls above.
+/// Collectives on host values, built on the tensor calls.
 impl dyn Collective + '_ {
-    /// The token of rank 0, and `None` elsewhere.
+    /// The token on rank 0; `None` on other ranks.
     pub fn root(&self) -> Option<Root> {
         (self.rank() == 0).then_some(Root(()))
     }
 
-    /// *All ranks.* Combines host values (f32, f64, i64 or u8) element by element, in place.
+    /// *All ranks.* Reduces host values (f32, f64, i64 or u8) element-wise, in place.
     pub fn reduce<T: Element>(&self, values: &mut [T], op: Reduce) -> Result<(), CollectiveError> {
         let mut tensor = Tensor::from_slice(values);
         self.all_reduce(&mut tensor, op)?;
@@ -144,17 +144,17 @@ impl dyn Collective + '_ {
         Ok(())
     }
 
-    /// *All ranks.* Adds up counts over ranks, in place.
+    /// *All ranks.* Sums counts over the ranks, in place.
     pub fn sum_i64(&self, values: &mut [i64]) -> Result<(), CollectiveError> {
         self.reduce(values, Reduce::Sum)
     }
 
-    /// *All ranks.* Adds up sums over ranks, in place.
+    /// *All ranks.* Sums `values` over the ranks, in place.
     pub fn sum_f64(&self, values: &mut [f64]) -> Result<(), CollectiveError> {
         self.reduce(values, Reduce::Sum)
     }
 
-    /// *All ranks.* The bytes of rank `root`, on every rank; what other ranks pass is dropped.
+    /// *All ranks.* Returns the bytes of rank `root` on every rank. The bytes of other ranks are ignored.
     pub fn broadcast_bytes(&self, bytes: Vec<u8>, root: usize) -> Result<Vec<u8>, CollectiveError> {
         let mut n_bytes = Tensor::from_slice(&[bytes.len() as i64]);
         self.broadcast(&mut n_bytes, root)?;
@@ -166,7 +166,7 @@ impl dyn Collective + '_ {
         Ok(bytes)
     }
 
-    /// *All ranks.* Every rank's bytes in rank order, on every rank; lengths may differ.
+    /// *All ranks.* Returns every rank's bytes in rank order, on every rank. Lengths may differ.
     pub fn gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
         let lengths: Vec<usize> =
             self.gather(&[bytes.len() as i64])?.into_iter().map(|length| length as usize).collect();
@@ -177,7 +177,7 @@ impl dyn Collective + '_ {
         Ok(lengths.iter().enumerate().map(|(rank, n)| all[rank * longest..][..*n].to_vec()).collect())
     }
 
-    /// *All ranks.* Every rank's `values: [n]` in rank order; the same n everywhere.
+    /// *All ranks.* Concatenates every rank's `values: [n]` in rank order; n is the same on every rank.
     pub fn gather<T: Element>(&self, values: &[T]) -> Result<Vec<T>, CollectiveError> {
         let part = Tensor::from_slice(values);
         let n_values = values.len() * self.world_size();
@@ -188,19 +188,20 @@ impl dyn Collective + '_ {
         Ok(all)
     }
 
-    /// *All ranks.* Work that each rank tried by itself: `Ok` when it went well everywhere, otherwise the error
-    /// of the lowest failing rank, with its sources, on every rank. No rank goes on while another has failed.
-    pub fn agree<T, E: Error>(&self, tried: Result<T, E>) -> Result<T, CollectiveError> {
+    /// *All ranks.* Combines the results of local work: `Ok` if all ranks succeeded, otherwise on every
+    /// rank the error of the lowest failing rank, with its sources. So no rank continues to a collective
+    /// call that a failed rank will never make.
+    pub fn agree<T, E: Error>(&self, result: Result<T, E>) -> Result<T, CollectiveError> {
         let world_size = self.world_size();
-        let mut failing = [if tried.is_ok() { world_size as i64 } else { self.rank() as i64 }];
+        let mut failing = [if result.is_ok() { world_size as i64 } else { self.rank() as i64 }];
         self.reduce(&mut failing, Reduce::Min)?;
         let rank = failing[0] as usize;
-        let mine = match tried {
+        let local_message = match result {
             Ok(value) if rank == world_size => return Ok(value),
             Ok(_) => String::new(),
             Err(error) => bireme_base::message::chain(&error),
         };
-        let message = self.broadcast_bytes(mine.into_bytes(), rank)?;
+        let message = self.broadcast_bytes(local_message.into_bytes(), rank)?;
         let message = String::from_utf8_lossy(&message).into_owned();
         let message =
             if world_size == 1 { message } else { format!("rank {rank} of {world_size}: {message}") };

@@ -1,17 +1,16 @@
-//! Measures what the time of a step is spent on.
+//! Measures the time of the phases of a step.
 
 use std::time::{Duration, Instant};
 
 use tch::{Cuda, Device};
 
-use super::watch::{Times, Watch};
+use super::watch::{CallTimes, Watch};
 
 /// Sums wall-clock seconds by phase.
 ///
-/// Time in collective calls does not count for the phase, but as `waiting` (until the slowest rank
-/// has made the call) and `communication`. Communication beside computation is `hidden`: it takes no
-/// time of its own. On a GPU the end of a phase waits for the queued operations. A timer that is off
-/// costs nothing.
+/// Time in collective calls is subtracted from the phase and added to `waiting` (for the slowest rank
+/// to make the call) and `communication`. Calls overlapped with computation add to `hidden`, which is
+/// not subtracted. On a GPU, `end` waits for the queued operations. A timer that is off costs nothing.
 pub struct PhaseTimer {
     device: Device,
     is_on: bool,
@@ -22,11 +21,12 @@ pub struct PhaseTimer {
 }
 
 impl PhaseTimer {
-    /// Starts the first phase. `watch`: of this rank's collective calls; `None` for a single process.
+    /// Starts the first phase. `watch`: the watchdog over this rank's collective calls; `None` for a
+    /// single process.
     pub fn new(device: Device, is_on: bool, watch: Option<&Watch>) -> Self {
         let watch = watch.filter(|_| is_on).cloned();
         if let Some(watch) = &watch {
-            watch.time_calls();
+            watch.start_timing();
             watch.take_times();
         }
         Self { device, is_on, watch, since: Instant::now(), phases: Vec::new() }
@@ -46,10 +46,11 @@ impl PhaseTimer {
         }
         let now = Instant::now();
         let mut elapsed = now - self.since;
-        if let Some(Times { waiting, moving, hidden }) = self.watch.as_ref().map(Watch::take_times) {
-            elapsed = elapsed.saturating_sub(waiting + moving);
+        if let Some(times) = self.watch.as_ref().map(Watch::take_times) {
+            let CallTimes { waiting, communication, hidden } = times;
+            elapsed = elapsed.saturating_sub(waiting + communication);
             self.add("waiting", waiting);
-            self.add("communication", moving);
+            self.add("communication", communication);
             self.add("hidden", hidden);
         }
         self.add(name, elapsed);

@@ -1,10 +1,11 @@
-//! A world of one.
+//! A single process without communication.
 
 use tch::Tensor;
 
 use super::{Call, Collective, CollectiveError, Reduce};
 
-/// This process alone. Checks what the other backends check, so that a mistake shows on one rank already.
+/// The only rank of the job. It makes the checks of the other backends, so that a wrong call fails on
+/// one rank already.
 #[derive(Debug, Default)]
 pub struct Solo;
 

@@ -1,7 +1,8 @@
-//! Ranks as threads of one process: the lowest rung on which code for many ranks can be tested.
+//! Ranks as threads of one process, for tests of code that runs on several ranks.
 //!
-//! Every rank sees every other's tensor and combines them in rank order, so results are the same bits on every
-//! rank and in every run. A rank that leaves too early, by panic or by return, fails the others' calls.
+//! Every rank reads the tensors of all ranks and combines them in rank order, so results are
+//! identical bits on every rank and in every run. If a rank panics or returns too early, the calls of
+//! the other ranks fail.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,38 +11,38 @@ use std::thread;
 use bireme_base::console::panic_text;
 use tch::Tensor;
 
-use super::call::How;
+use super::call::CallArgs;
 use super::{Call, Collective, CollectiveError, Reduce};
 
-/// Runs `work` on `world_size` ranks, a thread each, and returns what they returned in rank order.
+/// Runs `work` on `world_size` ranks, one thread each, and returns their results in rank order.
 ///
 /// # Panics
-/// Goes on with the panic of the first rank that panicked, when all have ended.
+/// If a rank panics. When all threads have ended, the first panic is resumed.
 pub fn spawn<T: Send>(world_size: usize, work: impl Fn(&dyn Collective) -> T + Sync) -> Vec<T> {
-    let meeting = Meeting::default();
+    let exchange = Exchange::default();
     let outcomes: Vec<thread::Result<T>> = thread::scope(|scope| {
-        let (meeting, work) = (&meeting, &work);
+        let (exchange, work) = (&exchange, &work);
         let ranks: Vec<_> = (0..world_size)
             .map(|rank| {
                 scope.spawn(move || {
-                    let threads = Threads { rank, world_size, meeting };
+                    let threads = Threads { rank, world_size, exchange };
                     let outcome = catch_unwind(AssertUnwindSafe(|| work(&threads)));
-                    let how = match &outcome {
+                    let reason = match &outcome {
                         Ok(_) => "returned before the others were done".to_owned(),
                         Err(panic) => {
                             let text = panic_text(&**panic).unwrap_or("with a value that is no text");
                             format!("panicked: {text}")
                         }
                     };
-                    meeting.leave(rank, how);
+                    exchange.leave(rank, reason);
                     outcome
                 })
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().and_then(|outcome| outcome)).collect()
     });
-    // Later panics are mostly the others' complaints about the first.
-    let first = meeting.lock().left.as_ref().map_or(0, |(rank, _)| *rank);
+    // Later panics are mostly failed calls, which the first panic caused.
+    let first = exchange.lock().departed.as_ref().map_or(0, |(rank, _)| *rank);
     let (mut values, mut panics) = (Vec::new(), Vec::new());
     for (rank, outcome) in outcomes.into_iter().enumerate() {
         match outcome {
@@ -49,31 +50,31 @@ pub fn spawn<T: Send>(world_size: usize, work: impl Fn(&dyn Collective) -> T + S
             Err(panic) => panics.push((rank != first, panic)),
         }
     }
-    match panics.into_iter().min_by_key(|(later, _)| *later) {
+    match panics.into_iter().min_by_key(|(is_later, _)| *is_later) {
         Some((_, panic)) => resume_unwind(panic),
         None => values,
     }
 }
 
-/// Where the threads of one [`spawn`] exchange tensors, one round per call.
+/// Memory in which the threads of one [`spawn`] exchange tensors, one round per call.
 #[derive(Default)]
-struct Meeting {
+struct Exchange {
     round: Mutex<Round>,
     changed: Condvar,
 }
 
 #[derive(Default)]
 struct Round {
-    /// What the ranks that have come brought: the call in words and the tensor, by rank.
-    brought: Vec<Option<(String, Tensor)>>,
-    /// Ranks that still have to take the others' tensors, once all have come.
-    n_taking: usize,
-    /// The first rank that left for good while others could still come, and how.
-    left: Option<(usize, String)>,
+    /// By rank, from the ranks that have arrived: the description of the call, and the tensor.
+    contributions: Vec<Option<(String, Tensor)>>,
+    /// Number of ranks that have yet to read the contributions. Zero until all ranks have arrived.
+    n_reading: usize,
+    /// The first rank that ended, and the reason.
+    departed: Option<(usize, String)>,
 }
 
-impl Meeting {
-    // No code that can panic runs under the lock, so a poisoned one is whole.
+impl Exchange {
+    // No code that can panic runs under the lock, so the value is valid even if it is poisoned.
     fn lock(&self) -> MutexGuard<'_, Round> {
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -86,8 +87,8 @@ impl Meeting {
         self.changed.wait_while(round, busy).unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn leave(&self, rank: usize, how: String) {
-        self.lock().left.get_or_insert((rank, how));
+    fn leave(&self, rank: usize, reason: String) {
+        self.lock().departed.get_or_insert((rank, reason));
         self.changed.notify_all();
     }
 }
@@ -96,43 +97,52 @@ impl Meeting {
 struct Threads<'a> {
     rank: usize,
     world_size: usize,
-    meeting: &'a Meeting,
+    exchange: &'a Exchange,
 }
 
 impl Threads<'_> {
-    /// *All ranks.* The tensors of all ranks in rank order.
-    fn exchange(&self, call: Call, tensor: &Tensor, how: How) -> Result<Vec<Tensor>, CollectiveError> {
-        let (words, mine) = (call.words(tensor, how), call.snapshot(tensor)?);
-        let meeting = self.meeting;
-        // A fast rank waits until the slow ones have taken what the last round brought.
-        let mut round = meeting.wait(meeting.lock(), |round| round.n_taking > 0);
-        round.brought.resize_with(self.world_size, || None);
-        round.brought[self.rank] = Some((words.clone(), mine));
-        if round.brought.iter().all(Option::is_some) {
-            round.n_taking = self.world_size;
-            meeting.changed.notify_all();
+    /// *All ranks.* Returns the tensors of all ranks in rank order.
+    fn gather_all(
+        &self,
+        call: Call,
+        tensor: &Tensor,
+        args: CallArgs,
+    ) -> Result<Vec<Tensor>, CollectiveError> {
+        let (description, local) = (call.description(tensor, args), call.snapshot(tensor)?);
+        let exchange = self.exchange;
+        // A fast rank may arrive for the next round while slow ranks still read this one.
+        let mut round = exchange.wait(exchange.lock(), |round| round.n_reading > 0);
+        round.contributions.resize_with(self.world_size, || None);
+        round.contributions[self.rank] = Some((description.clone(), local));
+        if round.contributions.iter().all(Option::is_some) {
+            round.n_reading = self.world_size;
+            exchange.changed.notify_all();
         }
-        let mut round = meeting.wait(round, |round| round.n_taking == 0 && round.left.is_none());
-        if round.n_taking == 0 {
-            let (rank, message) = round.left.clone().unwrap_or_default();
+        let mut round = exchange.wait(round, |round| round.n_reading == 0 && round.departed.is_none());
+        // The round is complete if ranks are reading, even if one has departed since.
+        if round.n_reading == 0 {
+            let (rank, message) = round.departed.clone().unwrap_or_default();
             return Err(CollectiveError::Rank { rank, message: format!("rank {rank} {message}") });
         }
-        let taken =
-            round.brought.iter().flatten().map(|(words, tensor)| (words.clone(), tensor.shallow_clone()));
-        let (all_words, tensors): (Vec<String>, Vec<Tensor>) = taken.unzip();
-        round.n_taking -= 1;
-        if round.n_taking == 0 {
-            round.brought.clear();
-            meeting.changed.notify_all();
+        let (descriptions, tensors): (Vec<String>, Vec<Tensor>) = round
+            .contributions
+            .iter()
+            .flatten()
+            .map(|(description, tensor)| (description.clone(), tensor.shallow_clone()))
+            .unzip();
+        round.n_reading -= 1;
+        if round.n_reading == 0 {
+            round.contributions.clear();
+            exchange.changed.notify_all();
         }
         drop(round);
-        call.check_words(&words, all_words.iter().map(String::as_str))?;
+        call.check_descriptions(&description, descriptions.iter().map(String::as_str))?;
         Ok(tensors)
     }
 
-    /// *All ranks.* The flat tensors of all ranks, combined in rank order.
+    /// *All ranks.* Reduces the flat tensors of all ranks in rank order.
     fn combine(&self, call: Call, tensor: &Tensor, op: Reduce) -> Result<Tensor, CollectiveError> {
-        let all = self.exchange(call, tensor, How::Reduce(op))?;
+        let all = self.gather_all(call, tensor, CallArgs::Op(op))?;
         call.torch(|| {
             let mut combined = all[0].f_view([-1])?;
             for other in &all[1..] {
@@ -179,7 +189,7 @@ impl Collective for Threads<'_> {
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError> {
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
-        let all = self.exchange(call, tensor, How::From(root))?;
+        let all = self.gather_all(call, tensor, CallArgs::Root(root))?;
         call.copy(tensor, &all[root])
     }
 
@@ -187,7 +197,7 @@ impl Collective for Threads<'_> {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
         let flat: Vec<Tensor> =
-            self.exchange(call, part, How::Plain)?.iter().map(|part| part.view([-1])).collect();
+            self.gather_all(call, part, CallArgs::None)?.iter().map(|part| part.view([-1])).collect();
         let gathered = call.torch(|| Tensor::f_cat(&flat, 0))?;
         call.copy(whole, &gathered)
     }
@@ -197,16 +207,16 @@ impl Collective for Threads<'_> {
         call.check_parts(part, whole)?;
         let n_elements = part.numel() as i64;
         let combined = self.combine(call, whole, op)?;
-        let mine = call.torch(|| combined.f_narrow(0, self.rank as i64 * n_elements, n_elements))?;
-        call.copy(part, &mine)
+        let local = call.torch(|| combined.f_narrow(0, self.rank as i64 * n_elements, n_elements))?;
+        call.copy(part, &local)
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         let token = Tensor::from_slice(&[0_u8]);
-        self.exchange(Call::new("barrier", self), &token, How::Barrier).map(drop)
+        self.gather_all(Call::new("barrier", self), &token, CallArgs::NoTensor).map(drop)
     }
 
-    /// Threads cannot end the process of the test: a panic ends this rank, and the others' calls fail.
+    /// Panics, because a rank must not end the test process. The calls of the other ranks then fail.
     fn abort(&self, code: i32) -> ! {
         panic!("rank {} aborted the job with code {code}", self.rank)
     }

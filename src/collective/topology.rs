@@ -1,4 +1,4 @@
-//! Which rank sits where: the table that a job begins with, and what is wrong with it.
+//! Rank placement: host, device and cores of each rank, and warnings about oversubscription.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,20 +11,19 @@ use crate::device::Place;
 /// Where one rank computes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankPlacement {
-    /// Its host.
     pub host: String,
-    /// `cpu`, or `cuda:` and the GPU's number on its host.
+    /// `cpu`, or `cuda:` and the number of the GPU on its host.
     pub device: String,
-    /// The cores that it may use.
+    /// The cores in its affinity mask.
     pub cores: BTreeSet<usize>,
-    /// The NUMA domains of these cores; none where the system does not tell.
+    /// The NUMA domains of these cores; empty if the system does not report them.
     pub domains: BTreeSet<usize>,
-    /// Its threads for CPU work.
     pub n_threads: usize,
 }
 
 impl RankPlacement {
-    fn of(place: &Place) -> Self {
+    /// The placement of this rank.
+    fn local(place: &Place) -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
         let cores = parse_list(cores.unwrap_or_default());
@@ -33,7 +32,7 @@ impl RankPlacement {
                 let list = fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist")).ok()?;
                 Some((node, parse_list(&list)))
             })
-            .filter(|(_, of_node)| !of_node.is_disjoint(&cores))
+            .filter(|(_, node_cores)| !node_cores.is_disjoint(&cores))
             .map(|(node, _)| node)
             .collect();
         let n_threads = place.n_threads;
@@ -41,35 +40,35 @@ impl RankPlacement {
     }
 }
 
-/// *All ranks.* The placements of all ranks, in rank order.
+/// *All ranks.* Returns the placements of all ranks in rank order.
 ///
 /// # Errors
-/// Those of the collective.
+/// A collective call fails.
 pub fn rank_placements(
     place: &Place,
     collective: &dyn Collective,
 ) -> Result<Vec<RankPlacement>, CollectiveError> {
-    let mine = serde_json::to_vec(&RankPlacement::of(place)).expect("a placement is JSON");
-    let all = collective.gather_bytes(&mine)?;
-    let read = |bytes: &Vec<u8>| {
-        serde_json::from_slice(bytes).expect("what a rank of this program has just written")
-    };
-    Ok(all.iter().map(read).collect())
+    let local = serde_json::to_vec(&RankPlacement::local(place)).expect("a placement is valid JSON");
+    let all = collective.gather_bytes(&local)?;
+    let parse =
+        |bytes: &Vec<u8>| serde_json::from_slice(bytes).expect("a rank of this program has written it");
+    Ok(all.iter().map(parse).collect())
 }
 
-/// A line for each rank.
+/// A header and one line per rank.
 pub fn table(placements: &[RankPlacement]) -> Vec<String> {
     let width = placements.iter().map(|placement| placement.host.len()).max().unwrap_or(0).max("host".len());
-    let head = format!("rank  {:width$}  device   threads  cores", "host");
+    let header = format!("rank  {:width$}  device   threads  cores", "host");
     let row = |(rank, placement): (usize, &RankPlacement)| {
         let RankPlacement { host, device, cores, domains, n_threads } = placement;
-        let domains = if domains.is_empty() { String::new() } else { format!(" (NUMA {})", list(domains)) };
-        format!("{rank:4}  {host:width$}  {device:7}  {n_threads:7}  {}{domains}", list(cores))
+        let domains =
+            if domains.is_empty() { String::new() } else { format!(" (NUMA {})", format_list(domains)) };
+        format!("{rank:4}  {host:width$}  {device:7}  {n_threads:7}  {}{domains}", format_list(cores))
     };
-    std::iter::once(head).chain(placements.iter().enumerate().map(row)).collect()
+    std::iter::once(header).chain(placements.iter().enumerate().map(row)).collect()
 }
 
-/// Ranks that share a GPU, and threads that share cores.
+/// Warnings about ranks that share a GPU and about more threads than cores.
 pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
     let mut by_device: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
     let mut by_host: BTreeMap<&str, (usize, BTreeSet<usize>)> = BTreeMap::new();
@@ -84,12 +83,13 @@ pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
     let shared = by_device.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, device), ranks)| {
         let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
         let ranks = ranks.join(", ");
-        format!("ranks {ranks} share {device} of {host}: NCCL refuses that unless told otherwise")
+        format!("ranks {ranks} share {device} of {host}, which NCCL refuses by default")
     });
     let crowded = by_host.iter().filter(|(_, (n_threads, cores))| *n_threads > cores.len()).map(
         |(host, (n_threads, cores))| {
             format!(
-                "the ranks on {host} have {n_threads} threads for {} cores: start fewer, or lower `run.threads_per_rank`",
+                "the ranks on {host} have {n_threads} threads for {} cores: start fewer, or lower \
+                 `run.threads_per_rank`",
                 cores.len()
             )
         },
@@ -105,7 +105,7 @@ pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
     shared.chain(crowded).chain(bound).collect()
 }
 
-/// Numbers as the kernel lists them, `0-3,8`.
+/// Parses a list in the kernel's format, such as `0-3,8`.
 fn parse_list(text: &str) -> BTreeSet<usize> {
     let range = |part: &str| {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -114,7 +114,7 @@ fn parse_list(text: &str) -> BTreeSet<usize> {
     text.split(',').filter_map(range).flatten().collect()
 }
 
-fn list(numbers: &BTreeSet<usize>) -> String {
+fn format_list(numbers: &BTreeSet<usize>) -> String {
     let mut ranges: Vec<(usize, usize)> = Vec::new();
     for &number in numbers {
         match ranges.last_mut() {
@@ -122,9 +122,8 @@ fn list(numbers: &BTreeSet<usize>) -> String {
             _ => ranges.push((number, number)),
         }
     }
-    let range = |&(first, last): &(usize, usize)| match first == last {
-        true => first.to_string(),
-        false => format!("{first}-{last}"),
+    let range = |&(first, last): &(usize, usize)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
     };
     ranges.iter().map(range).collect::<Vec<_>>().join(",")
 }
@@ -139,15 +138,15 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_the_kernels() {
+    fn lists_have_the_format_of_the_kernel() {
         for text in ["0", "0-3", "0-3,8", "1,3,5-7"] {
-            assert_eq!(list(&parse_list(&format!("\t{text}\n"))), text);
+            assert_eq!(format_list(&parse_list(&format!("\t{text}\n"))), text);
         }
-        assert_eq!(list(&parse_list("")), "");
+        assert_eq!(format_list(&parse_list("")), "");
     }
 
     #[test]
-    fn the_table_has_a_line_for_each_rank() {
+    fn the_table_has_a_line_per_rank() {
         let placements = [placement("bow", "cuda:0", "0-7", 8), placement("stern", "cpu", "8-15", 4)];
         assert_eq!(
             table(&placements),
@@ -160,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shared_is_worth_a_word() {
+    fn shared_gpus_and_oversubscribed_cores_give_warnings() {
         let good = [
             placement("bow", "cuda:0", "0-7", 4),
             placement("bow", "cuda:1", "0-7", 4),
@@ -175,7 +174,7 @@ mod tests {
         assert_eq!(
             warnings(&bad),
             [
-                "ranks 0, 2 share cuda:0 of bow: NCCL refuses that unless told otherwise",
+                "ranks 0, 2 share cuda:0 of bow, which NCCL refuses by default",
                 "the ranks on bow have 4 threads for 2 cores: start fewer, or lower `run.threads_per_rank`",
                 "the ranks on stern have 2 threads for 1 cores: start fewer, or lower `run.threads_per_rank`",
                 "rank 1 has 2 threads and is bound to 1 cores",

@@ -1,4 +1,4 @@
-//! The one place that chooses a backend.
+//! Selects the backend.
 
 use std::env;
 
@@ -9,13 +9,14 @@ use super::nccl::Nccl;
 use super::solo::Solo;
 use super::{Collective, CollectiveError};
 
-/// *All ranks.* Joins the job this process was started into: MPI when a launcher started it, a world of one
-/// otherwise, which leaves MPI alone.
+/// *All ranks.* Joins the job of this process: an MPI job if a launcher started it, otherwise a single
+/// process, which does not initialise MPI.
 ///
-/// Joined to MPI, a panic on any thread names the rank and ends the whole job with exit code 1.
+/// In an MPI job, a panic on any thread prints the rank and ends the job with exit code 1.
 ///
 /// # Errors
-/// [`CollectiveError::Launch`] when the launcher started several processes that MPI does not see as one job.
+/// [`CollectiveError::Launch`] if the launcher started several processes that MPI does not see as one
+/// job.
 pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
     match launched(|name| env::var(name).ok())? {
         Launched::Alone => Ok(Box::new(Solo)),
@@ -35,10 +36,11 @@ pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
     }
 }
 
-/// *All ranks.* The same ranks for tensors on `device`: with NCCL where that is a GPU, as MPI carries no memory of GPUs.
+/// *All ranks.* Returns a collective over the same ranks for tensors on `device`. For a GPU it adds
+/// NCCL, because MPI carries host memory only.
 ///
 /// # Errors
-/// Some ranks are on GPUs and some are not; NCCL is missing or does not start. All ranks get the error.
+/// Only some ranks are on GPUs, or NCCL is missing or does not start. All ranks return the error.
 pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Collective>, CollectiveError> {
     let on_gpu = host.gather(&[u8::from(device.is_cuda())])?;
     if let Some(other) = on_gpu.iter().position(|other| *other != on_gpu[0]) {
@@ -54,7 +56,7 @@ pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Co
     }
 }
 
-/// Whether a launcher started this process as one of its ranks.
+/// Whether a launcher started this process.
 pub fn is_launched() -> bool {
     !matches!(launched(|name| env::var(name).ok()), Ok(Launched::Alone))
 }
@@ -62,11 +64,11 @@ pub fn is_launched() -> bool {
 #[derive(Debug, PartialEq)]
 enum Launched {
     Alone,
-    /// As one of several, and how many where the launcher says so.
+    /// By a launcher, with the number of ranks if the launcher sets it.
     Ranks(Option<usize>),
 }
 
-/// Reads what `mpirun` (Open MPI, MPICH) and `srun` (PMIx, PMI) leave in the environment.
+/// Reads the environment variables of `mpirun` (Open MPI, MPICH) and `srun` (PMIx, PMI).
 fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<Launched, CollectiveError> {
     let number = |name| variable(name)?.parse::<usize>().ok();
     let by_mpi =
@@ -75,7 +77,7 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<Launched, Colle
         let sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
         return Ok(Launched::Ranks(sizes.into_iter().find_map(number)));
     }
-    // Without this, every task of the step would train by itself and overwrite the others' files.
+    // Otherwise every task of the step would train alone and overwrite the files of the other tasks.
     match number("SLURM_STEP_NUM_TASKS") {
         Some(n_tasks) if n_tasks > 1 => Err(CollectiveError::Launch {
             problem: format!("`srun` started {n_tasks} tasks without MPI"),
@@ -89,24 +91,30 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<Launched, Colle
 mod tests {
     use super::*;
 
-    fn from(variables: &[(&str, &str)]) -> Result<Launched, String> {
+    fn launched_with(variables: &[(&str, &str)]) -> Result<Launched, String> {
         let find =
             |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string());
         launched(find).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn launchers_are_told_from_their_variables() {
-        assert_eq!(from(&[]), Ok(Launched::Alone));
-        assert_eq!(from(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]), Ok(Launched::Alone));
+    fn the_launcher_is_detected_by_its_variables() {
+        assert_eq!(launched_with(&[]), Ok(Launched::Alone));
+        assert_eq!(
+            launched_with(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]),
+            Ok(Launched::Alone)
+        );
         let mpirun =
             [("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "4"), ("SLURM_STEP_NUM_TASKS", "2")];
-        assert_eq!(from(&mpirun), Ok(Launched::Ranks(Some(4))));
-        assert_eq!(from(&[("PMIX_RANK", "1"), ("SLURM_STEP_NUM_TASKS", "2")]), Ok(Launched::Ranks(Some(2))));
-        assert_eq!(from(&[("PMI_RANK", "1"), ("PMI_SIZE", "3")]), Ok(Launched::Ranks(Some(3))));
-        assert_eq!(from(&[("PMIX_RANK", "1")]), Ok(Launched::Ranks(None)));
+        assert_eq!(launched_with(&mpirun), Ok(Launched::Ranks(Some(4))));
         assert_eq!(
-            from(&[("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_PROCID", "2")]),
+            launched_with(&[("PMIX_RANK", "1"), ("SLURM_STEP_NUM_TASKS", "2")]),
+            Ok(Launched::Ranks(Some(2)))
+        );
+        assert_eq!(launched_with(&[("PMI_RANK", "1"), ("PMI_SIZE", "3")]), Ok(Launched::Ranks(Some(3))));
+        assert_eq!(launched_with(&[("PMIX_RANK", "1")]), Ok(Launched::Ranks(None)));
+        assert_eq!(
+            launched_with(&[("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_PROCID", "2")]),
             Err("`srun` started 4 tasks without MPI".to_owned())
         );
     }

@@ -161,7 +161,7 @@ impl TopScores {
         let missing = self.k + 1 - scores.size()[1];
         let padding =
             scores.new_full([scores.size()[0], missing], f64::NEG_INFINITY, (scores.kind(), scores.device()));
-        let all = ranks.of_each_rank(&Tensor::cat(&[scores, padding], 1))?;
+        let all = ranks.stack_ranks(&Tensor::cat(&[scores, padding], 1))?;
         let all = all.permute([1, 0, 2]).reshape([all.size()[1], -1]);
         self.scores = Some(all.topk((self.k + 1).min(n_items), 1, true, true).0);
         Ok(())
@@ -211,7 +211,7 @@ impl TopThreshold {
         let last = self.last.index_select(0, &self.tied_sessions);
         let n_tied = chunks.map(|chunk| n_true(&chunk.index_select(0, &self.tied_sessions).eq_tensor(&last)));
         let n_tied = n_tied.fold(self.n_open.zeros_like(), |sum, n| sum + n);
-        let on_lower_ranks = ranks.of_each_rank(&n_tied)?.narrow(0, 0, ranks.rank() as i64);
+        let on_lower_ranks = ranks.stack_ranks(&n_tied)?.narrow(0, 0, ranks.rank() as i64);
         let on_lower_ranks = on_lower_ranks.sum_dim_intlist([0i64].as_slice(), false, Kind::Int64);
         self.n_open = (&self.n_open - on_lower_ranks).clamp_min(0);
         Ok(())

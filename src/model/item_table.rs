@@ -168,7 +168,7 @@ impl<'a> ItemTable<'a> {
     /// *All ranks.* `[..]` of every rank: `[ranks, ..]`.
     pub fn stack(&self, local: &Tensor) -> Result<Tensor, CollectiveError> {
         match self.ranks {
-            Some(ranks) => ranks.of_each_rank(local),
+            Some(ranks) => ranks.stack_ranks(local),
             None => Ok(local.unsqueeze(0)),
         }
     }
@@ -185,7 +185,7 @@ impl<'a> ItemTable<'a> {
     /// ranks, which the caller adds one by one in fixed point.
     pub fn sum_or_terms(&self, local: Tensor) -> Result<Vec<Tensor>, CollectiveError> {
         match self.ranks.filter(|_| self.is_reproducible) {
-            Some(ranks) => Ok(ranks.of_each_rank(&local)?.unbind(0)),
+            Some(ranks) => Ok(ranks.stack_ranks(&local)?.unbind(0)),
             None => Ok(vec![self.sum(local)?]),
         }
     }

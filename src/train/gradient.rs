@@ -135,7 +135,7 @@ impl Learner for GradientLearner<'_> {
         );
         for micro_batches in steps {
             if let Some(watch) = collective.watch() {
-                watch.at(day.plan.day, n_done + 1);
+                watch.begin_step(day.plan.day, n_done + 1);
             }
             let micro_batches = micro_batches?;
             // On a GPU a wait for the device may be a wait for another rank.

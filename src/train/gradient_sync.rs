@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use crate::collective::fixed_point::FixedPointSum;
-use crate::collective::{Collective, CollectiveError, Reduce, rounded};
+use crate::collective::{Collective, CollectiveError, Reduce, communicate_as};
 use crate::config::Reduction;
 use crate::device::send;
 use crate::model::{GradientHooks, Gradients, ItemTable, LossSum, Network};
@@ -77,7 +77,7 @@ impl<'a> GradientSync<'a> {
         let others = send(&Tensor::from_slice(&others), scalars.device());
         scalars += Tensor::cat(&[loss.view([1]), others], 0);
         if let Some(sum) = &mut self.replicated_sum {
-            sum.take(&mut gradients.replicated_and_scalars());
+            sum.add_and_clear(&mut gradients.replicated_and_scalars());
         }
     }
 
@@ -122,7 +122,9 @@ impl<'a> GradientSync<'a> {
         // Counts are not exact in bf16, so the scalars are sent as f32.
         let mut scalars = gradients.scalars();
         let mut without_scalars = rest.narrow(0, 0, rest.size()[0] - scalars.size()[0]);
-        rounded(&mut without_scalars, self.wire, |sums| self.collective.all_reduce(sums, Reduce::Sum))?;
+        communicate_as(&mut without_scalars, self.wire, |sums| {
+            self.collective.all_reduce(sums, Reduce::Sum)
+        })?;
         self.collective.all_reduce(&mut scalars, Reduce::Sum)
     }
 
@@ -161,7 +163,7 @@ impl GradientHooks for GradientSync<'_> {
             return Ok(());
         }
         let mut scoring = gradients.of_range(self.scoring.clone());
-        rounded(&mut scoring, self.wire, |sums| self.collective.reduce_during(sums, Reduce::Sum, work))
+        communicate_as(&mut scoring, self.wire, |sums| self.collective.reduce_during(sums, Reduce::Sum, work))
     }
 
     fn gather_late_rows(
@@ -181,7 +183,7 @@ impl GradientHooks for GradientSync<'_> {
 
     fn shard_updated(&mut self, gradients: &mut Gradients) {
         if let Some(sum) = &mut self.sharded_sum {
-            sum.take(&mut gradients.sharded());
+            sum.add_and_clear(&mut gradients.sharded());
         }
     }
 }

@@ -15,7 +15,7 @@ use super::{RankContext, TrainError, item_table};
 use crate::collective::host_name;
 use crate::config::{Config, Reduction, TableLayout};
 use crate::data::Features;
-use crate::device::memory::{self, Available, in_words};
+use crate::device::memory::{self, Available, format_bytes};
 use crate::model::{ItemTable, ModelConfig, Neural, ParameterSizes};
 use crate::optim::TableOptimizer;
 
@@ -30,7 +30,7 @@ pub enum Purpose {
 
 /// The model does not fit into memory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{who} {} of memory, {} are {}: {largest}", in_words(*needed), in_words(u128::from(available.bytes)), available.what)]
+#[error("{who} {} of memory, {} are {}: {largest}", format_bytes(*needed), format_bytes(u128::from(available.bytes)), available.what)]
 pub struct NotEnoughMemory {
     /// Subject and verb of the message, such as `this rank needs at least`.
     who: String,
@@ -84,7 +84,7 @@ pub fn check_memory(
         need
     });
     let saturated = |bytes: u128| i64::try_from(bytes).unwrap_or(i64::MAX);
-    let on_host = memory::of_host();
+    let on_host = memory::available_on_host();
     let available = on_host.as_ref().map_or(u128::MAX, |available| available.bytes.into());
     let own = [need.as_ref().map_or(0, |need| saturated(need.host)), saturated(available)];
     let all = collective.gather(&own)?;
@@ -116,13 +116,13 @@ pub fn check_memory(
         }
         _ => {}
     }
-    match memory::of_process() {
+    match memory::available_to_process() {
         Some(available) if need.host > u128::from(available.bytes) => {
             return refuse(this_rank(), need.host, available);
         }
         _ => {}
     }
-    match memory::of_device(place.device) {
+    match memory::available_on_device(place.device) {
         Some(available) if need.device > u128::from(available.bytes) => {
             refuse(this_rank(), need.device, available)
         }
@@ -208,7 +208,7 @@ impl MemoryNeed {
         };
         let is_divisible = is_item_table && !item_table.is_sharded() && place.collective.world_size() > 1;
         let largest =
-            format!("most is for {key}, {} times {n_copies} (values, gradient, optimizer)", in_words(4 * n));
+            format!("most is for {key}, {} times {n_copies} (values, gradient, optimizer)", format_bytes(4 * n));
         let hint = if is_divisible {
             "`parallel.item_table = \"sharded\"` divides the item table among the ranks"
         } else {

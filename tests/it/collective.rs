@@ -266,7 +266,7 @@ fn a_rank_of_a_job() {
             everything(&*ranks, Device::Cpu);
             println!("rank {} of {} is done", ranks.rank(), ranks.world_size());
         }
-        "cut" => every_call(&Mpi::join().unwrap().with_most_elements(3).always_lending(), Device::Cpu),
+        "cut" => every_call(&Mpi::join().unwrap().with_max_elements(3).always_overlapping(), Device::Cpu),
         "panic" => {
             let ranks = join().unwrap();
             assert_ne!(ranks.rank(), 1, "rank 1 strikes a rock");

@@ -179,8 +179,11 @@ fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
         assert!(ended.took < Duration::from_secs(40), "{ended:#?}");
         let line =
             ended.stderr.lines().find(|line| line.contains(told) && line.contains("waited")).unwrap_or("");
-        let (missing, how) =
-            if told.contains("rank 0") { (2, "did not come") } else { (0, "does not answer, or waits") };
+        let (missing, how) = if told.contains("rank 0") {
+            (2, "did not make the call")
+        } else {
+            (0, "does not respond, or waits")
+        };
         assert!(line.contains(&format!("rank {missing} on ")) && line.contains(how), "{ended:#?}");
         assert!(line.contains("`all_reduce` (sum) of ") && line.contains("day 2, step 5"), "{ended:#?}");
         assert!(ended.stderr.contains("  rank 0: call ") || missing == 0, "{ended:#?}");

@@ -1,7 +1,7 @@
-//! The functions of `libnccl.so.2` that are used here.
+//! Bindings of the functions of `libnccl.so.2` that the backend calls.
 //!
-//! cudarc brings NCCL's types, but its own loader looks for `libnccl.so` alone, which the Python wheels do not
-//! hold, and panics when it finds none.
+//! cudarc provides NCCL's types. Its loader is not used: it searches for `libnccl.so` only, which the
+//! Python wheels do not contain, and panics if the search fails.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs;
@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::Library;
 
-/// `ncclResult_t` as the integer it is: a newer NCCL may return values that this program does not know.
+/// `ncclResult_t` as an integer, because a newer NCCL may return values that an enum lacks.
 type Code = c_int;
 
-/// NCCL, loaded for as long as the process lives.
+/// The loaded NCCL. It is never unloaded.
 pub(super) struct Nccl {
     get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> Code,
     get_error_string: unsafe extern "C" fn(Code) -> *const c_char,
@@ -59,25 +59,25 @@ pub(super) struct Nccl {
 }
 
 impl Nccl {
-    /// Takes the NCCL that libtorch has loaded, or the system's, or the one installed beside libtorch.
+    /// Finds the NCCL that libtorch has loaded, the system's, or the one installed next to libtorch.
     ///
     /// # Errors
-    /// What the loader said about each place.
+    /// No library is found; the error holds the loader's message for each path.
     pub fn load() -> Result<&'static Self, String> {
-        let mut tried = Vec::new();
-        for place in [Some(PathBuf::from("libnccl.so.2")), beside_libtorch()].into_iter().flatten() {
-            // SAFETY: NCCL's initialisers have no precondition.
-            match unsafe { Library::new(&place) }.and_then(|library| Self::bind(Box::leak(Box::new(library))))
-            {
+        let mut errors = Vec::new();
+        for path in [Some(PathBuf::from("libnccl.so.2")), wheel_library()].into_iter().flatten() {
+            // SAFETY: loading NCCL has no precondition.
+            let library = unsafe { Library::new(&path) };
+            match library.and_then(|library| Self::bind(Box::leak(Box::new(library)))) {
                 Ok(nccl) => return Ok(Box::leak(Box::new(nccl))),
-                Err(error) => tried.push(error.to_string()),
+                Err(error) => errors.push(error.to_string()),
             }
         }
-        Err(tried.join("; "))
+        Err(errors.join("; "))
     }
 
     fn bind(library: &'static Library) -> Result<Self, libloading::Error> {
-        // SAFETY: the types of the fields are those of nccl.h 2.28, which NCCL keeps within version 2; the library
+        // SAFETY: the types of the fields match nccl.h 2.28, and NCCL keeps them within version 2. The library
         // is leaked, so the functions outlive the struct.
         unsafe {
             Ok(Self {
@@ -95,20 +95,20 @@ impl Nccl {
         }
     }
 
-    /// A new name for a communicator, to be made by one rank and told to the others. Needs no GPU.
+    /// Creates the id of a new communicator. One rank creates it and sends it to all. Needs no GPU.
     pub fn unique_id(&self) -> Result<ncclUniqueId, String> {
         let mut id = ncclUniqueId { internal: [0; 128] };
-        // SAFETY: `id` is writable and of the size that NCCL fills.
+        // SAFETY: `id` is writable and has the size that NCCL fills.
         match unsafe { (self.get_unique_id)(&mut id) } {
             0 => Ok(id),
-            code => Err(self.text(code, std::ptr::null_mut())),
+            code => Err(self.error_text(code, std::ptr::null_mut())),
         }
     }
 
-    /// NCCL's words for an error, with the detail it keeps for `comm`, which may be null.
-    pub fn text(&self, code: Code, comm: ncclComm_t) -> String {
-        // SAFETY: both return null or a terminated text that lives on in NCCL; `comm` is null or a communicator that
-        // the caller keeps alive.
+    /// NCCL's message for an error, with the detail that it keeps for `comm`, which may be null.
+    pub fn error_text(&self, code: Code, comm: ncclComm_t) -> String {
+        // SAFETY: both functions return null or a terminated text that NCCL keeps. `comm` is null or a
+        // communicator that the caller keeps alive.
         let [name, detail] =
             unsafe { [(self.get_error_string)(code), (self.get_last_error)(comm)] }.map(|text| {
                 if text.is_null() {
@@ -121,8 +121,8 @@ impl Nccl {
     }
 }
 
-/// Where a Python installation keeps NCCL: `torch/lib` and `nvidia/nccl/lib` have one parent.
-fn beside_libtorch() -> Option<PathBuf> {
+/// Path of NCCL in a Python installation, in which `torch/lib` and `nvidia/nccl/lib` have one parent.
+fn wheel_library() -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
     let libtorch = PathBuf::from(&line[line.find('/')?..]);
@@ -134,17 +134,17 @@ mod tests {
     use super::*;
 
     #[test]
-    #[expect(clippy::print_stdout, reason = "a skipped test says so")]
-    fn nccl_names_communicators_without_a_gpu_or_says_where_it_was_sought() {
+    #[expect(clippy::print_stdout, reason = "a skipped test prints the reason")]
+    fn nccl_creates_ids_without_a_gpu_or_the_error_names_the_searched_paths() {
         match Nccl::load() {
             Ok(nccl) => {
                 let ids = [nccl.unique_id().unwrap(), nccl.unique_id().unwrap()];
                 assert_ne!(ids[0], ids[1]);
-                assert!(nccl.text(4, std::ptr::null_mut()).starts_with("invalid argument"));
+                assert!(nccl.error_text(4, std::ptr::null_mut()).starts_with("invalid argument"));
             }
-            Err(tried) => {
-                println!("skipped: no NCCL on this host, so none was asked for a name");
-                assert!(tried.contains("libnccl.so.2"), "{tried}");
+            Err(errors) => {
+                println!("skipped: no NCCL on this host");
+                assert!(errors.contains("libnccl.so.2"), "{errors}");
             }
         }
     }

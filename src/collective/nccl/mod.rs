@@ -1,9 +1,9 @@
-//! Ranks as processes with a GPU each: NCCL moves tensors between device memories, MPI everything else.
+//! Ranks as processes with one GPU each: NCCL carries tensors in device memory, MPI all others.
 //!
-//! Calls run on libtorch's current stream, so they come after the work that fills a tensor and before the work that
-//! reads it, and a buffer that libtorch's allocator hands out again is written by later work of the same stream only.
-//! Those beside work have a stream of their own, and the two wait for each other before and after. A call returns when its
-//! work is queued.
+//! Calls are queued on libtorch's current stream. So they run after the kernels that fill a tensor and
+//! before those that read it, and memory that libtorch's allocator reuses is written by later kernels of
+//! the same stream only. Overlapped calls are queued on a side stream, which waits for the current stream
+//! before the call, and for which the current stream waits after it. A call returns when it is queued.
 
 mod library;
 
@@ -20,60 +20,64 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 use libloading::os::unix::Library;
 use tch::{Cuda, Device, Kind, Tensor};
 
-use super::call::{How, device_name};
-use super::watch::{Watch, Watched};
+use super::call::{CallArgs, device_name};
+use super::watch::{CallGuard, Watch};
 use super::{Call, Collective, CollectiveError, Reduce, Work};
 
-/// How often the watchdog asks NCCL whether the communicator still works.
-const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// Interval at which the NCCL watchdog polls the communicator for errors.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// `aoti_torch_get_current_cuda_stream` of libtorch's C interface: device index in, stream out, 0 when it went well.
+/// `aoti_torch_get_current_cuda_stream` of libtorch's C interface: takes a device index and returns a
+/// stream through the pointer, and 0 on success.
 type GetCurrentStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
 
-/// Whether NCCL is here. It needs no GPU to be found.
+/// Checks that NCCL can be loaded. This needs no GPU.
 ///
 /// # Errors
-/// What the loader said.
+/// NCCL is not found; the error holds the messages of the loader.
 pub fn check() -> Result<(), String> {
     library::Nccl::load().map(|_| ())
 }
 
-/// The ranks of an MPI job with a GPU each. Dropping it waits for the other ranks to do the same.
+/// The ranks of an MPI job with one GPU each. Dropping it waits until all ranks drop theirs.
 pub struct Nccl {
     nccl: &'static library::Nccl,
     communicator: Communicator,
     gpu: usize,
     host_name: String,
     context: Arc<CudaContext>,
-    /// For calls beside work.
-    aside: Aside,
+    /// For overlapped calls.
+    side_stream: SideStream,
     get_current_stream: GetCurrentStream,
     watchdog: Option<(Sender<()>, JoinHandle<()>)>,
-    // Left last, as fields drop in order.
+    // Fields drop in order: MPI is left last.
     host: Box<dyn Collective>,
 }
 
 #[derive(Clone, Copy)]
 struct Communicator(ncclComm_t);
 
-// SAFETY: NCCL allows any thread to ask for the asynchronous error while another enqueues calls; nothing else is done
-// from a second thread, and `Nccl` joins that thread before the communicator goes.
+// SAFETY: NCCL allows one thread to query the asynchronous error while another queues calls. The second thread
+// does nothing else, and `Nccl` joins it before it destroys the communicator.
 unsafe impl Send for Communicator {}
 
 impl Nccl {
-    /// *All ranks.* Makes one communicator of all ranks of `host`, this one with GPU number `gpu` of its host.
+    /// *All ranks.* Creates a communicator over all ranks of `host`. This rank uses GPU number `gpu` of its
+    /// host.
     ///
     /// # Errors
-    /// A rank without NCCL, a CUDA driver or libtorch's CUDA library; two ranks on one GPU.
+    /// A rank lacks NCCL, a CUDA driver or libtorch's CUDA library, or two ranks use one GPU.
     pub fn join(host: Box<dyn Collective>, gpu: usize) -> Result<Self, CollectiveError> {
         let rank = host.rank();
         let missing = |problem| CollectiveError::NcclMissing { rank, problem };
-        // Each step that can fail on one rank alone is agreed upon, or the others would wait for it.
+        // All ranks agree after each step that can fail on one rank alone. Otherwise the other ranks would
+        // wait for it in the next call.
         let nccl = host.agree(library::Nccl::load().map_err(missing))?;
         let get_current_stream = host.agree(current_stream_function().map_err(missing))?;
         let context = host.agree(cuda_context(gpu).map_err(missing))?;
-        let aside = Aside::new(&context).map_err(|error| missing(format!("GPU {gpu}: {error:?}")));
-        let aside = host.agree(aside)?;
+        let side_stream = SideStream::new(&context);
+        let side_stream =
+            host.agree(side_stream.map_err(|error| missing(format!("GPU {gpu}: {error:?}"))))?;
         let id = match host.root() {
             Some(_) => nccl.unique_id().map_err(missing),
             None => Ok(ncclUniqueId { internal: [0; 128] }),
@@ -85,8 +89,8 @@ impl Nccl {
 
         let mut comm = std::ptr::null_mut();
         let (n_ranks, this_rank) = (host.world_size() as c_int, rank as c_int);
-        // SAFETY: `comm` is writable; the context of this rank's GPU is current on this thread; every rank calls this
-        // with the same id and a rank of its own.
+        // SAFETY: `comm` is writable, the context of this rank's GPU is current on this thread, and all ranks
+        // pass the same id and different ranks.
         let code = unsafe { (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank) };
         let communicator = Communicator(comm);
         let host_name = super::host_name();
@@ -96,14 +100,14 @@ impl Nccl {
             gpu,
             host_name,
             context,
-            aside,
+            side_stream,
             get_current_stream,
             watchdog: None,
             host,
         };
-        let started = joined.done("ncclCommInitRank", 0, code);
-        joined.host.agree(started)?;
-        joined.watchdog = Some(watch(nccl, communicator));
+        let initialised = joined.finish("ncclCommInitRank", 0, code);
+        joined.host.agree(initialised)?;
+        joined.watchdog = Some(start_watchdog(nccl, communicator));
         Ok(joined)
     }
 
@@ -111,54 +115,63 @@ impl Nccl {
         tensor.device().is_cuda()
     }
 
-    /// What every call needs: a tensor on this rank's GPU, that GPU current on this thread, libtorch's stream.
+    /// Checks that the tensor is on this rank's GPU, makes that GPU current on this thread, and returns
+    /// libtorch's current stream.
     fn stream(&self, call: Call, tensor: &Tensor) -> Result<cudaStream_t, CollectiveError> {
         if tensor.device() != Device::Cuda(self.gpu) {
             return Err(call.refuse(format!(
-                "the tensor lies on {}, not on GPU {}",
+                "the tensor is on {}, not on GPU {}",
                 device_name(tensor.device()),
                 self.gpu
             )));
         }
         self.context.bind_to_thread().map_err(|error| call.refuse(format!("GPU {}: {error:?}", self.gpu)))?;
         let mut stream = std::ptr::null_mut();
-        // SAFETY: `stream` is writable and the function is libtorch's own.
+        // SAFETY: `stream` is writable, and the function is libtorch's.
         match unsafe { (self.get_current_stream)(self.gpu as i32, &mut stream) } {
             0 => Ok(stream.cast()),
             _ => Err(call.refuse(format!("libtorch has no current stream for GPU {}", self.gpu))),
         }
     }
 
-    /// *All ranks.* Makes sure, in builds with debug assertions, that all came to the same call: NCCL would wait for
-    /// ever. In the others the hosts may run ahead of their GPUs.
-    fn meet(&self, call: Call, tensor: &Tensor, how: How) -> Result<Option<Watched<'_>>, CollectiveError> {
-        let words = call.words(tensor, how);
+    /// *All ranks.* Registers the call with the watchdog. In builds with debug assertions it also checks
+    /// that all ranks make the same call; NCCL would hang otherwise. Other builds skip the check, which
+    /// costs a host collective, so that the hosts can run ahead of their GPUs.
+    fn begin_call(
+        &self,
+        call: Call,
+        tensor: &Tensor,
+        args: CallArgs,
+    ) -> Result<Option<CallGuard<'_>>, CollectiveError> {
+        let description = call.description(tensor, args);
         if cfg!(debug_assertions) {
-            let all = self.host.gather_bytes(words.as_bytes())?;
-            call.check_words(&words, all.iter().map(|words| str::from_utf8(words).unwrap_or_default()))?;
+            let all = self.host.gather_bytes(description.as_bytes())?;
+            let all = all.iter().map(|bytes| str::from_utf8(bytes).unwrap_or_default());
+            call.check_descriptions(&description, all)?;
         }
         let Some(watch) = self.watch() else { return Ok(None) };
         if watch.is_timing() {
-            // What is queued comes first, on all ranks.
+            // Queued kernels belong to the phase before, and a slower rank's to `waiting`. The time of the
+            // call starts when all ranks have finished them.
             Cuda::synchronize(self.gpu as i64);
             self.host.barrier()?;
         }
-        let watched = watch.begin(words);
-        watched.all_came();
-        Ok(Some(watched))
+        let guard = watch.begin(description);
+        guard.all_arrived();
+        Ok(Some(guard))
     }
 
-    /// Ends a call, whose time is that of its work if times are asked for.
-    fn done(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
-        self.queued(call, n_elements, code)?;
+    /// Checks the return code of a call and, if calls are measured, waits until the GPU has finished it.
+    fn finish(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
+        self.check_code(call, n_elements, code)?;
         if self.watch().is_some_and(Watch::is_timing) {
             Cuda::synchronize(self.gpu as i64);
         }
         Ok(())
     }
 
-    /// Turns NCCL's return code into an error that names this rank.
-    fn queued(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
+    /// Converts an NCCL return code to an error that names this rank.
+    fn check_code(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
         if code == 0 {
             return Ok(());
         }
@@ -168,79 +181,86 @@ impl Nccl {
             rank: self.rank(),
             world_size: self.world_size(),
             host: format!("{}, GPU {}", self.host_name, self.gpu),
-            text: self.nccl.text(code, self.communicator.0),
+            text: self.nccl.error_text(code, self.communicator.0),
         })
     }
 }
 
-/// A stream beside libtorch's.
-struct Aside {
+/// A second stream for overlapped calls. It forks from libtorch's current stream and joins it again.
+struct SideStream {
     stream: Arc<CudaStream>,
-    /// On libtorch's: what is to be reduced is there; what was queued beside it is done.
-    filled: CudaEvent,
-    worked: CudaEvent,
-    /// On this one.
-    begun: CudaEvent,
-    ended: CudaEvent,
+    /// On libtorch's stream: the input of the call is complete.
+    input_ready: CudaEvent,
+    /// On libtorch's stream: the overlapped work is complete.
+    work_done: CudaEvent,
+    /// On this stream: the call starts.
+    started: CudaEvent,
+    /// On this stream: the call is complete.
+    finished: CudaEvent,
 }
 
-impl Aside {
+impl SideStream {
     fn new(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
+        // The default flags record times, which `times` reads.
         let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-        let (filled, worked, begun, ended) = (event()?, event()?, event()?, event()?);
-        Ok(Self { stream: context.new_stream()?, filled, worked, begun, ended })
+        let (input_ready, work_done, started, finished) = (event()?, event()?, event()?, event()?);
+        Ok(Self { stream: context.new_stream()?, input_ready, work_done, started, finished })
     }
 
     fn stream(&self) -> cudaStream_t {
         self.stream.cu_stream().cast()
     }
 
-    /// What is queued here from now on is behind what `main` has.
-    fn begin_behind(&self, main: cudaStream_t) -> Result<(), DriverError> {
+    /// Makes later calls on this stream wait for the kernels that are queued on `main`.
+    fn fork_from(&self, main: cudaStream_t) -> Result<(), DriverError> {
         // SAFETY: libtorch's streams are never destroyed; the event and this stream live as long as `self`.
         unsafe {
-            event::record(self.filled.cu_event(), main.cast())?;
-            stream::wait_event(self.stream.cu_stream(), self.filled.cu_event(), AT_ONCE)?;
+            event::record(self.input_ready.cu_event(), main.cast())?;
+            stream::wait_event(self.stream.cu_stream(), self.input_ready.cu_event(), WAIT_FLAGS)?;
         }
-        self.begun.record(&self.stream)
+        self.started.record(&self.stream)
     }
 
-    /// What `main` is given from now on is behind what is queued here.
-    fn end_before(&self, main: cudaStream_t) -> Result<(), DriverError> {
-        self.ended.record(&self.stream)?;
+    /// Makes later kernels on `main` wait for the calls that are queued on this stream.
+    fn join_into(&self, main: cudaStream_t) -> Result<(), DriverError> {
+        self.finished.record(&self.stream)?;
         // SAFETY: as above.
         unsafe {
-            event::record(self.worked.cu_event(), main.cast())?;
-            stream::wait_event(main.cast(), self.ended.cu_event(), AT_ONCE)
+            // Before the wait, so that the event marks the end of the work alone.
+            event::record(self.work_done.cu_event(), main.cast())?;
+            stream::wait_event(main.cast(), self.finished.cu_event(), WAIT_FLAGS)
         }
     }
 
-    /// How long what was queued here took, and how much of it when the work beside it was done. Waits for it.
+    /// Waits for the last call and returns its time, and the part of it after the end of the overlapped
+    /// work.
     fn times(&self) -> Result<(Duration, Duration), DriverError> {
-        let between = |from: &CudaEvent| {
-            let ms = from.elapsed_ms(&self.ended)?;
+        let until_finished = |from: &CudaEvent| {
+            let ms = from.elapsed_ms(&self.finished)?;
             Ok(Duration::from_secs_f32(ms.max(0.0) / 1e3))
         };
-        let took = between(&self.begun)?;
-        Ok((took, between(&self.worked)?.min(took)))
+        let total = until_finished(&self.started)?;
+        Ok((total, until_finished(&self.work_done)?.min(total)))
     }
 }
 
-const AT_ONCE: CUevent_wait_flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+const WAIT_FLAGS: CUevent_wait_flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
 
-/// Ends the job when NCCL finds a peer or a link gone: its kernels would wait for them for ever.
-fn watch(nccl: &'static library::Nccl, communicator: Communicator) -> (Sender<()>, JoinHandle<()>) {
+/// Starts a thread that ends the job if NCCL reports a lost peer or link. NCCL's kernels would wait for it
+/// forever.
+fn start_watchdog(nccl: &'static library::Nccl, communicator: Communicator) -> (Sender<()>, JoinHandle<()>) {
     let (stop, stopped) = channel::<()>();
     let watchdog = thread::Builder::new().name("nccl-watchdog".to_owned()).spawn(move || {
+        // Captures the struct, which is `Send`, and not its pointer.
         let communicator = communicator;
-        while stopped.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
+        while stopped.recv_timeout(POLL_INTERVAL) == Err(RecvTimeoutError::Timeout) {
             let mut state = 0;
-            // SAFETY: the communicator lives until this thread has ended; `state` is writable.
+            // SAFETY: the communicator lives until this thread has ended, and `state` is writable.
             let code = unsafe { (nccl.comm_get_async_error)(communicator.0, &mut state) };
             let failed = if code == 0 { state } else { code };
             if failed != 0 && failed != IN_PROGRESS {
-                // The hook that `Mpi::join` installed names the rank and ends the job.
-                panic!("NCCL failed in the background: {}", nccl.text(failed, communicator.0));
+                // The panic hook of `Mpi::join` prints the rank and ends the job.
+                panic!("NCCL failed in the background: {}", nccl.error_text(failed, communicator.0));
             }
         }
     });
@@ -251,15 +271,15 @@ fn watch(nccl: &'static library::Nccl, communicator: Communicator) -> (Sender<()
 const IN_PROGRESS: c_int = 7;
 
 fn current_stream_function() -> Result<GetCurrentStream, String> {
-    // SAFETY: the type is that of the declaration in torch/csrc/inductor/aoti_torch/c/shim.h; libtorch is never
-    // unloaded.
+    // SAFETY: the type matches the declaration in torch/csrc/inductor/aoti_torch/c/shim.h, and libtorch is
+    // never unloaded.
     unsafe { Library::this().get::<GetCurrentStream>(b"aoti_torch_get_current_cuda_stream\0") }
         .map(|symbol| *symbol)
         .map_err(|error| format!("libtorch's CUDA library is not loaded: {error}"))
 }
 
 fn cuda_context(gpu: usize) -> Result<Arc<CudaContext>, String> {
-    // SAFETY: the driver's initialisers have no precondition.
+    // SAFETY: loading the driver has no precondition.
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err("no CUDA driver (`libcuda.so.1`)".to_owned());
     }
@@ -272,9 +292,10 @@ impl Drop for Nccl {
             drop(stop);
             let _ = watchdog.join();
         }
-        // A panic ends the process anyway, and the other ranks would not come to this.
+        // Destroying the communicator waits for all ranks. After a panic the other ranks do not reach this
+        // point, and the process ends anyway.
         if !thread::panicking() && !self.communicator.0.is_null() {
-            // SAFETY: the communicator was made in `join`, nobody else holds it, and it is not used again.
+            // SAFETY: the communicator was created in `join`, has no other user and is not used again.
             unsafe { (self.nccl.comm_destroy)(self.communicator.0) };
         }
     }
@@ -327,13 +348,13 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
-        let _call = self.meet(call, tensor, How::Reduce(op))?;
+        let _call = self.begin_call(call, tensor, CallArgs::Op(op))?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
-        // SAFETY: `data` is device memory of `n` elements, which NCCL may reduce in place; work that touches it again
-        // is queued on the same stream, behind this.
+        // SAFETY: `data` is device memory of `n` elements, and NCCL supports reduction in place. Later kernels
+        // that use the memory are queued on the same stream after this call.
         let code = unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, stream) };
-        self.done("ncclAllReduce", n, code)
+        self.finish("ncclAllReduce", n, code)
     }
 
     fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
@@ -342,23 +363,25 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
-        let watched = self.meet(call, tensor, How::Reduce(op))?;
+        let guard = self.begin_call(call, tensor, CallArgs::Op(op))?;
         let timing = self.watch().filter(|watch| watch.is_timing()).map(|watch| (watch, watch.times()));
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         let failed = |error: DriverError| call.refuse(format!("GPU {}: {error:?}", self.gpu));
-        self.aside.begin_behind(stream).map_err(failed)?;
-        // SAFETY: as in `all_reduce`, but that work which touches `data` again is behind `end_before`.
-        let code =
-            unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, self.aside.stream()) };
-        self.queued("ncclAllReduce", n, code)?;
+        self.side_stream.fork_from(stream).map_err(failed)?;
+        let side_stream = self.side_stream.stream();
+        // SAFETY: as in `all_reduce`. `work` does not use `data`, and later kernels that do wait for this call
+        // after `join_into`.
+        let code = unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, side_stream) };
+        self.check_code("ncclAllReduce", n, code)?;
         work();
-        self.aside.end_before(stream).map_err(failed)?;
-        drop(watched);
+        self.side_stream.join_into(stream).map_err(failed)?;
+        drop(guard);
         if let Some((watch, before)) = timing {
-            let (took, last) = self.aside.times().map_err(failed)?;
-            watch.correct(before, took);
-            watch.hide(before, last);
+            // The guard measured the time to queue the call and the work; the events measure the GPU's time.
+            let (total, exposed) = self.side_stream.times().map_err(failed)?;
+            watch.correct(before, total);
+            watch.hide(before, exposed);
         }
         Ok(())
     }
@@ -369,12 +392,12 @@ impl Collective for Nccl {
         }
         let call = Call::new("broadcast", self);
         call.check_root(tensor, root)?;
-        let _call = self.meet(call, tensor, How::From(root))?;
+        let _call = self.begin_call(call, tensor, CallArgs::Root(root))?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: as in `all_reduce`; `root` is a rank of the communicator.
         let code = unsafe { (self.nccl.broadcast)(data, data, n, kind, root as c_int, comm, stream) };
-        self.done("ncclBroadcast", n, code)
+        self.finish("ncclBroadcast", n, code)
     }
 
     fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError> {
@@ -383,13 +406,14 @@ impl Collective for Nccl {
         }
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
-        let _call = self.meet(call, part, How::Plain)?;
+        let _call = self.begin_call(call, part, CallArgs::None)?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, part)?);
-        // SAFETY: device memory of `n` and `world_size * n` elements, apart; later work is behind this on the stream.
+        // SAFETY: device memory of `n` and `world_size * n` elements without overlap. Later kernels are queued
+        // on the same stream after this call.
         let code =
             unsafe { (self.nccl.all_gather)(part.data_ptr(), whole.data_ptr(), n, kind, comm, stream) };
-        self.done("ncclAllGather", n, code)
+        self.finish("ncclAllGather", n, code)
     }
 
     fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError> {
@@ -398,21 +422,23 @@ impl Collective for Nccl {
         }
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
-        let _call = self.meet(call, whole, How::Reduce(op))?;
+        let _call = self.begin_call(call, whole, CallArgs::Op(op))?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, whole)?);
         let (from, to) = (whole.data_ptr(), part.data_ptr());
-        // SAFETY: device memory of `world_size * n` and `n` elements, apart; later work is behind this on the stream.
+        // SAFETY: device memory of `world_size * n` and `n` elements without overlap. Later kernels are queued
+        // on the same stream after this call.
         let code = unsafe { (self.nccl.reduce_scatter)(from, to, n, kind, op.nccl(), comm, stream) };
-        self.done("ncclReduceScatter", n, code)
+        self.finish("ncclReduceScatter", n, code)
     }
 
-    /// The host's; a call on a GPU ends when it is queued, and what waits for the GPU is watched where it waits.
+    /// The watchdog of the host collective. A call on a GPU ends when it is queued, so code that waits for
+    /// the GPU registers with the watchdog itself.
     fn watch(&self) -> Option<&Watch> {
         self.host.watch()
     }
 
-    /// The host's: what is queued on the GPUs is ordered by their streams.
+    /// A barrier of the hosts. The order of queued kernels is kept by the streams.
     fn barrier(&self) -> Result<(), CollectiveError> {
         self.host.barrier()
     }
