@@ -1,5 +1,5 @@
-//! Reductions of bf16 for MPI, which has no such type: numbers are sent as 16-bit integers, and these
-//! user-defined operations interpret them.
+//! Reductions of bf16 for MPI, which has no such type: numbers are sent as 16-bit integers, and
+//! these user-defined operations interpret them.
 
 use std::ffi::{c_int, c_void};
 
@@ -18,8 +18,8 @@ pub(super) struct Operations {
 
 impl Operations {
     pub(super) fn new() -> Self {
-        // SAFETY: the functions are commutative operations on 16-bit elements, do not unwind, and are used
-        // with 16-bit elements only.
+        // SAFETY: the functions are commutative operations on 16-bit elements, do not unwind, and
+        // are used with 16-bit elements only.
         unsafe {
             Self {
                 sum: UnsafeUserOperation::commutative(combine_all::<SUM>),
@@ -49,8 +49,8 @@ unsafe extern "C" fn combine_all<const OP: u8>(
     n: *mut c_int,
     _: *mut ffi::MPI_Datatype,
 ) {
-    // SAFETY: MPI passes two buffers of `n` elements that do not overlap and that nothing else uses during
-    // the call.
+    // SAFETY: MPI passes two buffers of `n` elements that do not overlap and that nothing else uses
+    // during the call.
     let (from, to) = unsafe {
         let n = usize::try_from(*n).unwrap_or(0);
         (
@@ -76,7 +76,8 @@ fn combine<const OP: u8>(a: u16, b: u16) -> u16 {
 fn rounded(x: f32) -> u16 {
     let bits = x.to_bits();
     if x.is_nan() {
-        // Cutting the mantissa of a NaN could leave the bits of infinity: set one of the remaining bits.
+        // Cutting the mantissa of a NaN could leave the bits of infinity: set one of the remaining
+        // bits.
         return (bits >> 16) as u16 | 0x40;
     }
     // Just below half a unit, plus one if the last kept bit is odd: so ties round to even.
@@ -103,10 +104,10 @@ mod tests {
             f32::INFINITY,
             f32::NAN,
         ];
-        let ours: Vec<u16> = numbers.iter().map(|&x| rounded(x)).collect();
-        let theirs = Tensor::from_slice(&numbers).to_kind(Kind::BFloat16).view_dtype(Kind::Int16);
-        let theirs: Vec<i16> = theirs.try_into().unwrap();
-        for ((x, a), b) in numbers.iter().zip(ours).zip(theirs) {
+        let rounded: Vec<u16> = numbers.iter().map(|&x| rounded(x)).collect();
+        let expected = Tensor::from_slice(&numbers).to_kind(Kind::BFloat16).view_dtype(Kind::Int16);
+        let expected: Vec<i16> = expected.try_into().unwrap();
+        for ((x, a), b) in numbers.iter().zip(rounded).zip(expected) {
             let is_nan = |bits: u16| f32::from_bits(u32::from(bits) << 16).is_nan();
             assert!(a == b as u16 || x.is_nan() && is_nan(a), "{x}: {a:x} {b:x}");
         }

@@ -109,8 +109,8 @@ impl Call {
         self.check(tensor)
     }
 
-    /// [`check`](Self::check) for both tensors. They must have one kind and one device and not overlap
-    /// in memory, and `whole` must hold one part per rank.
+    /// [`check`](Self::check) for both tensors. They must have one kind and one device and not
+    /// overlap in memory, and `whole` must hold one part per rank.
     pub fn check_parts(self, part: &Tensor, whole: &Tensor) -> Result<(), CollectiveError> {
         self.check(part)?;
         self.check(whole)?;

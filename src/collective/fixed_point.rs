@@ -1,8 +1,8 @@
 //! Fixed-point sums, for the reproducible mode.
 //!
 //! Adding f32 numbers rounds after every addition, so the result depends on the order of the terms,
-//! and with it on the number of ranks. Here each term is rounded once, to an integer number of units,
-//! and the integers are added: integer addition is associative.
+//! and with it on the number of ranks. Here each term is rounded once, to an integer number of
+//! units, and the integers are added: integer addition is associative.
 
 use tch::{Device, Kind, Tensor};
 
@@ -21,11 +21,11 @@ const MAX_TERM: f64 = (1u64 << 20) as f64;
 /// Fixed-point sum of f32 vectors, the same for any order of the terms.
 ///
 /// The buffer is kept from step to step and is zero between steps, because allocating a buffer of
-/// the size of all parameters takes longer than filling it. Most terms are zero, since a micro-batch
-/// touches few rows of the tables; a block of zeros is read and skipped.
+/// the size of all parameters takes longer than filling it. Most terms are zero, since a
+/// micro-batch touches few rows of the tables; a block of zeros is read and skipped.
 pub struct FixedPointSum {
-    /// The sums in units of [`UNIT`], then the number of terms that were NaN, infinite or larger than
-    /// [`MAX_TERM`]: i64 `[n + 1]`.
+    /// The sums in units of [`UNIT`], then the number of terms that were NaN, infinite or larger
+    /// than [`MAX_TERM`]: i64 `[n + 1]`.
     total: Tensor,
 }
 
@@ -59,8 +59,8 @@ impl FixedPointSum {
         *n_bad += n_bad_by_part.into_iter().sum::<i64>();
     }
 
-    /// *All ranks.* Moves the sum over all ranks to `sums: [n]`. All values are NaN if any term of any
-    /// rank was out of range.
+    /// *All ranks.* Moves the sum over all ranks to `sums: [n]`. All values are NaN if any term of
+    /// any rank was out of range.
     ///
     /// # Errors
     /// A collective call fails.
@@ -111,9 +111,10 @@ pub fn from_fixed_point(sums: &Tensor) -> Tensor {
 /// Numbers that are skipped together if all are zero: about one row of a table.
 const BLOCK: usize = 64;
 
-/// Rounds by one addition. The spacing of f64 numbers near 1.5 · 2⁵² is one, so `x + ROUNDER` rounds
-/// any `|x| <= 2⁵¹` to the nearest integer, ties to even, and its bits less those of `ROUNDER` are that
-/// integer. A conversion from f64 to i64 is one AVX-512 or scalar instruction; this works on AVX2 too.
+/// Rounds by one addition. The spacing of f64 numbers near 1.5 · 2⁵² is one, so `x + ROUNDER`
+/// rounds any `|x| <= 2⁵¹` to the nearest integer, ties to even, and its bits less those of
+/// `ROUNDER` are that integer. A conversion from f64 to i64 is one AVX-512 or scalar instruction;
+/// this works on AVX2 too.
 const ROUNDER: f64 = 1.5 * (1u64 << 52) as f64;
 
 /// Adds terms to the totals, sets them to zero and counts those that are out of range.
@@ -227,8 +228,8 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, 1e9] {
             let sums = threads::spawn(2, |collective| {
                 let mut sum = FixedPointSum::new(&Tensor::from_slice(&[0f32, 0.0]));
-                let mine = if collective.rank() == 1 { bad } else { 1.0 };
-                sum.add_and_clear(&mut Tensor::from_slice(&[1.0, mine]));
+                let term = if collective.rank() == 1 { bad } else { 1.0 };
+                sum.add_and_clear(&mut Tensor::from_slice(&[1.0, term]));
                 let first = reduced(&mut sum, collective);
                 // The next step starts from zero again.
                 sum.add_and_clear(&mut Tensor::from_slice(&[1f32, 0.0]));

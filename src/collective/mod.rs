@@ -4,7 +4,7 @@
 //!
 //! | backend | ranks are | carries | when |
 //! | --- | --- | --- | --- |
-//! | [`solo`] | this process alone | any tensor | started without a launcher |
+//! | [`solo`] | a single process | any tensor | started without a launcher |
 //! | [`threads`] | threads of one process | any tensor | tests |
 //! | [`mpi`] | processes | host memory | started by `mpirun` or `srun` |
 //! | [`nccl`] | processes, a GPU each | device memory; host memory through MPI | more than one rank, on GPUs |
@@ -13,8 +13,8 @@
 //! ([`crate::device::place`], before the first collective call, because calls create tensors), and
 //! [`on_device`] adds NCCL if the rank computes on a GPU.
 //!
-//! Keep the collective until the work is done: dropping it waits for the other ranks. After an error
-//! on this rank alone, call [`Collective::abort`] instead.
+//! Keep the collective until the work is done: dropping it waits for the other ranks. After an
+//! error on this rank alone, call [`Collective::abort`] instead.
 
 mod bf16;
 mod call;
@@ -86,8 +86,8 @@ pub trait Collective {
     /// *All ranks.* Copies the `tensor` of rank `root` to all ranks.
     fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CollectiveError>;
 
-    /// *All ranks.* Concatenates every rank's `part: [n]` in rank order into `whole: [world_size * n]`.
-    /// The two may not overlap in memory.
+    /// *All ranks.* Concatenates every rank's `part: [n]` in rank order into
+    /// `whole: [world_size * n]`. The two may not overlap in memory.
     fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError>;
 
     /// *All ranks.* Reduces `whole: [world_size * n]` over the ranks; rank r keeps elements
@@ -106,8 +106,8 @@ pub trait Collective {
     fn abort(&self, code: i32) -> !;
 }
 
-/// Communicates `numbers` as elements of type `kind`: `call` gets a converted copy, and its result is
-/// converted back.
+/// Communicates `numbers` as elements of type `kind`: `call` gets a converted copy, and its result
+/// is converted back.
 ///
 /// # Errors
 /// `call` fails.
@@ -154,7 +154,8 @@ impl dyn Collective + '_ {
         self.reduce(values, Reduce::Sum)
     }
 
-    /// *All ranks.* Returns the bytes of rank `root` on every rank. The bytes of other ranks are ignored.
+    /// *All ranks.* Returns the bytes of rank `root` on every rank. The bytes of other ranks are
+    /// ignored.
     pub fn broadcast_bytes(&self, bytes: Vec<u8>, root: usize) -> Result<Vec<u8>, CollectiveError> {
         let mut n_bytes = Tensor::from_slice(&[bytes.len() as i64]);
         self.broadcast(&mut n_bytes, root)?;
@@ -177,7 +178,8 @@ impl dyn Collective + '_ {
         Ok(lengths.iter().enumerate().map(|(rank, n)| all[rank * longest..][..*n].to_vec()).collect())
     }
 
-    /// *All ranks.* Concatenates every rank's `values: [n]` in rank order; n is the same on every rank.
+    /// *All ranks.* Concatenates every rank's `values: [n]` in rank order; n is the same on every
+    /// rank.
     pub fn gather<T: Element>(&self, values: &[T]) -> Result<Vec<T>, CollectiveError> {
         let part = Tensor::from_slice(values);
         let n_values = values.len() * self.world_size();
@@ -188,9 +190,9 @@ impl dyn Collective + '_ {
         Ok(all)
     }
 
-    /// *All ranks.* Combines the results of local work: `Ok` if all ranks succeeded, otherwise on every
-    /// rank the error of the lowest failing rank, with its sources. So no rank continues to a collective
-    /// call that a failed rank will never make.
+    /// *All ranks.* Combines the results of local work: `Ok` if all ranks succeeded, otherwise on
+    /// every rank the error of the lowest failing rank, with its sources. So no rank continues to a
+    /// collective call that a failed rank will never make.
     pub fn agree<T, E: Error>(&self, result: Result<T, E>) -> Result<T, CollectiveError> {
         let world_size = self.world_size();
         let mut failing = [if result.is_ok() { world_size as i64 } else { self.rank() as i64 }];

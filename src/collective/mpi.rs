@@ -47,8 +47,8 @@ pub struct Mpi {
     local_size: usize,
     host: String,
     watch: Watch,
-    /// Descriptions of the current call by rank, [`DESCRIPTION_BYTES`] each. It is a field because it
-    /// must outlive every pending receive into it.
+    /// Descriptions of the current call by rank, [`DESCRIPTION_BYTES`] each. It is a field because
+    /// it must outlive every pending receive into it.
     descriptions: RefCell<Vec<u8>>,
     max_elements: usize,
     overlap: Overlap,
@@ -59,8 +59,8 @@ pub struct Mpi {
 }
 
 impl Mpi {
-    /// *All ranks.* Joins the job. From now on a panic on any thread of this rank ends the job with exit
-    /// code 1. Calls are made by the thread that joined, or by a thread that it waits for.
+    /// *All ranks.* Joins the job. From now on a panic on any thread of this rank ends the job with
+    /// exit code 1. Calls are made by the thread that joined, or by a thread that it waits for.
     pub fn join() -> Result<Self, CollectiveError> {
         let (universe, threading) =
             mpi::initialize_with_threading(mpi::Threading::Serialized).ok_or(CollectiveError::Launch {
@@ -107,7 +107,8 @@ impl Mpi {
         Self { max_elements, ..self }
     }
 
-    /// Overlaps calls with work even if no core is free, so that tests run the overlap on any machine.
+    /// Overlaps calls with work even if no core is free, so that tests run the overlap on any
+    /// machine.
     #[must_use]
     pub fn always_overlapping(self) -> Self {
         Self { overlap: Overlap::Always, ..self }
@@ -125,9 +126,9 @@ impl Mpi {
 
     /// *All ranks.* Checks that all ranks make the same call. Dropping the guard ends the call.
     ///
-    /// MPI does not check this: given unequal sizes, Open MPI wrote past the end of the shorter buffer.
-    /// Rank 0 receives the descriptions of all ranks one by one, so that the watchdog knows the missing
-    /// ranks, and then broadcasts them.
+    /// MPI does not check this: given unequal sizes, Open MPI wrote past the end of the shorter
+    /// buffer. Rank 0 receives the descriptions of all ranks one by one, so that the watchdog knows
+    /// the missing ranks, and then broadcasts them.
     fn begin_call(
         &self,
         call: Call,
@@ -161,16 +162,17 @@ impl Mpi {
         Ok(guard)
     }
 
-    /// On rank 0: receives the descriptions of all other ranks, and keeps the watchdog's list of missing
-    /// ranks up to date.
+    /// On rank 0: receives the descriptions of all other ranks, and keeps the watchdog's list of
+    /// missing ranks up to date.
     fn receive_descriptions(&self, descriptions: &mut [u8]) -> Result<(), CollectiveError> {
         let mut missing: Vec<usize> = (1..self.world_size).collect();
         let (n, datatype) = (DESCRIPTION_BYTES as c_int, u8::equivalent_datatype().as_raw());
         let mut requests = Vec::with_capacity(missing.len());
         for &rank in &missing {
             let slot = descriptions[rank * DESCRIPTION_BYTES..].as_mut_ptr().cast();
-            // SAFETY: MPI initialises the request. The slot holds `n` bytes, nothing else uses it until
-            // the request is done, and it lives as long as `self`, even if this function returns early.
+            // SAFETY: MPI initialises the request. The slot holds `n` bytes, nothing else uses it
+            // until the request is done, and it lives as long as `self`, even if this function
+            // returns early.
             let code = unsafe {
                 let mut request = ffi::RSMPI_REQUEST_NULL;
                 let code =
@@ -186,8 +188,8 @@ impl Mpi {
         let mut statuses = Vec::with_capacity(n_requests);
         while !missing.is_empty() {
             let mut n_done = 0;
-            // SAFETY: all four arrays have room for `n_requests`. MPI sets finished requests to null and
-            // ignores null requests.
+            // SAFETY: all four arrays have room for `n_requests`. MPI sets finished requests to
+            // null and ignores null requests.
             let code = unsafe {
                 let (requests, indices) = (requests.as_mut_ptr(), indices.as_mut_ptr());
                 ffi::MPI_Testsome(n_requests as c_int, requests, &mut n_done, indices, statuses.as_mut_ptr())
@@ -257,8 +259,8 @@ impl Mpi {
         root: usize,
     ) -> Result<(), CollectiveError> {
         for (offset, n) in self.segments(n_elements) {
-            // SAFETY: `buffer` is a checked host tensor with at least `start + offset + n` elements, which the
-            // caller keeps alive.
+            // SAFETY: `buffer` is a checked host tensor with at least `start + offset + n`
+            // elements, which the caller keeps alive.
             let code = unsafe {
                 let to = buffer.element(start + offset);
                 ffi::MPI_Bcast(to, n, buffer.datatype, root as c_int, self.world.as_raw())
@@ -280,8 +282,8 @@ fn end_late_job() -> ! {
     abort(1)
 }
 
-/// Ends the job after a panic. Unwinding would drop [`Mpi`], which waits for ranks that wait for this
-/// one.
+/// Ends the job after a panic. Unwinding would drop [`Mpi`], which waits for ranks that wait for
+/// this one.
 fn end_job(rank: &str, watch: &Watch, panic: &PanicHookInfo<'_>) {
     let thread = thread::current();
     let thread = thread.name().unwrap_or("unnamed");
@@ -310,8 +312,8 @@ fn unpadded(bytes: &[u8]) -> &str {
     str::from_utf8(bytes).unwrap_or_default().trim_end()
 }
 
-/// When a call runs on a second thread while this thread works. A waiting rank polls, so without a free
-/// core it takes as much time from the work as the overlap saves.
+/// When a call runs on a second thread while this thread works. A waiting rank polls, so without a
+/// free core it takes as much time from the work as the overlap saves.
 #[derive(Clone, Copy)]
 enum Overlap {
     /// The MPI library does not allow calls from a second thread.
@@ -323,8 +325,9 @@ enum Overlap {
 /// An [`Mpi`] that a second thread uses while this thread does not.
 struct Lent<'a>(&'a Mpi);
 
-// SAFETY: MPI was initialised for calls from one thread at a time (`Serialized`). The fields that are not
-// `Sync` are used by calls only, and the borrowing thread makes no call before the scope joins the second.
+// SAFETY: MPI was initialised for calls from one thread at a time (`Serialized`). The fields that
+// are not `Sync` are used by calls only, and the borrowing thread makes no call before the scope
+// joins the second.
 unsafe impl Send for Lent<'_> {}
 
 /// A checked tensor in the form of MPI's arguments.
@@ -405,8 +408,8 @@ impl Collective for Mpi {
             Overlap::Always => true,
         };
         if self.world_size == 1 || !overlaps {
-            // Work first: in the other order ranks would wait for each other here and, because the work
-            // takes a different time on each rank, again at the next call.
+            // Work first: in the other order ranks would wait for each other here and, because the
+            // work takes a different time on each rank, again at the next call.
             work();
             return self.all_reduce(tensor, op);
         }
@@ -442,8 +445,8 @@ impl Collective for Mpi {
         let _call = self.begin_call(call, part, CallArgs::None)?;
         let n_elements = part.numel();
         if whole.numel() > self.max_elements {
-            // MPI_Allgather stores the parts of one call contiguously, but segments of different parts are
-            // not contiguous in the whole. So each rank broadcasts its part.
+            // MPI_Allgather stores the parts of one call contiguously, but segments of different
+            // parts are not contiguous in the whole. So each rank broadcasts its part.
             let mut slot = whole.view([-1]).narrow(0, (self.rank * n_elements) as i64, n_elements as i64);
             call.copy(&mut slot, part)?;
             return (0..self.world_size).try_for_each(|root| {
@@ -451,7 +454,8 @@ impl Collective for Mpi {
             });
         }
         let (from, to, n) = (Buffer::new(part), Buffer::new(whole), n_elements as c_int);
-        // SAFETY: host tensors of one kind that do not overlap, of `n` and `world_size * n` elements.
+        // SAFETY: host tensors of one kind that do not overlap, of `n` and `world_size * n`
+        // elements.
         let code = unsafe {
             let world = self.world.as_raw();
             ffi::MPI_Allgather(from.start, n, from.datatype, to.start, n, to.datatype, world)
@@ -481,7 +485,8 @@ impl Collective for Mpi {
             return Ok(());
         }
         let n = n_elements as c_int;
-        // SAFETY: host tensors of one kind that do not overlap, of `world_size * n` and `n` elements.
+        // SAFETY: host tensors of one kind that do not overlap, of `world_size * n` and `n`
+        // elements.
         let code = unsafe { ffi::MPI_Reduce_scatter_block(from.start, to.start, n, to.datatype, op, world) };
         self.check_code("MPI_Reduce_scatter_block", n, code)
     }

@@ -8,9 +8,10 @@ use super::watch::{CallTimes, Watch};
 
 /// Sums wall-clock seconds by phase.
 ///
-/// Time in collective calls is subtracted from the phase and added to `waiting` (for the slowest rank
-/// to make the call) and `communication`. Calls overlapped with computation add to `hidden`, which is
-/// not subtracted. On a GPU, `end` waits for the queued operations. A timer that is off costs nothing.
+/// Time in collective calls is subtracted from the phase and added to `waiting` (for the slowest
+/// rank to make the call) and `communication`. Calls overlapped with computation add to `hidden`,
+/// which is not subtracted. On a GPU, `end` waits for the queued operations. A timer that is off
+/// costs nothing.
 pub struct PhaseTimer {
     device: Device,
     is_on: bool,
@@ -21,8 +22,8 @@ pub struct PhaseTimer {
 }
 
 impl PhaseTimer {
-    /// Starts the first phase. `watch`: the watchdog over this rank's collective calls; `None` for a
-    /// single process.
+    /// Starts the first phase. `watch`: the watchdog over this rank's collective calls; `None` for
+    /// a single process.
     pub fn new(device: Device, is_on: bool, watch: Option<&Watch>) -> Self {
         let watch = watch.filter(|_| is_on).cloned();
         if let Some(watch) = &watch {

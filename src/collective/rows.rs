@@ -6,8 +6,8 @@ use tch::Tensor;
 
 use super::{Collective, CollectiveError, Reduce};
 
-/// Collectives on tensors whose first size differs between ranks. `counts` holds the first size on each
-/// rank; `gather` collects it. Rows are padded to the largest count, because `all_gather` and
+/// Collectives on tensors whose first size differs between ranks. `counts` holds the first size on
+/// each rank; `gather` collects it. Rows are padded to the largest count, because `all_gather` and
 /// `reduce_scatter` need equal parts.
 impl dyn Collective + '_ {
     /// *All ranks.* Concatenates every rank's `rows: [n, ..]` in rank order: `[sum of counts, ..]`.
@@ -29,7 +29,8 @@ impl dyn Collective + '_ {
         ))
     }
 
-    /// *All ranks.* Sums `rows: [sum of counts, ..]` over the ranks. Each rank keeps its rows: `[n, ..]`.
+    /// *All ranks.* Sums `rows: [sum of counts, ..]` over the ranks. Each rank keeps its rows:
+    /// `[n, ..]`.
     pub fn scatter_rows(&self, rows: &Tensor, counts: &[i64]) -> Result<Tensor, CollectiveError> {
         let longest = longest(counts);
         if counts.len() == 1 || longest == 0 {

@@ -4,8 +4,8 @@ use tch::Tensor;
 
 use super::{Call, Collective, CollectiveError, Reduce};
 
-/// The only rank of the job. It makes the checks of the other backends, so that a wrong call fails on
-/// one rank already.
+/// The only rank of the job. It makes the checks of the other backends, so that a wrong call fails
+/// on one rank already.
 #[derive(Debug, Default)]
 pub struct Solo;
 

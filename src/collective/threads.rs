@@ -1,8 +1,8 @@
 //! Ranks as threads of one process, for tests of code that runs on several ranks.
 //!
 //! Every rank reads the tensors of all ranks and combines them in rank order, so results are
-//! identical bits on every rank and in every run. If a rank panics or returns too early, the calls of
-//! the other ranks fail.
+//! identical bits on every rank and in every run. If a rank panics or returns too early, the calls
+//! of the other ranks fail.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -216,7 +216,8 @@ impl Collective for Threads<'_> {
         self.gather_all(Call::new("barrier", self), &token, CallArgs::NoTensor).map(drop)
     }
 
-    /// Panics, because a rank must not end the test process. The calls of the other ranks then fail.
+    /// Panics, because a rank must not end the test process. The calls of the other ranks then
+    /// fail.
     fn abort(&self, code: i32) -> ! {
         panic!("rank {} aborted the job with code {code}", self.rank)
     }

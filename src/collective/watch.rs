@@ -17,8 +17,8 @@ const N_KEPT_CALLS: usize = 16;
 /// Interval of the checks.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Extra waiting time of the ranks other than 0. Rank 0 knows which rank is missing, so it logs first.
-/// It then waits twice as long before it ends the job, so that the other ranks can log too.
+/// Extra waiting time of the ranks other than 0. Rank 0 knows which rank is missing, so it logs
+/// first. It then waits twice as long before it ends the job, so that the other ranks can log too.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Factor of the limit for the first step, which opens files, allocates memory and selects kernels.
@@ -106,8 +106,8 @@ impl CallGuard<'_> {
 }
 
 impl Watch {
-    /// Starts the watchdog of rank `rank`. `hosts` holds the host name of each rank. If a call exceeds
-    /// its limit, the watchdog's thread calls `end_job`.
+    /// Starts the watchdog of rank `rank`. `hosts` holds the host name of each rank. If a call
+    /// exceeds its limit, the watchdog's thread calls `end_job`.
     pub fn start(rank: usize, hosts: Vec<String>, end_job: fn() -> !) -> Self {
         let log = Log {
             calls: VecDeque::new(),
@@ -167,8 +167,8 @@ impl Watch {
         self.log().times = CallTimes { communication: before.communication + communication, ..before };
     }
 
-    /// Moves the time measured since `before` to `hidden`, except for the last `exposed`, in which this
-    /// rank had no work left and waited for the call.
+    /// Moves the time measured since `before` to `hidden`, except for the last `exposed`, in which
+    /// this rank had no work left and waited for the call.
     pub(super) fn hide(&self, before: CallTimes, exposed: Duration) {
         let times = &mut self.log().times;
         let waited = times.waiting - before.waiting;
@@ -206,8 +206,8 @@ impl Watch {
         self.begin_call(description, false)
     }
 
-    /// Begins a call whose arrivals rank 0 tracks with [`Watch::set_missing`]. The other ranks wait for
-    /// rank 0.
+    /// Begins a call whose arrivals rank 0 tracks with [`Watch::set_missing`]. The other ranks wait
+    /// for rank 0.
     pub(super) fn begin_tracked(&self, description: String) -> CallGuard<'_> {
         self.begin_call(description, true)
     }
@@ -305,8 +305,8 @@ mod tests {
         watch
     }
 
-    /// The message when the last call has taken 2 s. The limit is restored, so that the watchdog's own
-    /// thread stays quiet.
+    /// The message when the last call has taken 2 s. The limit is restored, so that the watchdog's
+    /// own thread stays quiet.
     fn report_after_2_s(watch: &Watch) -> Option<String> {
         if let Some(call) = watch.log().calls.back_mut() {
             call.started -= Duration::from_secs(2);

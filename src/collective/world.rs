@@ -9,14 +9,14 @@ use super::nccl::Nccl;
 use super::solo::Solo;
 use super::{Collective, CollectiveError};
 
-/// *All ranks.* Joins the job of this process: an MPI job if a launcher started it, otherwise a single
-/// process, which does not initialise MPI.
+/// *All ranks.* Joins the job of this process: an MPI job if a launcher started it, otherwise a
+/// single process, which does not initialise MPI.
 ///
 /// In an MPI job, a panic on any thread prints the rank and ends the job with exit code 1.
 ///
 /// # Errors
-/// [`CollectiveError::Launch`] if the launcher started several processes that MPI does not see as one
-/// job.
+/// [`CollectiveError::Launch`] if the launcher started several processes that MPI does not see as
+/// one job.
 pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
     match launched(|name| env::var(name).ok())? {
         Launched::Alone => Ok(Box::new(Solo)),
@@ -77,7 +77,8 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<Launched, Colle
         let sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
         return Ok(Launched::Ranks(sizes.into_iter().find_map(number)));
     }
-    // Otherwise every task of the step would train alone and overwrite the files of the other tasks.
+    // Otherwise every task of the step would train alone and overwrite the files of the other
+    // tasks.
     match number("SLURM_STEP_NUM_TASKS") {
         Some(n_tasks) if n_tasks > 1 => Err(CollectiveError::Launch {
             problem: format!("`srun` started {n_tasks} tasks without MPI"),

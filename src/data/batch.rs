@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 use super::plan::derive_seed;
 use super::{Features, Sessions};
 use crate::device::host::{in_parallel, numbers, part_len};
-use crate::device::operation::follows;
+use crate::device::operation::with_backward;
 use crate::device::send;
 use crate::device::vectors::{self, Loop};
 
@@ -263,7 +263,7 @@ impl DropoutMask {
     /// backward pass computes the mask again instead of storing it.
     fn apply_on_cpu(self, x: &Tensor, p: f64) -> Tensor {
         let output = self.times(x, p);
-        follows(output, &[x], move |gradient| vec![self.times(&gradient, p)])
+        with_backward(output, &[x], move |gradient| vec![self.times(&gradient, p)])
     }
 
     fn times(&self, x: &Tensor, p: f64) -> Tensor {

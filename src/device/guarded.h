@@ -1,11 +1,11 @@
-// What libtorch throws, as an answer that another language understands.
+// Converts C++ exceptions to return codes, because they must not unwind into Rust.
 
 #pragma once
 
 #include <cstdio>
 #include <exception>
 
-// Returns 0, or 1 with a message in `error` where `work` throws.
+// Returns 0, or 1 with a message in `error` if `work` throws.
 template <typename Work>
 int guarded(char* error, size_t capacity, Work work) {
   try {

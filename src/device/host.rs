@@ -1,4 +1,5 @@
-//! Loops of our own over tensors in host memory, where libtorch has no operation that does all in one pass.
+//! Parallel loops over tensors in host memory, for computations that libtorch would split into
+//! several passes; and settings of the memory allocator.
 
 use std::thread;
 
@@ -13,33 +14,37 @@ extern "C" fn mkl_serv_intel_cpu_true() -> i32 {
     1
 }
 
-/// The numbers of a contiguous tensor on the CPU.
+/// The elements of a contiguous tensor on the CPU as a slice.
 ///
 /// # Panics
-/// It is another tensor.
+/// If the tensor is not contiguous, not on the CPU or of another type.
 pub fn numbers<T: Element>(tensor: &mut Tensor) -> &mut [T] {
-    let is_fit = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
-    assert!(is_fit, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
+    let is_valid = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
+    assert!(is_valid, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
     if tensor.numel() == 0 {
-        // Of which libtorch gives no address.
+        // libtorch returns a null pointer for an empty tensor, which a slice must not have.
         return &mut [];
     }
-    // SAFETY: the memory holds `numel` numbers of this type, initialised, and lives as long as the tensor. Nobody else
-    // reads or writes it meanwhile: views of it belong to this thread, which does nothing else.
+    // SAFETY: the memory holds `numel` initialised elements of this type and lives as long as the
+    // tensor. Views of it belong to this thread, which does not use them while the slice is
+    // borrowed.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
-/// Keeps memory that libtorch frees for what it asks for next. Glibc returns large pieces to the system at once, and to fetch
-/// zeroed pages anew for every operation takes a quarter of a step's time.
+/// Makes glibc keep freed memory for later allocations. By default it returns large blocks to the
+/// system at once, and faulting in zeroed pages again for every operation takes a quarter of a
+/// step's time.
 pub fn keep_freed_memory() {
     #[cfg(target_env = "gnu")]
     for (parameter, value) in [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, i32::MAX)] {
-        // SAFETY: `mallopt` takes numbers, changes only when memory is returned, and may be called at any time.
+        // SAFETY: `mallopt` takes numbers, only changes when memory is returned, and may be called
+        // at any time.
         unsafe { libc::mallopt(parameter, value) };
     }
 }
 
-/// Returns what is free to the system after all: what was large and is not needed again.
+/// Returns freed memory to the system. Call it after freeing large buffers that are not allocated
+/// again.
 pub fn return_freed_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: `malloc_trim` may be called at any time.
@@ -48,43 +53,46 @@ pub fn return_freed_memory() {
     };
 }
 
-/// How many of `n` numbers are a part, so that there are as many parts as libtorch has threads. Parts are whole multiples of
-/// `block`.
+/// Length of a part if `n` elements are split into one part per libtorch thread. It is a multiple
+/// of `block`.
 pub fn part_len(n: usize, block: usize) -> usize {
     let n_threads = tch::get_num_threads().max(1) as usize;
     n.div_ceil(n_threads).next_multiple_of(block).max(block)
 }
 
-/// Works on all parts at once, and returns what came of each, in order.
+/// Runs `work` on all parts in parallel, one thread per part, and returns the results in order.
 pub fn in_parallel<P: Send, R: Send>(parts: impl Iterator<Item = P>, work: impl Fn(P) -> R + Sync) -> Vec<R> {
     let mut parts = parts;
     let Some(first) = parts.next() else { return Vec::new() };
     let work = &work;
     thread::scope(|scope| {
-        let others: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
+        // This thread takes the first part.
         let mut results = vec![work(first)];
         results.extend(
-            others
+            threads
                 .into_iter()
-                .map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
         );
         results
     })
 }
 
-/// The same for work of libtorch, each part on a thread of its own, or several where there are more threads than parts: many
-/// short operations are quicker so than each on all threads. Whether gradients are to be had is for the work to say.
-pub fn each_alone<P: Send, R: Send>(parts: Vec<P>, work: impl Fn(P) -> R + Sync) -> Vec<R> {
+/// [`in_parallel`] for libtorch operations. libtorch's threads are divided among the parts: many
+/// short operations are faster that way than one after the other on all threads. New threads record
+/// gradients, whatever the mode of this thread, so `work` sets the mode.
+pub fn torch_in_parallel<P: Send, R: Send>(parts: Vec<P>, work: impl Fn(P) -> R + Sync) -> Vec<R> {
     if parts.len() < 2 {
         return parts.into_iter().map(work).collect();
     }
     let n_threads = tch::get_num_threads();
-    let n_each = (n_threads / parts.len() as i32).max(1);
+    let threads_per_part = (n_threads / parts.len() as i32).max(1);
     let results = in_parallel(parts.into_iter(), |part| {
-        // Each thread has its own number, and its own mind about gradients.
-        tch::set_num_threads(n_each);
+        // The thread count and the gradient mode are thread-local in libtorch.
+        tch::set_num_threads(threads_per_part);
         work(part)
     });
+    // The first part ran on this thread and changed its count.
     tch::set_num_threads(n_threads);
     results
 }

@@ -21,8 +21,8 @@ pub struct Available {
     pub what: &'static str,
 }
 
-/// Memory that all processes of this host can still allocate together: the free memory, within the limits of
-/// the cgroup.
+/// Memory that all processes of this host can still allocate together: the free memory, within the
+/// limits of the cgroup.
 pub fn available_on_host() -> Option<Available> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in_meminfo(&text));
     let machine = meminfo.map(|bytes| Available { bytes, what: "free on the host" });
@@ -69,8 +69,8 @@ fn address_space_limit(text: &str) -> Option<u64> {
         .ok()
 }
 
-/// Smallest remaining memory of a cgroup and its ancestors; `None` without a limit. `text` is the content of
-/// `/proc/self/cgroup`, and `root` is the folder that contains `sys`.
+/// Smallest remaining memory of a cgroup and its ancestors; `None` without a limit. `text` is the
+/// content of `/proc/self/cgroup`, and `root` is the folder that contains `sys`.
 fn available_in_cgroup(text: &str, root: &Path) -> Option<u64> {
     let mut available = None;
     for line in text.lines() {
@@ -87,8 +87,8 @@ fn available_in_cgroup(text: &str, root: &Path) -> Option<u64> {
             continue;
         };
         let mount = root.join(mount);
-        // In a container the path may be the host's, which is not mounted. Then no file is found below the
-        // mount, and the mount itself is the container's cgroup.
+        // In a container the path may be the host's, which is not mounted. Then no file is found
+        // below the mount, and the mount itself is the container's cgroup.
         let cgroup = mount.join(path.trim_start_matches('/'));
         for folder in cgroup.ancestors().take_while(|folder| folder.starts_with(&mount)) {
             available = available.into_iter().chain(available_in_folder(folder, names)).min();
@@ -128,14 +128,15 @@ pub fn phase() -> String {
     if phase.is_empty() { String::new() } else { format!(" while {phase}") }
 }
 
-/// One-line message with the requested bytes and the phase if a panic was caused by a failed allocation;
-/// `None` for other panics. libtorch throws when an allocation fails, and tch panics with the message.
+/// One-line message with the requested bytes and the phase if a panic was caused by a failed
+/// allocation; `None` for other panics. libtorch throws when an allocation fails, and tch panics
+/// with the message.
 pub fn allocation_failure(payload: &(dyn Any + Send)) -> Option<String> {
     allocation_message(panic_text(payload)?).map(|message| message + &phase())
 }
 
-/// Runs a command. A panic of any thread that was caused by a failed allocation becomes an error with its
-/// message.
+/// Runs a command. A panic of any thread that was caused by a failed allocation becomes an error
+/// with its message.
 ///
 /// # Errors
 /// An allocation failed.
@@ -151,15 +152,16 @@ pub fn catch<T, E>(command: impl FnOnce() -> Result<T, E>) -> Result<Result<T, E
     let failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (result, failure) {
         (Ok(Ok(value)), _) => Ok(Ok(value)),
-        // If the allocation failed on another thread, the error or panic here is only its consequence.
+        // If the allocation failed on another thread, the error or panic here is only its
+        // consequence.
         (_, Some(failure)) => Err(failure),
         (Ok(Err(error)), None) => Ok(Err(error)),
         (Err(payload), None) => panic::resume_unwind(payload),
     }
 }
 
-/// Ends the process after a failed allocation of `n_bytes`, with exit code 1 and a message that is written
-/// without allocating. The launcher then ends the other ranks.
+/// Ends the process after a failed allocation of `n_bytes`, with exit code 1 and a message that is
+/// written without allocating. The launcher then ends the other ranks.
 pub fn end_process(n_bytes: usize) -> ! {
     static IS_ENDING: AtomicBool = AtomicBool::new(false);
     // An allocation for the message may fail too: then skip the message.
@@ -184,11 +186,13 @@ pub fn end_process(n_bytes: usize) -> ! {
         }
         let _ = writeln!(stderr);
     }
-    // SAFETY: `_exit` takes any number. It skips the exit handlers of libraries, which would allocate.
+    // SAFETY: `_exit` takes any number. It skips the exit handlers of libraries, which would
+    // allocate.
     unsafe { libc::_exit(1) }
 }
 
-/// The message of a failed allocation, from the text of libtorch's, CUDA's or the C++ library's error.
+/// The message of a failed allocation, from the text of libtorch's, CUDA's or the C++ library's
+/// error.
 fn allocation_message(text: &str) -> Option<String> {
     let after = |mark: &str| text.split_once(mark).map(|(_, after)| after);
     if let Some(rest) = after("can't allocate memory") {
@@ -199,7 +203,8 @@ fn allocation_message(text: &str) -> Option<String> {
         return Some(format!("cannot allocate memory{size}"));
     }
     if let Some(rest) = after("CUDA out of memory") {
-        // `. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 10.00 MiB is free. …`
+        // The rest of the message reads `. Tried to allocate 20.00 MiB. GPU 0 has a total capacity
+        // of …`. Keep these two sentences.
         let line = rest.lines().next().unwrap_or_default();
         let facts: Vec<&str> = line.split(". ").filter(|fact| !fact.is_empty()).take(2).collect();
         return Some(format!(

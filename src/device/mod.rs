@@ -1,8 +1,8 @@
-//! Where a rank computes: the CPU or one GPU of its host, and with how many threads.
+//! The device of a rank, the CPU or one GPU of its host, and its number of threads.
 //!
-//! One binary serves hosts with and without GPUs. The linker leaves libtorch's CUDA library out, so it is loaded here
-//! at run time, where an NVIDIA driver is: libtorch looks for it once, at the first tensor or the first question for a
-//! GPU, so [`place`] comes before both.
+//! One binary runs on hosts with and without GPUs. It is not linked with libtorch's CUDA library,
+//! which is loaded at run time if the host has an NVIDIA driver. libtorch searches for it once, at
+//! the first tensor or the first query for a GPU, so call [`place`] before both.
 
 pub(crate) mod guarded;
 pub mod host;
@@ -18,24 +18,24 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 
-/// The libtorch that this program is built against.
+/// Version of libtorch that this program is built against.
 pub const LIBTORCH: &str = "2.11.0";
 
-/// What a run asks for, as `run.device` writes it.
+/// `run.device`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
-    /// A GPU where there is one, else the CPU.
+    /// A GPU if the host has one, else the CPU.
     #[default]
     Auto,
-    /// The CPU, also where there are GPUs.
+    /// The CPU, even if the host has GPUs.
     Cpu,
-    /// A GPU, or nothing.
+    /// A GPU; an error if the host has none.
     Cuda,
 }
 
 impl DeviceChoice {
-    /// As a configuration writes it.
+    /// The value in a configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -45,7 +45,7 @@ impl DeviceChoice {
     }
 }
 
-/// `run.device = "cuda"` on a host where that cannot be.
+/// `run.device = "cuda"` on a host without a usable GPU.
 #[derive(Debug, Error)]
 #[error("`run.device` is `cuda`, but {reason}")]
 pub struct NoGpu {
@@ -53,25 +53,24 @@ pub struct NoGpu {
 }
 
 impl NoGpu {
-    /// What to do about it.
+    /// A remedy.
     pub fn hint(&self) -> &'static str {
         "use `--set run.device=cpu`, or run `./launch/setup.sh` again on the GPU host"
     }
 }
 
-/// Where one rank computes.
+/// Device and threads of one rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Place {
-    /// The CPU, or the GPU that the local rank chose.
     pub device: Device,
-    /// Threads of this rank for CPU work.
+    /// Threads of this rank for computation on the CPU.
     pub n_threads: usize,
-    /// What works, but not as the user will have meant it; one line each.
+    /// Problems that do not stop the run, one line each.
     pub warnings: Vec<String>,
 }
 
 impl Place {
-    /// `cpu`, or `cuda:` and the GPU's number on its host.
+    /// `cpu`, or `cuda:` and the number of the GPU on its host.
     pub fn device_name(&self) -> String {
         match self.device {
             Device::Cuda(gpu) => format!("cuda:{gpu}"),
@@ -80,12 +79,12 @@ impl Place {
     }
 }
 
-/// Chooses the device and the number of threads of rank `local_rank` of `local_size` on this host, and tells
-/// libtorch. `n_threads` 0 stands for this rank's share of the host's cores. To be called before the first tensor,
-/// so before the first collective call too.
+/// Selects the device and the number of threads of local rank `local_rank` of `local_size`, and
+/// sets libtorch's thread count. `n_threads` 0 divides the host's cores among its ranks. Call it
+/// before the first tensor is created, and so before the first collective call.
 ///
 /// # Errors
-/// A GPU was asked for, and there is no driver, no CUDA library for libtorch, or no GPU.
+/// `choice` is `Cuda`, but the host has no driver, no CUDA library for libtorch, or no GPU.
 pub fn place(
     choice: DeviceChoice,
     n_threads: usize,
@@ -100,18 +99,19 @@ pub fn place(
             Err(missing) if choice == DeviceChoice::Cuda => {
                 return Err(NoGpu { reason: missing.into_reason() });
             }
-            // A driver without the rest is a mistake worth a word; a host without a driver is just a CPU host.
-            Err(Missing::BehindDriver(reason)) => {
-                warnings.push(format!("running on the CPU: there is an NVIDIA driver, but {reason}"));
+            // A driver without a usable GPU is probably a mistake. A host without a driver is a CPU
+            // host.
+            Err(Missing::LibraryOrGpu(reason)) => {
+                warnings.push(format!("running on the CPU: this host has an NVIDIA driver, but {reason}"));
                 Device::Cpu
             }
             Err(Missing::Driver(_)) => Device::Cpu,
         },
     };
-    let (share, warning) = cores_of_rank(local_size);
+    let (n_cores, warning) = cores_of_rank(local_size);
     let n_threads = if n_threads == 0 {
         warnings.extend(warning);
-        share
+        n_cores
     } else {
         n_threads
     };
@@ -119,71 +119,80 @@ pub fn place(
     Ok(Place { device, n_threads, warnings })
 }
 
+/// Why no GPU is usable.
 enum Missing {
     Driver(String),
-    BehindDriver(String),
+    LibraryOrGpu(String),
 }
 
 impl Missing {
     fn into_reason(self) -> String {
         match self {
-            Self::Driver(reason) | Self::BehindDriver(reason) => reason,
+            Self::Driver(reason) | Self::LibraryOrGpu(reason) => reason,
         }
     }
 }
 
-/// The number of GPUs of this host that libtorch can use, one or more.
+/// Number of GPUs that libtorch can use, at least one.
 fn find_gpus() -> Result<usize, Missing> {
     load("libcuda.so.1")
         .map_err(|error| Missing::Driver(format!("there is no NVIDIA driver on this host: {error}")))?;
     load("libtorch_cuda.so")
-        .map_err(|error| Missing::BehindDriver(format!("libtorch's CUDA library does not load: {error}")))?;
+        .map_err(|error| Missing::LibraryOrGpu(format!("libtorch's CUDA library does not load: {error}")))?;
     match tch::Cuda::device_count() {
         n_gpus if n_gpus > 0 => Ok(n_gpus as usize),
-        _ => Err(Missing::BehindDriver("libtorch finds no GPU".to_owned())),
+        _ => Err(Missing::LibraryOrGpu("libtorch finds no GPU".to_owned())),
     }
 }
 
-/// Loads a library for all others to see, for as long as the process lives. Found as this binary's own libraries are.
+/// Loads a library with globally visible symbols and never unloads it. It is searched on the path
+/// of this binary's libraries.
 fn load(name: &str) -> Result<(), libloading::Error> {
-    // SAFETY: the initialisers of the CUDA driver and of libtorch have no precondition; a second load does nothing.
+    // SAFETY: loading the CUDA driver or libtorch has no precondition, and loading it again does
+    // nothing.
     let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) }?;
     std::mem::forget(library);
     Ok(())
 }
 
-/// `run.precision`: how matrices are multiplied. Parameters, gradients and the optimizer's state are f32 always.
+/// `run.precision`: the precision of matrix products. Parameters, gradients and the optimizer's
+/// state are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// With all 24 binary digits.
+    /// All 24 bits of the significand.
     #[default]
     F32,
-    /// On GPUs with 11 digits of the factors, and sums of f32: several times as fast on NVIDIA's since Ampere.
+    /// On GPUs, factors are rounded to 11 bits and products are summed in f32. Several times as
+    /// fast on NVIDIA GPUs since Ampere.
     Tf32,
-    /// The same, and the scores of all items that training compares with 8 digits of the factors and the products: bfloat16.
-    /// Faster again, and faster on CPUs that multiply it.
+    /// As `tf32`, and the logits of training are computed in bfloat16, with 8 bits of factors and
+    /// products. Faster again on GPUs, and faster on CPUs with bfloat16 instructions.
     Bf16,
 }
 
 impl Precision {
-    /// What the logits of training are rounded to.
-    pub fn of_logits(self) -> Kind {
+    /// Data type of the logits in training.
+    pub fn logits_kind(self) -> Kind {
         if self == Self::Bf16 { Kind::BFloat16 } else { Kind::Float }
     }
 }
 
-/// Tells libtorch how to compute on GPUs. Deterministic is what gives the same bits each time, as far as there are such
-/// operations: the fastest sum in whatever order threads come.
+/// Sets libtorch's precision on GPUs, and whether it prefers deterministic operations. The default
+/// operations are faster but add in the order in which threads finish, so repeated runs differ in
+/// the last bits.
 ///
 /// # Errors
-/// This libtorch has no such switch.
+/// This libtorch lacks one of the settings.
 pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
     type Context = *mut std::ffi::c_void;
-    let missing = |error| NoGpu { reason: format!("this libtorch cannot be told how to compute: {error}") };
+    let missing =
+        |error| NoGpu { reason: format!("this libtorch lacks a setting of its precision: {error}") };
     let this = Library::this();
-    // SAFETY: the types are those of libtorch 2.11: `at::globalContext()` returns a reference to what lives as long as the
-    // process, `at::Context::setDeterministicAlgorithms(bool, bool)` and `at::Context::setAllowTF32CuBLAS(bool)` take it first.
+    // SAFETY: the types match libtorch 2.11. `at::globalContext()` returns a reference that is
+    // valid as long as the process lives. `at::Context::setDeterministicAlgorithms(bool, bool)` and
+    // `at::Context::setAllowTF32CuBLAS(bool)` are member functions, which take it as first
+    // argument.
     unsafe {
         let context = this.get::<unsafe extern "C" fn() -> Context>(b"_ZN2at13globalContextEv\0");
         let deterministic = this.get::<unsafe extern "C" fn(Context, bool, bool)>(
@@ -191,58 +200,63 @@ pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
         );
         let tf32 = this.get::<unsafe extern "C" fn(Context, bool)>(b"_ZN2at7Context18setAllowTF32CuBLASEb\0");
         let context = context.map_err(missing)?();
-        // Where there is no such operation, libtorch warns and goes on.
+        // The last argument makes libtorch warn instead of failing if an operation has no
+        // deterministic version.
         deterministic.map_err(missing)?(context, is_deterministic, true);
         tf32.map_err(missing)?(context, precision != Precision::F32);
     }
     Ok(())
 }
 
-/// A copy of what lies on the CPU, for later work on `device` to read. Nothing waits for it.
+/// Copies a CPU tensor to `device` without waiting. Later kernels on `device` read the copy.
 pub fn send(tensor: &Tensor, device: Device) -> Tensor {
-    // CUDA has read memory that is not pinned when this returns.
+    // The source may be freed or changed afterwards: CUDA reads memory that is not pinned before it
+    // returns.
     tensor.to_device_(device, tensor.kind(), true, false)
 }
 
-/// The same of many numbers, in one transfer.
+/// [`send`] for several slices in one transfer.
 pub fn send_all(numbers: &[&[i64]], device: Device) -> Vec<Tensor> {
     let all = send(&Tensor::from_slice(&numbers.concat()), device);
     let lengths: Vec<i64> = numbers.iter().map(|numbers| numbers.len() as i64).collect();
     all.split_with_sizes(lengths.as_slice(), 0)
 }
 
-/// Whether one of the cores of this rank, one of `local_size` on this host, has no thread of libtorch.
+/// Whether libtorch uses fewer threads than this rank has cores. `local_size` ranks share the host.
 pub fn has_free_core(local_size: usize) -> bool {
     cores_of_rank(local_size).0 > tch::get_num_threads() as usize
 }
 
-/// The cores of one of `local_size` ranks, and a warning where they are few.
+/// Cores per rank if `local_size` ranks share the host, and a warning if the launcher leaves cores
+/// unused.
 fn cores_of_rank(local_size: usize) -> (usize, Option<String>) {
     let usable = available_parallelism().map_or(1, |n| n.get());
-    share_of_cores(usable, cores_of_host().unwrap_or(usable), local_size)
+    cores_per_rank(usable, cores_of_host().unwrap_or(usable), local_size)
 }
 
-/// Threads for one of `local_size` ranks that may use `usable` of the host's `cores`.
-fn share_of_cores(usable: usize, cores: usize, local_size: usize) -> (usize, Option<String>) {
-    // Fewer cores than ranks, on a host with more: the launcher has bound every rank to cores of its own.
+/// [`cores_of_rank`] for a rank whose affinity mask has `usable` of the host's `cores`.
+fn cores_per_rank(usable: usize, cores: usize, local_size: usize) -> (usize, Option<String>) {
+    // A mask smaller than the number of ranks means that the launcher has bound each rank to
+    // different cores; otherwise the ranks share the mask.
     if usable >= local_size || usable == cores {
         return ((usable / local_size).max(1), None);
     }
     let warning = (cores / local_size > usable).then(|| {
         format!(
-            "each rank is bound to {usable} of this host's {cores} cores; `mpirun --bind-to none` shares them out"
+            "each rank is bound to {usable} of this host's {cores} cores; `mpirun --bind-to none` lets the ranks \
+             use all"
         )
     });
     (usable, warning)
 }
 
-/// Cores that this process may use, or its host has, whichever are more.
+/// Cores of the host, including cores outside the affinity mask of this process.
 pub fn n_cores() -> usize {
     let usable = available_parallelism().map_or(1, |n| n.get());
     cores_of_host().unwrap_or(usable).max(usable)
 }
 
-/// Cores of this host, also those this process may not use.
+/// Cores in `/proc/cpuinfo`; `None` if it is not readable.
 fn cores_of_host() -> Option<usize> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").ok()?;
     Some(cpuinfo.lines().filter(|line| line.starts_with("processor")).count()).filter(|cores| *cores > 0)
@@ -254,18 +268,18 @@ mod tests {
 
     #[test]
     fn ranks_share_the_cores_of_their_host() {
-        assert_eq!(share_of_cores(64, 64, 1), (64, None));
-        assert_eq!(share_of_cores(64, 64, 4), (16, None));
-        assert_eq!(share_of_cores(7, 64, 4), (1, None));
-        assert_eq!(share_of_cores(2, 2, 3), (1, None));
-        assert_eq!(share_of_cores(1, 2, 2), (1, None));
-        let (share, warning) = share_of_cores(1, 64, 2);
-        assert_eq!(share, 1);
+        assert_eq!(cores_per_rank(64, 64, 1), (64, None));
+        assert_eq!(cores_per_rank(64, 64, 4), (16, None));
+        assert_eq!(cores_per_rank(7, 64, 4), (1, None));
+        assert_eq!(cores_per_rank(2, 2, 3), (1, None));
+        assert_eq!(cores_per_rank(1, 2, 2), (1, None));
+        let (n_cores, warning) = cores_per_rank(1, 64, 2);
+        assert_eq!(n_cores, 1);
         assert!(warning.unwrap().starts_with("each rank is bound to 1 of this host's 64 cores"));
     }
 
     #[test]
-    fn the_config_writes_a_device_in_lower_case() {
+    fn devices_are_lower_case_in_a_configuration() {
         assert_eq!(serde_json::from_str::<DeviceChoice>("\"cuda\"").unwrap(), DeviceChoice::Cuda);
         assert_eq!(serde_json::to_string(&DeviceChoice::Auto).unwrap(), "\"auto\"");
     }

@@ -1,4 +1,4 @@
-// Operations of our own in libtorch's autograd, of which tch has none.
+// Autograd operations with a backward pass in Rust, which tch does not offer.
 
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
@@ -7,57 +7,60 @@
 
 #include "guarded.h"
 
-// Calls `back` once, with the gradient of the output, which it takes over; the gradients of the `n` inputs become the
-// caller's. Returns 0, or 1 with a message in `error` and no gradients.
-extern "C" int bireme_go_back(void* back, at::Tensor* gradient, at::Tensor** of_inputs, size_t n, char* error,
-                              size_t capacity);
-// Frees `back`, called or not.
-extern "C" void bireme_forget(void* back);
+// Runs the backward closure in `slot` once. Takes ownership of `gradient`, the gradient of the
+// output, and returns ownership of the gradients of the `n` inputs. Returns 0, or 1 with a message
+// in `error` and no gradients.
+extern "C" int bireme_run_backward(void* slot, at::Tensor* gradient, at::Tensor** input_gradients, size_t n,
+                                   char* error, size_t capacity);
+// Frees `slot`, whether the closure has run or not.
+extern "C" void bireme_free_backward(void* slot);
 
 namespace {
 
 struct Operation : torch::autograd::Node {
-  void* back;
+  void* slot;
 
-  Operation(torch::autograd::edge_list&& inputs, void* back) : Node(std::move(inputs)), back(back) {}
-  ~Operation() override { bireme_forget(back); }
+  Operation(torch::autograd::edge_list&& inputs, void* slot) : Node(std::move(inputs)), slot(slot) {}
+  ~Operation() override { bireme_free_backward(slot); }
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
-    torch::autograd::variable_list given(num_outputs());
-    // Nothing follows from the output.
-    if (!gradients[0].defined()) return given;
-    std::vector<at::Tensor*> of_inputs(num_outputs());
+    torch::autograd::variable_list results(num_outputs());
+    // The loss does not depend on the output.
+    if (!gradients[0].defined()) return results;
+    std::vector<at::Tensor*> input_gradients(num_outputs());
     char error[1024] = "";
-    int failed = bireme_go_back(back, new at::Tensor(std::move(gradients[0])), of_inputs.data(), of_inputs.size(),
-                                error, sizeof error);
-    // An exception, which autograd hands on to whoever asked for the gradients.
+    int failed = bireme_run_backward(slot, new at::Tensor(std::move(gradients[0])), input_gradients.data(),
+                                     input_gradients.size(), error, sizeof error);
+    // Throws; autograd passes the exception to the caller of the backward pass.
     TORCH_CHECK(failed == 0, error);
-    for (size_t i = 0; i < given.size(); ++i) {
-      given[i] = std::move(*of_inputs[i]);
-      delete of_inputs[i];
+    for (size_t i = 0; i < results.size(); ++i) {
+      results[i] = std::move(*input_gradients[i]);
+      delete input_gradients[i];
     }
-    return given;
+    return results;
   }
 };
 
 }  // namespace
 
-// Makes `output` depend on `inputs` in autograd's graph, if one of them requires a gradient and gradients are recorded.
-// Takes `back` over, also where it fails: returns 0, or 1 with a message in `error`.
-extern "C" int bireme_follows(at::Tensor* output, at::Tensor** inputs, size_t n, void* back, char* error,
-                              size_t capacity) {
+// Makes `output` depend on `inputs` in autograd's graph if gradients are recorded and an input
+// requires one. Takes ownership of `slot`, also if it fails. Returns 0, or 1 with a message in
+// `error`.
+extern "C" int bireme_attach_backward(at::Tensor* output, at::Tensor** inputs, size_t n, void* slot, char* error,
+                                      size_t capacity) {
   bool is_owned = false;
   int failed = guarded(error, capacity, [&] {
     torch::autograd::variable_list all;
     for (size_t i = 0; i < n; ++i) all.push_back(*inputs[i]);
-    auto is_learnt = [](const at::Tensor& input) { return input.requires_grad(); };
-    if (!c10::GradMode::is_enabled() || !std::any_of(all.begin(), all.end(), is_learnt)) return;
+    auto requires_grad = [](const at::Tensor& input) { return input.requires_grad(); };
+    if (!c10::GradMode::is_enabled() || !std::any_of(all.begin(), all.end(), requires_grad)) return;
     auto edges = torch::autograd::collect_next_edges(all);
-    auto* node = new Operation(std::move(edges), back);
+    auto* node = new Operation(std::move(edges), slot);
+    // The node frees the slot from here on.
     is_owned = true;
     std::shared_ptr<Operation> operation(node, torch::autograd::deleteNode);
     torch::autograd::create_gradient_edge(*output, std::move(operation));
   });
-  if (!is_owned) bireme_forget(back);
+  if (!is_owned) bireme_free_backward(slot);
   return failed;
 }

@@ -17,7 +17,7 @@ use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, DropoutGenerator, Features, with_seed};
-use crate::device::host::each_alone;
+use crate::device::host::torch_in_parallel;
 use crate::device::send;
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then all
@@ -339,7 +339,7 @@ impl<'a> Network<'a> {
         let mut of_parts = Vec::new();
         // The scoring gradients are complete, so they may be reduced while the encoder's are formed.
         hooks.scoring_complete(&mut self.gradients, &mut || {
-            of_parts = each_alone(std::mem::take(&mut work), |(part, state_gradient)| {
+            of_parts = torch_in_parallel(std::mem::take(&mut work), |(part, state_gradient)| {
                 let EncodedPart { vectors, parameters, looked_up, .. } = part;
                 let loss = (vectors * state_gradient).sum(Kind::Float);
                 backward_from(&loss, &parameters, others.clone(), &looked_up)
@@ -385,7 +385,7 @@ impl<'a> Network<'a> {
             first += n_events;
         }
         let encoder = &self.encoder;
-        each_alone(work, |(parameters, input, plan, part)| {
+        torch_in_parallel(work, |(parameters, input, plan, part)| {
             let mut dropout = dropout.of_part(&part);
             let states = encoder.states(&parameters, &input, plan, &part, Some(&mut dropout));
             let vectors = encoder.vectors(&parameters, &states);

@@ -13,7 +13,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use crate::device::host::numbers;
-use crate::device::operation::follows;
+use crate::device::operation::with_backward;
 use crate::device::vectors::{self, Loop, sigmoid, tanh};
 
 /// Runs one layer over packed positions: `x: [P, D]` → states `[P, H]`.
@@ -49,7 +49,7 @@ pub(super) fn gru_layer(x: &Tensor, n_sessions: &[i64], layer: &[&Tensor]) -> Te
         (states, scan)
     });
     let saved_states = states.shallow_clone();
-    follows(states, &[x, input_weights, state_weights, input_bias, state_bias], move |gradient| {
+    with_backward(states, &[x, input_weights, state_weights, input_bias, state_bias], move |gradient| {
         scan.backward(&saved_states, gradient)
     })
 }

@@ -1,16 +1,16 @@
-//! libtorch's fused AdamW: all of a step in one operation, for GPUs.
+//! libtorch's fused AdamW: a step in one kernel, for GPUs.
 
 use std::ffi::{c_char, c_int};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::{BETAS, EPSILON, Rates};
+use super::{AdamWStep, BETA_1, BETA_2, EPSILON};
 use crate::device::guarded::guarded;
 
 unsafe extern "C" {
     fn bireme_fused_adamw(
-        of: *const *const C_tensor,
+        buffers: *const *const C_tensor,
         n_steps: f64,
         learning_rate: f64,
         betas: *const f64,
@@ -21,23 +21,25 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// One step of `[values, gradients, m, v]`, decay aside: each `[n]`, f32 and contiguous. The gradients count times `scale: []`,
-/// and what becomes of them is nobody's business.
+/// One step without weight decay on `[values, gradients, m, v]`, each `[n]`, f32 and contiguous.
+/// The gradients are multiplied by `scale: []`; their contents afterwards are unspecified.
 ///
 /// # Panics
-/// libtorch refuses.
-pub(super) fn adamw(of: &[Tensor; 4], scale: &Tensor, rates: Rates) {
-    // libtorch adds ε to the root of the corrected second moment, which is by this much larger.
-    let epsilon = EPSILON / rates.second_correction();
-    let (betas, divisor) = ([BETAS.0, BETAS.1], scale.reciprocal());
-    let of = of.each_ref().map(Tensor::as_ptr);
-    let n_steps = f64::from(rates.n_steps);
-    let stepped = guarded(1024, |error, capacity| {
-        let (of, betas, divisor) = (of.as_ptr(), betas.as_ptr(), divisor.as_ptr());
-        // SAFETY: all pointers are to live values, four tensors, two numbers and as many characters as said among them.
+/// If libtorch returns an error.
+pub(super) fn adamw(buffers: &[Tensor; 4], scale: &Tensor, step: AdamWStep) {
+    // libtorch adds ε to the root of the corrected second moment, this program to the root of the
+    // uncorrected one: √(v / c²) + ε / c = (√v + ε) / c.
+    let epsilon = EPSILON / step.second_moment_correction();
+    let (betas, divisor) = ([BETA_1, BETA_2], scale.reciprocal());
+    let buffers = buffers.each_ref().map(Tensor::as_ptr);
+    let n_steps = f64::from(step.n_steps);
+    let result = guarded(1024, |error, capacity| {
+        let (buffers, betas, divisor) = (buffers.as_ptr(), betas.as_ptr(), divisor.as_ptr());
+        // SAFETY: the pointers are to four live tensors, two numbers, a live tensor, and room for
+        // `capacity` characters.
         unsafe {
-            bireme_fused_adamw(of, n_steps, rates.learning_rate, betas, epsilon, divisor, error, capacity)
+            bireme_fused_adamw(buffers, n_steps, step.learning_rate, betas, epsilon, divisor, error, capacity)
         }
     });
-    stepped.unwrap_or_else(|problem| panic!("{problem}"));
+    result.unwrap_or_else(|problem| panic!("{problem}"));
 }

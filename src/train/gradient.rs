@@ -130,7 +130,7 @@ impl Learner for GradientLearner<'_> {
         let sampler = NegativeSampler::new(
             train.loss,
             day.occurrences,
-            logits(train, day.config.run.precision.of_logits(), day.place.device),
+            logits(train, day.config.run.precision.logits_kind(), day.place.device),
             day.place.device,
         );
         for micro_batches in steps {

@@ -9,7 +9,7 @@ use crate::collective::{Collective, CollectiveError, Reduce, communicate_as};
 use crate::config::Reduction;
 use crate::device::send;
 use crate::model::{GradientHooks, Gradients, ItemTable, LossSum, Network};
-use crate::optim::{average_and_clip, squares};
+use crate::optim::{average_and_clip, sum_of_squares};
 
 /// Requests to this rank, which take effect on all ranks after the same step.
 #[derive(Clone, Copy, Debug, Default)]
@@ -134,7 +134,7 @@ impl<'a> GradientSync<'a> {
         let mut sharded = gradients.sharded();
         let item_table = &self.item_table;
         let Some(sum) = &mut self.sharded_sum else {
-            return Ok(item_table.stack(&squares(&sharded))?.sum(Kind::Float));
+            return Ok(item_table.stack(&sum_of_squares(&sharded))?.sum(Kind::Float));
         };
         sum.move_into(&mut sharded);
         // Squares are summed per row block, so that the norm does not depend on the number of ranks.

@@ -194,7 +194,7 @@ impl MemoryNeed {
             group.is_item_table = ItemTable::is_item_table(name);
         }
         let fixed_point = if config.run.reduction == Reduction::Reproducible { 8 * values } else { 0 };
-        let logits = config.run.precision.of_logits().elt_size_in_bytes() as u128 * item_table.len() as u128;
+        let logits = config.run.precision.logits_kind().elt_size_in_bytes() as u128 * item_table.len() as u128;
         let trained = 4 * (2 * values + states) + fixed_point + logits;
         let copied = if is_writer && item_table.ranks().is_none() { 4 * (values + states) } else { 0 };
         let (host, device) = match place.device {

@@ -117,7 +117,7 @@ fn more_ranks_than_shares_are_refused() {
     let shop = Shop::new(100);
     let Some(refused) = shop.train_on(4, "run", &SHARDED) else { return };
     assert_eq!(refused.code, Some(2), "{refused:#?}");
-    let expected = "the 3 shares that an item table of 40 rows can be cut into";
+    let expected = "the largest number of shards, 3, of an item table of 40 rows";
     assert!(refused.stderr.contains(expected), "{}", refused.stderr);
     // So is the evaluation of a run that fewer made.
     shop.train("run", &SHARDED).success();

@@ -1,7 +1,7 @@
 //! Bindings of the functions of `libnccl.so.2` that the backend calls.
 //!
-//! cudarc provides NCCL's types. Its loader is not used: it searches for `libnccl.so` only, which the
-//! Python wheels do not contain, and panics if the search fails.
+//! cudarc provides NCCL's types. Its loader is not used: it searches for `libnccl.so` only, which
+//! the Python wheels do not contain, and panics if the search fails.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs;
@@ -59,7 +59,8 @@ pub(super) struct Nccl {
 }
 
 impl Nccl {
-    /// Finds the NCCL that libtorch has loaded, the system's, or the one installed next to libtorch.
+    /// Finds the NCCL that libtorch has loaded, the system's, or the one installed next to
+    /// libtorch.
     ///
     /// # Errors
     /// No library is found; the error holds the loader's message for each path.
@@ -77,8 +78,8 @@ impl Nccl {
     }
 
     fn bind(library: &'static Library) -> Result<Self, libloading::Error> {
-        // SAFETY: the types of the fields match nccl.h 2.28, and NCCL keeps them within version 2. The library
-        // is leaked, so the functions outlive the struct.
+        // SAFETY: the types of the fields match nccl.h 2.28, and NCCL keeps them within version 2.
+        // The library is leaked, so the functions outlive the struct.
         unsafe {
             Ok(Self {
                 get_unique_id: *library.get(b"ncclGetUniqueId\0")?,
@@ -107,8 +108,8 @@ impl Nccl {
 
     /// NCCL's message for an error, with the detail that it keeps for `comm`, which may be null.
     pub fn error_text(&self, code: Code, comm: ncclComm_t) -> String {
-        // SAFETY: both functions return null or a terminated text that NCCL keeps. `comm` is null or a
-        // communicator that the caller keeps alive.
+        // SAFETY: both functions return null or a terminated text that NCCL keeps. `comm` is null
+        // or a communicator that the caller keeps alive.
         let [name, detail] =
             unsafe { [(self.get_error_string)(code), (self.get_last_error)(comm)] }.map(|text| {
                 if text.is_null() {
@@ -121,7 +122,8 @@ impl Nccl {
     }
 }
 
-/// Path of NCCL in a Python installation, in which `torch/lib` and `nvidia/nccl/lib` have one parent.
+/// Path of NCCL in a Python installation, in which `torch/lib` and `nvidia/nccl/lib` have one
+/// parent.
 fn wheel_library() -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;

@@ -1,9 +1,10 @@
 //! Ranks as processes with one GPU each: NCCL carries tensors in device memory, MPI all others.
 //!
-//! Calls are queued on libtorch's current stream. So they run after the kernels that fill a tensor and
-//! before those that read it, and memory that libtorch's allocator reuses is written by later kernels of
-//! the same stream only. Overlapped calls are queued on a side stream, which waits for the current stream
-//! before the call, and for which the current stream waits after it. A call returns when it is queued.
+//! Calls are queued on libtorch's current stream. So they run after the kernels that fill a tensor
+//! and before those that read it, and memory that libtorch's allocator reuses is written by later
+//! kernels of the same stream only. Overlapped calls are queued on a side stream, which waits for
+//! the current stream before the call, and for which the current stream waits after it. A call
+//! returns when it is queued.
 
 mod library;
 
@@ -27,8 +28,8 @@ use super::{Call, Collective, CollectiveError, Reduce, Work};
 /// Interval at which the NCCL watchdog polls the communicator for errors.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// `aoti_torch_get_current_cuda_stream` of libtorch's C interface: takes a device index and returns a
-/// stream through the pointer, and 0 on success.
+/// `aoti_torch_get_current_cuda_stream` of libtorch's C interface: takes a device index and returns
+/// a stream through the pointer, and 0 on success.
 type GetCurrentStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
 
 /// Checks that NCCL can be loaded. This needs no GPU.
@@ -57,21 +58,21 @@ pub struct Nccl {
 #[derive(Clone, Copy)]
 struct Communicator(ncclComm_t);
 
-// SAFETY: NCCL allows one thread to query the asynchronous error while another queues calls. The second thread
-// does nothing else, and `Nccl` joins it before it destroys the communicator.
+// SAFETY: NCCL allows one thread to query the asynchronous error while another queues calls. The
+// second thread does nothing else, and `Nccl` joins it before it destroys the communicator.
 unsafe impl Send for Communicator {}
 
 impl Nccl {
-    /// *All ranks.* Creates a communicator over all ranks of `host`. This rank uses GPU number `gpu` of its
-    /// host.
+    /// *All ranks.* Creates a communicator over all ranks of `host`. This rank uses GPU number
+    /// `gpu` of its host.
     ///
     /// # Errors
     /// A rank lacks NCCL, a CUDA driver or libtorch's CUDA library, or two ranks use one GPU.
     pub fn join(host: Box<dyn Collective>, gpu: usize) -> Result<Self, CollectiveError> {
         let rank = host.rank();
         let missing = |problem| CollectiveError::NcclMissing { rank, problem };
-        // All ranks agree after each step that can fail on one rank alone. Otherwise the other ranks would
-        // wait for it in the next call.
+        // All ranks agree after each step that can fail on one rank alone. Otherwise the other
+        // ranks would wait for it in the next call.
         let nccl = host.agree(library::Nccl::load().map_err(missing))?;
         let get_current_stream = host.agree(current_stream_function().map_err(missing))?;
         let context = host.agree(cuda_context(gpu).map_err(missing))?;
@@ -89,8 +90,8 @@ impl Nccl {
 
         let mut comm = std::ptr::null_mut();
         let (n_ranks, this_rank) = (host.world_size() as c_int, rank as c_int);
-        // SAFETY: `comm` is writable, the context of this rank's GPU is current on this thread, and all ranks
-        // pass the same id and different ranks.
+        // SAFETY: `comm` is writable, the context of this rank's GPU is current on this thread, and
+        // all ranks pass the same id and different ranks.
         let code = unsafe { (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank) };
         let communicator = Communicator(comm);
         let host_name = super::host_name();
@@ -115,8 +116,8 @@ impl Nccl {
         tensor.device().is_cuda()
     }
 
-    /// Checks that the tensor is on this rank's GPU, makes that GPU current on this thread, and returns
-    /// libtorch's current stream.
+    /// Checks that the tensor is on this rank's GPU, makes that GPU current on this thread, and
+    /// returns libtorch's current stream.
     fn stream(&self, call: Call, tensor: &Tensor) -> Result<cudaStream_t, CollectiveError> {
         if tensor.device() != Device::Cuda(self.gpu) {
             return Err(call.refuse(format!(
@@ -134,9 +135,9 @@ impl Nccl {
         }
     }
 
-    /// *All ranks.* Registers the call with the watchdog. In builds with debug assertions it also checks
-    /// that all ranks make the same call; NCCL would hang otherwise. Other builds skip the check, which
-    /// costs a host collective, so that the hosts can run ahead of their GPUs.
+    /// *All ranks.* Registers the call with the watchdog. In builds with debug assertions it also
+    /// checks that all ranks make the same call; NCCL would hang otherwise. Other builds skip the
+    /// check, which costs a host collective, so that the hosts can run ahead of their GPUs.
     fn begin_call(
         &self,
         call: Call,
@@ -151,8 +152,8 @@ impl Nccl {
         }
         let Some(watch) = self.watch() else { return Ok(None) };
         if watch.is_timing() {
-            // Queued kernels belong to the phase before, and a slower rank's to `waiting`. The time of the
-            // call starts when all ranks have finished them.
+            // Queued kernels belong to the phase before, and a slower rank's to `waiting`. The time
+            // of the call starts when all ranks have finished them.
             Cuda::synchronize(self.gpu as i64);
             self.host.barrier()?;
         }
@@ -161,7 +162,8 @@ impl Nccl {
         Ok(Some(guard))
     }
 
-    /// Checks the return code of a call and, if calls are measured, waits until the GPU has finished it.
+    /// Checks the return code of a call and, if calls are measured, waits until the GPU has
+    /// finished it.
     fn finish(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
         self.check_code(call, n_elements, code)?;
         if self.watch().is_some_and(Watch::is_timing) {
@@ -186,7 +188,8 @@ impl Nccl {
     }
 }
 
-/// A second stream for overlapped calls. It forks from libtorch's current stream and joins it again.
+/// A second stream for overlapped calls. It forks from libtorch's current stream and joins it
+/// again.
 struct SideStream {
     stream: Arc<CudaStream>,
     /// On libtorch's stream: the input of the call is complete.
@@ -213,7 +216,8 @@ impl SideStream {
 
     /// Makes later calls on this stream wait for the kernels that are queued on `main`.
     fn fork_from(&self, main: cudaStream_t) -> Result<(), DriverError> {
-        // SAFETY: libtorch's streams are never destroyed; the event and this stream live as long as `self`.
+        // SAFETY: libtorch's streams are never destroyed; the event and this stream live as long as
+        // `self`.
         unsafe {
             event::record(self.input_ready.cu_event(), main.cast())?;
             stream::wait_event(self.stream.cu_stream(), self.input_ready.cu_event(), WAIT_FLAGS)?;
@@ -232,8 +236,8 @@ impl SideStream {
         }
     }
 
-    /// Waits for the last call and returns its time, and the part of it after the end of the overlapped
-    /// work.
+    /// Waits for the last call and returns its time, and the part of it after the end of the
+    /// overlapped work.
     fn times(&self) -> Result<(Duration, Duration), DriverError> {
         let until_finished = |from: &CudaEvent| {
             let ms = from.elapsed_ms(&self.finished)?;
@@ -246,8 +250,8 @@ impl SideStream {
 
 const WAIT_FLAGS: CUevent_wait_flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
 
-/// Starts a thread that ends the job if NCCL reports a lost peer or link. NCCL's kernels would wait for it
-/// forever.
+/// Starts a thread that ends the job if NCCL reports a lost peer or link. NCCL's kernels would wait
+/// for it forever.
 fn start_watchdog(nccl: &'static library::Nccl, communicator: Communicator) -> (Sender<()>, JoinHandle<()>) {
     let (stop, stopped) = channel::<()>();
     let watchdog = thread::Builder::new().name("nccl-watchdog".to_owned()).spawn(move || {
@@ -271,8 +275,8 @@ fn start_watchdog(nccl: &'static library::Nccl, communicator: Communicator) -> (
 const IN_PROGRESS: c_int = 7;
 
 fn current_stream_function() -> Result<GetCurrentStream, String> {
-    // SAFETY: the type matches the declaration in torch/csrc/inductor/aoti_torch/c/shim.h, and libtorch is
-    // never unloaded.
+    // SAFETY: the type matches the declaration in torch/csrc/inductor/aoti_torch/c/shim.h, and
+    // libtorch is never unloaded.
     unsafe { Library::this().get::<GetCurrentStream>(b"aoti_torch_get_current_cuda_stream\0") }
         .map(|symbol| *symbol)
         .map_err(|error| format!("libtorch's CUDA library is not loaded: {error}"))
@@ -292,10 +296,11 @@ impl Drop for Nccl {
             drop(stop);
             let _ = watchdog.join();
         }
-        // Destroying the communicator waits for all ranks. After a panic the other ranks do not reach this
-        // point, and the process ends anyway.
+        // Destroying the communicator waits for all ranks. After a panic the other ranks do not
+        // reach this point, and the process ends anyway.
         if !thread::panicking() && !self.communicator.0.is_null() {
-            // SAFETY: the communicator was created in `join`, has no other user and is not used again.
+            // SAFETY: the communicator was created in `join`, has no other user and is not used
+            // again.
             unsafe { (self.nccl.comm_destroy)(self.communicator.0) };
         }
     }
@@ -351,8 +356,8 @@ impl Collective for Nccl {
         let _call = self.begin_call(call, tensor, CallArgs::Op(op))?;
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
-        // SAFETY: `data` is device memory of `n` elements, and NCCL supports reduction in place. Later kernels
-        // that use the memory are queued on the same stream after this call.
+        // SAFETY: `data` is device memory of `n` elements, and NCCL supports reduction in place.
+        // Later kernels that use the memory are queued on the same stream after this call.
         let code = unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, stream) };
         self.finish("ncclAllReduce", n, code)
     }
@@ -370,15 +375,16 @@ impl Collective for Nccl {
         let failed = |error: DriverError| call.refuse(format!("GPU {}: {error:?}", self.gpu));
         self.side_stream.fork_from(stream).map_err(failed)?;
         let side_stream = self.side_stream.stream();
-        // SAFETY: as in `all_reduce`. `work` does not use `data`, and later kernels that do wait for this call
-        // after `join_into`.
+        // SAFETY: as in `all_reduce`. `work` does not use `data`, and later kernels that do wait
+        // for this call after `join_into`.
         let code = unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, side_stream) };
         self.check_code("ncclAllReduce", n, code)?;
         work();
         self.side_stream.join_into(stream).map_err(failed)?;
         drop(guard);
         if let Some((watch, before)) = timing {
-            // The guard measured the time to queue the call and the work; the events measure the GPU's time.
+            // The guard measured the time to queue the call and the work; the events measure the
+            // GPU's time.
             let (total, exposed) = self.side_stream.times().map_err(failed)?;
             watch.correct(before, total);
             watch.hide(before, exposed);
@@ -409,8 +415,8 @@ impl Collective for Nccl {
         let _call = self.begin_call(call, part, CallArgs::None)?;
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, part)?);
-        // SAFETY: device memory of `n` and `world_size * n` elements without overlap. Later kernels are queued
-        // on the same stream after this call.
+        // SAFETY: device memory of `n` and `world_size * n` elements without overlap. Later kernels
+        // are queued on the same stream after this call.
         let code =
             unsafe { (self.nccl.all_gather)(part.data_ptr(), whole.data_ptr(), n, kind, comm, stream) };
         self.finish("ncclAllGather", n, code)
@@ -426,14 +432,14 @@ impl Collective for Nccl {
         let (n, kind) = (part.numel(), data_type(part.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, whole)?);
         let (from, to) = (whole.data_ptr(), part.data_ptr());
-        // SAFETY: device memory of `world_size * n` and `n` elements without overlap. Later kernels are queued
-        // on the same stream after this call.
+        // SAFETY: device memory of `world_size * n` and `n` elements without overlap. Later kernels
+        // are queued on the same stream after this call.
         let code = unsafe { (self.nccl.reduce_scatter)(from, to, n, kind, op.nccl(), comm, stream) };
         self.finish("ncclReduceScatter", n, code)
     }
 
-    /// The watchdog of the host collective. A call on a GPU ends when it is queued, so code that waits for
-    /// the GPU registers with the watchdog itself.
+    /// The watchdog of the host collective. A call on a GPU ends when it is queued, so code that
+    /// waits for the GPU registers with the watchdog itself.
     fn watch(&self) -> Option<&Watch> {
         self.host.watch()
     }

@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 use super::softmax::softmax_rows;
 use super::{CrossEntropy, Logits, ScoringTable, draw};
 use crate::collective::{Collective, CollectiveError, fixed_point};
-use crate::device::host::each_alone;
+use crate::device::host::torch_in_parallel;
 use crate::model::ItemTable;
 use crate::model::item_table::div_ceil;
 
@@ -301,7 +301,7 @@ fn softmax_gradients(
 ) -> Result<Tensor, CollectiveError> {
     let item_table = scored.item_table;
     let workers = Worker::split(&part.states, scored, blocking, workspace);
-    let first_pass = each_alone(workers, |worker| (tch::no_grad(|| worker.log_sums()), worker));
+    let first_pass = torch_in_parallel(workers, |worker| (tch::no_grad(|| worker.log_sums()), worker));
     let (logs, workers): (Vec<Tensor>, Vec<Worker>) = first_pass.into_iter().unzip();
     let logs = Tensor::cat(&logs, 0);
 
@@ -334,7 +334,7 @@ fn softmax_gradients(
         work.push((worker, weights.narrow(1, first_chunk, n_chunks), draws));
         first_chunk += n_chunks;
     }
-    let second_pass = each_alone(work, |(mut worker, weights, draws)| {
+    let second_pass = torch_in_parallel(work, |(mut worker, weights, draws)| {
         tch::no_grad(|| worker.gradients(&weights, draws.as_ref()))
     });
     second_pass.iter().for_each(|sums| part.state_gradients.add_sums(sums));
