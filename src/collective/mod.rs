@@ -7,7 +7,7 @@
 //! | [`solo`] | a single process | any tensor | started without a launcher |
 //! | [`threads`] | threads of one process | any tensor | tests |
 //! | [`mpi`] | processes | host memory | started by `mpirun` or `srun` |
-//! | [`nccl`] | processes, a GPU each | device memory; host memory through MPI | more than one rank, on GPUs |
+//! | [`nccl`] | processes, one GPU each | device memory (host memory: MPI) | several ranks on GPUs |
 //!
 //! The backend is chosen once. [`join`] detects the launcher, the local rank selects a GPU
 //! ([`crate::device::place`], before the first collective call, because calls create tensors), and

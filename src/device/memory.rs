@@ -203,8 +203,8 @@ fn allocation_message(text: &str) -> Option<String> {
         return Some(format!("cannot allocate memory{size}"));
     }
     if let Some(rest) = after("CUDA out of memory") {
-        // The rest of the message reads `. Tried to allocate 20.00 MiB. GPU 0 has a total capacity
-        // of …`. Keep these two sentences.
+        // `. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which …`: the
+        // first two sentences hold the numbers.
         let line = rest.lines().next().unwrap_or_default();
         let facts: Vec<&str> = line.split(". ").filter(|fact| !fact.is_empty()).take(2).collect();
         return Some(format!(
