@@ -194,7 +194,8 @@ impl MemoryNeed {
             group.is_item_table = ItemTable::is_item_table(name);
         }
         let fixed_point = if config.run.reduction == Reduction::Reproducible { 8 * values } else { 0 };
-        let logits = config.run.precision.logits_kind().elt_size_in_bytes() as u128 * item_table.len() as u128;
+        let logits =
+            config.run.precision.logits_kind().elt_size_in_bytes() as u128 * item_table.len() as u128;
         let trained = 4 * (2 * values + states) + fixed_point + logits;
         let copied = if is_writer && item_table.ranks().is_none() { 4 * (values + states) } else { 0 };
         let (host, device) = match place.device {
@@ -207,8 +208,10 @@ impl MemoryNeed {
             return Ok(Self::default());
         };
         let is_divisible = is_item_table && !item_table.is_sharded() && place.collective.world_size() > 1;
-        let largest =
-            format!("most is for {key}, {} times {n_copies} (values, gradient, optimizer)", format_bytes(4 * n));
+        let largest = format!(
+            "most is for {key}, {} times {n_copies} (values, gradient, optimizer)",
+            format_bytes(4 * n)
+        );
         let hint = if is_divisible {
             "`parallel.item_table = \"sharded\"` divides the item table among the ranks"
         } else {
