@@ -5,7 +5,6 @@
 //!
 //! | module | from | to |
 //! | --- | --- | --- |
-//! | [`synth`] | a seed | events of a made-up shop |
 //! | [`etl`] | events | `sessions_by_day/<day_index>/{train,valid,test}.parquet`, a workflow, a schema |
 //! | [`config`] | a TOML file and `--set` | a run as resolved |
 //! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
@@ -14,14 +13,16 @@
 //! | [`optim`] | summed gradients | new parameters |
 //! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue, each session's outcome |
 //! | [`checkpoint`] | a run's state | a folder to go on from, on any number of ranks |
-//! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal; runs compared |
+//! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
-//! | [`recommend`] | a model repository, events | what was seen and what is recommended, in words |
-//! | [`sink`] | rows | a file, compressed where its name asks for it |
-//! | [`doctor`] | a job as it was started | what it would find, and what to change |
-//! | [`scaling`] | a configuration, numbers of ranks | how fast they are, and how fast more would be |
+//! | [`recommend`] | a model repository, events | recommendations with brand, category and price |
+//! | [`doctor`] | a job as it was started | measurements of its environment, suggested fixes |
+//! | `scaling` | a configuration, numbers of ranks | step times, measured and predicted |
 //! | [`cli`] | arguments | an exit code |
+//!
+//! What works on plain data and files, without ranks and tensors, is in the package
+//! [`bireme_tools`]: the synthetic shop, reports of finished runs, predictions of scaling.
 //!
 //! Nothing outside `collective` knows which backend runs, and only `report` and
 //! [`bireme_base::console`] print.
@@ -42,7 +43,6 @@
 //!
 //! 0 done; 1 the run failed; 2 refused before starting; 3 stopped on request after a checkpoint.
 
-pub mod synth;
 pub use bireme_etl as etl;
 pub mod config;
 pub mod device;
@@ -56,7 +56,6 @@ pub mod report;
 pub mod train;
 pub mod export;
 pub mod recommend;
-pub mod sink;
 pub mod doctor;
-pub mod scaling;
+mod scaling;
 pub mod cli;

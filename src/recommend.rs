@@ -1,4 +1,4 @@
-//! The recommendations of an exported model for the sessions of a file, with names that a person can read.
+//! Recommendations of an exported model for the sessions of a file, with brand, category and price.
 
 mod write;
 
@@ -12,6 +12,7 @@ use bireme_serve::Fault;
 use bireme_serve::repository::{Repository, RepositoryError};
 use bireme_serve::request::Request;
 use bireme_serve::statistics::Metrics;
+use bireme_tools::sink::Sink;
 use serde::Serialize;
 use tch::Device;
 
@@ -19,28 +20,27 @@ use crate::etl::serving::{self, Preprocessor, SESSION};
 use crate::etl::tensor::Tensor;
 use crate::etl::{self, BadRows, ProductInWords, RawEvent, RowCounts, Workflow};
 use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, Names};
-use crate::sink::Sink;
 
-pub use write::{Format, Writer};
+pub use write::{RecommendationFormat, RecommendationWriter};
 
-/// What to recommend.
+/// What to recommend, and for which sessions.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct RecommendOptions {
     /// The model repository.
     pub repository: PathBuf,
     /// The model's name.
     pub name: String,
     /// Files of events.
     pub events: Vec<PathBuf>,
-    /// What to do with a row that makes no sense.
+    /// What to do with invalid rows.
     pub bad_rows: BadRows,
-    /// So many events are looked at, the first by time.
+    /// Use only the first events by time.
     pub first: usize,
-    /// Recommendations for each session.
+    /// Recommendations per session.
     pub top: usize,
-    /// Whether items of the session are left out.
+    /// Leave out the items of the session.
     pub exclude_seen: bool,
-    /// Where the network runs.
+    /// Device of the network.
     pub device: Device,
 }
 
@@ -49,21 +49,21 @@ pub struct Options {
 pub struct Session<'a> {
     /// Its id.
     pub session: &'a str,
-    /// Whether no item of it is known, so that the most popular are recommended.
+    /// Whether no item of it is known, so that the most popular items are recommended.
     pub fallback: bool,
-    /// Its events, in the order of their times.
+    /// Its events, by time.
     pub seen: Vec<ProductInWords<'a>>,
-    /// The best first.
+    /// By descending score.
     pub recommended: Vec<Recommendation<'a>>,
 }
 
-/// A product that is recommended.
+/// A recommended product.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Recommendation<'a> {
-    /// The product, as its latest event described it.
+    /// As described by its latest event.
     #[serde(flatten)]
     pub product: ProductInWords<'a>,
-    /// Its score, a logit.
+    /// A logit.
     pub score: f32,
 }
 
@@ -73,34 +73,32 @@ pub enum RecommendError {
     /// The repository or the model.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
-    /// The events, or the workflow.
+    /// The events or the workflow.
     #[error(transparent)]
     Etl(#[from] etl::Error),
-    /// The model does not take the events, or is not one of ours.
+    /// The model refuses the events, or was not exported by Bireme.
     #[error("model `{model}`: {fault}")]
     Model {
-        /// Its name.
+        /// The model's name.
         model: String,
-        /// What it says.
+        /// Its refusal.
         fault: Fault,
     },
     /// No session is long enough.
-    #[error(
-        "the first {n_events} events hold no session of more than one event: look at more with `--first`"
-    )]
+    #[error("the first {n_events} events hold no session of at least two events: raise `--first`")]
     NoSession {
-        /// How many events were looked at.
+        /// Events read.
         n_events: usize,
     },
-    /// The output cannot be written to.
+    /// The output cannot be created.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// The recommendations cannot be written.
+    /// A write failed.
     #[error("cannot write `{path}`")]
     Write {
-        /// Where to.
+        /// The output.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -116,15 +114,15 @@ impl RecommendError {
     }
 }
 
-/// Recommends into a file, which has its name when it is complete. Returns what was read, or nothing
-/// where the reader of the standard output has closed it. `note` is given a line where what an
-/// interrupted command left is removed.
+/// Writes recommendations to a file, which appears under its name when it is complete. Returns the
+/// numbers of rows read, or none where the reader closed the standard output. `note` reports files
+/// removed after an interrupted command.
 ///
 /// # Errors
 /// See [`RecommendError`].
 pub fn to_file(
-    options: &Options,
-    format: Format,
+    options: &RecommendOptions,
+    format: RecommendationFormat,
     path: &Path,
     note: &mut dyn FnMut(&str),
 ) -> Result<Option<RowCounts>, RecommendError> {
@@ -139,23 +137,26 @@ pub fn to_file(
     Ok(None)
 }
 
-/// Recommends on the standard output. Returns what was read, or nothing where the reader of the
-/// output has closed it.
+/// Writes recommendations to the standard output. Returns the numbers of rows read, or none where
+/// the reader closed it.
 ///
 /// # Errors
 /// See [`RecommendError`].
-pub fn to_terminal(options: &Options, format: Format) -> Result<Option<RowCounts>, RecommendError> {
+pub fn to_terminal(
+    options: &RecommendOptions,
+    format: RecommendationFormat,
+) -> Result<Option<RowCounts>, RecommendError> {
     unless_closed(write(options, format, io::stdout(), Path::new("the standard output")), true)
 }
 
 fn write(
-    options: &Options,
-    format: Format,
+    options: &RecommendOptions,
+    format: RecommendationFormat,
     out: impl io::Write + Send,
     path: &Path,
 ) -> Result<RowCounts, RecommendError> {
     let at = |source| RecommendError::Write { path: path.to_owned(), source };
-    let mut writer = Writer::new(format, BufWriter::new(out)).map_err(at)?;
+    let mut writer = RecommendationWriter::new(format, BufWriter::new(out)).map_err(at)?;
     let counts = recommend(options, |session| writer.write(session).map_err(at))?;
     writer.finish().map_err(at)?;
     Ok(counts)
@@ -175,18 +176,19 @@ fn unless_closed<T>(
     }
 }
 
-/// Rows of events that are asked about at once, except for a session that has more.
-const ROWS: usize = 4096;
+/// Most events of a request, unless a single session has more.
+const MAX_REQUEST_EVENTS: usize = 4096;
 
-/// Recommends for each session of more than one event, in the order of their first events. Gives back what has been read.
+/// Passes the recommendations of every session of more than one event to `each`, in the order of
+/// their first events. Returns the numbers of rows read.
 ///
 /// # Errors
 /// See [`RecommendError`].
 pub fn recommend(
-    options: &Options,
+    options: &RecommendOptions,
     mut each: impl FnMut(&Session<'_>) -> Result<(), RecommendError>,
 ) -> Result<RowCounts, RecommendError> {
-    let Options { name, device, .. } = options;
+    let RecommendOptions { name, device, .. } = options;
     etl::check_distinct(&options.events)?;
     let of_model = |fault| RecommendError::Model { model: name.clone(), fault };
     let repository = Repository::open(&options.repository, (*device, 1), Arc::new(Metrics::default()))?;
@@ -221,7 +223,7 @@ pub fn recommend(
     if found { Ok(counts) } else { Err(RecommendError::NoSession { n_events: events.len() }) }
 }
 
-/// Sessions of more than one event, a request's worth at a time.
+/// Sessions of more than one event, grouped into requests.
 fn chunks(events: &[RawEvent], max_sessions: usize) -> Vec<Vec<Vec<&RawEvent>>> {
     let mut order = BTreeMap::new();
     let mut places: HashMap<&str, usize> = HashMap::new();
@@ -235,7 +237,7 @@ fn chunks(events: &[RawEvent], max_sessions: usize) -> Vec<Vec<Vec<&RawEvent>>> 
     for session in order.into_values().filter(|session: &Vec<&RawEvent>| session.len() > 1) {
         n_rows += session.len();
         match chunks.last_mut() {
-            Some(chunk) if n_rows <= ROWS && chunk.len() < max_sessions => chunk.push(session),
+            Some(chunk) if n_rows <= MAX_REQUEST_EVENTS && chunk.len() < max_sessions => chunk.push(session),
             _ => {
                 n_rows = session.len();
                 chunks.push(vec![session]);
@@ -245,7 +247,7 @@ fn chunks(events: &[RawEvent], max_sessions: usize) -> Vec<Vec<Vec<&RawEvent>>> 
     chunks
 }
 
-/// What the model said of a request, row by row.
+/// Outputs of the model for a request, by row.
 struct Answers<'a> {
     sessions: Vec<&'a str>,
     ids: Vec<i64>,

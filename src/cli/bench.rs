@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 
 use bireme_base::console;
+use bireme_tools::launch::{Launch, Launcher};
+use bireme_tools::scaling::TABLE;
+use bireme_tools::scaling::predict::Link;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Failure, explain};
 use crate::config::TableLayout;
-use crate::scaling::predict::Link;
-use crate::scaling::{self, Launch, Launcher, Options, ScalingError};
+use crate::scaling::{self, ScalingError, ScalingOptions};
 
 #[derive(Args)]
 pub(super) struct BenchArgs {
@@ -83,8 +85,8 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 impl ScalingArgs {
-    fn options(&self) -> Result<Options, std::io::Error> {
-        Ok(Options {
+    fn options(&self) -> Result<ScalingOptions, std::io::Error> {
+        Ok(ScalingOptions {
             config: self.config.clone(),
             data: self.data.clone(),
             set: self.set.clone(),
@@ -121,6 +123,6 @@ pub(super) fn bench(args: &BenchArgs) -> Result<(), Failure> {
         message: Some(explain(&error, error.hint().as_deref())),
     };
     scaling::scaling(&options, &mut console::log).map_err(failed)?;
-    console::note(&options.out.join(scaling::TABLE).display().to_string());
+    console::note(&options.out.join(TABLE).display().to_string());
     Ok(())
 }

@@ -15,6 +15,11 @@ use bireme_base::output::{self, OutputError, OutputFile};
 use bireme_base::{console, message};
 use bireme_serve::service::Limits;
 use bireme_serve::{Addresses, logs};
+use bireme_tools::findings;
+use bireme_tools::report as run_reports;
+use bireme_tools::run_dir::CONFIG;
+use bireme_tools::sink::{Sink, is_gzip};
+use bireme_tools::synth::{self, SynthError, SynthOptions};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tch::Kind;
@@ -29,10 +34,7 @@ use crate::doctor;
 use crate::etl;
 use crate::export::{self, ExportError, Exported};
 use crate::recommend;
-use crate::report::runs::CONFIG;
-use crate::report::{self, Report, compare, evaluations, runs};
-use crate::sink::{Sink, is_gzip};
-use crate::synth::{self, SynthError, SynthOptions};
+use crate::report::{Report, evaluations};
 use crate::train::{
     Dataset, Ended, ImportedWeights, Purpose, RankContext, Signals, TrainError, TrainedRun, Training,
     check_memory, item_table,
@@ -359,7 +361,7 @@ struct RecommendArgs {
     device: DeviceArg,
 }
 
-/// As [`recommend::Format`], on the command line.
+/// As [`recommend::RecommendationFormat`], on the command line.
 #[derive(Clone, Copy, ValueEnum)]
 enum FormatArg {
     /// A block for each session
@@ -854,7 +856,7 @@ fn serve(args: &ServeArgs) -> Result<(), Failure> {
 
 fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
     clean_up_on_signals()?;
-    let options = recommend::Options {
+    let options = recommend::RecommendOptions {
         repository: args.repository.clone(),
         name: args.name.clone(),
         events: args.events.clone(),
@@ -865,13 +867,13 @@ fn recommend(args: &RecommendArgs) -> Result<(), Failure> {
         device: args.device.place(0)?.device,
     };
     let format = match args.format {
-        FormatArg::Table => recommend::Format::Table,
-        FormatArg::Json => recommend::Format::Json,
-        FormatArg::Csv => recommend::Format::Csv,
-        FormatArg::Parquet => recommend::Format::Parquet,
+        FormatArg::Table => recommend::RecommendationFormat::Table,
+        FormatArg::Json => recommend::RecommendationFormat::Json,
+        FormatArg::Csv => recommend::RecommendationFormat::Csv,
+        FormatArg::Parquet => recommend::RecommendationFormat::Parquet,
     };
     let done = match &args.out {
-        Some(out) if format == recommend::Format::Parquet && is_gzip(out) => {
+        Some(out) if format == recommend::RecommendationFormat::Parquet && is_gzip(out) => {
             let problem = "parquet is compressed already: leave out `.gz`".to_owned();
             return Err(OutputError::Refused { path: out.clone(), problem }.into());
         }
@@ -952,24 +954,25 @@ fn import_weights(args: &ImportArgs) -> Result<(), Failure> {
 fn report(args: &ReportArgs) -> Result<(), Failure> {
     clean_up_on_signals()?;
     let refused = |error: &dyn Error| Failure::refused(error, None);
-    let failed = |error: report::WriteError| Failure {
+    let failed = |error: run_reports::WriteError| Failure {
         exit_code: error.exit_code(),
         message: Some(explain(&error, None)),
     };
-    let folder = report::create(&args.out, &args.runs, args.overwrite, &mut console::log).map_err(failed)?;
-    let runs = runs::read(&args.runs).map_err(|error| refused(&error))?;
-    let comparison = compare::compare(&runs, args.resamples).map_err(|error| refused(&error))?;
-    report::write(folder, &comparison).map_err(failed)?;
+    let folder =
+        run_reports::create(&args.out, &args.runs, args.overwrite, &mut console::log).map_err(failed)?;
+    let runs = run_reports::runs::read(&args.runs).map_err(|error| refused(&error))?;
+    let comparison = run_reports::compare::compare(&runs, args.resamples).map_err(|error| refused(&error))?;
+    run_reports::write(folder, &comparison).map_err(failed)?;
     for warning in &comparison.warnings {
         console::log(&format!("warning: {warning}"));
     }
-    print(&args.out.join(report::PAGE).display().to_string())
+    print(&args.out.join(run_reports::PAGE).display().to_string())
 }
 
 fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
     let (place, collective, ()) =
         join(|| Ok::<_, std::convert::Infallible>(((args.device.choice(), 0), ())))?;
-    let usable = collective.root().map_or(Ok(()), |_| doctor::check_folder(&args.dir));
+    let usable = collective.root().map_or(Ok(()), |_| findings::check_folder(&args.dir));
     agree(&*collective, usable, |_| None)?;
     let file = args.json.as_ref().filter(|_| collective.root().is_some());
     let file = file.map(|file| OutputFile::create(file, &mut console::log)).transpose();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bireme_base::lock::{Lock, LockError};
 use bireme_base::output;
+use bireme_tools::run_dir::{CONFIG, LOCK, RUN};
 
 use super::{Job, ResumeArg, TrainArgs, TrainCommand};
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints};
@@ -14,7 +15,6 @@ use crate::config::{Config, ConfigError};
 use crate::device;
 use crate::etl;
 use crate::export;
-use crate::report::runs::{CONFIG, LOCK, RUN};
 use crate::report::{self, evaluations};
 use crate::train::Dataset;
 

@@ -16,6 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bireme_base::output::{self, OutputEntries, OutputError};
+use bireme_tools::run_dir::CONFIG;
 use tch::{Device, Kind};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, State};
@@ -24,7 +25,6 @@ use crate::data::{DataError, Features};
 use crate::etl::serving::{ModelColumn, Preprocessor, ServingSettings};
 use crate::etl::{Coded, SCHEMA, Schema, Value, WORKFLOW, Workflow};
 use crate::model::{Network, Neural};
-use crate::report::runs::CONFIG;
 
 pub use repository::{EtlBackend, Names};
 pub use script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};

@@ -3,27 +3,28 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use bireme_tools::columns::{write_optional, write_required};
+use bireme_tools::table::{self, Align};
 use parquet::basic::Compression;
-use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DataType, DoubleType, Int64Type};
-use parquet::errors::ParquetError;
+use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int64Type};
 use parquet::file::properties::WriterProperties;
-use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
+use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use serde::Serialize;
 
 use super::{Recommendation, Session};
 use crate::etl::ProductInWords;
 
-/// Forms in which recommendations are written.
+/// How recommendations are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// For people: a block for each session.
+pub enum RecommendationFormat {
+    /// For people: a block per session.
     Table,
-    /// A line with an object for each session.
+    /// A line with an object per session.
     Json,
-    /// A row for each product seen or recommended.
+    /// A row per product seen or recommended.
     Csv,
-    /// The rows of [`Format::Csv`].
+    /// The rows of [`RecommendationFormat::Csv`].
     Parquet,
 }
 
@@ -39,7 +40,7 @@ struct Row<'a> {
     brand: Option<&'a str>,
     category_code: Option<&'a str>,
     price: f64,
-    /// None of what was seen.
+    /// None in the list `seen`.
     score: Option<f64>,
     /// Whether the session's recommendations are the most popular items.
     fallback: bool,
@@ -66,38 +67,36 @@ fn rows<'a>(session: &'a Session<'_>) -> impl Iterator<Item = Row<'a>> {
 }
 
 /// Writes sessions one after the other.
-pub struct Writer<W: Write + Send>(Kind<W>);
+pub struct RecommendationWriter<W: Write + Send>(Encoder<W>);
 
-enum Kind<W: Write + Send> {
+enum Encoder<W: Write + Send> {
     Table(W),
     Json(W),
     Csv(Box<csv::Writer<W>>),
-    Parquet(Box<SerializedFileWriter<W>>, Vec<Kept>),
+    Parquet(Box<SerializedFileWriter<W>>, Vec<ParquetRow>),
 }
 
-/// Rows of a group of a parquet file.
-const GROUP: usize = 1 << 16;
+/// Least rows of a row group.
+const GROUP_ROWS: usize = 1 << 16;
 
 const SCHEMA: &str = "message recommendations {
     required binary session (utf8); required binary list (utf8); required int64 place; required int64 product_id;
     optional binary brand (utf8); optional binary category_code (utf8); required double price; optional double score;
     required boolean fallback; }";
 
-impl<W: Write + Send> Writer<W> {
-    /// Begins.
-    ///
+impl<W: Write + Send> RecommendationWriter<W> {
     /// # Errors
-    /// What the writer says.
-    pub fn new(format: Format, out: W) -> io::Result<Self> {
+    /// Returns an error if a write fails.
+    pub fn new(format: RecommendationFormat, out: W) -> io::Result<Self> {
         Ok(Self(match format {
-            Format::Table => Kind::Table(out),
-            Format::Json => Kind::Json(out),
-            Format::Csv => Kind::Csv(Box::new(csv::Writer::from_writer(out))),
-            Format::Parquet => {
+            RecommendationFormat::Table => Encoder::Table(out),
+            RecommendationFormat::Json => Encoder::Json(out),
+            RecommendationFormat::Csv => Encoder::Csv(Box::new(csv::Writer::from_writer(out))),
+            RecommendationFormat::Parquet => {
                 let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();
                 let schema = Arc::new(parse_message_type(SCHEMA)?);
                 let file = SerializedFileWriter::new(out, schema, Arc::new(properties))?;
-                Kind::Parquet(Box::new(file), Vec::new())
+                Encoder::Parquet(Box::new(file), Vec::new())
             }
         }))
     }
@@ -105,18 +104,20 @@ impl<W: Write + Send> Writer<W> {
     /// Writes a session.
     ///
     /// # Errors
-    /// What the writer says.
+    /// Returns an error if a write fails.
     pub fn write(&mut self, session: &Session<'_>) -> io::Result<()> {
         match &mut self.0 {
-            Kind::Table(out) => write_table(session, out),
-            Kind::Json(out) => {
+            Encoder::Table(out) => write_table(session, out),
+            Encoder::Json(out) => {
                 serde_json::to_writer(&mut *out, session)?;
                 out.write_all(b"\n")
             }
-            Kind::Csv(out) => rows(session).try_for_each(|row| out.serialize(row)).map_err(io::Error::from),
-            Kind::Parquet(file, kept) => {
-                kept.extend(rows(session).map(Kept::from));
-                if kept.len() < GROUP {
+            Encoder::Csv(out) => {
+                rows(session).try_for_each(|row| out.serialize(row)).map_err(io::Error::from)
+            }
+            Encoder::Parquet(file, kept) => {
+                kept.extend(rows(session).map(ParquetRow::from));
+                if kept.len() < GROUP_ROWS {
                     return Ok(());
                 }
                 write_group(file, &std::mem::take(kept))
@@ -124,15 +125,15 @@ impl<W: Write + Send> Writer<W> {
         }
     }
 
-    /// Ends, and gives back what was written to.
+    /// Writes what is buffered, and returns the inner writer.
     ///
     /// # Errors
-    /// What the writer says.
+    /// Returns an error if a write fails.
     pub fn finish(self) -> io::Result<W> {
         let mut out = match self.0 {
-            Kind::Table(out) | Kind::Json(out) => out,
-            Kind::Csv(out) => out.into_inner().map_err(|error| error.into_error())?,
-            Kind::Parquet(mut file, kept) => {
+            Encoder::Table(out) | Encoder::Json(out) => out,
+            Encoder::Csv(out) => out.into_inner().map_err(|error| error.into_error())?,
+            Encoder::Parquet(mut file, kept) => {
                 write_group(&mut file, &kept)?;
                 file.into_inner()?
             }
@@ -142,49 +143,46 @@ impl<W: Write + Send> Writer<W> {
     }
 }
 
-/// A block like this, as wide as its longest texts:
+/// Writes a block like this:
 ///
 /// ```text
 /// session 81ef7ee3
 ///   seen
-///     1  1004856  samsung  electronics.smartphone   130.76
+///     1  1004856  samsung  electronics.smartphone  130.76
 ///   recommended
-///     1  1004767  samsung  electronics.smartphone   246.52  12.41
+///     1  1004767  samsung  electronics.smartphone  246.52  12.41
 /// ```
 fn write_table(session: &Session<'_>, out: &mut dyn Write) -> io::Result<()> {
-    let cells = |product: &ProductInWords<'_>| {
+    let cells = |place: usize, product: &ProductInWords<'_>, score: String| {
         let text = |text: Option<&str>| text.unwrap_or("-").to_owned();
-        let price = format!("{:.2}", product.price);
-        [product.product_id.to_string(), text(product.brand), text(product.category_code), price]
+        [
+            format!("{place:3}"),
+            product.product_id.to_string(),
+            text(product.brand),
+            text(product.category_code),
+            format!("{:.2}", product.price),
+            score,
+        ]
     };
-    let seen: Vec<_> = session.seen.iter().map(|product| (cells(product), String::new())).collect();
-    let recommended = session.recommended.iter();
-    let recommended: Vec<_> =
-        recommended.map(|of| (cells(&of.product), format!("{:.2}", of.score))).collect();
-    let mut widths = [0; 4];
-    for (cells, _) in seen.iter().chain(&recommended) {
-        for (width, cell) in widths.iter_mut().zip(cells) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    let [id_width, brand_width, category_width, price_width] = widths;
+    let seen = (1..).zip(&session.seen).map(|(place, product)| cells(place, product, String::new()));
+    let recommended = (1..).zip(&session.recommended);
+    let recommended = recommended.map(|(place, of)| cells(place, &of.product, format!("{:.2}", of.score)));
+    // One table, so that the columns of both lists are equally wide.
+    let rows: Vec<_> = seen.chain(recommended).collect();
+    let columns = [Align::Right, Align::Left, Align::Left, Align::Left, Align::Right, Align::Left];
+    let lines = table::aligned(columns, &rows);
+    let (seen, recommended) = lines.split_at(session.seen.len());
     writeln!(out, "session {}", session.session)?;
     let title = if session.fallback { "recommended, by popularity" } else { "recommended" };
-    for (title, products) in [("seen", seen), (title, recommended)] {
+    for (title, lines) in [("seen", seen), (title, recommended)] {
         writeln!(out, "  {title}")?;
-        for (place, ([id, brand, category, price], score)) in (1..).zip(products) {
-            let line = format!(
-                "    {place:>3}  {id:id_width$}  {brand:brand_width$}  {category:category_width$}  \
-                 {price:>price_width$}  {score}"
-            );
-            writeln!(out, "{}", line.trim_end())?;
-        }
+        lines.iter().try_for_each(|line| writeln!(out, "    {line}"))?;
     }
     Ok(())
 }
 
-/// A row that is kept until its group is written.
-struct Kept {
+/// A row buffered for its group.
+struct ParquetRow {
     /// Session, list, brand and category code.
     texts: [Option<ByteArray>; 4],
     place: i64,
@@ -194,7 +192,7 @@ struct Kept {
     fallback: bool,
 }
 
-impl From<Row<'_>> for Kept {
+impl From<Row<'_>> for ParquetRow {
     fn from(row: Row<'_>) -> Self {
         let texts = [Some(row.session), Some(row.list), row.brand, row.category_code];
         Self {
@@ -208,33 +206,22 @@ impl From<Row<'_>> for Kept {
     }
 }
 
-fn write_group<W: Write + Send>(file: &mut SerializedFileWriter<W>, rows: &[Kept]) -> io::Result<()> {
+fn write_group<W: Write + Send>(file: &mut SerializedFileWriter<W>, rows: &[ParquetRow]) -> io::Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
     let mut group = file.next_row_group()?;
     let text = |number: usize| rows.iter().map(move |row| row.texts[number].clone());
-    write_column::<_, ByteArrayType>(&mut group, false, text(0))?;
-    write_column::<_, ByteArrayType>(&mut group, false, text(1))?;
-    write_column::<_, Int64Type>(&mut group, false, rows.iter().map(|row| Some(row.place)))?;
-    write_column::<_, Int64Type>(&mut group, false, rows.iter().map(|row| Some(row.product_id)))?;
-    write_column::<_, ByteArrayType>(&mut group, true, text(2))?;
-    write_column::<_, ByteArrayType>(&mut group, true, text(3))?;
-    write_column::<_, DoubleType>(&mut group, false, rows.iter().map(|row| Some(row.price)))?;
-    write_column::<_, DoubleType>(&mut group, true, rows.iter().map(|row| row.score))?;
-    write_column::<_, BoolType>(&mut group, false, rows.iter().map(|row| Some(row.fallback)))?;
+    // Session and list are never missing.
+    write_required::<_, ByteArrayType>(&mut group, text(0).flatten())?;
+    write_required::<_, ByteArrayType>(&mut group, text(1).flatten())?;
+    write_required::<_, Int64Type>(&mut group, rows.iter().map(|row| row.place))?;
+    write_required::<_, Int64Type>(&mut group, rows.iter().map(|row| row.product_id))?;
+    write_optional::<_, ByteArrayType>(&mut group, text(2))?;
+    write_optional::<_, ByteArrayType>(&mut group, text(3))?;
+    write_required::<_, DoubleType>(&mut group, rows.iter().map(|row| row.price))?;
+    write_optional::<_, DoubleType>(&mut group, rows.iter().map(|row| row.score))?;
+    write_required::<_, BoolType>(&mut group, rows.iter().map(|row| row.fallback))?;
     group.close()?;
     Ok(())
-}
-
-fn write_column<W: Write + Send, T: DataType>(
-    group: &mut SerializedRowGroupWriter<'_, W>,
-    is_optional: bool,
-    values: impl Iterator<Item = Option<T::T>> + Clone,
-) -> Result<(), ParquetError> {
-    let levels: Vec<i16> = values.clone().map(|value| value.is_some().into()).collect();
-    let values: Vec<T::T> = values.flatten().collect();
-    let mut column = group.next_column()?.expect("as many columns as the schema names");
-    column.typed::<T>().write_batch(&values, is_optional.then_some(&levels), None)?;
-    column.close()
 }

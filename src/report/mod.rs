@@ -1,19 +1,7 @@
-//! What a run says of itself, and what several runs say beside each other.
-//!
-//! [`Report`] writes `metrics.jsonl` and lines or a bar on the terminal while a run goes on, [`write_results`] and
-//! [`evaluations`] what it leaves behind. Only rank 0 speaks; on the others every call does nothing.
-//!
-//! `bireme report` reads what finished runs left: run directories → [`runs`] → [`compare`] (figures, with intervals
-//! by [`bootstrap`]) → `charts`, `tables` and `pages` → a folder, written by [`write()`].
+//! The log of a run: `metrics.jsonl`, `results.txt`, `evaluations/`, and lines or a progress bar on
+//! the terminal. Rank 0 writes; on all other ranks every call does nothing.
 
 pub mod evaluations;
-pub mod runs;
-pub mod bootstrap;
-pub mod compare;
-mod charts;
-mod tables;
-mod pages;
-mod write;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -22,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bireme_base::{console, output};
+use bireme_tools::report::results_text;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -29,97 +18,89 @@ use crate::collective::Root;
 use crate::data::Split;
 use crate::metrics::Metrics;
 
-pub use charts::ChartError;
-pub(crate) use charts::{Line, rates};
-pub use write::{PAGE, WriteError, create, write};
-
-/// File of a run directory: its records, one JSON object a line.
-pub(crate) const METRICS: &str = "metrics.jsonl";
-
-/// File of a run directory, and of a report: the metrics of the last evaluation.
-pub(crate) const RESULTS: &str = "results.txt";
+pub(crate) use bireme_tools::run_dir::{METRICS, RESULTS};
 
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {
-    /// Now and then while training.
+    /// Every `train.log_every_steps` steps.
     Step {
-        /// The day trained on.
+        /// Day trained on.
         day: i64,
-        /// Pass over the day, from 0.
+        /// From 0.
         epoch: usize,
-        /// Steps of the day that are done.
+        /// Finished steps of the day.
         step: usize,
-        /// Mean cross entropy over the targets of this step's global batch.
+        /// Mean cross entropy over the targets of the global batch.
         loss: f64,
-        /// Those targets.
+        /// Targets of the global batch.
         n_targets: usize,
         /// Learning rate of this step.
         lr: f64,
-        /// Sessions of all ranks a second, since the last such line.
+        /// Over all ranks, since the last such line.
         sessions_per_s: f64,
     },
-    /// With each step's line, if `train.time_phases`: what rank 0 spent the time on since the last one.
+    /// With every `Step`, if `train.time_phases`.
     Phases {
-        /// The day trained on.
+        /// Day trained on.
         day: i64,
-        /// Steps of the day that are done.
+        /// Finished steps of the day.
         step: usize,
-        /// Seconds of each phase in a step, on average.
+        /// Mean seconds per step of rank 0 since the last such line, by phase.
         #[serde(flatten)]
         seconds: BTreeMap<&'static str, f64>,
     },
-    /// After training on a day.
+    /// After each day of training.
     Day {
-        /// The day trained on.
+        /// Day trained on.
         day: i64,
-        /// Sessions trained on, those of all epochs and ranks.
+        /// Sessions of all epochs and ranks.
         n_sessions: usize,
         /// Wall time of training, without evaluation.
         seconds: f64,
-        /// Sessions of all ranks a second.
+        /// Over all ranks.
         sessions_per_s: f64,
     },
-    /// A step whose loss or gradient was not finite, and which was left out.
+    /// A step that was skipped because its loss or gradient was not finite.
     Skipped {
-        /// The day trained on.
+        /// Day trained on.
         day: i64,
-        /// The step of the day, from 1.
+        /// Step of the day, from 1.
         step: usize,
-        /// Its mean loss.
+        /// Mean over targets.
         loss: f64,
-        /// Norm of its gradient.
+        /// Norm of the gradient.
         norm: f64,
     },
-    /// A checkpoint was begun.
+    /// The start of a checkpoint.
     Checkpoint {
-        /// The day trained on.
+        /// Day trained on.
         day: i64,
-        /// Steps of the day that are done.
+        /// Finished steps of the day.
         step: usize,
-        /// How long training waited for it.
+        /// Time for which training was blocked.
         waited_seconds: f64,
     },
-    /// After every day.
+    /// An evaluation.
     Eval {
-        /// The day trained on last.
+        /// Last day trained on.
         train_day: i64,
-        /// The day evaluated on.
+        /// Day evaluated on.
         eval_day: i64,
-        /// Which of its parts.
+        /// Part of that day.
         split: Split,
-        /// The figures.
+        /// Means over its sessions.
         #[serde(flatten)]
         metrics: Metrics,
-        /// Share of the items that may be recommended that are in the top 20 of at least one session.
+        /// Share of the catalogue that is in the top 20 of at least one session.
         coverage_at_20: f64,
         /// Wall time of the evaluation.
         seconds: f64,
     },
 }
 
-/// The log could not be written.
+/// The records or results could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write `{path}`")]
 pub struct ReportError {
@@ -127,7 +108,7 @@ pub struct ReportError {
     pub(crate) source: io::Error,
 }
 
-/// Where a run's records go.
+/// The log of a run: active on the root, silent elsewhere.
 pub struct Report {
     root: Option<RootReport>,
 }
@@ -136,34 +117,42 @@ struct RootReport {
     path: PathBuf,
     records: File,
     bar: Option<ProgressBar>,
-    /// When the day began here, the steps done then, and all its steps.
-    day: (Instant, usize, usize),
+    day: DayProgress,
+}
+
+/// For the estimate of the remaining time.
+struct DayProgress {
+    start: Instant,
+    /// Steps finished before `start`, by the run that is resumed.
+    n_before: usize,
+    n_steps: usize,
 }
 
 impl Report {
-    /// Opens `run_dir/metrics.jsonl` on the root and leaves the first `n_bytes` of it; silent elsewhere.
+    /// Opens `run_dir/metrics.jsonl` on the root and truncates it to `n_bytes`.
     ///
     /// # Errors
-    /// The file cannot be opened, or is shorter.
+    /// Returns an error if the file cannot be opened or is shorter.
     pub fn open(root: Option<Root>, run_dir: &Path, n_bytes: u64) -> Result<Self, ReportError> {
         let Some(_) = root else { return Ok(Self { root: None }) };
         let path = run_dir.join(METRICS);
         let open = || {
             let records = OpenOptions::new().create(true).append(true).open(&path)?;
             if records.metadata()?.len() < n_bytes {
-                let problem = format!("the checkpoint was written after {n_bytes} bytes of it, it has fewer");
+                let problem = format!("it is shorter than the {n_bytes} bytes that the checkpoint recorded");
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, problem));
             }
             records.set_len(n_bytes).map(|()| records)
         };
         let records = open().map_err(|source| ReportError { path: path.clone(), source })?;
-        Ok(Self { root: Some(RootReport { path, records, bar: None, day: (Instant::now(), 0, 0) }) })
+        let day = DayProgress { start: Instant::now(), n_before: 0, n_steps: 0 };
+        Ok(Self { root: Some(RootReport { path, records, bar: None, day }) })
     }
 
-    /// Forces the records to disk, and returns how many bytes they are; 0 where there are none.
+    /// Forces the records to disk and returns their size in bytes, 0 on other ranks.
     ///
     /// # Errors
-    /// The disk is full, say.
+    /// Returns an error if the sync fails.
     pub fn sync(&self) -> Result<u64, ReportError> {
         let Some(root) = &self.root else { return Ok(0) };
         let synced = root.records.sync_all().and_then(|()| root.records.metadata());
@@ -171,12 +160,12 @@ impl Report {
         Ok(metadata.len())
     }
 
-    /// A day begins, of whose `n_steps` steps `n_done` are done.
+    /// Starts a day, of whose `n_steps` steps `n_done` are finished.
     pub fn begin_day(&mut self, day: i64, (n_done, n_steps): (usize, usize), n_sessions: usize) {
         let done = if n_done > 0 { format!(", {n_done} of them done") } else { String::new() };
         self.say(&format!("day {day}: {n_sessions} sessions, {n_steps} steps{done}"));
         let Some(root) = &mut self.root else { return };
-        root.day = (Instant::now(), n_done, n_steps);
+        root.day = DayProgress { start: Instant::now(), n_before: n_done, n_steps };
         if io::stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
             let style =
@@ -191,24 +180,24 @@ impl Report {
         }
     }
 
-    /// A step is done.
+    /// Counts a finished step.
     pub fn tick(&self) {
         if let Some(bar) = self.root.as_ref().and_then(|root| root.bar.as_ref()) {
             bar.inc(1);
         }
     }
 
-    /// The day is done.
+    /// Removes the progress bar of the day.
     pub fn end_day(&mut self) {
         if let Some(bar) = self.root.as_mut().and_then(|root| root.bar.take()) {
             bar.finish_and_clear();
         }
     }
 
-    /// Writes a record, and says it.
+    /// Writes a record, and logs it as text.
     ///
     /// # Errors
-    /// The disk is full, say.
+    /// Returns an error if the write fails.
     pub fn record(&mut self, record: &Record) -> Result<(), ReportError> {
         let Some(root) = &mut self.root else { return Ok(()) };
         let mut line = serde_json::to_string(record).expect("a record is JSON");
@@ -221,9 +210,9 @@ impl Report {
                 if let Some(bar) = &root.bar {
                     bar.set_message(figures);
                 } else {
-                    let (begun, n_before, n_steps) = root.day;
-                    let seconds_a_step = begun.elapsed().as_secs_f64() / (step - n_before) as f64;
-                    let left = seconds_a_step * (n_steps - step) as f64;
+                    let DayProgress { start, n_before, n_steps } = root.day;
+                    let step_seconds = start.elapsed().as_secs_f64() / (step - n_before) as f64;
+                    let left = step_seconds * (n_steps - step) as f64;
                     self.say(&format!(
                         "day {day}  epoch {epoch}  step {step:5}  {figures}  {left:5.0} s left"
                     ));
@@ -266,7 +255,7 @@ impl Report {
     }
 }
 
-/// The figures of an evaluation on one line.
+/// The metrics of an evaluation on one line.
 pub fn figures(metrics: &Metrics) -> String {
     let Metrics { n_sessions, loss, ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20, mrr_at_20 } = metrics;
     let loss = if loss.is_nan() { "  none".to_owned() } else { format!("{loss:.4}") };
@@ -276,21 +265,13 @@ pub fn figures(metrics: &Metrics) -> String {
     )
 }
 
-/// Writes `run_dir/results.txt`: a title, then the metrics of the last evaluation as `key:value`.
+/// Writes `run_dir/results.txt`, the metrics of the last evaluation.
 ///
 /// # Errors
-/// The disk is full, say.
+/// Returns an error if a write fails.
 pub fn write_results(_: Root, run_dir: &Path, title: &str, metrics: &Metrics) -> Result<(), ReportError> {
     let path = run_dir.join(RESULTS);
-    output::write(&path, results(title, metrics).as_bytes())
-        .map_err(|error| ReportError { path, source: error.into() })
-}
-
-/// A title, then metrics as `key:value`, a line each.
-pub(crate) fn results(title: &str, metrics: &Metrics) -> String {
-    format!(
-        "{title} accuracy results:\nnext-item/ndcg_at_10:{}\nnext-item/ndcg_at_20:{}\n\
-         next-item/recall_at_10:{}\nnext-item/recall_at_20:{}\n",
-        metrics.ndcg_at_10, metrics.ndcg_at_20, metrics.recall_at_10, metrics.recall_at_20
-    )
+    let &Metrics { ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20, .. } = metrics;
+    let text = results_text(title, [ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20]);
+    output::write(&path, text.as_bytes()).map_err(|error| ReportError { path, source: error.into() })
 }

@@ -1,20 +1,20 @@
-//! How well the next item can be told at all: the law of the shop, turned round.
+//! The best reachable Recall@20, from the law of the shop.
 //!
-//! An oracle that knows the shop, but not what a session is after, weighs the intents by Bayes' rule, item by
-//! item, and ranks the items by their exact probability of coming next. No model can expect a higher
-//! Recall@20 than it.
+//! An oracle that knows the shop, but not the intent of a session, updates the posterior over
+//! intents by Bayes' rule after each item and ranks the items by their exact probability of being
+//! the next. No model can expect a higher Recall@20.
 //!
-//! All categories of which no item was seen explain the items equally well, so the filter keeps one
-//! likelihood for all intents that differ in such categories only.
+//! Categories without an observed item are equally likely given the observations, so the filter
+//! keeps one likelihood for all intents that differ in such categories only.
 
 use rand_chacha::ChaCha8Rng;
 
 use super::session::Visit;
 use super::shop::{INTENT_PERCENT, NEIGHBOUR_PERCENT, NEIGHBOUR_PERCENTS, SWITCH_PERCENT, Shop};
 
-/// Cutoff of the Recall.
+/// K of Recall@K.
 const CUTOFF: usize = 20;
-/// Items of a session that count, as in the evaluation of a model.
+/// Sessions are cut to this many items, as in the evaluation of a model.
 const MAX_LENGTH: usize = 20;
 
 const P_NEIGHBOUR: f64 = NEIGHBOUR_PERCENT as f64 / 100.0;
@@ -22,22 +22,22 @@ const P_INTENT: f64 = INTENT_PERCENT as f64 / 100.0;
 const P_ANY: f64 = 1.0 - P_NEIGHBOUR - P_INTENT;
 const P_SWITCH: f64 = SWITCH_PERCENT as f64 / 100.0;
 
-/// Recall@20 of the last item of a session from the items before it, for three predictors that know the shop.
+/// Recall@20 of predicting the last item of a session from the items before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Reach {
     /// Sessions drawn for the estimate; its standard error is at most `0.5 / sqrt(sessions)`.
     pub sessions: u32,
-    /// Always the 20 most popular items.
+    /// Recommends the 20 most popular items to every session.
     pub popularity: f64,
-    /// What the last item alone allows: the oracle's guess as if the session began with it.
+    /// The oracle, given only the last item, as if the session started with it.
     pub first_order: f64,
-    /// The best that all items of the session allow.
+    /// The oracle, given all items: an upper bound for every model.
     pub whole_session: f64,
 }
 
 impl Reach {
-    /// Draws `n_sessions` sessions of two items or more from `shop`, and lets the predictors guess the last
-    /// item of each (the 20th of longer ones).
+    /// Draws `n_sessions` sessions of two items or more and predicts the last item of each (the
+    /// 20th of longer ones).
     pub(super) fn estimate(shop: &Shop, n_sessions: u32, rng: &mut ChaCha8Rng) -> Self {
         let mut items = Vec::with_capacity(MAX_LENGTH);
         let mut hits = [0u32; 3];
@@ -67,7 +67,7 @@ impl Reach {
     }
 }
 
-/// Replaces `items` by those of a new session of `day`, without repeats, the first 20 of them.
+/// Replaces `items` by the first 20 of a new session on `day`, without consecutive repeats.
 fn draw_items(shop: &Shop, day: u32, items: &mut Vec<u32>, rng: &mut ChaCha8Rng) {
     let mut visit = Visit::begin(shop, day, rng);
     items.clear();
@@ -79,17 +79,16 @@ fn draw_items(shop: &Shop, day: u32, items: &mut Vec<u32>, rng: &mut ChaCha8Rng)
     }
 }
 
-/// One of the two categories of an intent, as far as the items seen tell them apart.
+/// One of the two categories of an intent, with all categories without an observed item merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
-    /// A category of which an item was seen, by its index in [`Filter::seen`].
+    /// Index into [`Filter::seen`].
     Seen(usize),
-    /// All the others.
     Unseen,
 }
 
-/// The chance that a step by the intent goes to category `to` (to any of the unseen ones together) after an
-/// item of category `from`, one of those seen (nothing at the first item).
+/// Probability that a step by the intent goes to category `to` (for `Unseen`: to any of them) after
+/// an item of category `from`; `from` is `None` at the first item.
 fn p_category(intent: [Slot; 2], from: Option<Slot>, to: Slot) -> f64 {
     let chances = match intent.map(|category| Some(category) == from) {
         [true, false] => [1.0 - P_SWITCH, P_SWITCH],
@@ -99,14 +98,14 @@ fn p_category(intent: [Slot; 2], from: Option<Slot>, to: Slot) -> f64 {
     intent.iter().zip(chances).filter(|&(&category, _)| category == to).map(|(_, p)| p).sum()
 }
 
-/// The part of a step's law that is the same for all intents.
-struct Step {
+/// The part of the next item's law that does not depend on the intent.
+struct IntentFreeLaw {
     neighbours: [u32; NEIGHBOUR_PERCENTS.len()],
-    /// Chance of any item, for each unit of its weight.
+    /// Probability per unit of an item's weight of being drawn as "any item".
     any: f64,
 }
 
-impl Step {
+impl IntentFreeLaw {
     fn chance(&self, shop: &Shop, item: u32) -> f64 {
         let percents = self.neighbours.iter().zip(NEIGHBOUR_PERCENTS).filter(|&(&other, _)| other == item);
         let beside: u32 = percents.map(|(_, percent)| percent).sum();
@@ -118,14 +117,14 @@ impl Step {
 struct Filter<'a> {
     shop: &'a Shop,
     day: u32,
-    /// The categories of the items seen, with the weight of their living items.
+    /// Categories of the observed items, with the summed weight of their released items.
     seen: Vec<(u32, f64)>,
-    /// For every intent of seen and unseen categories: its probability, up to a common factor.
+    /// Unnormalised posterior of every intent.
     intents: Vec<([Slot; 2], f64)>,
 }
 
 impl<'a> Filter<'a> {
-    /// Knows what a session of `day` may be after, and that the items seen will be `history`.
+    /// The prior on `day`, ready to observe the items of `history`.
     fn new(shop: &'a Shop, day: u32, history: &[u32]) -> Self {
         let mut categories: Vec<u32> = history.iter().map(|&item| shop.category(item)).collect();
         categories.sort_unstable();
@@ -154,7 +153,7 @@ impl<'a> Filter<'a> {
         index.map_or(Slot::Unseen, Slot::Seen)
     }
 
-    /// The chance of `item` among the living ones of its category, which must be one seen.
+    /// Probability of `item` given its category, which must be in `seen`.
     fn share(&self, item: u32) -> f64 {
         match self.slot(item) {
             Slot::Seen(index) => self.shop.weight(item) as f64 / self.seen[index].1,
@@ -162,12 +161,12 @@ impl<'a> Filter<'a> {
         }
     }
 
-    fn step(&self, last: u32) -> Step {
+    fn intent_free(&self, last: u32) -> IntentFreeLaw {
         let any = P_ANY / self.shop.alive_weight(self.day) as f64;
-        Step { neighbours: self.shop.neighbours(last, self.day), any }
+        IntentFreeLaw { neighbours: self.shop.neighbours(last, self.day), any }
     }
 
-    /// Bayes' rule for a session's first item.
+    /// Updates the posterior with the first item of a session.
     fn observe_first(&mut self, item: u32) {
         let any = P_ANY * self.shop.weight(item) as f64 / self.shop.alive_weight(self.day) as f64;
         let intended = (1.0 - P_ANY) * self.share(item);
@@ -177,9 +176,9 @@ impl<'a> Filter<'a> {
         }
     }
 
-    /// Bayes' rule for `item` after `last`.
+    /// Updates the posterior with `item` after `last`.
     fn observe(&mut self, last: u32, item: u32) {
-        let chance = self.step(last).chance(self.shop, item);
+        let chance = self.intent_free(last).chance(self.shop, item);
         let intended = P_INTENT * self.share(item);
         let (from, to) = (self.slot(last), self.slot(item));
         self.weigh_draws(last);
@@ -188,10 +187,10 @@ impl<'a> Filter<'a> {
         }
     }
 
-    /// A step is drawn anew until it leaves the last item: weighs each intent by the expected number of
-    /// draws.
+    /// Redrawing until the item differs from `last` divides each probability by that of leaving
+    /// `last`, which depends on the intent.
     fn weigh_draws(&mut self, last: u32) {
-        let others = 1.0 - self.step(last).chance(self.shop, last);
+        let others = 1.0 - self.intent_free(last).chance(self.shop, last);
         let intended = P_INTENT * self.share(last);
         let slot = self.slot(last);
         for (intent, p) in &mut self.intents {
@@ -200,20 +199,21 @@ impl<'a> Filter<'a> {
     }
 }
 
-/// What comes after a history: every item's chance of being the next.
+/// Distribution of the item after a history.
 struct Next<'a> {
     filter: Filter<'a>,
     last: u32,
-    step: Step,
-    /// Sum of the intents' weights, and of what they give to a category for each unit of its items' weights:
-    /// to each seen one, and to the unseen ones in common.
+    intent_free: IntentFreeLaw,
+    /// Sum of the intents' weights.
     intents: f64,
+    /// Probability by intent per unit of an item's weight, for each category of `Filter::seen`.
     seen: Vec<f64>,
+    /// The same for the items of all other categories.
     unseen: f64,
 }
 
 impl<'a> Next<'a> {
-    /// The law of the item after `history` (not empty, else `None`) in a session of `day`.
+    /// None where `history` is empty.
     fn after(shop: &'a Shop, history: &[u32], day: u32) -> Option<Self> {
         let (&first, &last) = (history.first()?, history.last()?);
         let mut filter = Filter::new(shop, day, history);
@@ -233,26 +233,26 @@ impl<'a> Next<'a> {
         let seen = filter.seen.iter().enumerate();
         let seen = seen.map(|(index, &(_, alive))| given_to(Slot::Seen(index)) / alive).collect();
         let seen_alive: f64 = filter.seen.iter().map(|&(_, alive)| alive).sum();
-        // At least one, for a shop of which everything was seen.
+        // Not zero where every category was seen.
         let unseen = given_to(Slot::Unseen) / (shop.alive_weight(day) as f64 - seen_alive).max(1.0);
         let intents = filter.intents.iter().map(|&(_, p)| p).sum();
-        Some(Self { last, step: filter.step(last), intents, seen, unseen, filter })
+        Some(Self { last, intent_free: filter.intent_free(last), intents, seen, unseen, filter })
     }
 
-    /// The chance that a living item other than the last is the next.
+    /// Probability that `item`, released and not the last, is the next.
     fn chance(&self, item: u32) -> f64 {
         let by_intent = match self.filter.slot(item) {
             Slot::Seen(index) => self.seen[index],
             Slot::Unseen => self.unseen,
         };
         let shop = self.filter.shop;
-        self.intents * self.step.chance(shop, item) + by_intent * shop.weight(item) as f64
+        self.intents * self.intent_free.chance(shop, item) + by_intent * shop.weight(item) as f64
     }
 
-    /// Whether `target` is among the 20 likeliest items.
+    /// Whether `target` is among the 20 most probable items.
     fn finds(&self, target: u32) -> bool {
         let Filter { shop, day, .. } = self.filter;
-        // Of the unseen categories' items the more popular is the likelier, so 20 of them suffice.
+        // Within unseen categories, probability grows with popularity, so the top 20 suffice.
         let unseen = |&&item: &&u32| shop.is_alive(item, day) && self.filter.slot(item) == Slot::Unseen;
         let unseen = shop.by_rank().iter().filter(unseen).take(CUTOFF);
         let seen = self.filter.seen.iter().flat_map(|&(category, _)| shop.shelf(category));
@@ -268,8 +268,7 @@ mod tests {
 
     use super::*;
 
-    /// The chances are right when they add up to one, and when the 20 likeliest items come as often as they
-    /// say.
+    /// Probabilities sum to one, and the 20 most probable items occur as often as predicted.
     #[test]
     fn the_oracle_knows_how_often_it_is_right() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
@@ -295,7 +294,7 @@ mod tests {
         );
     }
 
-    /// The filter takes the last item for a session's first one; pairs counted without end know no better.
+    /// The filter treats the last item as the first of a session; counting pairs does no better.
     #[test]
     fn counting_pairs_comes_to_the_best_from_the_last_item() {
         let mut rng = ChaCha8Rng::seed_from_u64(4);

@@ -1,7 +1,7 @@
-//! The shop: its items, their categories, and the law by which a session goes from item to item.
+//! The shop: its items, their categories, and the law of the next item of a session.
 //!
-//! What lasts as long as the shop is drawn once into tables of `O(items)`; all choices are made with
-//! integers, so that a seed gives the same shop on every machine.
+//! The tables are drawn once and take `O(items)` memory. All choices are made with integers, so that
+//! a seed gives the same shop on every machine.
 
 use rand::{Rng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -9,38 +9,36 @@ use rand_chacha::ChaCha8Rng;
 /// Items of a category, on average.
 const CATEGORY_ITEMS: u32 = 25;
 
-/// Of a hundred steps to another item, how many go to a neighbour of the last one on its category's shelf.
+/// Percentage of steps to a neighbour of the last item on the shelf of its category.
 pub(super) const NEIGHBOUR_PERCENT: u32 = 10;
-/// Of a hundred steps, how many go to an item of a category that the session is after; the others go to any
-/// item.
+/// Percentage of steps to an item of the intent's categories; the remaining steps go to any item.
 pub(super) const INTENT_PERCENT: u32 = 80;
-/// The neighbours of an item, nearest first: of a hundred steps to a neighbour, how many go to each.
+/// Percentages of the steps to a neighbour, nearest neighbour first.
 pub(super) const NEIGHBOUR_PERCENTS: [u32; 3] = [60, 25, 15];
-/// Of a hundred steps by the intent from one of its two categories, how many go to the other.
+/// Percentage of steps by the intent that switch from one of its categories to the other.
 pub(super) const SWITCH_PERCENT: u32 = 65;
 
-/// The weight of the item of rank `r` is proportional to `1 / (r + FLATTENING)`: Zipf's law with Mandelbrot's
-/// flat head.
+/// The weight of the item of rank `r` is proportional to `1 / (r + FLATTENING)` (Zipf-Mandelbrot).
 const FLATTENING: u64 = 20;
-/// On each day after the first, one item of so many is born.
+/// On each day after the first, one item in this many is released.
 const BORN_ONE_IN: u32 = 100;
 
-/// What a session is after: two categories, which may be the same.
+/// The two categories of interest of a session, which may be equal.
 pub(super) type Intent = [u32; 2];
 
-/// Every item's popularity, birthday and category.
+/// Popularity, day of release and category of every item.
 pub(super) struct Shop {
     /// Popularity of an item, up to a common factor.
     weights: Vec<u64>,
-    /// First day on which an item is seen, counted from 0.
+    /// Day of release of an item, counted from 0.
     born: Vec<u32>,
     /// Items from the most to the least popular.
     by_rank: Vec<u32>,
-    /// Sum of the weights of the items alive on each day.
+    /// Summed weight of the items released by each day.
     alive_weight: Vec<u64>,
-    /// Items, category after category: shelf after shelf.
+    /// Items, grouped by category.
     shelves: Vec<u32>,
-    /// Where an item stands in `shelves`.
+    /// Index of an item in `shelves`.
     place: Vec<u32>,
     /// `cumulative[p]`: sum of the weights of `shelves[..p]`.
     cumulative: Vec<u64>,
@@ -48,7 +46,7 @@ pub(super) struct Shop {
 }
 
 impl Shop {
-    /// Draws a shop of `n_items` items whose last items are born on day `n_days - 1`.
+    /// Draws a shop of `n_items` items, the last of them released on day `n_days - 1`.
     pub(super) fn draw(n_items: u32, n_days: u32, rng: &mut ChaCha8Rng) -> Self {
         let mut shuffled = || {
             let mut items: Vec<u32> = (0..n_items).collect();
@@ -61,7 +59,7 @@ impl Shop {
             weights[item as usize] = (1 << 40) / (rank as u64 + FLATTENING);
         }
 
-        // At least half of the items are there on the first day, however many days follow.
+        // At least half of the items are released on the first day, for any number of days.
         let later_days = n_days - 1;
         let per_day = (n_items / BORN_ONE_IN).max(1).min(n_items / 2 / later_days.max(1));
         let mut born = vec![0; by_rank.len()];
@@ -119,18 +117,18 @@ impl Shop {
         (((place + 1) * u64::from(self.n_categories) - 1) / u64::from(self.n_items())) as u32
     }
 
-    /// Where a category begins in `shelves`; the one after the last begins at its end.
+    /// Start of a category in `shelves`; for `n_categories` the end of `shelves`.
     fn begin(&self, category: u32) -> usize {
         (u64::from(category) * u64::from(self.n_items()) / u64::from(self.n_categories)) as usize
     }
 
-    /// All items of a category, in the order of its shelf.
+    /// All items of a category, in the order that defines neighbours.
     pub(super) fn shelf(&self, category: u32) -> &[u32] {
         &self.shelves[self.begin(category)..self.begin(category + 1)]
     }
 
-    /// The next items alive on the shelf of `item`, which is a ring: on a shelf of few living items they
-    /// repeat, and come to include `item` itself.
+    /// The next released items on the shelf of `item`, taken as a ring: they repeat, and include
+    /// `item`, where the shelf has few released items.
     pub(super) fn neighbours(&self, item: u32, day: u32) -> [u32; NEIGHBOUR_PERCENTS.len()] {
         let category = self.category(item);
         let (before, from) =
@@ -140,7 +138,7 @@ impl Shop {
         std::array::from_fn(|_| alive.next().copied().unwrap_or(item))
     }
 
-    /// An item of `shelves[begin..end]` alive on `day`, by popularity; there must be one.
+    /// Draws an item of `shelves[begin..end]` by popularity; at least one must be released by `day`.
     fn pick(&self, begin: usize, end: usize, day: u32, rng: &mut ChaCha8Rng) -> u32 {
         loop {
             let at = rng.random_range(self.cumulative[begin]..self.cumulative[end]);
@@ -160,13 +158,12 @@ impl Shop {
         self.pick(self.begin(category), self.begin(category + 1), day, rng)
     }
 
-    /// What a new session is after: the categories of two items drawn by popularity, so that what all
-    /// sessions are after is as popular as the items themselves.
+    /// Draws the categories of two items by popularity, so that intents are distributed like items.
     pub(super) fn draw_intent(&self, day: u32, rng: &mut ChaCha8Rng) -> Intent {
         std::array::from_fn(|_| self.category(self.pick_any(day, rng)))
     }
 
-    /// The first item of a session: of either category that it is after, or any.
+    /// Draws the first item of a session: of either category of the intent, or any.
     pub(super) fn first_item(&self, intent: Intent, day: u32, rng: &mut ChaCha8Rng) -> u32 {
         if rng.random_range(0..100u32) < NEIGHBOUR_PERCENT + INTENT_PERCENT {
             self.pick_from(intent[rng.random_range(0..2u32) as usize], day, rng)
@@ -175,8 +172,7 @@ impl Shop {
         }
     }
 
-    /// The item after `last`: a neighbour of it, one by the intent, or any; drawn anew until it is another
-    /// item.
+    /// Draws the item after `last`: a neighbour, one by the intent, or any, until it is not `last`.
     pub(super) fn next_item(&self, last: u32, intent: Intent, day: u32, rng: &mut ChaCha8Rng) -> u32 {
         loop {
             let kind = rng.random_range(0..100u32);

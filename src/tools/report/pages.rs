@@ -1,63 +1,52 @@
-//! A comparison as text: `results.txt`, `report.md`, `report.json`, `index.html`.
+//! The text files of a report: `results.txt`, `report.md`, `report.json`, `index.html`.
 
 use std::fmt::Write;
 
-use super::charts::Chart;
 use super::compare::Comparison;
-use super::tables::{self, Table};
-use crate::metrics::{Measure, Metrics};
+use super::measure::ReportedMeasure;
+use super::plot::Chart;
+use super::results_text;
+use super::tables::{self, CaptionedTable};
+use crate::table::{self, Align, markdown_text};
+
+const STYLE: &str = include_str!("page.css");
 
 const TITLE: &str = "Comparison of runs";
 
-/// The metrics of the last evaluation, a block for each run.
+/// `results.txt`: the metrics of the last evaluation, one block per run.
 pub(super) fn results_txt(comparison: &Comparison) -> String {
-    let last = comparison.last();
-    let blocks = last.runs.iter().map(|run| {
-        let figure = |measure| run.figures.get(measure).value;
-        let metrics = Metrics {
-            n_sessions: last.n_sessions as i64,
-            loss: run.loss.unwrap_or(f64::NAN),
-            ndcg_at_10: figure(Measure::NdcgAt10),
-            ndcg_at_20: figure(Measure::NdcgAt20),
-            recall_at_10: figure(Measure::RecallAt10),
-            recall_at_20: figure(Measure::RecallAt20),
-            mrr_at_20: figure(Measure::MrrAt20),
-        };
-        super::results(&run.label, &metrics)
-    });
+    const MEASURES: [ReportedMeasure; 4] = [
+        ReportedMeasure::NdcgAt10,
+        ReportedMeasure::NdcgAt20,
+        ReportedMeasure::RecallAt10,
+        ReportedMeasure::RecallAt20,
+    ];
+    let blocks = comparison
+        .last()
+        .runs
+        .iter()
+        .map(|run| results_text(&run.label, MEASURES.map(|measure| run.estimates.get(measure).value)));
     blocks.collect::<Vec<_>>().join("\n")
 }
 
-/// Every number of the report.
+/// `report.json`: every number of the report.
 pub(super) fn json(comparison: &Comparison) -> String {
     let mut text = serde_json::to_string_pretty(comparison).expect("figures are JSON");
     text.push('\n');
     text
 }
 
-/// A part of a page: a heading, what is to be said, tables and names of charts.
 struct Section {
     heading: &'static str,
     text: String,
-    tables: Vec<Table>,
+    tables: Vec<CaptionedTable>,
+    /// Names.
     charts: &'static [&'static str],
 }
 
 fn sections(comparison: &Comparison) -> Vec<Section> {
     let last = comparison.last();
-    let compared = match &comparison.differences {
-        None => "There is but one run, so nothing to compare it with.".to_owned(),
-        Some(differences) if comparison.runs.iter().any(|run| run.is_baseline) => format!(
-            "{} is the baseline with the highest NDCG@20. A difference whose interval leaves out 0 is not one of \
-             chance among sessions; it says nothing about another seed or another day.",
-            differences.reference
-        ),
-        Some(differences) => format!(
-            "No baseline was given, so the runs are compared with the first, {}.",
-            differences.reference
-        ),
-    };
-    let of_last = format!("Day {} ({}).", last.eval_day, last.split.name());
+    let of_last = format!("Day {} ({}).", last.eval_day, last.split);
     vec![
         Section {
             heading: "Metrics",
@@ -67,7 +56,7 @@ fn sections(comparison: &Comparison) -> Vec<Section> {
         },
         Section {
             heading: "Differences",
-            text: compared,
+            text: reference(comparison),
             tables: tables::differences(comparison).into_iter().collect(),
             charts: &[],
         },
@@ -80,32 +69,48 @@ fn sections(comparison: &Comparison) -> Vec<Section> {
         Section {
             heading: "By popularity of the held-out item",
             text: format!(
-                "{of_last} The items that occurred in training, sorted by how often, are cut into ten groups of equal \
-                 numbers of items; `never seen` are those that did not occur."
+                "{of_last} The items of the training data, sorted by their number of events, form ten groups of equal \
+                 size; `never seen` are items without events in training."
             ),
             tables: tables::by_popularity(comparison),
             charts: &["recall_by_popularity"],
         },
         Section {
             heading: "Training",
-            text: "Losses of different kinds of models are not to be compared with each other.".to_owned(),
+            text: "Losses of models of different kinds are not comparable.".to_owned(),
             tables: vec![tables::training(comparison)],
             charts: &["learning_curves"],
         },
     ]
 }
 
+fn reference(comparison: &Comparison) -> String {
+    let Some(differences) = &comparison.differences else {
+        return "The report holds a single run, so there are no differences.".to_owned();
+    };
+    if comparison.runs.iter().any(|run| run.is_baseline) {
+        format!(
+            "The reference is {}, the baseline with the highest NDCG@20. An interval without 0 rules out \
+             chance among sessions as the cause of a difference, but not among seeds or days.",
+            differences.reference
+        )
+    } else {
+        format!("Without a baseline, the reference is the first run, {}.", differences.reference)
+    }
+}
+
 fn method(comparison: &Comparison) -> String {
     format!(
-        "The last item of every session is ranked among all items of the catalogue, from the events before it. Figures \
-         are means over sessions; in brackets the {:.0} % interval of a percentile bootstrap over sessions with {} \
-         resamples, which has no width where no session, or every session, had its item in the top. coverage@20 is the share of the catalogue that is in the top 20 of at least one session.",
+        "The last item of every session is ranked among all items of the catalogue, given the events before it. \
+         Figures are means over sessions, with the {:.0} % interval of a percentile bootstrap over sessions ({} \
+         resamples) in brackets. The interval has no width where no session, or every session, has its item in \
+         the top K. coverage@20 is the share of the catalogue that is in the top 20 of at least one session.",
         comparison.confidence * 100.0,
         comparison.n_resamples
     )
 }
 
-/// `report.md`, which shows the charts beside it.
+/// `report.md`, which refers to the files of the charts.
 pub(super) fn markdown(comparison: &Comparison, charts: &[Chart]) -> String {
     let mut page = format!("# {TITLE}\n");
     for warning in &comparison.warnings {
@@ -128,61 +133,22 @@ pub(super) fn markdown(comparison: &Comparison, charts: &[Chart]) -> String {
     page
 }
 
-fn markdown_table(table: &Table) -> String {
-    let line = |cells: &[String]| {
-        let cells: Vec<String> = cells.iter().map(|cell| markdown_text(cell)).collect();
-        format!("| {} |\n", cells.join(" | "))
-    };
-    let mut text = format!("\n**{}**\n\n{}", markdown_text(&table.caption), line(&table.head));
-    let rule: Vec<&str> =
-        (0..table.head.len()).map(|column| if column == 0 { "---" } else { "---:" }).collect();
-    let _ = writeln!(text, "| {} |", rule.join(" | "));
-    table.rows.iter().for_each(|row| text.push_str(&line(row)));
-    text
+fn markdown_table(captioned: &CaptionedTable) -> String {
+    let escape = |cells: &[String]| cells.iter().map(|cell| markdown_text(cell)).collect::<Vec<_>>();
+    let head = escape(&captioned.head);
+    let align = |column| if column == 0 { Align::Left } else { Align::Right };
+    let columns = head.iter().enumerate().map(|(column, name)| (name.as_str(), align(column)));
+    let rows: Vec<_> = captioned.rows.iter().map(|row| escape(row)).collect();
+    let table = table::markdown(&columns.collect::<Vec<_>>(), &rows);
+    format!("\n**{}**\n\n{table}", markdown_text(&captioned.caption))
 }
 
-/// Text that Markdown takes as it is, on one line.
-fn markdown_text(text: &str) -> String {
-    let mut plain = String::with_capacity(text.len());
-    for letter in text.chars() {
-        match letter {
-            '\\' | '|' | '*' | '_' | '[' | ']' | '#' | '~' => plain.extend(['\\', letter]),
-            '<' => plain.push_str("&lt;"),
-            '>' => plain.push_str("&gt;"),
-            '&' => plain.push_str("&amp;"),
-            _ if letter.is_control() => plain.push(' '),
-            _ => plain.push(letter),
-        }
-    }
-    plain
-}
-
-const STYLE: &str = "
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; color: #222;
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1, h2 { line-height: 1.2; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #888; }
-figure { margin: 1.5rem 0; }
-figure svg { display: block; min-width: 36rem; max-width: 100%; height: auto; }
-.warning { border-left: .3rem solid #d55e00; background: #fdf1e7; padding: .5rem 1rem; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .8rem; font-size: .85rem; }
-summary { cursor: pointer; }
-code { overflow-wrap: anywhere; }
-";
-
-/// `index.html`, which needs nothing beside it and no network.
+/// `index.html`, which needs no other file and no network.
 pub(super) fn html(comparison: &Comparison, charts: &[Chart]) -> String {
     let mut page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\" />\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\" />\n\
-         <title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
+         <title>{TITLE}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
     );
     for warning in &comparison.warnings {
         let _ = writeln!(page, "<p class=\"warning\">Warning: {}</p>", html_text(warning));
@@ -215,7 +181,7 @@ pub(super) fn html(comparison: &Comparison, charts: &[Chart]) -> String {
     page
 }
 
-fn html_table(table: &Table) -> String {
+fn html_table(table: &CaptionedTable) -> String {
     let line = |tag: &str, cells: &[String]| {
         let cells = cells.iter().map(|cell| format!("<{tag}>{}</{tag}>", html_text(cell)));
         format!("<tr>{}</tr>\n", cells.collect::<String>())
@@ -229,7 +195,7 @@ fn html_table(table: &Table) -> String {
     )
 }
 
-/// Text between tags or in an attribute.
+/// Escapes text for content and attributes.
 fn html_text(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {

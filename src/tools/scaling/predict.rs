@@ -1,34 +1,38 @@
-//! What steps on more ranks and over other catalogues would take.
+//! Predicts the step time on more ranks and over larger catalogues.
 //!
-//! A model of a step, calibrated by measured steps of one rank and by measured sums over ranks. Its assumptions:
+//! The model of a step is calibrated by measured steps of one rank and by measured all-reduces. It
+//! assumes:
 //!
-//! - Phases of arithmetic grow in a straight line with the sessions of a rank, through two measured points.
-//! - The loss also grows with the catalogue, and does not depend on who holds it: with the table shared out, a rank scores the
-//!   targets of all ranks against its share of the rows.
-//! - The optimizer takes as long as there are parameters on a rank; all but the item table stay as large as they are.
-//! - A sum over ranks goes round a ring or up and down a tree, whichever is shorter; over several nodes, first within each, then
-//!   across, every rank with its own part, and back (Thakur et al. 2005).
-//! - No rank is late, and nothing of it goes on beside arithmetic, as the sum of a replicated table's gradients may.
+//! - Arithmetic is linear in the sessions per rank, through two measured points.
+//! - The loss is also linear in the catalogue, whoever holds the item table: with a sharded table, a
+//!   rank scores the targets of all ranks against its shard.
+//! - The optimizer is linear in the parameters per rank; only the item table grows.
+//! - An all-reduce takes the faster of a ring and a tree; over several nodes it reduces within each
+//!   node, then across nodes, every rank with its own part, and gathers within each node (Thakur et
+//!   al. 2005).
+//! - No rank is late and no communication overlaps with arithmetic, although the sum of a replicated
+//!   table's gradients may overlap in a run.
 
 use serde::Serialize;
 
-use crate::config::TableLayout;
-use crate::doctor::{AllReduce, Findings};
+use super::TableHolding;
+use super::measured::StepMeasurement;
+use crate::findings::{AllReduce, Findings};
 
-/// What a rank can say to the next.
+/// Connection between two ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Link {
-    /// Seconds until it is heard.
+    /// In seconds.
     pub latency: f64,
-    /// Bytes a second of each rank.
+    /// Per rank.
     pub bytes_per_s: f64,
 }
 
 impl Link {
-    /// Of ranks on one machine where nothing could be measured.
+    /// Free: stands for a link that was not measured.
     pub const UNKNOWN: Self = Self { latency: 0.0, bytes_per_s: f64::INFINITY };
 
-    /// Such that the smallest and the largest sum that were measured take as long as they did.
+    /// The link that explains the smallest and the largest measured all-reduce.
     pub fn fit(found: &Findings) -> Self {
         let (Some(least), Some(most)) = (found.all_reduces.first(), found.all_reduces.last()) else {
             return Self::UNKNOWN;
@@ -37,26 +41,26 @@ impl Link {
         let latency = least.seconds / (2.0 * rounds(ranks));
         let AllReduce { bytes, seconds } = *most;
         let around = ring_bytes(bytes, ranks);
-        // A sum that is not longer than its latencies says nothing about the rate.
+        // The rate cannot be derived from a time that its latencies explain: bound it.
         let seconds = (seconds - 2.0 * (ranks - 1.0) * latency).max(seconds / 10.0);
         Self { latency, bytes_per_s: around / seconds }
     }
 
-    /// Seconds that the sum of a tensor takes.
+    /// Seconds of an all-reduce of `bytes`.
     fn all_reduce(self, bytes: f64, ranks: f64) -> f64 {
         let ring = 2.0 * (ranks - 1.0) * self.latency + ring_bytes(bytes, ranks) / self.bytes_per_s;
         let tree = 2.0 * rounds(ranks) * (self.latency + bytes / self.bytes_per_s);
         ring.min(tree)
     }
 
-    /// Seconds until every rank has the parts of all, `bytes` together; or each its part of a sum of so many.
+    /// Seconds of an all-gather to, or a reduce-scatter of, `bytes`.
     fn gather(self, bytes: f64, ranks: f64) -> f64 {
         let by_ring = (ranks - 1.0).min(rounds(ranks)) * self.latency;
         by_ring + ring_bytes(bytes, ranks) / 2.0 / self.bytes_per_s
     }
 }
 
-/// Bytes that a ring moves through each rank's link to sum a tensor.
+/// Bytes that a ring all-reduce moves through the link of each rank.
 fn ring_bytes(bytes: f64, ranks: f64) -> f64 {
     2.0 * (ranks - 1.0) / ranks * bytes
 }
@@ -66,21 +70,31 @@ fn rounds(ranks: f64) -> f64 {
     ranks.log2().ceil()
 }
 
-/// A phase's seconds by the sessions of a rank.
+/// A measured time of a phase.
+#[derive(Clone, Copy, Debug)]
+struct PhasePoint {
+    sessions: f64,
+    seconds: f64,
+}
+
+/// Seconds of a phase, linear in the sessions per rank.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Line {
-    /// However few sessions there are.
+pub struct PhaseSeconds {
+    /// For no session.
     pub fixed: f64,
-    /// For each session.
     pub per_session: f64,
 }
 
-impl Line {
-    /// Through two measured points `(sessions, seconds)`, and never below zero.
-    pub fn through((few, of_few): (f64, f64), (many, of_many): (f64, f64)) -> Self {
-        let slope = if many > few { (of_many - of_few) / (many - few) } else { f64::INFINITY };
-        let per_session = slope.clamp(0.0, of_many / many);
-        Self { fixed: of_many - per_session * many, per_session }
+impl PhaseSeconds {
+    /// The line through two points, with neither term negative.
+    fn through(few: PhasePoint, many: PhasePoint) -> Self {
+        let slope = if many.sessions > few.sessions {
+            (many.seconds - few.seconds) / (many.sessions - few.sessions)
+        } else {
+            f64::INFINITY
+        };
+        let per_session = slope.clamp(0.0, many.seconds / many.sessions);
+        Self { fixed: many.seconds - per_session * many.sessions, per_session }
     }
 
     fn at(self, sessions: f64) -> f64 {
@@ -88,26 +102,26 @@ impl Line {
     }
 }
 
-/// The model of a step.
+/// Calibrated model of a step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Model {
-    /// Data, forward, backward, records.
-    pub arithmetic: Line,
-    /// Scoring the catalogue.
-    pub loss: Line,
-    /// Of all parameters of the measured catalogue.
+pub struct StepModel {
+    /// Phases `data`, `forward`, `backward` and `records`.
+    pub arithmetic: PhaseSeconds,
+    /// Phase `loss`, over the measured catalogue.
+    pub loss: PhaseSeconds,
+    /// Phase `optimizer`, in seconds, for all parameters of the measured catalogue.
     pub optimizer: f64,
-    /// Sessions of a step of one rank, as measured.
+    /// Sessions per step of the measured rank.
     pub sessions: f64,
-    /// Of a session, on average.
+    /// Mean per session.
     pub targets: f64,
-    /// Of a session, on average.
+    /// Mean per session.
     pub events: f64,
-    /// Width of an item's vector.
+    /// Width of an item vector.
     pub width: f64,
     /// Rows of the measured item table.
     pub n_items: f64,
-    /// Parameters of tables of items, for each item.
+    /// Parameters of item tables, per item.
     pub numbers_per_item: f64,
     /// All other parameters.
     pub other_numbers: f64,
@@ -115,45 +129,91 @@ pub struct Model {
     pub within: Link,
     /// Between nodes.
     pub across: Link,
-    /// Ranks of a node.
     pub ranks_per_node: f64,
 }
 
-/// A job: what a prediction is for.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Job {
-    /// Ranks.
-    pub ranks: usize,
-    /// Who holds the item table.
-    pub item_table: TableLayout,
+/// Numbers of parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ParameterCounts {
+    /// In tables with a row per item.
+    pub of_items: f64,
+    pub others: f64,
+}
+
+/// What a [`StepModel`] is calibrated by.
+pub struct Calibration<'a> {
+    /// One rank with fewer sessions per step; `whole` again where it cannot have fewer.
+    pub part: &'a StepMeasurement,
+    /// One rank with all sessions of a step.
+    pub whole: &'a StepMeasurement,
+    pub parameters: ParameterCounts,
     /// Rows of the item table.
     pub n_items: f64,
-    /// Sessions of each rank in a step.
+    /// Width of an item vector.
+    pub width: f64,
+    /// Mean number of events.
+    pub events_per_session: f64,
+    pub within: Link,
+    pub across: Link,
+    pub ranks_per_node: usize,
+}
+
+/// The job that a prediction is for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PredictedJob {
+    pub ranks: usize,
+    pub item_table: TableHolding,
+    /// Rows of the item table.
+    pub n_items: f64,
+    /// Sessions per step and rank.
     pub sessions: f64,
 }
 
-/// What the model says of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Prediction {
-    /// The job.
     #[serde(flatten)]
-    pub job: Job,
-    /// Of a step.
+    pub job: PredictedJob,
     pub step_seconds: f64,
-    /// How much of that is communication, 0 to 1.
+    /// Share of the step, 0 to 1.
     pub communication: f64,
     /// Of all ranks.
     pub sessions_per_s: f64,
-    /// Beside as many single ranks over the same catalogue, 0 to 1.
+    /// Throughput relative to as many independent single ranks, 0 to 1.
     pub efficiency: f64,
-    /// Parameters, gradients and moments of a rank.
+    /// Memory of parameters, gradients and moments.
     pub bytes_per_rank: f64,
 }
 
-impl Model {
-    /// What a job would do.
-    pub fn predict(&self, job: Job) -> Prediction {
-        let alone = Job { ranks: 1, ..job };
+impl StepModel {
+    pub fn calibrate(calibration: &Calibration<'_>) -> Self {
+        let &Calibration { part, whole, parameters, n_items, .. } = calibration;
+        let phase = |names: &[&str]| {
+            let point = |of: &StepMeasurement| PhasePoint {
+                sessions: of.global_batch as f64,
+                seconds: of.phase_seconds(names),
+            };
+            PhaseSeconds::through(point(part), point(whole))
+        };
+        let sessions = whole.global_batch as f64;
+        Self {
+            arithmetic: phase(&["data", "forward", "backward", "records"]),
+            loss: phase(&["loss"]),
+            optimizer: whole.phase_seconds(&["optimizer"]),
+            sessions,
+            targets: whole.n_targets / sessions,
+            events: calibration.events_per_session,
+            width: calibration.width,
+            n_items,
+            numbers_per_item: parameters.of_items / n_items,
+            other_numbers: parameters.others,
+            within: calibration.within,
+            across: calibration.across,
+            ranks_per_node: calibration.ranks_per_node as f64,
+        }
+    }
+
+    pub fn predict(&self, job: PredictedJob) -> Prediction {
+        let alone = PredictedJob { ranks: 1, ..job };
         let (communication, arithmetic) = (self.communication(job), self.arithmetic_seconds(job));
         let step_seconds = communication + arithmetic;
         Prediction {
@@ -168,52 +228,52 @@ impl Model {
     }
 
     /// Parameters of a rank.
-    fn numbers(&self, Job { ranks, item_table, n_items, .. }: Job) -> f64 {
+    fn numbers(&self, PredictedJob { ranks, item_table, n_items, .. }: PredictedJob) -> f64 {
         let of_items = self.numbers_per_item * n_items;
         self.other_numbers
             + match item_table {
-                TableLayout::Replicated => of_items,
-                TableLayout::Sharded => of_items / ranks as f64,
+                TableHolding::Replicated => of_items,
+                TableHolding::Sharded => of_items / ranks as f64,
             }
     }
 
-    fn arithmetic_seconds(&self, job: Job) -> f64 {
+    fn arithmetic_seconds(&self, job: PredictedJob) -> f64 {
         let measured = self.numbers_per_item * self.n_items + self.other_numbers;
         self.arithmetic.at(job.sessions)
             + self.loss.at(job.sessions) * job.n_items / self.n_items
             + self.optimizer * self.numbers(job) / measured
     }
 
-    fn communication(&self, job: Job) -> f64 {
+    fn communication(&self, job: PredictedJob) -> f64 {
         if job.ranks == 1 {
             return 0.0;
         }
         let ranks = job.ranks as f64;
         let sessions = ranks * job.sessions;
-        // Parameters of a rank are reduced if all have them, and 4 numbers of each step always.
+        // Gradients of replicated parameters, and four scalars of the step.
         let reduced = match job.item_table {
-            TableLayout::Replicated => self.numbers(job),
-            TableLayout::Sharded => self.other_numbers,
+            TableHolding::Replicated => self.numbers(job),
+            TableHolding::Sharded => self.other_numbers,
         };
         let reduced = self.all_reduce(4.0 * reduced + 16.0, ranks);
-        if job.item_table == TableLayout::Replicated {
+        if job.item_table == TableHolding::Replicated {
             return reduced;
         }
         let (targets, events) = (self.targets * sessions, self.events * sessions);
-        // Counts of targets and of events, and squares.
+        // Numbers of targets and events per rank, and squared gradient norms.
         let counts = 3.0 * self.gather(8.0 * ranks, ranks);
-        // Rows of events are asked for, come, and their gradients go back.
+        // Row indices of events go out, rows come back, and their gradients go out.
         let of_events =
             self.gather(8.0 * events, ranks) + 2.0 * self.gather(4.0 * self.width * events, ranks);
-        // States and targets go out, gradients of states and scores of targets come back.
+        // States and targets go out; gradients of states and scores of targets come back.
         let of_targets = 2.0 * self.gather(4.0 * self.width * targets, ranks)
             + self.gather(8.0 * targets, ranks)
             + self.gather(4.0 * targets, ranks);
-        // The largest and the sum of each softmax.
+        // Maximum and sum of each softmax.
         reduced + counts + of_events + of_targets + 2.0 * self.all_reduce(4.0 * targets, ranks)
     }
 
-    /// Ranks of a node, and nodes.
+    /// Ranks per node, and nodes.
     fn nodes(&self, ranks: f64) -> (f64, f64) {
         (ranks.min(self.ranks_per_node), (ranks / self.ranks_per_node).ceil())
     }
@@ -239,10 +299,10 @@ impl Model {
 mod tests {
     use super::*;
 
-    fn model() -> Model {
-        Model {
-            arithmetic: Line { fixed: 0.01, per_session: 1e-4 },
-            loss: Line { fixed: 0.0, per_session: 1e-4 },
+    fn model() -> StepModel {
+        StepModel {
+            arithmetic: PhaseSeconds { fixed: 0.01, per_session: 1e-4 },
+            loss: PhaseSeconds { fixed: 0.0, per_session: 1e-4 },
             optimizer: 0.01,
             sessions: 256.0,
             targets: 5.0,
@@ -257,8 +317,8 @@ mod tests {
         }
     }
 
-    fn job(ranks: usize, item_table: TableLayout, n_items: f64) -> Job {
-        Job { ranks, item_table, n_items, sessions: 256.0 }
+    fn job(ranks: usize, item_table: TableHolding, n_items: f64) -> PredictedJob {
+        PredictedJob { ranks, item_table, n_items, sessions: 256.0 }
     }
 
     #[test]
@@ -281,18 +341,22 @@ mod tests {
 
     #[test]
     fn lines_go_through_their_points_and_stay_above_zero() {
-        let line = Line::through((64.0, 0.02), (256.0, 0.05));
+        let through = |few: (f64, f64), many: (f64, f64)| {
+            let [few, many] = [few, many].map(|(sessions, seconds)| PhasePoint { sessions, seconds });
+            PhaseSeconds::through(few, many)
+        };
+        let line = through((64.0, 0.02), (256.0, 0.05));
         assert!((line.at(64.0) - 0.02).abs() < 1e-12 && (line.at(256.0) - 0.05).abs() < 1e-12);
-        // What is measured as faster in whole than in part has no fixed costs.
-        assert_eq!(Line::through((64.0, 0.001), (256.0, 0.05)).fixed, 0.0);
-        assert_eq!(Line::through((64.0, 0.06), (256.0, 0.05)).per_session, 0.0);
-        assert!((Line::through((256.0, 0.05), (256.0, 0.05)).at(128.0) - 0.025).abs() < 1e-12);
+        // A time that grows faster than the sessions has no fixed part.
+        assert_eq!(through((64.0, 0.001), (256.0, 0.05)).fixed, 0.0);
+        assert_eq!(through((64.0, 0.06), (256.0, 0.05)).per_session, 0.0);
+        assert!((through((256.0, 0.05), (256.0, 0.05)).at(128.0) - 0.025).abs() < 1e-12);
     }
 
     #[test]
     fn one_rank_takes_what_was_measured() {
         let Prediction { step_seconds, efficiency, communication, bytes_per_rank, .. } =
-            model().predict(job(1, TableLayout::Replicated, 1e5));
+            model().predict(job(1, TableHolding::Replicated, 1e5));
         assert!((step_seconds - (0.01 + 0.0256 + 0.0256 + 0.01)).abs() < 1e-12);
         assert_eq!((efficiency, communication), (1.0, 0.0));
         assert_eq!(bytes_per_rank, 16.0 * (65e5 + 1e5));
@@ -302,11 +366,11 @@ mod tests {
     fn a_replicated_table_travels_and_a_sharded_one_does_not() {
         let model = model();
         let of = |item_table, n_items| model.predict(job(64, item_table, n_items));
-        let (small, large) = (of(TableLayout::Sharded, 1e5), of(TableLayout::Sharded, 1e8));
+        let (small, large) = (of(TableHolding::Sharded, 1e5), of(TableHolding::Sharded, 1e8));
         let seconds = |of: Prediction| of.communication * of.step_seconds;
         assert!((seconds(small) - seconds(large)).abs() < 1e-9);
-        let (small, large) = (of(TableLayout::Replicated, 1e5), of(TableLayout::Replicated, 1e8));
+        let (small, large) = (of(TableHolding::Replicated, 1e5), of(TableHolding::Replicated, 1e8));
         assert!(seconds(large) > 500.0 * seconds(small));
-        assert!(of(TableLayout::Sharded, 1e8).bytes_per_rank < large.bytes_per_rank / 60.0);
+        assert!(of(TableHolding::Sharded, 1e8).bytes_per_rank < large.bytes_per_rank / 60.0);
     }
 }

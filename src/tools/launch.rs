@@ -1,7 +1,6 @@
-//! Commands of this program on several ranks, one after the other.
+//! Starts commands of this program on several ranks.
 
 use std::env;
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -11,12 +10,14 @@ use std::process::{Command, Stdio};
 
 use bireme_base::message::single_line;
 
-/// What starts ranks.
+use crate::shell;
+
+/// The program that starts ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {
-    /// `mpirun`, on this host, on those of a file, or in an allocation of Slurm.
+    /// On this host, on those of a host file, or in a Slurm allocation.
     Mpirun,
-    /// `srun`, in an allocation of Slurm.
+    /// In a Slurm allocation.
     Srun,
 }
 
@@ -29,55 +30,38 @@ impl Launcher {
     }
 }
 
-/// A command that did not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// There is no launcher.
     #[error("there is no `{0}` in PATH")]
     Missing(&'static str),
     /// `srun` would wait for an allocation.
     #[error("`--launcher srun` needs an allocation of Slurm: run this inside `sbatch` or `salloc`")]
     NoAllocation,
-    /// `srun` takes the hosts of its allocation.
     #[error("`--hosts` is for `--launcher mpirun`; `srun` uses the hosts of its allocation")]
     HostsOfSrun,
-    /// The file of hosts cannot be read.
     #[error("cannot read the hosts `{path}`")]
-    Hosts {
-        /// As given.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The launcher or its log cannot be had.
+    Hosts { path: PathBuf, source: io::Error },
+    /// The launcher cannot be run, or its log not be written.
     #[error("cannot run `{command}`")]
-    Start {
-        /// As typed.
-        command: String,
-        /// Why not.
-        source: io::Error,
-    },
-    /// It ended in another way than by code 0.
+    Start { command: String, source: io::Error },
     #[error("{reason}; the log is `{log}`")]
     Failed {
-        /// As typed.
         command: String,
-        /// Its exit code, or the signal.
+        /// The exit code or signal.
         status: String,
-        /// Its error message.
+        /// The first error message of the log.
         reason: String,
-        /// What it wrote.
         log: PathBuf,
     },
 }
 
 impl LaunchError {
-    /// Whether it is known before anything is started.
+    /// Whether nothing was started.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Missing(_) | Self::NoAllocation | Self::HostsOfSrun | Self::Hosts { .. })
     }
 
-    /// The command that repeats the failure.
+    /// The command that reproduces the failure.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Failed { command, status, .. } => Some(format!("{status} of `{command}`")),
@@ -86,22 +70,21 @@ impl LaunchError {
     }
 }
 
-/// How ranks are started.
+/// How to start ranks.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// By what.
     pub launcher: Launcher,
-    /// The file that names hosts, for `mpirun`.
+    /// Host file of `mpirun`.
     pub hosts: Option<PathBuf>,
-    /// This program.
+    /// Path of this program.
     pub program: PathBuf,
 }
 
 impl Launch {
-    /// Whether ranks can be started at all.
+    /// Checks what can be checked without starting a rank.
     ///
     /// # Errors
-    /// See [`LaunchError`].
+    /// Returns the first obstacle.
     pub fn check(&self) -> Result<(), LaunchError> {
         let name = self.launcher.name();
         let path = env::var_os("PATH").unwrap_or_default();
@@ -120,20 +103,21 @@ impl Launch {
         File::open(hosts).map(drop).map_err(|source| LaunchError::Hosts { path: hosts.clone(), source })
     }
 
-    /// Runs `arguments` of this program on so many ranks, writes what it says to `log`, and returns the command as typed.
+    /// Runs this program with `arguments` on `ranks` ranks and returns the command as typed in a
+    /// shell. The output goes to the file `log`.
     ///
     /// # Errors
-    /// See [`LaunchError`].
+    /// Returns an error if the command cannot be started or fails.
     pub fn run(&self, ranks: usize, arguments: &[String], log: &Path) -> Result<String, LaunchError> {
         let words = self.words(ranks, arguments);
-        let command = as_typed(&words);
+        let command = shell::quoted(&words);
         let start = |source| LaunchError::Start { command: command.clone(), source };
         let file = File::create(log).map_err(start)?;
         let (output, errors) = (file.try_clone().map_err(start)?, file);
         let mut child = Command::new(&words[0]);
         child.args(&words[1..]).stdin(Stdio::null()).stdout(output).stderr(errors);
         child.envs(environment());
-        // SAFETY: the function only makes a system call, as the time between fork and exec demands.
+        // SAFETY: between fork and exec, the function only makes a system call.
         unsafe { child.pre_exec(end_with_parent) };
         let status = child.status().map_err(start)?;
         if status.success() {
@@ -150,7 +134,7 @@ impl Launch {
 
     fn words(&self, ranks: usize, arguments: &[String]) -> Vec<String> {
         let ranks = ranks.to_string();
-        // Not bound to single cores: a rank's loader and its math libraries have threads of their own.
+        // No binding to single cores: the loader and the math libraries of a rank start threads.
         let mut words: Vec<String> = match self.launcher {
             Launcher::Mpirun => ["mpirun", "-np", &ranks, "--bind-to", "none"].map(str::to_owned).to_vec(),
             Launcher::Srun => ["srun", "--mpi=pmix", "-n", &ranks].map(str::to_owned).to_vec(),
@@ -164,8 +148,8 @@ impl Launch {
     }
 }
 
-/// What Open MPI needs on a plain machine, as `launch/env.sh` sets it, without what is set already: root may start
-/// ranks, as in containers, and there may be more ranks than cores.
+/// Variables for Open MPI that are not set already, as in `launch/env.sh`: allow root, as in
+/// containers, and more ranks than cores.
 fn environment() -> Vec<(&'static str, &'static str)> {
     let is_root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
     let for_root = [("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")];
@@ -177,16 +161,17 @@ fn environment() -> Vec<(&'static str, &'static str)> {
     for_root.chain(oversubscribe).filter(|(name, _)| env::var_os(name).is_none()).collect()
 }
 
-/// The launcher ends its ranks when this process ends, however it ends.
+/// Makes the launcher, and thereby its ranks, end with this process, even if it is killed.
 fn end_with_parent() -> io::Result<()> {
-    // SAFETY: the call takes numbers and concerns the calling process alone.
-    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    // SAFETY: the call takes numbers and affects the calling process only.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 
-/// Why a command failed, by its log: the error that Bireme reports, or the first paragraph of the launcher's message.
+/// The first error of Bireme in the log, or the first paragraph of the launcher's message.
 fn reason(log: &str) -> String {
     let own = log.lines().find_map(|line| line.split_once("error: ").map(|(_, message)| message));
     if let Some(message) = own {
@@ -199,20 +184,6 @@ fn reason(log: &str) -> String {
     } else {
         single_line(paragraph.join(" ").trim_end_matches('.'))
     }
-}
-
-/// Words as a shell takes them.
-fn as_typed(words: &[String]) -> String {
-    let mut line = String::new();
-    for word in words {
-        let is_plain = word.chars().all(|c| c.is_ascii_alphanumeric() || "-_=./:,".contains(c));
-        let space = if line.is_empty() { "" } else { " " };
-        let _ = match is_plain {
-            true => write!(line, "{space}{word}"),
-            false => write!(line, "{space}'{}'", word.replace('\'', r"'\''")),
-        };
-    }
-    line
 }
 
 #[cfg(test)]
@@ -237,7 +208,7 @@ mod tests {
     fn commands_can_be_typed_again() {
         let arguments =
             ["train".to_owned(), "--set".to_owned(), "train.loss={ kind = \"sampled\" }".to_owned()];
-        let typed = |launch: Launch| as_typed(&launch.words(2, &arguments));
+        let typed = |launch: Launch| shell::quoted(&launch.words(2, &arguments));
         assert_eq!(
             typed(launch(Launcher::Mpirun, Some("hosts"))),
             r#"mpirun -np 2 --bind-to none --hostfile hosts /bin/bireme train --set 'train.loss={ kind = "sampled" }'"#

@@ -1,26 +1,26 @@
-//! How far a figure could be off, had other sessions come: percentile bootstrap.
+//! Confidence intervals over sessions: percentile bootstrap.
 //!
-//! Sessions are drawn anew with replacement, as many as there are, and the figure is computed from each such resample;
-//! the interval spans the middle 95 % of the resampled figures (Efron & Tibshirani, *An Introduction to the
-//! Bootstrap*, 1993, chapter 13). Our figures depend on nothing but how many sessions fell into which cell, a rank or
-//! a pair of ranks of two models. Drawing n sessions and counting cells is drawing the counts from a multinomial
-//! distribution, so a resample is a binomial draw a cell, however many sessions there are.
+//! Sessions are resampled with replacement and a figure is computed from each resample; the interval
+//! spans the middle 95 % of the resampled figures (Efron & Tibshirani, *An Introduction to the
+//! Bootstrap*, 1993, chapter 13). All figures here depend only on the number of sessions in each cell,
+//! a rank or a pair of ranks of two models. Resampling n sessions and counting cells is a multinomial
+//! draw, so a resample costs one binomial draw per cell for any number of sessions.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Binomial, Distribution};
 use serde::Serialize;
 
-/// Share of the resamples that an interval spans.
+/// Level of the intervals.
 pub const CONFIDENCE: f64 = 0.95;
 
-/// Every interval starts from the same state of the generator: equal input, equal intervals.
+/// Fixed, so that equal counts give equal intervals.
 const SEED: u64 = 1993;
 
-/// A figure and its interval; NaN (`null` in JSON) where there is no session.
+/// A figure and its interval; NaN (`null` in JSON) without sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
-    /// The figure of the sessions there are.
+    /// Of all sessions.
     pub value: f64,
     /// Lower end of the interval.
     pub low: f64,
@@ -28,7 +28,7 @@ pub struct Estimate {
     pub high: f64,
 }
 
-/// `M` figures of counts of sessions by cell, with an interval each, from `n_resamples` resamples.
+/// Estimates `M` figures, which are functions of the number of sessions in each cell.
 pub fn bootstrap<const M: usize>(
     counts: &[i64],
     n_resamples: u32,
@@ -52,8 +52,7 @@ pub fn bootstrap<const M: usize>(
     })
 }
 
-/// Draws as many sessions as `counts` counts, with replacement, and counts their cells: what is left for a cell is
-/// binomial, given the cells before it.
+/// Draws a resample: given the cells before it, the number of sessions in a cell is binomial.
 fn draw(counts: &[i64], resample: &mut [i64], generator: &mut ChaCha8Rng) {
     let mut sessions_left: i64 = counts.iter().sum();
     let mut to_draw = sessions_left as u64;
@@ -68,7 +67,7 @@ fn draw(counts: &[i64], resample: &mut [i64], generator: &mut ChaCha8Rng) {
     }
 }
 
-/// The value that `share` of the sorted values lie below, linear between neighbours.
+/// Linear between neighbours.
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     let place = share * (sorted.len() - 1) as f64;
     let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);

@@ -1,41 +1,41 @@
-//! Figures as tables of text, for every page alike.
+//! The tables of a report, as text for all pages.
 
 use super::bootstrap::Estimate;
-use super::compare::{Comparison, EvaluatedPart, Figures, Group};
-use crate::metrics::Measure;
+use super::compare::{Comparison, Estimates, EvaluatedPart, SessionGroup};
+use super::measure::ReportedMeasure;
 
-/// A table; its first column names its rows.
-pub(super) struct Table {
+/// A table whose first column names its rows.
+pub(super) struct CaptionedTable {
     pub(super) caption: String,
     pub(super) head: Vec<String>,
     pub(super) rows: Vec<Vec<String>>,
 }
 
-impl Table {
+impl CaptionedTable {
     fn new<'a>(caption: String, head: impl IntoIterator<Item = &'a str>) -> Self {
         Self { caption, head: head.into_iter().map(str::to_owned).collect(), rows: Vec::new() }
     }
 }
 
-/// One for each evaluation, the last first.
-pub(super) fn evaluations(comparison: &Comparison) -> Vec<Table> {
+/// One table per evaluation, the last first.
+pub(super) fn evaluations(comparison: &Comparison) -> Vec<CaptionedTable> {
     comparison.evaluations.iter().rev().map(|part| evaluation(comparison, part)).collect()
 }
 
-fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> Table {
+fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> CaptionedTable {
     let caption = format!(
         "Day {} ({}), trained to day {}: {} sessions",
-        part.eval_day,
-        part.split.name(),
-        part.train_day,
-        part.n_sessions
+        part.eval_day, part.split, part.train_day, part.n_sessions
     );
-    let head = ["model"].into_iter().chain(Measure::ALL.map(Measure::title)).chain(["coverage@20", "loss"]);
-    let mut table = Table::new(caption, head);
+    let head = ["model"]
+        .into_iter()
+        .chain(ReportedMeasure::ALL.map(ReportedMeasure::title))
+        .chain(["coverage@20", "loss"]);
+    let mut table = CaptionedTable::new(caption, head);
     for (run, evaluated) in comparison.runs.iter().zip(&part.runs) {
         let name = if run.is_baseline { format!("{}, baseline", run.label) } else { run.label.clone() };
         let mut row = vec![name];
-        row.extend(estimates(&evaluated.figures));
+        row.extend(all_estimates(&evaluated.estimates));
         row.extend(
             [evaluated.coverage_at_20, evaluated.loss]
                 .map(|figure| figure.map_or_else(|| "none".to_owned(), |figure| number(figure, false))),
@@ -45,29 +45,30 @@ fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> Table {
     table
 }
 
-/// Each run minus the reference.
-pub(super) fn differences(comparison: &Comparison) -> Option<Table> {
+/// Each run minus the reference; none for a single run.
+pub(super) fn differences(comparison: &Comparison) -> Option<CaptionedTable> {
     let differences = comparison.differences.as_ref()?;
     let last = comparison.last();
     let caption = format!(
-        "Difference from {} on day {} ({}), the same sessions resampled for both",
+        "Difference from {} on {}, the same sessions resampled for both",
         differences.reference,
-        last.eval_day,
-        last.split.name()
+        last.name()
     );
-    let mut table = Table::new(caption, ["model"].into_iter().chain(Measure::ALL.map(Measure::title)));
+    let mut table = CaptionedTable::new(
+        caption,
+        ["model"].into_iter().chain(ReportedMeasure::ALL.map(ReportedMeasure::title)),
+    );
     for run in &differences.runs {
-        let signed = Measure::ALL.map(|measure| estimate(run.figures.get(measure), true));
+        let signed = ReportedMeasure::ALL.map(|measure| estimate(run.estimates.get(measure), true));
         table.rows.push([run.label.clone()].into_iter().chain(signed).collect());
     }
     Some(table)
 }
 
-/// What training took, by run and day.
-pub(super) fn training(comparison: &Comparison) -> Table {
+pub(super) fn training(comparison: &Comparison) -> CaptionedTable {
     let caption = "Training: sessions of all epochs and ranks, wall time without evaluation".to_owned();
     let head = ["model", "day", "sessions", "seconds", "sessions/s", "ranks", "device"];
-    let mut table = Table::new(caption, head);
+    let mut table = CaptionedTable::new(caption, head);
     for run in &comparison.runs {
         let fact = |key: &str| match &run.machine[key] {
             serde_json::Value::Null => "unknown".to_owned(),
@@ -89,22 +90,20 @@ pub(super) fn training(comparison: &Comparison) -> Table {
     table
 }
 
-/// Figures by the events known of a session.
-pub(super) fn by_known_events(comparison: &Comparison) -> Vec<Table> {
+pub(super) fn by_known_events(comparison: &Comparison) -> Vec<CaptionedTable> {
     by_group(comparison, "events known of the session", "events known", &comparison.by_known_events)
 }
 
-/// Figures by the popularity of the held-out item.
-pub(super) fn by_popularity(comparison: &Comparison) -> Vec<Table> {
+pub(super) fn by_popularity(comparison: &Comparison) -> Vec<CaptionedTable> {
     let groups = &comparison.by_popularity_decile;
     by_group(comparison, "popularity decile of the held-out item (1: most popular)", "decile", groups)
 }
 
-fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[Group]) -> Vec<Table> {
-    let of = |measure: Measure| {
+fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[SessionGroup]) -> Vec<CaptionedTable> {
+    let of = |measure: ReportedMeasure| {
         let caption = format!("{} by {by}", measure.title());
         let labels = comparison.runs.iter().map(|run| run.label.as_str());
-        let mut table = Table::new(caption, [column, "sessions"].into_iter().chain(labels));
+        let mut table = CaptionedTable::new(caption, [column, "sessions"].into_iter().chain(labels));
         for group in groups {
             let figures = group.runs.iter().map(|figures| estimate(figures.get(measure), false));
             let row = [group.label.clone(), group.n_sessions.to_string()].into_iter().chain(figures);
@@ -112,11 +111,11 @@ fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[Group]) -
         }
         table
     };
-    [Measure::RecallAt20, Measure::NdcgAt20].map(of).into()
+    [ReportedMeasure::RecallAt20, ReportedMeasure::NdcgAt20].map(of).into()
 }
 
-fn estimates(figures: &Figures) -> [String; 5] {
-    Measure::ALL.map(|measure| estimate(figures.get(measure), false))
+fn all_estimates(estimates: &Estimates) -> [String; 5] {
+    ReportedMeasure::ALL.map(|measure| estimate(estimates.get(measure), false))
 }
 
 /// `0.1948 [0.1800, 0.2100]`.

@@ -1,4 +1,4 @@
-//! An output file that is compressed where its name says so.
+//! An output file that is compressed with gzip if its name ends in `.gz`.
 
 use std::ffi::OsStr;
 use std::io::{self, Write};
@@ -8,7 +8,7 @@ use bireme_base::output::{OutputError, OutputFile};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
-/// Writes gzip to `x.csv.gz`, and to other names what it is given.
+/// See the module.
 #[derive(Debug)]
 pub struct Sink {
     path: PathBuf,
@@ -21,7 +21,7 @@ enum Writer {
     Gzip(Box<GzEncoder<OutputFile>>),
 }
 
-/// Whether a name asks for compression.
+/// Whether the name ends in `.gz`.
 pub fn is_gzip(path: &Path) -> bool {
     path.extension().and_then(OsStr::to_str).is_some_and(|extension| extension.eq_ignore_ascii_case("gz"))
 }
@@ -30,7 +30,7 @@ impl Sink {
     /// See [`OutputFile::create`].
     ///
     /// # Errors
-    /// The path cannot be written to, or another process writes it.
+    /// Returns an error if the path cannot be written, or another process writes it.
     pub fn create(path: &Path, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
         let file = OutputFile::create(path, note)?;
         let writer = if is_gzip(path) {
@@ -52,7 +52,7 @@ impl Sink {
     /// See [`OutputFile::publish`].
     ///
     /// # Errors
-    /// The disk is full, say.
+    /// Returns an error if a write fails.
     pub fn publish(self) -> Result<(), OutputError> {
         let Self { path, writer } = self;
         let file = match writer {

@@ -1,47 +1,49 @@
-//! A synthetic shop: events in the shape of REES46's, any number of them, from a law that is known.
+//! A synthetic shop: any number of events in the format of REES46's files, drawn from a known law.
 //!
 //! # The law
 //!
-//! *Items.* An item's popularity falls with its rank by Zipf's law with Mandelbrot's flat head,
-//! `1 / (rank + 20)`. Items stand on the shelves of categories of about 25; popularity and category are
-//! independent. One item in a hundred is born on each day after the first (at most half of them in all), and
-//! is not seen before.
+//! *Items.* The popularity of an item falls with its rank by the Zipf-Mandelbrot law,
+//! `1 / (rank + 20)`. Categories hold about 25 items each, in a fixed order (a shelf); popularity
+//! and category are independent. One item in a hundred is released on each day after the first (at
+//! most half of all items) and does not occur before.
 //!
-//! *Sessions.* A session is after two categories, those of two items drawn by popularity; no column says
-//! which. Its first item is one of theirs (90 in 100), or any. Each further item is
+//! *Sessions.* A session has an intent: two categories, those of two items drawn by popularity. No
+//! column holds it. The first item belongs to one of the two categories with probability 0.9,
+//! else it is any item. Each further item is
 //!
-//! | of 100 | what | told by |
+//! | percent | item | predictable from |
 //! | --: | --- | --- |
 //! | 10 | a neighbour of the last item: one of the next three on its shelf | the last item |
-//! | 80 | an item of the two categories; from one of them, 65 of 100 go to the other, 35 stay | the whole session |
+//! | 80 | an item of the two categories; 65 % switch to the other category, 35 % stay | the whole session |
 //! | 10 | any item | nothing |
 //!
-//! by popularity, and drawn anew until it is not the last item. So the last item tells the category that the
-//! session mostly leaves, and the earlier ones tell where it goes: a model that reads the whole session beats
-//! every count of pairs of items, however many were counted. Which category an item belongs to must be
-//! learned, from `category_id` or from the company that it keeps.
+//! by popularity, and is drawn again while it equals the last item. The last item thus shows the
+//! category that the session mostly leaves, and earlier items show where it goes: a model that
+//! reads the whole session beats every count of item pairs, however much data was counted. The
+//! category of an item must be learned, from `category_id` or from co-occurrence.
 //!
-//! *Rows.* A session has 1 to 400 rows (lognormal with median 4.2: about one in a thousand has over 100). 30
-//! of 100 rows after the first stay with the item, as another view, a cart or a purchase: the consecutive
-//! repeats of a real file. How long a session is and when it stays depend on nothing else. Rows of a session
-//! are half a minute apart by the median, and sessions overlap as visitors of a shop do; a user comes three
-//! times on average. Sessions begin on every day alike, few by night; rows that would fall after the last
-//! midnight fall on the second before it, and the last session is cut to the rows asked for. A third of the
-//! categories have no `category_code`, 14 of 100 items no `brand`; one session in ten thousand is a single
-//! row without `user_session`.
+//! *Rows.* A session has 1 to 400 rows (lognormal with median 4.2: about one session in a thousand
+//! has over 100). 30 % of the rows after the first repeat the item of the row before, as another
+//! view, a cart or a purchase, like the consecutive repeats of the real files. Length and repeats
+//! depend on nothing else. The median gap between rows of a session is half a minute, and sessions
+//! overlap; a user has three sessions on average. Sessions start on all days equally, few by night.
+//! Rows that would fall after the last midnight are moved to the second before it, and the last
+//! session is cut so that the file has exactly the requested rows. A third of the categories have
+//! no `category_code`, 14 % of the items no `brand`; one session in ten thousand is a single row
+//! without `user_session`.
 //!
-//! # How well the next item can be told
+//! # The reachable Recall@20
 //!
-//! The law is known, so the best reachable Recall@20 is too: [`Reach`] draws sessions by it and guesses the
-//! last item of each, as the evaluation of a model does, with an oracle that knows everything but what the
-//! session is after, and weighs that by Bayes' rule, exactly: no model can expect more than `whole_session`.
-//! The same oracle, shown the last item as if the session began with it, gives `first_order`; pairs counted
-//! without end come to the same, to about 0.01 at most.
+//! The law is known, so the best reachable Recall@20 is too: [`Reach`] draws sessions and predicts
+//! the last item of each, as the evaluation of a model does. Its oracle knows the shop but not the
+//! intent, which it infers exactly by Bayes' rule: no model can expect more than `whole_session`.
+//! The same oracle, given the last item as if the session started with it, yields `first_order`;
+//! counting pairs on unlimited data reaches the same value within 0.01.
 //!
-//! # Size
+//! # Memory
 //!
-//! Memory is `O(items)` plus the sessions that are under way at once, which grow with the rows *a day*, not
-//! with the rows. The same options give the same bytes on every machine.
+//! Memory is `O(items)` plus the sessions that are open at the same time, which grow with the rows
+//! *per day*, not with all rows. The same options give the same bytes on every machine.
 
 mod reach;
 mod rows;
@@ -56,25 +58,24 @@ use std::io::{self, BufWriter, Write};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::table::{self, Align};
 pub use reach::Reach;
-use rows::{Kind, Labels, Rows, Visitor};
+use rows::{EventType, Labels, Rows, Visitor};
 use session::Visit;
 use shop::Shop;
 
-/// Fewest items of a shop, and fewest rows of a day.
-const LEAST_ITEMS: u32 = 100;
-const LEAST_ROWS_A_DAY: u64 = 500;
-/// One session of so many is a single row whose session id is lost.
+const MIN_ITEMS: u32 = 100;
+const MIN_ROWS_PER_DAY: u64 = 500;
+/// One session in this many is a single row without a session id.
 const LOST_SESSION_ONE_IN: u32 = 10_000;
-/// Sessions of a user, on average.
-const SESSIONS_A_USER: f64 = 3.0;
-/// Sessions drawn to estimate the reachable Recall@20: a standard error of at most 0.0036.
+/// Mean over users.
+const SESSIONS_PER_USER: f64 = 3.0;
+/// The standard error of the estimated Recall@20 is at most 0.0036.
 const REACH_SESSIONS: u32 = 20_000;
 
-/// What shop to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SynthOptions {
-    /// Rows of the file.
+    /// Rows of the file, without the header.
     pub events: u64,
     /// Items of the shop on its last day.
     pub items: u32,
@@ -84,19 +85,18 @@ pub struct SynthOptions {
     pub seed: u64,
 }
 
-/// Why no shop was made.
 #[derive(Debug, thiserror::Error)]
 pub enum SynthError {
     /// An option is out of range.
     #[error("`{option} {given}` is too {fault}: {why}")]
     Option {
-        /// The option as the command line names it.
+        /// As on the command line.
         option: &'static str,
-        /// Its value.
+        /// The value given.
         given: u64,
         /// `few` or `many`.
         fault: &'static str,
-        /// What it must be.
+        /// The range.
         why: String,
     },
     /// The events could not be written.
@@ -104,52 +104,53 @@ pub enum SynthError {
     Write(#[from] io::Error),
 }
 
-/// What was made, and how well its next item can be told.
+/// Size of the generated file, and the Recall@20 that can be reached on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SynthReport {
-    /// Rows written, the header not counted.
+    /// Rows written, without the header.
     pub rows: u64,
-    /// Sessions with an id.
+    /// Sessions that have an id.
     pub sessions: u64,
-    /// Most sessions that were under way at once: memory grows with these and with the items alone.
+    /// Largest number of sessions open at the same time, which bounds memory.
     pub most_live_sessions: usize,
-    /// Recall@20 that can be reached.
+    /// The reachable Recall@20.
     pub reach: Reach,
 }
 
 impl fmt::Display for SynthReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rows, sessions, reach, .. } = self;
-        writeln!(f, "{:<42}{rows:>12}", "rows")?;
-        writeln!(f, "{:<42}{sessions:>12}", "sessions")?;
-        writeln!(f, "{:<42}{:>12.4}", "recall@20, the most popular items", reach.popularity)?;
-        writeln!(f, "{:<42}{:>12.4}", "recall@20, best from the last item alone", reach.first_order)?;
-        write!(f, "{:<42}{:>12.4}", "recall@20, best from the whole session", reach.whole_session)
+        let lines = [
+            ("rows", self.rows.to_string()),
+            ("sessions", self.sessions.to_string()),
+            ("recall@20, the most popular items", format!("{:.4}", self.reach.popularity)),
+            ("recall@20, best from the last item alone", format!("{:.4}", self.reach.first_order)),
+            ("recall@20, best from the whole session", format!("{:.4}", self.reach.whole_session)),
+        ];
+        let rows: Vec<_> = lines.map(|(name, value)| [name.to_owned(), format!("{value:>12}")]).into();
+        f.write_str(&table::aligned([Align::Left, Align::Right], &rows).join("\n"))
     }
 }
 
 impl SynthOptions {
-    /// Refuses options out of range.
-    ///
     /// # Errors
-    /// Names the option.
+    /// Returns the first option out of range.
     pub fn check(&self) -> Result<(), SynthError> {
         let few = |option, given, why| Err(SynthError::Option { option, given, fault: "few", why });
         let Self { events, items, days, .. } = *self;
-        if items < LEAST_ITEMS {
-            return few("--items", items.into(), format!("a shop has at least {LEAST_ITEMS}"));
+        if items < MIN_ITEMS {
+            return few("--items", items.into(), format!("the least is {MIN_ITEMS}"));
         }
         if days == 0 {
-            return few("--days", 0, "a shop is open for at least 1".into());
+            return few("--days", 0, "the least is 1".into());
         }
         let most_born = items / 2;
         if days > most_born {
             let why = format!(
-                "at least one item is born on each day after the first, and at most {most_born} of {items} items are"
+                "each day after the first releases at least one item, and at most {most_born} of {items} items are released later"
             );
             return Err(SynthError::Option { option: "--days", given: days.into(), fault: "many", why });
         }
-        let least = LEAST_ROWS_A_DAY * u64::from(days);
+        let least = MIN_ROWS_PER_DAY * u64::from(days);
         if events < least {
             return few("--events", events, format!("{days} days need at least {least}"));
         }
@@ -157,29 +158,29 @@ impl SynthOptions {
     }
 }
 
-/// A session under way, ordered by its next row's second, then by its beginning.
-struct Live {
+/// An open session, ordered by the second of its next row, then by its start.
+struct LiveSession {
     due: Reverse<(u64, u64)>,
     visit: Visit,
     visitor: Visitor,
-    kind: Kind,
+    event_type: EventType,
 }
 
-impl PartialEq for Live {
+impl PartialEq for LiveSession {
     fn eq(&self, other: &Self) -> bool {
         self.due == other.due
     }
 }
 
-impl Eq for Live {}
+impl Eq for LiveSession {}
 
-impl PartialOrd for Live {
+impl PartialOrd for LiveSession {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Live {
+impl Ord for LiveSession {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.due.cmp(&other.due)
     }
@@ -188,11 +189,10 @@ impl Ord for Live {
 /// Writes the events of a shop to `out`, in order of time.
 ///
 /// # Errors
-///
-/// When the options are out of range (nothing is written then), or `out` refuses a write.
+/// Returns an error if an option is out of range (before writing anything) or a write fails.
 pub fn synth(options: &SynthOptions, out: &mut dyn Write) -> Result<SynthReport, SynthError> {
     options.check()?;
-    // One stream of random numbers each for the shop, the events and the estimate: neither moves the others.
+    // Separate streams of random numbers, so that a change to one part leaves the others unchanged.
     let stream = |number| {
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         rng.set_stream(number);
@@ -203,24 +203,28 @@ pub fn synth(options: &SynthOptions, out: &mut dyn Write) -> Result<SynthReport,
     let labels = Labels::draw(&shop, &mut rng)?;
     let mut out = BufWriter::with_capacity(1 << 18, out);
     let rows = Rows::begin(labels, &mut out)?;
-    let (sessions, most_live_sessions) = write_events(options, &shop, rows, &mut stream(1))?;
+    let WrittenSessions { with_id, most_live } = write_events(options, &shop, rows, &mut stream(1))?;
     out.flush()?;
     let reach = Reach::estimate(&shop, REACH_SESSIONS, &mut stream(2));
-    Ok(SynthReport { rows: options.events, sessions, most_live_sessions, reach })
+    Ok(SynthReport { rows: options.events, sessions: with_id, most_live_sessions: most_live, reach })
 }
 
-/// Begins session after session until their rows are as many as asked for, and interleaves them by time;
-/// gives the sessions with an id, and the most that were under way at once.
+struct WrittenSessions {
+    with_id: u64,
+    most_live: usize,
+}
+
+/// Starts sessions until they have the requested rows, and interleaves their rows by time.
 fn write_events(
     options: &SynthOptions,
     shop: &Shop,
     mut rows: Rows<'_>,
     rng: &mut ChaCha8Rng,
-) -> io::Result<(u64, usize)> {
+) -> io::Result<WrittenSessions> {
     let SynthOptions { events, days, .. } = *options;
     let last_second = u64::from(days) * 86_400 - 1;
-    let n_users = (events as f64 / session::ROWS.mean() / SESSIONS_A_USER).clamp(1.0, 3e9) as u32;
-    let mut live: BinaryHeap<Live> = BinaryHeap::new();
+    let n_users = (events as f64 / session::ROWS.mean() / SESSIONS_PER_USER).clamp(1.0, 3e9) as u32;
+    let mut live: BinaryHeap<LiveSession> = BinaryHeap::new();
     let (mut begun_rows, mut n_begun, mut n_sessions, mut most_live) = (0, 0u64, 0, 0);
     loop {
         let begins = (begun_rows < events).then(|| rows::begin_second(begun_rows, events, days));
@@ -231,21 +235,22 @@ fn write_events(
             let left = events - begun_rows - 1;
             visit.cut(if has_session { left.min(u32::MAX.into()) as u32 } else { 0 });
             let visitor = Visitor::draw(n_users, has_session, rng);
-            rows.write(second, Kind::View, visit.item(), &visitor)?;
+            rows.write(second, EventType::View, visit.item(), &visitor)?;
             begun_rows += 1 + u64::from(visit.rows_left());
             n_begun += 1;
             n_sessions += u64::from(has_session);
             if visit.rows_left() > 0 {
                 let next = second + u64::from(session::GAP_SECONDS.draw(rng));
-                // What would fall after the last midnight falls on the second before it.
+                // Rows after the last midnight move to the second before it.
                 let due = Reverse((next.min(last_second), n_begun));
-                live.push(Live { due, visit, visitor, kind: Kind::View });
+                live.push(LiveSession { due, visit, visitor, event_type: EventType::View });
                 most_live = most_live.max(live.len());
             }
         } else if let Some(mut next) = live.peek_mut() {
             let Reverse((second, serial)) = next.due;
-            next.kind = if next.visit.advance(shop, rng) { Kind::View } else { next.kind.after(rng) };
-            rows.write(second, next.kind, next.visit.item(), &next.visitor)?;
+            next.event_type =
+                if next.visit.advance(shop, rng) { EventType::View } else { next.event_type.after(rng) };
+            rows.write(second, next.event_type, next.visit.item(), &next.visitor)?;
             if next.visit.rows_left() > 0 {
                 let gap = u64::from(session::GAP_SECONDS.draw(rng));
                 next.due = Reverse(((second + gap).min(last_second), serial));
@@ -253,7 +258,7 @@ fn write_events(
                 std::collections::binary_heap::PeekMut::pop(next);
             }
         } else {
-            return Ok((n_sessions, most_live));
+            return Ok(WrittenSessions { with_id: n_sessions, most_live });
         }
     }
 }
@@ -392,18 +397,12 @@ mod tests {
             assert!(out.is_empty());
             error
         };
-        assert_eq!(
-            refused(SynthOptions { items: 0, ..SMALL }),
-            "`--items 0` is too few: a shop has at least 100"
-        );
-        assert_eq!(
-            refused(SynthOptions { days: 0, ..SMALL }),
-            "`--days 0` is too few: a shop is open for at least 1"
-        );
+        assert_eq!(refused(SynthOptions { items: 0, ..SMALL }), "`--items 0` is too few: the least is 100");
+        assert_eq!(refused(SynthOptions { days: 0, ..SMALL }), "`--days 0` is too few: the least is 1");
         assert_eq!(
             refused(SynthOptions { days: 501, ..SMALL }),
-            "`--days 501` is too many: at least one item is born on each day after the first, and at most 500 of 1000 \
-             items are"
+            "`--days 501` is too many: each day after the first releases at least one item, and at most 500 of \
+             1000 items are released later"
         );
         assert_eq!(
             refused(SynthOptions { events: 1499, ..SMALL }),

@@ -1,4 +1,4 @@
-//! A report as a folder.
+//! Writes a report as a folder.
 
 use std::fs;
 use std::io;
@@ -6,40 +6,29 @@ use std::path::{Path, PathBuf};
 
 use bireme_base::output::{self, FolderKind, OutputError, OutputFolder};
 
-use super::charts::{ChartError, charts};
+use super::charts::charts;
 use super::compare::Comparison;
-use super::{RESULTS, pages};
+use super::pages;
+use super::plot::ChartError;
+use crate::run_dir::RESULTS;
 
-/// The page to open first.
 pub const PAGE: &str = "index.html";
 
-/// The tables as text.
 const MARKDOWN: &str = "report.md";
 
-/// The figures as numbers; a folder that has it is a report.
+/// Written last: a folder with this file is a complete report.
 const FIGURES: &str = "report.json";
 
-/// A report that cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    /// There is one already.
     #[error("`{0}` already holds a report: choose another `--out`, or replace it with `--overwrite`")]
     Taken(PathBuf),
-    /// There is something else.
-    #[error("`{0}` holds something that is no report: choose another `--out`")]
+    #[error("`{0}` exists and was not written by `bireme report`: choose another `--out`")]
     Foreign(PathBuf),
-    /// The folder cannot be written to.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// The file system refused.
     #[error("cannot write `{path}`")]
-    Io {
-        /// The file or folder.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// A picture failed.
+    Io { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Chart(#[from] ChartError),
 }
@@ -55,7 +44,7 @@ impl WriteError {
     }
 }
 
-/// A report; [`FIGURES`] is written last.
+/// PNG copies of the charts are files of older versions.
 const REPORT: FolderKind = FolderKind {
     marker: FIGURES,
     is_ours: |name| {
@@ -64,11 +53,12 @@ const REPORT: FolderKind = FolderKind {
     },
 };
 
-/// Prepares the folder `out` for a report on `runs`. `note` is given a line where what an interrupted
-/// command left is removed.
+/// Prepares the folder `out` for a report on `runs`. `note` reports files removed after an
+/// interrupted command.
 ///
 /// # Errors
-/// The folder holds something, lies in a run, cannot be written to, or another process writes it.
+/// Returns an error if the folder is not empty, lies in a run, cannot be written, or is being
+/// written by another process.
 pub fn create(
     out: &Path,
     runs: &[PathBuf],
@@ -85,23 +75,20 @@ pub fn create(
     })
 }
 
-/// Writes a report: `results.txt`, `report.md`, `report.json`, `index.html`, and every chart as SVG and
-/// PNG. They take their places together.
+/// Writes `results.txt`, `report.md`, `report.json`, `index.html` and an SVG file per chart, and
+/// publishes the folder.
 ///
 /// # Errors
-/// See [`WriteError`]; the folder is then what it was before.
+/// Returns an error if a write fails; the folder is unchanged then.
 pub fn write(folder: OutputFolder, comparison: &Comparison) -> Result<(), WriteError> {
     let charts = charts(comparison)?;
-    let mut files: Vec<(String, Vec<u8>)> = vec![
-        (RESULTS.to_owned(), pages::results_txt(comparison).into_bytes()),
-        (MARKDOWN.to_owned(), pages::markdown(comparison, &charts).into_bytes()),
-        (FIGURES.to_owned(), pages::json(comparison).into_bytes()),
-        (PAGE.to_owned(), pages::html(comparison, &charts).into_bytes()),
+    let mut files: Vec<(String, String)> = vec![
+        (RESULTS.to_owned(), pages::results_txt(comparison)),
+        (MARKDOWN.to_owned(), pages::markdown(comparison, &charts)),
+        (FIGURES.to_owned(), pages::json(comparison)),
+        (PAGE.to_owned(), pages::html(comparison, &charts)),
     ];
-    for chart in charts {
-        files.push((format!("{}.svg", chart.name), chart.svg.into_bytes()));
-        files.push((format!("{}.png", chart.name), chart.png));
-    }
+    files.extend(charts.into_iter().map(|chart| (format!("{}.svg", chart.name), chart.svg)));
     for (name, content) in files {
         let path = folder.path().join(name);
         fs::write(&path, content).map_err(|source| WriteError::Io { path, source })?;

@@ -1,4 +1,4 @@
-//! Sessions: how long they are, how fast they go, and the walk of one through the shop.
+//! Sessions: their length, the gaps between their rows, and the item of each row.
 
 use std::sync::LazyLock;
 
@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::shop::{Intent, Shop};
 
-/// Of a hundred rows after a session's first, how many stay with the item of the row before.
+/// Percentage of rows after the first that repeat the item of the row before.
 const STAY_PERCENT: u32 = 30;
 
 /// Rows of a session: half have at most 4, one in a thousand over 100.
@@ -19,7 +19,7 @@ pub(super) static PRICE: LazyLock<LogNormal> = LazyLock::new(|| LogNormal::new(1
 
 /// A lognormal variable rounded to the whole numbers from 1 to a largest one.
 pub(super) struct LogNormal {
-    /// `below[k]`: how many of 2^32 draws are at most `k + 1`.
+    /// `below[k]`: the number of values of a `u32` that are mapped to at most `k + 1`.
     below: Vec<u64>,
 }
 
@@ -42,15 +42,15 @@ impl LogNormal {
     }
 
     pub(super) fn mean(&self) -> f64 {
-        // The mean of a positive whole number is the sum over k >= 0 of the chance to exceed k.
+        // E[X] = sum over k >= 0 of P(X > k).
         1.0 + self.below.iter().map(|&below| 1.0 - below as f64 / (1u64 << 32) as f64).sum::<f64>()
     }
 }
 
-/// A session's walk: which item each of its rows shows.
+/// A session in progress.
 ///
-/// Whether a row stays with the item depends on nothing else, so the number of different items in a row is
-/// independent of which they are, and says nothing about the intent.
+/// Repeats are independent of everything else, so that the number of items in a session carries no
+/// information about the intent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Visit {
     intent: Intent,
@@ -60,14 +60,14 @@ pub(super) struct Visit {
 }
 
 impl Visit {
-    /// A session's first row.
+    /// Draws the intent, the first item and the number of rows.
     pub(super) fn begin(shop: &Shop, day: u32, rng: &mut ChaCha8Rng) -> Self {
         let intent = shop.draw_intent(day, rng);
         let item = shop.first_item(intent, day, rng);
         Self { intent, day, item, rows_left: ROWS.draw(rng) - 1 }
     }
 
-    /// Goes to the next row; whether it shows another item.
+    /// Moves to the next row; returns whether the item changed.
     pub(super) fn advance(&mut self, shop: &Shop, rng: &mut ChaCha8Rng) -> bool {
         self.rows_left -= 1;
         let moves = rng.random_range(0..100u32) >= STAY_PERCENT;
@@ -77,7 +77,7 @@ impl Visit {
         moves
     }
 
-    /// Lets the session end after at most `rows` further rows.
+    /// Limits the session to `rows` further rows.
     pub(super) fn cut(&mut self, rows: u32) {
         self.rows_left = self.rows_left.min(rows);
     }

@@ -1,0 +1,26 @@
+//! What stands around the trainer: works on plain data and files, without libtorch and MPI.
+//!
+//! | module | purpose |
+//! | --- | --- |
+//! | [`synth`] | synthetic events, and the Recall@20 that can be reached on them |
+//! | [`run_dir`], [`run_log`] | file names of a run directory, its `metrics.jsonl` |
+//! | [`report`] | saved evaluations, and finished runs compared in tables, charts and pages |
+//! | [`findings`] | what `bireme doctor` finds |
+//! | [`launch`] | starts commands on several ranks |
+//! | [`scaling`] | measured scaling, and predictions for other jobs |
+//! | [`sink`], [`columns`], [`table`], [`shell`] | compressed files, parquet columns, tables of text, quoting |
+
+// Most fields and variants are explained by their names.
+#![allow(missing_docs)]
+
+pub mod synth;
+pub mod run_dir;
+pub mod run_log;
+pub mod report;
+pub mod findings;
+pub mod launch;
+pub mod scaling;
+pub mod sink;
+pub mod columns;
+pub mod table;
+pub mod shell;
