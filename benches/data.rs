@@ -1,7 +1,8 @@
-//! How fast day partitions become batches, with nothing done with them.
+//! Measures how fast day partitions become batches.
 //!
-//! `cargo bench --bench data -- CONFIG DATA [RUNS]`: reads the first day's train sessions as one rank of a run would, once
-//! unmeasured and then so many times, and prints sessions a second: the median run's, and the least and largest.
+//! `cargo bench --bench data -- CONFIG DATA [RUNS]` reads the train sessions of the first day as a
+//! single rank does, once unmeasured and then RUNS times (5 by default), and prints the median
+//! sessions per second, with the least and the largest.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -12,7 +13,7 @@ use bireme::data::{DayPlan, Days, Loader, Split, Window};
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]
 fn main() -> ExitCode {
-    // `cargo bench` adds an option of its own.
+    // `cargo bench` appends `--bench`.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let (config, data, runs) = match &arguments[..] {
         [config, data] => (config, data, 5),

@@ -1,4 +1,4 @@
-//! `preprocess --events FILE... --out DIR`, linked without libtorch: what `benches/etl.py` times.
+//! `preprocess --events FILE... --out DIR` without libtorch, timed by `benches/etl.py`.
 //!
 //! `cargo build --release -p bireme-etl --example preprocess`
 

@@ -85,7 +85,7 @@ pub enum RecommendError {
         fault: Fault,
     },
     /// No session is long enough.
-    #[error("the first {n_events} events hold no session of at least two events: raise `--first`")]
+    #[error("the first {n_events} events hold no session of more than one event: raise `--first`")]
     NoSession {
         /// Events read.
         n_events: usize,

@@ -123,8 +123,8 @@ const SCALING: FolderKind = FolderKind {
     is_ours: |name| name == "runs" || name.starts_with("doctor.") || name.starts_with("scaling."),
 };
 
-/// Measures all numbers of ranks and writes `scaling.md`, `scaling.json` and `scaling.svg`. `log` is
-/// given a line per run.
+/// Measures all numbers of ranks and writes `scaling.md`, `scaling.json` and `scaling.svg`. `log`
+/// is given a line per run.
 ///
 /// # Errors
 /// See [`ScalingError`].

@@ -8,7 +8,8 @@
 //! | [`findings`] | what `bireme doctor` finds |
 //! | [`launch`] | starts commands on several ranks |
 //! | [`scaling`] | measured scaling, and predictions for other jobs |
-//! | [`sink`], [`columns`], [`table`], [`shell`] | compressed files, parquet columns, tables of text, quoting |
+//! | [`sink`], [`columns`] | compressed files, parquet columns |
+//! | [`table`], [`shell`] | tables of text, quoted commands |
 
 // Most fields and variants are explained by their names.
 #![allow(missing_docs)]

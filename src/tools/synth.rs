@@ -14,7 +14,7 @@
 //! | percent | item | predictable from |
 //! | --: | --- | --- |
 //! | 10 | a neighbour of the last item: one of the next three on its shelf | the last item |
-//! | 80 | an item of the two categories; 65 % switch to the other category, 35 % stay | the whole session |
+//! | 80 | an item of the two categories; 65 % switch category, 35 % stay | the whole session |
 //! | 10 | any item | nothing |
 //!
 //! by popularity, and is drawn again while it equals the last item. The last item thus shows the

@@ -1,10 +1,10 @@
 //! Confidence intervals over sessions: percentile bootstrap.
 //!
-//! Sessions are resampled with replacement and a figure is computed from each resample; the interval
-//! spans the middle 95 % of the resampled figures (Efron & Tibshirani, *An Introduction to the
-//! Bootstrap*, 1993, chapter 13). All figures here depend only on the number of sessions in each cell,
-//! a rank or a pair of ranks of two models. Resampling n sessions and counting cells is a multinomial
-//! draw, so a resample costs one binomial draw per cell for any number of sessions.
+//! Sessions are resampled with replacement and a figure is computed from each resample; the
+//! interval spans the middle 95 % of the resampled figures (Efron & Tibshirani, *An Introduction to
+//! the Bootstrap*, 1993, chapter 13). All figures here depend only on the number of sessions in
+//! each cell, a rank or a pair of ranks of two models. Resampling n sessions and counting cells is
+//! a multinomial draw, so a resample costs one binomial draw per cell for any number of sessions.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;

@@ -90,8 +90,9 @@ fn reference(comparison: &Comparison) -> String {
     };
     if comparison.runs.iter().any(|run| run.is_baseline) {
         format!(
-            "The reference is {}, the baseline with the highest NDCG@20. An interval without 0 rules out \
-             chance among sessions as the cause of a difference, but not among seeds or days.",
+            "The reference is {}, the baseline with the highest NDCG@20. A difference whose interval \
+             excludes 0 is unlikely to be due to the choice of sessions; other seeds or days are not \
+             covered.",
             differences.reference
         )
     } else {

@@ -96,6 +96,6 @@ mod tests {
         assert_eq!(phases, BTreeMap::from([("data".to_owned(), 0.5), ("loss".to_owned(), 100.0)]));
         let few: Vec<_> = text.lines().filter(|line| !line.contains("phases")).skip(3).collect();
         assert_eq!(read(&few.join("\n")), Err("it has too few steps".to_owned()));
-        assert_eq!(read(&text[..20]), Err("line 1: EOF while parsing a string".to_owned()));
+        assert_eq!(read(&text[..20]), Err("line 1: EOF while parsing an object".to_owned()));
     }
 }

@@ -4,14 +4,14 @@
 //! assumes:
 //!
 //! - Arithmetic is linear in the sessions per rank, through two measured points.
-//! - The loss is also linear in the catalogue, whoever holds the item table: with a sharded table, a
-//!   rank scores the targets of all ranks against its shard.
+//! - The loss is also linear in the catalogue, whoever holds the item table: with a sharded table,
+//!   a rank scores the targets of all ranks against its shard.
 //! - The optimizer is linear in the parameters per rank; only the item table grows.
 //! - An all-reduce takes the faster of a ring and a tree; over several nodes it reduces within each
 //!   node, then across nodes, every rank with its own part, and gathers within each node (Thakur et
 //!   al. 2005).
-//! - No rank is late and no communication overlaps with arithmetic, although the sum of a replicated
-//!   table's gradients may overlap in a run.
+//! - No rank is late and no communication overlaps with arithmetic, although the sum of the
+//!   gradients of a replicated table may overlap in a run.
 
 use serde::Serialize;
 

@@ -1,7 +1,7 @@
 //! The shop: its items, their categories, and the law of the next item of a session.
 //!
-//! The tables are drawn once and take `O(items)` memory. All choices are made with integers, so that
-//! a seed gives the same shop on every machine.
+//! The tables are drawn once and take `O(items)` memory. All choices are made with integers, so
+//! that a seed gives the same shop on every machine.
 
 use rand::{Rng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -138,7 +138,8 @@ impl Shop {
         std::array::from_fn(|_| alive.next().copied().unwrap_or(item))
     }
 
-    /// Draws an item of `shelves[begin..end]` by popularity; at least one must be released by `day`.
+    /// Draws an item of `shelves[begin..end]` by popularity; at least one must be released by
+    /// `day`.
     fn pick(&self, begin: usize, end: usize, day: u32, rng: &mut ChaCha8Rng) -> u32 {
         loop {
             let at = rng.random_range(self.cumulative[begin]..self.cumulative[end]);
