@@ -20,11 +20,11 @@ use bireme_tools::scaling::{self, Growth, Scaling, ScalingPoint, TABLE, TableHol
 
 use crate::checkpoint::{CheckpointError, Checkpoints};
 use crate::collective;
+use crate::config::TableLayout;
 use crate::config::{Config, ConfigError};
 use crate::data::{self, DataError, Days, SessionFile, Split};
 use crate::model::ItemTable;
 use crate::report::METRICS;
-use crate::config::TableLayout;
 
 const PREDICTED_RANKS: [usize; 3] = [8, 64, 512];
 
