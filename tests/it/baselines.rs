@@ -2,25 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::Command;
-use std::time::Duration;
 
-use bireme::data::{DataConfig, Days, Split, evaluation_batches};
-use bireme::model::{Baseline, BaselineKind, Decay, Neighbours, NeighboursConfig, Recommender};
+use bireme::data::{Config, Days, Split, evaluation_batches};
+use bireme::model::{Counts, Decay, Evidence, Neighbours, NeighboursConfig, Recommender};
 
-use crate::fixtures;
-use crate::mpirun::run_within;
-use crate::train::{PROGRAM, Shop, config_with, timeless};
+use crate::support::configs::config_with;
+use crate::support::session_data;
+use crate::support::session_shop::{SessionShop, timeless};
 
 const N_ITEMS: i64 = 10;
 
 /// The scores `[B][V]` after the known parts `known` of sessions, read from a file as the evaluator reads them.
-fn scores(model: &Baseline, known: &[&[i64]]) -> Vec<Vec<f64>> {
+fn scores(model: &Counts, known: &[&[i64]]) -> Vec<Vec<f64>> {
     let dir = tempfile::tempdir().unwrap();
-    fixtures::write_schema(dir.path(), N_ITEMS);
+    session_data::write_schema(dir.path(), N_ITEMS);
     let sessions: Vec<Vec<i64>> = known.iter().map(|known| [known, &[2][..]].concat()).collect();
-    fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
+    session_data::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Valid).unwrap();
     let mut rows = Vec::new();
@@ -39,13 +37,13 @@ fn scores(model: &Baseline, known: &[&[i64]]) -> Vec<Vec<f64>> {
     rows
 }
 
-fn add_day(model: &mut Baseline, sessions: &[&[i64]]) {
+fn add_day(model: &mut Counts, sessions: &[&[i64]]) {
     model.add_day(sessions.iter().copied());
 }
 
 /// Four sessions in two days: items 2 to 8 occur 1, 2, 2, 1, 2, 1 and 1 times, item 9 never.
-fn counted(evidence: BaselineKind) -> Baseline {
-    let mut model = Baseline::new(evidence, N_ITEMS);
+fn counted(evidence: Evidence) -> Counts {
+    let mut model = Counts::new(evidence, N_ITEMS);
     add_day(&mut model, &[&[2, 3, 4], &[3, 5]]);
     add_day(&mut model, &[&[4, 6, 6], &[7, 8]]);
     model
@@ -65,8 +63,8 @@ fn linear() -> NeighboursConfig {
     }
 }
 
-fn vsknn(config: &NeighboursConfig) -> BaselineKind {
-    BaselineKind::Neighbours(Neighbours::new(config, N_ITEMS))
+fn vsknn(config: &NeighboursConfig) -> Evidence {
+    Evidence::Neighbours(Neighbours::new(config, N_ITEMS))
 }
 
 /// 1 + the score of each item that a neighbour holds, popularity of the others.
@@ -143,11 +141,11 @@ fn decays_are_as_written() {
 
 #[test]
 fn a_session_that_says_nothing_gets_the_most_popular() {
-    for evidence in [BaselineKind::None, BaselineKind::Successors(BTreeMap::new()), vsknn(&linear())] {
+    for evidence in [Evidence::None, Evidence::Successors(BTreeMap::new()), vsknn(&linear())] {
         let of_sessions = scores(&counted(evidence), &[&[1], &[9], &[1, 9, 1]]);
         assert_eq!(of_sessions, vec![POPULARITY.to_vec(); 3]);
     }
-    let nothing_yet = scores(&Baseline::new(vsknn(&linear()), N_ITEMS), &[&[3, 4]]);
+    let nothing_yet = scores(&Counts::new(vsknn(&linear()), N_ITEMS), &[&[3, 4]]);
     assert_eq!(nothing_yet, [vec![0.0; 10]]);
 }
 
@@ -156,12 +154,12 @@ fn pairs_score_above_popularity() {
     let mut expected = POPULARITY;
     expected[4] += 1.0;
     expected[5] += 1.0;
-    assert_eq!(scores(&counted(BaselineKind::Successors(BTreeMap::new())), &[&[2, 3]]), [expected]);
+    assert_eq!(scores(&counted(Evidence::Successors(BTreeMap::new())), &[&[2, 3]]), [expected]);
 }
 
 #[test]
 fn the_last_day_is_all_that_its_popularity_knows() {
-    let mut model = counted(BaselineKind::LastDay(Vec::new()));
+    let mut model = counted(Evidence::LastDay(Vec::new()));
     let mut expected = POPULARITY;
     for (item, n) in [(4, 1.0), (6, 2.0), (7, 1.0), (8, 1.0)] {
         expected[item] += n;
@@ -177,16 +175,16 @@ fn the_last_day_is_all_that_its_popularity_knows() {
 
 #[test]
 fn what_was_counted_survives_as_tensors() {
-    let kinds: [fn() -> BaselineKind; 4] = [
-        || BaselineKind::None,
-        || BaselineKind::LastDay(Vec::new()),
-        || BaselineKind::Successors(BTreeMap::new()),
+    let kinds: [fn() -> Evidence; 4] = [
+        || Evidence::None,
+        || Evidence::LastDay(Vec::new()),
+        || Evidence::Successors(BTreeMap::new()),
         || vsknn(&linear()),
     ];
     let known: [&[i64]; 4] = [&[2, 3, 4], &[6], &[1], &[9, 7]];
     for evidence in kinds {
         let model = counted(evidence());
-        let mut loaded = Baseline::new(evidence(), N_ITEMS);
+        let mut loaded = Counts::new(evidence(), N_ITEMS);
         loaded.load(&model.tensors()).unwrap();
         assert_eq!(scores(&loaded, &known), scores(&model, &known));
         // And goes on as if nothing had been in between.
@@ -196,25 +194,25 @@ fn what_was_counted_survives_as_tensors() {
         }
         assert_eq!(scores(&loaded, &known), scores(&model, &known));
 
-        let refused = |n_items, tensors: &[_]| Baseline::new(evidence(), n_items).load(tensors).unwrap_err();
+        let refused = |n_items, tensors: &[_]| Counts::new(evidence(), n_items).load(tensors).unwrap_err();
         assert_eq!(refused(9, &model.tensors()), "`items` counts 10 items, the schema has 9");
         assert_eq!(refused(N_ITEMS, &[]), "tensor `items` is missing");
     }
     let mut tensors = counted(vsknn(&linear())).tensors();
     let lengths = tensors.pop().unwrap();
-    let load = |tensors: &[_]| Baseline::new(vsknn(&linear()), N_ITEMS).load(tensors);
+    let load = |tensors: &[_]| Counts::new(vsknn(&linear()), N_ITEMS).load(tensors);
     assert_eq!(load(&tensors).unwrap_err(), "tensor `session_lengths` is missing");
     tensors.push((lengths.0, lengths.1 + 1));
     assert_eq!(load(&tensors).unwrap_err(), "`session_lengths` does not fit `session_items`");
 }
 
-fn set_kind(shop: &Shop, kind: &str) {
+fn set_kind(shop: &SessionShop, kind: &str) {
     fs::write(shop.config(), config_with(&format!("kind = \"{kind}\""))).unwrap();
 }
 
 #[test]
 fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_popularity() {
-    let shop = Shop::new(300);
+    let shop = SessionShop::new(300);
     let mut recall = Vec::new();
     for kind in ["popularity", "recent", "markov", "vsknn"] {
         set_kind(&shop, kind);
@@ -222,17 +220,10 @@ fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_
         let evals = shop.evaluations(kind);
         recall.push(evals[1]["recall_at_10"].as_f64().unwrap());
 
-        let (run, data) = (shop.run_dir(kind), shop.data());
-        let mut evaluate = Command::new(PROGRAM);
-        evaluate.arg("evaluate").arg("--run-dir").arg(&run).arg("--data").arg(&data);
-        let finished = run_within(&mut evaluate, Duration::from_secs(60)).success();
+        let finished = shop.evaluate(kind, &[]).success();
         assert_eq!(timeless(serde_json::from_str(&finished.stdout).unwrap()), evals[1], "{kind}");
 
-        let weights = |run: &str| {
-            let checkpoints = fs::read_dir(shop.run_dir(run).join("checkpoints")).unwrap();
-            let newest = checkpoints.map(|entry| entry.unwrap().path()).max().unwrap();
-            fs::read(newest.join("weights.safetensors")).unwrap()
-        };
+        let weights = |run: &str| fs::read(shop.newest_checkpoint(run).join("weights.safetensors")).unwrap();
         for n_ranks in [2, 3] {
             let run = format!("{kind} {n_ranks}");
             let Some(finished) = shop.train_on(n_ranks, &run, &[]) else { continue };
@@ -247,7 +238,7 @@ fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_
 
 #[test]
 fn neighbours_that_cannot_be_are_refused() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     set_kind(&shop, "vsknn");
     for (assignment, message) in [
         ("model.k=0", "`k` must be at least 1"),

@@ -5,8 +5,10 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::resume::{EXACT, assert_came_to_the_same};
-use crate::train::{PROGRAM, Shop};
+use crate::support::compare::assert_identical;
+use crate::support::configs::RESUMABLE;
+use crate::support::process::PROGRAM;
+use crate::support::session_shop::SessionShop;
 
 fn run(command: &mut Command) -> Output {
     let ran = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -38,8 +40,8 @@ fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
     let libtorch = fs::canonicalize(project.join(".libtorch")).unwrap();
     run(Command::new("cp").args(["--recursive", "--link"]).arg(&libtorch).arg(root.join("opt/libtorch")));
 
-    let shop = Shop::new(100);
-    shop.train("unbroken", &EXACT).success();
+    let shop = SessionShop::new(100);
+    shop.train("unbroken", &RESUMABLE).success();
     fs::create_dir(root.join("shop")).unwrap();
     run(Command::new("cp").arg("--recursive").arg(shop.data()).arg(shop.config()).arg(root.join("shop")));
     // A mount namespace of its own, so that nothing stays mounted.
@@ -54,7 +56,7 @@ fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
     };
     let mpi = inside("command -v mpirun || ls /usr/lib/x86_64-linux-gnu/libmpi*").output().unwrap();
     assert!(!mpi.status.success() && mpi.stdout.is_empty(), "{mpi:?}");
-    let set: Vec<String> = EXACT.iter().map(|word| format!("'{word}'")).collect();
+    let set: Vec<String> = RESUMABLE.iter().map(|word| format!("'{word}'")).collect();
     let train =
         format!("train --config /shop/config.toml --data /shop/data --run-dir /shop/run {}", set.join(" "));
     let ran = run(&mut inside(&format!(
@@ -63,5 +65,5 @@ fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
     let told = String::from_utf8_lossy(&ran.stderr);
     assert!(told.contains("ranks 2 (mpi)"), "{told}");
     run(Command::new("cp").arg("--recursive").arg(root.join("shop/run")).arg(shop.run_dir("run")));
-    assert_came_to_the_same(&shop, "run", "unbroken");
+    assert_identical(&shop, "run", "unbroken");
 }

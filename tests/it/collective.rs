@@ -2,7 +2,7 @@
 
 use std::env;
 use std::panic::catch_unwind;
-use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use bireme::collective::mpi::Mpi;
@@ -12,7 +12,9 @@ use bireme::collective::{Collective, CollectiveError, Reduce, join, on_device, t
 use bireme::device::{DeviceChoice, place};
 use tch::{Device, Kind, Tensor};
 
-use crate::mpirun::{Finished, has_gpu, mpirun, mpirun_on_one_gpu, run_within};
+use crate::support::mpirun::{mpirun, mpirun_on_one_gpu};
+use crate::support::process::{Finished, run_within};
+use crate::support::requirements::{has_gpu, has_nvidia_driver};
 
 const KINDS: [Kind; 5] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Int64, Kind::Uint8];
 const REDUCTIONS: [Reduce; 3] = [Reduce::Sum, Reduce::Min, Reduce::Max];
@@ -247,12 +249,17 @@ fn a_thread_that_leaves_or_calls_something_else_is_told() {
 
 /// Runs `case` of [`a_rank_of_a_job`] on `n_ranks` ranks of real MPI.
 fn job(n_ranks: usize, case: &str) -> Option<Finished> {
-    let this = env::current_exe().unwrap();
-    mpirun(n_ranks, &this, &CHILD, &[(CASE, case)], LIMIT)
+    mpirun(n_ranks, &child(case), LIMIT)
+}
+
+/// This test program as it runs `case` of [`a_rank_of_a_job`].
+fn child(case: &str) -> Command {
+    let mut child = Command::new(env::current_exe().unwrap());
+    child.args(["collective::a_rank_of_a_job", "--exact", "--ignored", "--nocapture"]).env(CASE, case);
+    child
 }
 
 const CASE: &str = "BIREME_TEST_CASE";
-const CHILD: [&str; 4] = ["collective::a_rank_of_a_job", "--exact", "--ignored", "--nocapture"];
 
 #[test]
 #[ignore = "runs as one rank of the jobs that other tests start"]
@@ -366,9 +373,8 @@ fn ranks_that_come_to_different_calls_are_told() {
 
 #[test]
 fn processes_that_mpi_does_not_see_as_one_job_are_refused() {
-    let mut alone = std::process::Command::new(env::current_exe().unwrap());
-    alone.args(CHILD).envs([(CASE, "strangers"), ("PMI_RANK", "0"), ("PMI_SIZE", "2")]);
-    let finished = run_within(&mut alone, LIMIT).success();
+    let mut alone = child("strangers");
+    let finished = run_within(alone.envs([("PMI_RANK", "0"), ("PMI_SIZE", "2")]), LIMIT).success();
     assert!(
         finished.stdout.contains("told: 2 processes were started, but MPI sees a job of 1"),
         "{finished:#?}"
@@ -377,7 +383,7 @@ fn processes_that_mpi_does_not_see_as_one_job_are_refused() {
 
 #[test]
 fn nccl_where_it_cannot_be_is_an_error_and_no_panic() {
-    if Path::new("/dev/nvidiactl").exists() {
+    if has_nvidia_driver() {
         println!("skipped: this host has a GPU, so NCCL may well start");
         return;
     }
@@ -390,11 +396,8 @@ fn nccl_gives_what_mpi_gives() {
     if !has_gpu() {
         return;
     }
-    let this = env::current_exe().unwrap();
     for n_ranks in [2, 3] {
-        let Some(finished) = mpirun_on_one_gpu(n_ranks, &this, &CHILD, &[(CASE, "gpu")], 3 * LIMIT) else {
-            return;
-        };
+        let Some(finished) = mpirun_on_one_gpu(n_ranks, &child("gpu"), 3 * LIMIT) else { return };
         finished.success();
     }
 }

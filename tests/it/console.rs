@@ -8,14 +8,16 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::mpirun::{Finished, has_mpirun, run_within};
-use crate::resume::{EXACT, assert_came_to_the_same, checkpoints, shop};
-use crate::train::{PROGRAM, Shop};
+use crate::support::compare::assert_identical;
+use crate::support::configs::REPRODUCIBLE;
+use crate::support::process::{Finished, PROGRAM, exit_status_within, kill, run_within, wait_until};
+use crate::support::requirements::has_mpirun;
+use crate::support::session_shop::SessionShop;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs a line of bash with the program as `$B` and the shop's paths as `$config`, `$data` and `$dir`.
-fn bash(shop: &Shop, line: &str) -> Finished {
+fn bash(shop: &SessionShop, line: &str) -> Finished {
     let mut command = Command::new("bash");
     command.args(["-c", line]).env("B", PROGRAM).env("config", shop.config()).env("data", shop.data());
     command.env("dir", shop.dir.path()).env("RUST_BACKTRACE", "0");
@@ -25,7 +27,7 @@ fn bash(shop: &Shop, line: &str) -> Finished {
 
 #[test]
 fn a_log_that_cannot_be_written_does_not_end_a_training() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     let train = "train --config $config --data $data --run-dir $dir/run --overwrite";
     for line in [
         "$B TRAIN 2>&1 | true; exit ${PIPESTATUS[0]}",
@@ -48,7 +50,7 @@ fn a_log_that_cannot_be_written_does_not_end_a_training() {
 
 #[test]
 fn output_that_is_not_read_is_no_error_and_a_full_disk_is_one() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     shop.train("run", &[]).success();
     let commands = [
         "evaluate --run-dir $dir/run --data $data",
@@ -89,7 +91,7 @@ fn a_job_whose_log_is_not_read_ends_without_panic() {
     if !has_mpirun("no job lost its log") {
         return;
     }
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     let job = "mpirun --oversubscribe --bind-to none -np 2 $B train --config $config --data $data --run-dir $dir/run";
     let finished = bash(&shop, &format!("{job} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"));
     assert!(!finished.stderr.contains("panicked") && !finished.stderr.contains("internal"), "{finished:#?}");
@@ -98,50 +100,31 @@ fn a_job_whose_log_is_not_read_ends_without_panic() {
 /// Starts the program and waits until `path` has `n` lines.
 fn start_until(command: &mut Command, path: &Path, n: usize) -> Child {
     let child = command.spawn().unwrap();
-    wait_for(|| fs::read_to_string(path).is_ok_and(|text| text.lines().count() >= n));
+    wait_until(|| fs::read_to_string(path).is_ok_and(|text| text.lines().count() >= n));
     child
 }
 
+/// Waits for a process, and kills one that does not end.
 #[track_caller]
-fn wait_for(is_so: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < LIMIT, "it does not happen");
-        sleep(Duration::from_millis(5));
-    }
-}
-
-fn kill(signal: &str, pid: u32) {
-    let kill = format!("kill -s {signal} {pid}");
-    // A process that has ended meanwhile is not there any more.
-    Command::new("sh").args(["-c", &kill]).stderr(Stdio::null()).status().unwrap();
-}
-
 fn end(mut child: Child) -> ExitStatus {
-    let begun = Instant::now();
-    loop {
-        match child.try_wait().unwrap() {
-            Some(status) => return status,
-            None if begun.elapsed() > LIMIT => {
-                child.kill().unwrap();
-                panic!("the process does not end");
-            }
-            None => sleep(Duration::from_millis(5)),
-        }
-    }
+    let status = exit_status_within(&mut child, LIMIT);
+    status.unwrap_or_else(|| {
+        child.kill().unwrap();
+        panic!("the process does not end")
+    })
 }
 
 /// A training that is long enough to be met by a signal.
-fn long_training(shop: &Shop, run: &str) -> Command {
-    let mut command = Command::new(PROGRAM);
-    let set = [&EXACT[..4], &["--set", "train.epochs_per_day=30"]].concat();
-    command.args(shop.arguments(run, &set)).stdout(Stdio::null()).stderr(Stdio::null());
+fn long_training(shop: &SessionShop, run: &str) -> Command {
+    let set = [&REPRODUCIBLE[..], &["--set", "train.epochs_per_day=30"]].concat();
+    let mut command = shop.train_command(run, &set);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     command
 }
 
 #[test]
 fn interrupts_and_a_closed_terminal_save_the_run() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     for signal in ["INT", "HUP", "TERM"] {
         let metrics = shop.run_dir(signal).join("metrics.jsonl");
         let child = start_until(&mut long_training(&shop, signal), &metrics, 2);
@@ -152,7 +135,7 @@ fn interrupts_and_a_closed_terminal_save_the_run() {
         }
         let status = end(child);
         assert_eq!(status.code(), Some(3), "{signal}: {status}");
-        assert!(checkpoints(&shop, signal).pop().unwrap().join("manifest.json").exists());
+        assert!(shop.newest_checkpoint(signal).join("manifest.json").exists());
     }
     // Interrupted several times, it ends as one that was not.
     for _ in 0..2 {
@@ -165,23 +148,23 @@ fn interrupts_and_a_closed_terminal_save_the_run() {
     for run in ["INT", "unbroken"] {
         assert_eq!(long_training(&shop, run).status().unwrap().code(), Some(0));
     }
-    assert_came_to_the_same(&shop, "INT", "unbroken");
+    assert_identical(&shop, "INT", "unbroken");
 }
 
 #[test]
 fn the_reader_of_the_log_and_the_terminal_may_go_together() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let metrics = shop.run_dir("run").join("metrics.jsonl");
     let mut child = start_until(long_training(&shop, "run").stderr(Stdio::piped()), &metrics, 2);
     drop(child.stderr.take());
     kill("HUP", child.id());
     assert_eq!(end(child).code(), Some(3));
-    assert!(!checkpoints(&shop, "run").is_empty());
+    assert!(!shop.checkpoints("run").is_empty());
 }
 
 #[test]
 fn ignored_signals_stay_ignored() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     for (signal, run) in [("HUP", "nohup"), ("INT", "background")] {
         let metrics = shop.run_dir(run).join("metrics.jsonl");
         let train = long_training(&shop, run);
@@ -197,7 +180,7 @@ fn ignored_signals_stay_ignored() {
 
 #[test]
 fn a_second_signal_ends_a_run_that_does_not_come_to_its_checkpoint() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     for (signal, number) in [("INT", 2), ("TERM", 15)] {
         let mut train = long_training(&shop, signal);
         train.env("BIREME_FAULT", "hang@0:3").stderr(Stdio::piped());
@@ -224,21 +207,21 @@ fn a_second_signal_ends_a_run_that_does_not_come_to_its_checkpoint() {
 
 #[test]
 fn a_signal_at_the_start_stops_after_the_first_step() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     // The first file that the run writes comes long before its first step.
     let child = start_until(&mut long_training(&shop, "run"), &shop.run_dir("run").join("run.json"), 1);
     kill("INT", child.id());
     assert_eq!(end(child).code(), Some(3));
-    assert!(!checkpoints(&shop, "run").is_empty());
+    assert!(!shop.checkpoints("run").is_empty());
 }
 
 #[test]
 fn a_signal_during_an_evaluation_stops_the_next_day() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let run_dir = shop.run_dir("run");
     let child = long_training(&shop, "run").spawn().unwrap();
     // The checkpoint of the first day's end is written beside its evaluation.
-    wait_for(|| run_dir.join("checkpoints/day-0001-step-00000150").exists());
+    wait_until(|| run_dir.join("checkpoints/day-0001-step-00000150").exists());
     kill("INT", child.id());
     let status = end(child);
     assert_eq!(status.code(), Some(3), "{status}");
@@ -247,12 +230,11 @@ fn a_signal_during_an_evaluation_stops_the_next_day() {
 
 #[test]
 fn commands_without_a_checkpoint_end_by_the_signal() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     shop.train("run", &[]).success();
-    let (run, data) = (shop.run_dir("run"), shop.data());
+    let run = shop.run_dir("run");
     for (signal, number) in [("INT", 2), ("TERM", 15)] {
-        let mut evaluate = Command::new(PROGRAM);
-        evaluate.arg("evaluate").arg("--run-dir").arg(&run).arg("--data").arg(&data).arg("--save");
+        let mut evaluate = shop.evaluate_command("run", &["--save"]);
         let child = evaluate.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         kill(signal, child.id());
         let status = end(child);
@@ -265,9 +247,9 @@ fn commands_without_a_checkpoint_end_by_the_signal() {
 
 #[test]
 fn an_internal_error_is_one_line_with_its_place_and_exit_code_1() {
-    let shop = shop();
-    let mut train = Command::new(PROGRAM);
-    train.args(shop.arguments("run", &[])).env("BIREME_FAULT", "panic@0:3").env("RUST_BACKTRACE", "0");
+    let shop = SessionShop::of_twenty_steps();
+    let mut train = shop.train_command("run", &[]);
+    train.env("BIREME_FAULT", "panic@0:3").env("RUST_BACKTRACE", "0");
     let failed = run_within(&mut train, LIMIT);
     assert_eq!(failed.code, Some(1), "{failed:#?}");
     let [.., error, hint] = &failed.stderr.lines().collect::<Vec<_>>()[..] else { panic!("{failed:#?}") };
@@ -277,7 +259,7 @@ fn an_internal_error_is_one_line_with_its_place_and_exit_code_1() {
 
 #[test]
 fn the_folder_of_doctor_has_to_be_there() {
-    let shop = Shop::new(1);
+    let shop = SessionShop::new(1);
     let file = shop.dir.path().join("file");
     File::create(&file).unwrap();
     for folder in [shop.dir.path().join("no/such"), file, "/proc/self".into()] {

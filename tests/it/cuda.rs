@@ -1,22 +1,22 @@
 //! A GPU comes to what a CPU comes to, and ranks that NCCL ties together to what one comes to.
 
 use std::fs;
-use std::path::Path;
-use std::time::Duration;
 
-use crate::export;
-use crate::mpirun::{Finished, has_gpu, mpirun_on_one_gpu};
-use crate::resume::{EXACT, assert_came_to_the_same};
-use crate::sharded::{SHARDED, assert_close, ways_to_learn};
-use crate::train::{ALL_FEATURES, CONFIG, PROGRAM, Shop, XLNET, config_with};
+use crate::support::compare::{assert_close_losses, assert_identical};
+use crate::support::configs::{
+    ALL_FEATURES, CONFIG, MODELS, RESUMABLE, SHARDED, Variant, XLNET, config_with, variants,
+};
+use crate::support::event_shop::EventShop;
+use crate::support::mpirun::mpirun_on_one_gpu;
+use crate::support::process::{Finished, LIMIT};
+use crate::support::requirements::has_gpu;
+use crate::support::session_shop::SessionShop;
 
 const ON_GPU: [&str; 2] = ["--set", "run.device=cuda"];
 
 /// `bireme train` on ranks that share a GPU.
-fn train_on_gpu(shop: &Shop, n_ranks: usize, run: &str, more: &[&str]) -> Option<Finished> {
-    let arguments = shop.arguments(run, &[more, &ON_GPU].concat());
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    mpirun_on_one_gpu(n_ranks, Path::new(PROGRAM), &arguments, &[], Duration::from_secs(240))
+fn train_on_gpu(shop: &SessionShop, n_ranks: usize, run: &str, more: &[&str]) -> Option<Finished> {
+    mpirun_on_one_gpu(n_ranks, &shop.train_command(run, &[more, &ON_GPU].concat()), LIMIT)
 }
 
 #[test]
@@ -24,15 +24,15 @@ fn a_gpu_learns_what_a_cpu_learns_and_ranks_on_it_what_one_does() {
     if !has_gpu() {
         return;
     }
-    let shop = Shop::new(150);
-    for (name, config, set) in ways_to_learn() {
+    let shop = SessionShop::new(150);
+    for Variant { name, config, set } in variants() {
         fs::write(shop.config(), config).unwrap();
         let [cpu, gpu] = ["on a CPU", "on a GPU"].map(|how| format!("{name} {how}"));
         shop.train(&cpu, &set).success();
         shop.train(&gpu, &[&set[..], &ON_GPU].concat()).success();
         // A GPU draws other negatives.
         let is_drawn = ["sampled", "gbce"].contains(&name);
-        assert_close(&shop, &gpu, &cpu, if is_drawn { 0.05 } else { 1e-3 });
+        assert_close_losses(&shop, &gpu, &cpu, if is_drawn { 0.05 } else { 1e-3 });
         for (n_ranks, parallel) in [(2, &[][..]), (3, &SHARDED)] {
             let run = format!("{name} on {n_ranks}");
             let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &[&set[..], parallel].concat()) else {
@@ -40,7 +40,7 @@ fn a_gpu_learns_what_a_cpu_learns_and_ranks_on_it_what_one_does() {
             };
             let told = finished.success().stderr;
             assert!(told.contains(&format!("ranks {n_ranks} (nccl), device cuda:0")), "{told}");
-            assert_close(&shop, &run, &gpu, 1e-3);
+            assert_close_losses(&shop, &run, &gpu, 1e-3);
         }
     }
 }
@@ -50,10 +50,10 @@ fn reproducible_weights_on_gpus_are_the_same_to_the_last_bit_on_any_number_of_ra
     if !has_gpu() {
         return;
     }
-    let shop = Shop::new(150);
-    let with_features = [&EXACT[..], &ALL_FEATURES].concat();
+    let shop = SessionShop::new(150);
+    let with_features = [&RESUMABLE[..], &ALL_FEATURES].concat();
     for (model, config, set) in
-        [("gru", CONFIG.to_owned(), &EXACT[..]), ("xlnet", config_with(XLNET), &with_features)]
+        [("gru", CONFIG.to_owned(), &RESUMABLE[..]), ("xlnet", config_with(XLNET), &with_features)]
     {
         fs::write(shop.config(), config).unwrap();
         for (parallel, more) in [("whole", &[][..]), ("shared out", &SHARDED)] {
@@ -64,7 +64,7 @@ fn reproducible_weights_on_gpus_are_the_same_to_the_last_bit_on_any_number_of_ra
                 let run = format!("{model} {parallel} on {n_ranks}");
                 let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &set) else { return };
                 finished.success();
-                assert_came_to_the_same(&shop, &run, &one);
+                assert_identical(&shop, &run, &one);
             }
         }
     }
@@ -75,14 +75,14 @@ fn a_run_that_a_gpu_began_goes_on_without_one() {
     if !has_gpu() {
         return;
     }
-    let shop = Shop::new(150);
+    let shop = SessionShop::new(150);
     shop.train("unbroken", &[]).success();
     let every = ["--set", "checkpoint.every_steps=2"];
-    let killed = shop.train_with(1, "run", &[&every[..], &ON_GPU].concat(), &[("BIREME_FAULT", "kill@0:7")]);
+    let killed = shop.train_with_fault(1, "run", &[&every[..], &ON_GPU].concat(), "kill@0:7");
     let Some(killed) = killed else { return };
     assert_eq!(killed.code, Some(137), "{killed:#?}");
     shop.train("run", &every).success();
-    assert_close(&shop, "run", "unbroken", 1e-3);
+    assert_close_losses(&shop, "run", "unbroken", 1e-3);
 }
 
 #[test]
@@ -90,9 +90,9 @@ fn an_exported_model_runs_on_a_gpu() {
     if !has_gpu() {
         return;
     }
-    let shop = export::Shop::small();
+    let shop = EventShop::small();
     let repository = shop.path("repository");
-    for (name, config) in export::MODELS {
+    for (name, config) in MODELS {
         shop.train(name, config);
         shop.export(name, &[]).success();
         let exported = ["--exported", &repository, "--name", name];

@@ -1,20 +1,17 @@
 //! A host without a GPU computes on the CPU, and says so plainly when asked for more.
 
-use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use bireme::device::{DeviceChoice, place};
 use tch::Device;
 
-use crate::mpirun::{mpirun, run_within};
-use crate::train::PROGRAM;
-
-const LIMIT: Duration = Duration::from_secs(120);
+use crate::support::mpirun::mpirun;
+use crate::support::process::{LIMIT, PROGRAM, bireme};
+use crate::support::requirements::has_nvidia_driver;
 
 #[test]
 fn a_host_without_a_gpu_refuses_cuda_and_takes_the_cpu_otherwise() {
-    if Path::new("/dev/nvidiactl").exists() {
+    if has_nvidia_driver() {
         println!("skipped: this host has a GPU");
         return;
     }
@@ -36,10 +33,9 @@ fn a_host_without_a_gpu_refuses_cuda_and_takes_the_cpu_otherwise() {
 fn the_doctor_looks_at_one_rank_and_at_two() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_str().unwrap();
-    let alone = run_within(Command::new(PROGRAM).args(["doctor", "--device", "cpu", "--dir", path]), LIMIT);
-    assert!(alone.success().stdout.contains("ranks                    1 (solo)"));
     let doctor = ["doctor", "--device", "cpu", "--dir", path];
-    let Some(two) = mpirun(2, Path::new(PROGRAM), &doctor, &[], LIMIT) else { return };
+    assert!(bireme(&doctor).success().stdout.contains("ranks                    1 (solo)"));
+    let Some(two) = mpirun(2, Command::new(PROGRAM).args(doctor), LIMIT) else { return };
     let stdout = two.success().stdout;
     for part in ["2 (mpi)", "all-reduce of 64 MiB", "clocks", "GFLOP/s"] {
         assert!(stdout.contains(part), "{part} is not in\n{stdout}");

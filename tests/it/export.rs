@@ -1,16 +1,13 @@
 //! What is exported scores, ranks and prepares as what was trained.
 
-use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use bireme::checkpoint::Checkpoints;
 use bireme::config::Config;
 use bireme::data::{Batch, Days, Split};
-use bireme::etl::serving::{INPUTS, Input, Parameter, Preprocessor};
-use bireme::etl::tensor::{DataType, Tensor as Column};
+use bireme::etl::serving::{Parameter, Preprocessor};
 use bireme::etl::{Coded, Value, Workflow};
 use bireme::export::ScriptedModel;
 use bireme::model::{Network, Recommender};
@@ -19,144 +16,18 @@ use parquet::record::{Field, Row};
 use serde_json::{Value as Json, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::fixtures::{distance, shared};
-use crate::mpirun::{Finished, mpirun, run_within};
-use crate::train::PROGRAM;
-
-/// A folder with data, runs and a repository.
-pub struct Shop(tempfile::TempDir);
-
-impl Shop {
-    fn of_events(events: &Path, days: &str) -> Self {
-        Self(tempfile::tempdir().unwrap()).preprocessed(events, days)
-    }
-
-    fn preprocessed(self, events: &Path, days: &str) -> Self {
-        let data = self.path("data");
-        let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", &data, "--days", days];
-        self.run(&paths).success();
-        self
-    }
-
-    /// The first rows of a small shop's events, as rows and as columns.
-    pub fn first_events(&self, n: usize) -> (Vec<Event>, serde_json::Value) {
-        let sessions = events_by_session(Path::new(&self.path("events.csv")));
-        let mut events: Vec<Event> = sessions.into_values().flatten().collect();
-        events.sort_by(|a, b| {
-            (&a["event_time"], &a["user_session"]).cmp(&(&b["event_time"], &b["user_session"]))
-        });
-        events.truncate(n);
-        let column = |input: &Input| {
-            let cells = events.iter().map(|event| &event[input.name]);
-            let values: Vec<serde_json::Value> = match input.datatype {
-                DataType::Bytes => cells.map(|cell| cell.as_str().into()).collect(),
-                DataType::Fp64 => cells.map(|cell| cell.parse::<f64>().unwrap().into()).collect(),
-                _ => cells.map(|cell| cell.parse::<i64>().unwrap_or_default().into()).collect(),
-            };
-            (input.name.to_owned(), values.into())
-        };
-        let columns = INPUTS.iter().filter(|input| input.dims.len() == 2).map(column);
-        let columns = columns.collect::<serde_json::Map<_, _>>();
-        (events, columns.into())
-    }
-
-    pub fn small() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let events = dir.path().join("events.csv");
-        let shop = Self(dir);
-        let size = ["--events", "12000", "--items", "300", "--days", "2", "--seed", "5"];
-        shop.run(&[&["synth", "--out", events.to_str().unwrap()], &size[..]].concat()).success();
-        shop.preprocessed(&events, "1..2")
-    }
-
-    /// Sessions of three events that go round `n_items` products, the first of which is −1.
-    pub fn tiny(n_items: i64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut csv =
-            "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session\n"
-                .to_owned();
-        for (day, session, event) in
-            (1..=2).flat_map(|day| (0..40).flat_map(move |s| (0..3).map(move |e| (day, s, e))))
-        {
-            let product = (session + event) % n_items - 1;
-            csv += &format!(
-                "2019-10-0{day} 00:{session:02}:0{event} UTC,view,{product},7,,,1,1,s{day}-{session}\n"
-            );
-        }
-        let events = dir.path().join("events.csv");
-        fs::write(&events, csv).unwrap();
-        Self(dir).preprocessed(&events, "1..2")
-    }
-
-    pub fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    pub fn run(&self, arguments: &[&str]) -> Finished {
-        run_within(Command::new(PROGRAM).args(arguments), Duration::from_secs(240))
-    }
-
-    pub fn train(&self, name: &str, config: &str) {
-        let file = self.path(&format!("{name}.toml"));
-        let days = "first_day = 1\nlast_day = 2";
-        let train = "[train]\nmax_steps_per_day = 8\nlearning_rate = 0.02\n";
-        fs::write(&file, format!("[data]\n{days}\n{config}\n{train}")).unwrap();
-        let (data, run) = (self.path("data"), self.path(name));
-        self.run(&["train", "--config", &file, "--data", &data, "--run-dir", &run]).success();
-    }
-
-    pub fn export(&self, name: &str, more: &[&str]) -> Finished {
-        self.export_with(name, &[&["--python-backend"], more].concat())
-    }
-
-    pub fn export_with(&self, name: &str, more: &[&str]) -> Finished {
-        let (run, out) = (self.path(name), self.path("repository"));
-        let arguments = ["export", "--run-dir", &run, "--out", &out, "--name", name];
-        self.run(&[&arguments[..], more].concat())
-    }
-
-    pub fn evaluate(&self, name: &str, more: &[&str]) -> serde_json::Value {
-        let (data, run) = (self.path("data"), self.path(name));
-        let arguments = ["evaluate", "--run-dir", &run, "--data", &data];
-        let finished = self.run(&[&arguments[..], more].concat()).success();
-        serde_json::from_str(finished.stdout.lines().last().unwrap()).unwrap()
-    }
-}
-
-/// Every kind of body, objective and input; lengths of sessions are uneven.
-pub const MODELS: [(&str, &str); 6] = [
-    ("gru", "[model]\nkind = \"gru\"\nhidden_width = 16\nn_layers = 2"),
-    (
-        "gru_masked",
-        "features = [\"brand-list_seq\", \"price_log_norm-list_seq\"]\n[model]\nkind = \"gru\"\nhidden_width = 16\n\
-         [model.input]\nitem_width = 8\nfeature_width = 4\n\
-         continuous = { kind = \"soft_one_hot\", n_vectors = 3, width = 2 }\nlayer_norm = true\n\
-         [model.objective]\nkind = \"masked\"\n[model.head]\ntied = false\ntemperature = 0.5",
-    ),
-    (
-        "xlnet",
-        "features = [\"category_id-list_seq\", \"category_code-list_seq\", \
-         \"brand-list_seq\", \"et_dayofweek_sin-list_seq\", \"et_dayofweek_cos-list_seq\", \
-         \"price_log_norm-list_seq\", \"relative_price_to_avg_categ_id-list_seq\", \
-         \"product_recency_days_log_norm-list_seq\"]\n\
-         [model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n\
-         [model.input]\nitem_width = 8\nfeature_width = 8\naggregation = \"sum\"\n\
-         continuous = { kind = \"projected\", width = 8 }",
-    ),
-    (
-        "xlnet_permuted",
-        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\nkind = \"permutation\"",
-    ),
-    (
-        "xlnet_causal",
-        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\nkind = \"causal\"",
-    ),
-    ("xlnet_padded", "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\nattend_to_padding = true"),
-];
+use crate::support::configs::MODELS;
+use crate::support::event_shop::EventShop;
+use crate::support::files::contents_below;
+use crate::support::mpirun::mpirun;
+use crate::support::process::{LIMIT, PROGRAM, run_within};
+use crate::support::requests::{Event, events_by_session, prepared, request, request_of_rows};
+use crate::support::requirements::shared;
+use crate::support::tensors::distance;
 
 #[test]
 fn what_is_exported_evaluates_as_what_was_trained() {
-    let shop = Shop::small();
+    let shop = EventShop::small();
     let repository = shop.path("repository");
     for (name, config) in MODELS {
         shop.train(name, config);
@@ -182,22 +53,9 @@ fn what_is_exported_evaluates_as_what_was_trained() {
     assert!(bytes(2) + 300 * 64 < bytes(1), "{} and {} bytes", bytes(1), bytes(2));
 }
 
-/// Every file of a folder, by its path in it.
-fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let below = entries.flat_map(|path| {
-        let name = PathBuf::from(path.file_name().unwrap());
-        match path.is_dir() {
-            true => files(&path).into_iter().map(|(inner, bytes)| (name.join(inner), bytes)).collect(),
-            false => vec![(name, fs::read(&path).unwrap())],
-        }
-    });
-    below.collect()
-}
-
 #[test]
 fn reproducible_exports_are_the_same_files_on_any_number_of_ranks() {
-    let shop = Shop::small();
+    let shop = EventShop::small();
     let models = MODELS.into_iter().filter(|(name, _)| ["gru", "xlnet"].contains(name));
     for (name, config) in models {
         let (config_file, data) = (shop.path(&format!("{name}.toml")), shop.path("data"));
@@ -211,10 +69,10 @@ fn reproducible_exports_are_the_same_files_on_any_number_of_ranks() {
                 ["train", "--config", &config_file, "--data", &data, "--run-dir", &run, "--export", &out];
             let arguments =
                 [&arguments[..], &["--set", "model.dropout=0.2", "--set", "run.device=cpu"]].concat();
-            let limit = Duration::from_secs(240);
-            let Some(finished) = mpirun(n_ranks, Path::new(PROGRAM), &arguments, &[], limit) else { return };
+            let train = &mut Command::new(PROGRAM);
+            let Some(finished) = mpirun(n_ranks, train.args(arguments), LIMIT) else { return };
             finished.success();
-            let mut files = files(Path::new(&out));
+            let mut files = contents_below(Path::new(&out));
             // It says where the run was.
             files.retain(|path, _| !path.ends_with("manifest.json"));
             assert!(files.keys().any(|path| path.ends_with("model.pt")) && files.len() > 8);
@@ -242,7 +100,7 @@ fn the_exported_modules_give_the_same_in_python() {
         println!("skipped: `BIREME_PYTORCH` names no Python with PyTorch");
         return;
     };
-    let shop = Shop::small();
+    let shop = EventShop::small();
     let (events, _) = shop.first_events(300);
     let request = request_of_rows(&events, 10);
     let cases = MODELS.map(|(name, config)| {
@@ -274,76 +132,8 @@ fn the_exported_modules_give_the_same_in_python() {
     fs::write(&path, Json::from(cases.to_vec()).to_string()).unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/serving/torchscript.py");
     let mut command = Command::new(python);
-    let finished = run_within(command.arg(script).arg(&path), Duration::from_secs(240)).success();
+    let finished = run_within(command.arg(script).arg(&path), LIMIT).success();
     assert_eq!(finished.stdout.matches("alike").count(), MODELS.len(), "{finished:#?}");
-}
-
-/// The events of a session as a request's columns.
-pub type Event = HashMap<&'static str, String>;
-
-fn request(events: &[&Event]) -> Vec<Column> {
-    let shape = [events.len() as i64, 1];
-    INPUTS
-        .iter()
-        .filter(|input| events.first().is_some_and(|event| event.contains_key(input.name)))
-        .map(|input| {
-            let cells = events.iter().map(|event| event[input.name].as_str());
-            match input.datatype {
-                DataType::Int64 => {
-                    Column::ints(input.name, &shape, cells.map(|cell| cell.parse().unwrap_or_default()))
-                }
-                DataType::Fp64 => Column {
-                    name: input.name.to_owned(),
-                    datatype: DataType::Fp64,
-                    shape: shape.to_vec(),
-                    data: cells.flat_map(|cell| cell.parse::<f64>().unwrap().to_le_bytes()).collect(),
-                },
-                _ => Column::texts(input.name, &shape, cells),
-            }
-        })
-        .collect()
-}
-
-/// The same for `top_k` recommendations a session.
-pub fn request_of_rows(events: &[Event], top_k: u8) -> Vec<Column> {
-    let mut request = request(&events.iter().collect::<Vec<_>>());
-    request.push(Column {
-        name: "top_k".into(),
-        datatype: DataType::Int32,
-        shape: vec![1],
-        data: vec![top_k, 0, 0, 0],
-    });
-    request
-}
-
-/// What the preprocessing of a repository gives to the model.
-pub fn prepared(etl: &Preprocessor, request: &[Column], parameters: &[(String, Parameter)]) -> Vec<Tensor> {
-    let views: Vec<_> = request.iter().map(Column::view).collect();
-    let outputs = etl.apply(&views, parameters).unwrap();
-    outputs[1..]
-        .iter()
-        .map(|tensor| match tensor.datatype {
-            DataType::Int64 => Tensor::from_slice(&tensor.view().i64s().unwrap()),
-            _ => Tensor::from_slice(&tensor.view().f32s().unwrap()),
-        })
-        .zip(&outputs[1..])
-        .map(|(values, tensor)| values.view(tensor.shape.as_slice()))
-        .collect()
-}
-
-/// The rows of a file of events by their sessions, in file order.
-fn events_by_session(path: &Path) -> HashMap<String, Vec<Event>> {
-    let text = fs::read_to_string(path).unwrap();
-    let mut lines = text.lines();
-    let header: Vec<&'static str> = (lines.next().unwrap().split(','))
-        .map(|name| INPUTS.iter().find(|input| input.name == name).unwrap().name)
-        .collect();
-    let mut sessions: HashMap<String, Vec<Event>> = HashMap::new();
-    for line in lines {
-        let event: Event = header.iter().copied().zip(line.split(',').map(str::to_owned)).collect();
-        sessions.entry(event["user_session"].clone()).or_default().push(event);
-    }
-    sessions
 }
 
 /// The events that training kept of a session, without the last: sorted, without repeats, the first twenty.
@@ -363,7 +153,7 @@ const DAILY: usize = 400;
 fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
     let Some(shared) = shared() else { return };
     let events = shared.join("data/rees46-electronics/events.csv");
-    let shop = Shop::of_events(&events, "1..9999");
+    let shop = EventShop::of_events(&events, "1..9999");
     let features = "features = [\"brand-list_seq\", \"category_id-list_seq\", \"price_log_norm-list_seq\", \
                     \"product_recency_days_log_norm-list_seq\", \"relative_price_to_avg_categ_id-list_seq\"]";
     shop.train("model", &format!("{features}\n[model]\nkind = \"gru\"\nhidden_width = 32"));
@@ -412,7 +202,7 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
 }
 
 /// The original ids of the first sessions of a day's training file.
-fn session_names(shop: &Shop, day: i64, workflow: &Workflow) -> Vec<String> {
+fn session_names(shop: &EventShop, day: i64, workflow: &Workflow) -> Vec<String> {
     let path = shop.path(&format!("data/sessions_by_day/{day}/train.parquet"));
     let reader = SerializedFileReader::new(fs::File::open(path).unwrap()).unwrap();
     let name = |row: Row| {
@@ -429,7 +219,7 @@ fn session_names(shop: &Shop, day: i64, workflow: &Workflow) -> Vec<String> {
 
 #[test]
 fn what_is_hidden_or_unknown_gets_what_is_left() {
-    let shop = Shop::small();
+    let shop = EventShop::small();
     shop.train("model", MODELS[0].1);
     shop.export("model", &[]).success();
     let repository = PathBuf::from(shop.path("repository"));
@@ -484,7 +274,7 @@ fn what_is_hidden_or_unknown_gets_what_is_left() {
 
 #[test]
 fn exports_are_versions_and_what_cannot_be_exported_is_refused() {
-    let shop = Shop::small();
+    let shop = EventShop::small();
     shop.train("model", MODELS[0].1);
     let finished = shop.export("model", &[]).success();
     assert!(finished.stdout.contains("version 1 of `model`"), "{}", finished.stdout);

@@ -9,17 +9,17 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::mpirun::run_within;
-use crate::resume::{EXACT, checkpoints, met_by, shop};
-use crate::train::{PROGRAM, Shop};
+use crate::support::configs::{REPRODUCIBLE, RESUMABLE};
+use crate::support::process::{Finished, PROGRAM, run_within};
+use crate::support::session_shop::SessionShop;
 
 #[test]
 fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
-    let shop = shop();
-    let nan = [("BIREME_FAULT", "nan@1:12")];
+    let shop = SessionShop::of_twenty_steps();
+    let nan = "nan@1:12";
     for reduction in ["run.reduction=fast", "run.reduction=reproducible"] {
         let set = ["--set", reduction];
-        let Some(ended) = shop.train_with(2, reduction, &set, &nan) else { return };
+        let Some(ended) = shop.train_with_fault(2, reduction, &set, nan) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         let told = "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
         assert!(ended.stderr.contains(told), "{ended:#?}");
@@ -28,28 +28,28 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
 
         let skipping = format!("{reduction} skipping");
         let set = [&set[..], &["--set", "train.non_finite={kind = \"skip\", limit = 1}"]].concat();
-        shop.train_with(2, &skipping, &set, &nan).unwrap().success();
+        shop.train_with_fault(2, &skipping, &set, nan).unwrap().success();
         let skipped = shop.records(&skipping, "skipped");
         assert_eq!(skipped.len(), 1);
         assert_eq!((skipped[0]["day"].as_i64(), skipped[0]["step"].as_i64()), (Some(2), Some(3)));
-        let state = checkpoints(&shop, &skipping).pop().unwrap().join("state.json");
+        let state = shop.newest_checkpoint(&skipping).join("state.json");
         let state: Value = serde_json::from_str(&fs::read_to_string(state).unwrap()).unwrap();
         assert_eq!((state["n_skipped"].as_u64(), state["optimizer_steps"].as_u64()), (Some(1), Some(19)));
 
         let none = format!("{reduction} none");
         let set = ["--set", reduction, "--set", "train.non_finite={kind = \"skip\", limit = 0}"];
-        let ended = shop.train_with(2, &none, &set, &nan).unwrap();
+        let ended = shop.train_with_fault(2, &none, &set, nan).unwrap();
         assert_eq!(ended.code, Some(1), "{ended:#?}");
     }
 }
 
 #[test]
 fn a_rank_whose_weights_go_astray_is_named() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     for (n_ranks, told) in [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")] {
         let set = ["--set", "run.compare_ranks_every=4"];
         let run = format!("{n_ranks}");
-        let Some(ended) = shop.train_with(n_ranks, &run, &set, &[("BIREME_FAULT", "desync@1:5")]) else {
+        let Some(ended) = shop.train_with_fault(n_ranks, &run, &set, "desync@1:5") else {
             return;
         };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
@@ -60,43 +60,43 @@ fn a_rank_whose_weights_go_astray_is_named() {
 
 #[test]
 fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_stay() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     for (fault, start, told) in [
         ("panic@1:14", "error: internal error: rank 1 of 2 on ", "a planted panic"),
         ("memory@1:14", "error: rank 1 of 2 on ", "cannot allocate memory: 4194304.0 GiB asked for"),
     ] {
-        let Some(ended) = shop.train_with(2, fault, &EXACT, &[("BIREME_FAULT", fault)]) else { return };
+        let Some(ended) = shop.train_with_fault(2, fault, &RESUMABLE, fault) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(60), "{ended:#?}");
         let line = ended.stderr.lines().find(|line| line.starts_with(start)).unwrap_or("");
         assert!(line.contains(", day 2, step 5, after call ") && line.contains(told), "{ended:#?}");
-        let on: &Path = &checkpoints(&shop, fault).pop().unwrap();
+        let on: &Path = &shop.newest_checkpoint(fault);
         assert!(on.join("manifest.json").exists());
-        shop.train(fault, &EXACT).success();
+        shop.train(fault, &RESUMABLE).success();
     }
 }
 
 #[test]
 fn memory_that_is_refused_is_an_error_with_the_bytes_and_the_phase() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let ended = run_within(
-        Command::new(PROGRAM).args(shop.arguments("run", &EXACT)).env("BIREME_FAULT", "memory@0:14"),
+        shop.train_command("run", &RESUMABLE).env("BIREME_FAULT", "memory@0:14"),
         Duration::from_secs(60),
     );
     assert_eq!(ended.code, Some(1), "{ended:#?}");
     let told = "error: cannot allocate memory: 4194304.0 GiB asked for while training on day 2";
     assert!(ended.stderr.contains(told) && !ended.stderr.contains("panicked"), "{ended:#?}");
-    shop.train("run", &EXACT).success();
+    shop.train("run", &RESUMABLE).success();
 }
 
 #[test]
 fn a_run_directory_has_one_owner() {
-    let shop = shop();
-    let more = [&EXACT[..4], &["--set", "checkpoint.every_steps=1"]].concat();
+    let shop = SessionShop::of_twenty_steps();
+    let more = [&REPRODUCIBLE[..], &["--set", "checkpoint.every_steps=1"]].concat();
     // The first stops itself in the middle of its work.
     let start = |run: &str, fault: &str| {
-        let mut command = Command::new(PROGRAM);
-        command.args(shop.arguments(run, &more)).env("BIREME_FAULT", fault);
+        let mut command = shop.train_command(run, &more);
+        command.env("BIREME_FAULT", fault);
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
     let mut first = start("run", "stop@0:14");
@@ -106,7 +106,7 @@ fn a_run_directory_has_one_owner() {
     let pid = first.id();
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     let told = format!("run` is in use by process {pid} on {}", host.trim());
-    let refused = |finished: &crate::mpirun::Finished| {
+    let refused = |finished: &Finished| {
         assert_eq!(finished.code, Some(2), "{finished:#?}");
         assert_eq!(finished.stderr.matches("error: ").count(), 1, "{finished:#?}");
         assert!(finished.stderr.contains(&told), "{told}\n{finished:#?}");
@@ -118,15 +118,9 @@ fn a_run_directory_has_one_owner() {
     if let Some(finished) = shop.train_on(2, "run", &more) {
         refused(&finished);
     }
-    let (run, data) = (shop.run_dir("run"), shop.data());
-    let evaluate = |save: &[&str]| {
-        let mut command = Command::new(PROGRAM);
-        command.arg("evaluate").arg("--run-dir").arg(&run).arg("--data").arg(&data).args(save);
-        run_within(&mut command, Duration::from_secs(60))
-    };
-    refused(&evaluate(&["--save"]));
+    refused(&shop.evaluate("run", &["--save"]));
     // Who only reads does not disturb.
-    evaluate(&[]).success();
+    shop.evaluate("run", &[]).success();
     assert_eq!(shop.records("run", "step").len(), records);
     first.kill().unwrap();
     first.wait().unwrap();
@@ -166,15 +160,15 @@ fn is_stopped(child: &Child) -> bool {
 
 #[test]
 fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
-    let shop = shop();
-    let set = [&EXACT[..], &["--set", "run.patience_seconds=3"]].concat();
+    let shop = SessionShop::of_twenty_steps();
+    let set = [&RESUMABLE[..], &["--set", "run.patience_seconds=3"]].concat();
     for (fault, told) in [
         ("hang@2:14", "rank 0 of 3 on "),
         ("stop@2:14", "rank 0 of 3 on "),
         ("hang@0:14", "rank 1 of 3 on "),
         ("stop@0:14", "rank 1 of 3 on "),
     ] {
-        let Some(ended) = shop.train_with(3, fault, &set, &[("BIREME_FAULT", fault)]) else { return };
+        let Some(ended) = shop.train_with_fault(3, fault, &set, fault) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(40), "{ended:#?}");
         let line =
@@ -187,14 +181,14 @@ fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
         assert!(line.contains(&format!("rank {missing} on ")) && line.contains(how), "{ended:#?}");
         assert!(line.contains("`all_reduce` (sum) of ") && line.contains("day 2, step 5"), "{ended:#?}");
         assert!(ended.stderr.contains("  rank 0: call ") || missing == 0, "{ended:#?}");
-        assert!(checkpoints(&shop, fault).pop().unwrap().join("manifest.json").exists());
+        assert!(shop.newest_checkpoint(fault).join("manifest.json").exists());
         shop.train(fault, &set).success();
     }
 }
 
 #[test]
 fn a_run_directory_that_cannot_be_written_is_refused() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let config = shop.config();
     let (config, data) = (config.to_str().unwrap().to_owned(), shop.data().to_str().unwrap().to_owned());
     let train = ["train", "--config", &config, "--data", &data, "--run-dir", "/proc/run"];
@@ -205,11 +199,12 @@ fn a_run_directory_that_cannot_be_written_is_refused() {
 
 #[test]
 fn a_data_file_that_is_cut_off_in_the_middle_of_a_run_ends_it() {
-    let shop = shop();
-    let set = [&EXACT[..4], &["--set", "train.epochs_per_day=30"]].concat();
+    let shop = SessionShop::of_twenty_steps();
+    let set = [&REPRODUCIBLE[..], &["--set", "train.epochs_per_day=30"]].concat();
     let file = shop.data().join("2/train.parquet");
     let whole = fs::read(&file).unwrap();
-    let (code, stderr) = met_by(&shop, "run", &set, |_| fs::write(&file, &whole[..whole.len() / 2]).unwrap());
+    let (code, stderr) =
+        shop.train_and_interfere("run", &set, |_| fs::write(&file, &whole[..whole.len() / 2]).unwrap());
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains("2/train.parquet` is not a readable parquet file"), "{stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");
@@ -222,7 +217,7 @@ fn a_data_file_that_is_cut_off_in_the_middle_of_a_run_ends_it() {
 }
 
 /// Runs a script with a file system of 300 KiB in `folder`, which is gone afterwards.
-fn on_a_small_disk(shop: &Shop, script: &str) -> Option<crate::mpirun::Finished> {
+fn on_a_small_disk(shop: &SessionShop, script: &str) -> Option<Finished> {
     let may = Command::new("unshare").args(["--mount", "true"]).output();
     if !may.is_ok_and(|may| may.status.success()) {
         println!("skipped: no file system can be mounted here");
@@ -236,9 +231,9 @@ fn on_a_small_disk(shop: &Shop, script: &str) -> Option<crate::mpirun::Finished>
 
 #[test]
 fn a_full_disk_ends_the_run_and_leaves_what_was_there() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let more = ["--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep_last=1000"];
-    let arguments = shop.arguments("small/run", &[&EXACT[..4], &more].concat());
+    let arguments = shop.arguments("small/run", &[&REPRODUCIBLE[..], &more].concat());
     let quoted: Vec<String> = arguments.iter().map(|word| format!("'{word}'")).collect();
     let train = format!("{PROGRAM} {}", quoted.join(" "));
     let folder = shop.dir.path().join("small");

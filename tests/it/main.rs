@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
+mod architecture;
 mod baselines;
 mod bundle;
 mod collective;
@@ -10,13 +11,11 @@ mod cuda;
 mod device;
 mod export;
 mod faults;
-
-mod fixtures;
 mod fuzz;
 mod golden;
 mod models;
-mod outputs;
 mod mpirun;
+mod outputs;
 mod pipeline;
 mod ranking;
 mod recommend;
@@ -28,4 +27,5 @@ mod serve;
 mod serving;
 mod sharded;
 mod slurm;
+mod support;
 mod train;

@@ -2,32 +2,31 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
 
-use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::Config;
-use bireme::data::plan::StepShape;
-use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
-use bireme::model::head::{
-    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace, cross_entropy,
-};
+use bireme::data::plan::Shape;
+use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
+use bireme::device::laps::Laps;
+use bireme::model::head::{Contest, Contestants, Logits, Rivals, Sampler, Scored, Workspace, cross_entropy};
 use bireme::model::input::{Aggregation, Continuous};
-use bireme::model::objective::{AttentionMask, Plan};
+use bireme::model::objective::{Plan, Visible};
 use bireme::model::{
-    GruConfig, InputConfig, ItemTable, LossConfig, LossSum, ModelConfig, Network, Neural, NoHooks, Objective,
-    Recommender, XlnetConfig,
+    self, GruConfig, InputConfig, LossConfig, LossSum, Network, Neural, Objective, Recommender, Share,
+    XlnetConfig,
 };
-use bireme::optim::{Optimizer, OptimizerConfig, TableOptimizer};
+use bireme::optim::{Optimizer, TableOptimizer};
 use tch::{Device, Kind, Tensor};
 
-use crate::fixtures::{self, COLOUR, ITEM, PRICE, distance};
-use crate::mpirun::run_within;
-use crate::train::{ALL_FEATURES, PROGRAM, Shop, XLNET, config_with};
+use crate::support::configs::{ALL_FEATURES, XLNET, config_with};
+use crate::support::process::{LIMIT, PROGRAM, run_within};
+use crate::support::session_data::{self, COLOUR, ITEM, PRICE};
+use crate::support::session_shop::SessionShop;
+use crate::support::tensors::{distance, golden};
 
 const N_ITEMS: i64 = 40;
 
 fn all_features() -> Features {
-    fixtures::features(&[
+    session_data::features(&[
         (ITEM.to_owned(), Some(N_ITEMS)),
         (COLOUR.to_owned(), Some(8)),
         (PRICE.to_owned(), None),
@@ -37,7 +36,7 @@ fn all_features() -> Features {
 /// Sessions with a colour and a price for each item.
 fn batch(sessions: &[Vec<i64>]) -> Batch {
     let items = sessions.concat();
-    let colours: Vec<i64> = items.iter().map(|&item| fixtures::colour(item)).collect();
+    let colours: Vec<i64> = items.iter().map(|&item| session_data::colour(item)).collect();
     let prices: Vec<f32> = items.iter().map(|&item| item as f32 / 40.0).collect();
     Batch {
         columns: vec![Tensor::from_slice(&items), Tensor::from_slice(&colours), Tensor::from_slice(&prices)],
@@ -69,7 +68,7 @@ fn xlnet(objective: Objective, input: InputConfig) -> XlnetConfig {
 }
 
 fn network(config: &Neural<'_>) -> Network<'static> {
-    Network::new(config, &all_features(), 20, 7, Device::Cpu).unwrap()
+    Network::new(config, &all_features(), 20, (7, Device::Cpu)).unwrap()
 }
 
 fn objectives() -> [Objective; 4] {
@@ -85,12 +84,12 @@ const fn f32_logits(most: i64) -> Logits {
     Logits { kind: Kind::Float, most }
 }
 
-const SOFTMAX: Negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
+const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
-    network.gradients_mut().zero();
-    let sum = network.backward(batch, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
-    (sum.loss.double_value(&[]), network.gradients().all().copy())
+    network.parameters_mut().zero_gradients();
+    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX, &mut Laps::off()).unwrap();
+    (sum.loss.double_value(&[]), network.parameters().gradients().copy())
 }
 
 #[test]
@@ -121,13 +120,13 @@ fn packing_sessions_of_other_lengths_changes_nothing() {
 #[test]
 fn the_last_layer_where_it_is_read_is_the_last_layer_everywhere() {
     let sessions = [vec![5, 9, 3, 7], vec![2, 7, 11, 30, 21, 4]];
-    for visible in [AttentionMask::Full, AttentionMask::Causal] {
+    for visible in [Visible::All, Visible::Before] {
         let config = xlnet(Objective::causal(), input());
         let network = network(&Neural::Xlnet(&config));
         let everywhere = Plan::all(&[4, 6], visible);
-        let some = Plan { outputs: vec![1, 3, 4, 8], outputs_per_session: vec![2, 2], ..everywhere.clone() };
+        let some = Plan { reads: vec![1, 3, 4, 8], reads_per_session: vec![2, 2], ..everywhere.clone() };
         let all = network.read(&batch(&sessions), everywhere).unwrap();
-        let rows = all.index_select(0, &Tensor::from_slice(&some.outputs));
+        let rows = all.index_select(0, &Tensor::from_slice(&some.reads));
         assert!(distance(&network.read(&batch(&sessions), some).unwrap(), &rows) < 1e-5);
     }
 }
@@ -196,13 +195,13 @@ fn predictions_see_what_they_may_and_nothing_else() {
 #[test]
 fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     let dir = tempfile::tempdir().unwrap();
-    fixtures::write_schema(dir.path(), N_ITEMS);
+    session_data::write_schema(dir.path(), N_ITEMS);
     // No two alike, so that an item list identifies a session.
-    let mut sessions = fixtures::sessions(400, N_ITEMS, 9);
+    let mut sessions = session_data::sessions(400, N_ITEMS, 9);
     sessions.sort();
     sessions.dedup();
-    fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
-    let config = bireme::data::DataConfig {
+    session_data::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
+    let config = bireme::data::Config {
         first_day: Some(1),
         last_day: Some(2),
         window_days: 1,
@@ -214,7 +213,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
     let objective = Objective::Masked { probability: 0.15 };
     // Which events of which session are hidden, epoch by epoch.
     let hidden = |seed: u64, (n_lanes, micro_batch): (usize, usize), world_size: usize| {
-        let shape = StepShape { n_streams: n_lanes, micro_batch };
+        let shape = Shape { n_lanes, micro_batch };
         let plan = DayPlan {
             window: window.clone(),
             day: 1,
@@ -222,7 +221,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
             shape,
             seed,
             max_steps: None,
-            one_batch_each: false,
+            pass_by_pass: false,
         };
         let mut hidden: Vec<(usize, Vec<i64>, Vec<i64>)> = Vec::new();
         for rank in 0..world_size {
@@ -230,7 +229,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
                 for batch in passes.unwrap() {
                     let plan = objective.training(&batch, true);
                     let (mut first, mut reads) = (0, plan.targets.as_slice());
-                    for (session, n_reads) in batch.sessions().into_iter().zip(plan.outputs_per_session) {
+                    for (session, n_reads) in batch.sessions().into_iter().zip(plan.reads_per_session) {
                         let (mine, rest) = reads.split_at(n_reads);
                         hidden.push((
                             step / shape.steps(window.n_sessions()),
@@ -258,7 +257,7 @@ fn what_is_drawn_for_a_session_does_not_depend_on_ranks_or_company() {
 
 #[test]
 fn every_objective_and_every_input_learns_to_follow_a_chain() {
-    let shop_sessions = fixtures::sessions(64, N_ITEMS, 11);
+    let shop_sessions = session_data::sessions(64, N_ITEMS, 11);
     let shop = batch(&shop_sessions);
     let inputs = [
         InputConfig { projection_width: Some(12), ..input() },
@@ -286,11 +285,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             let before = loss(&mut network);
             let values = network.parameters().values();
             let adamw = TableOptimizer::Adamw;
-            let mut optimizer = Optimizer::new(
-                &values,
-                network.tables(),
-                OptimizerConfig { tables: adamw, learning_rate: 0.02, weight_decay: 0.0 },
-            );
+            let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
             for _ in 0..40 {
                 let (_, gradients) = loss_and_gradients(&mut network, &shop);
                 optimizer.step(&values, &gradients, &Tensor::from(1f32), 1.0);
@@ -310,7 +305,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
 fn features_of_other_widths_cannot_be_summed() {
     let input = InputConfig { aggregation: Aggregation::Sum, ..input() };
     let config = gru(Objective::causal(), input);
-    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, 7, Device::Cpu).err().unwrap();
+    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, (7, Device::Cpu)).err().unwrap();
     assert_eq!(
         refused,
         "`model.input.aggregation` cannot be `sum`: feature `colour-list_seq` has the width 4, the item 8"
@@ -327,21 +322,21 @@ fn head() -> (Tensor, Tensor, Tensor, Tensor) {
 }
 
 /// Loss, and gradients of the states, the table and the bias.
-fn cross_entropy_of(negatives: &Negatives) -> (f64, [Tensor; 3]) {
+fn cross_entropy_of(rivals: &Rivals) -> (f64, [Tensor; 3]) {
     let (states, targets, table, bias) = head();
-    let mut scored = ScoringTable {
-        weights: &table,
+    let mut scored = Scored {
+        table: &table,
         bias: &bias,
-        weight_gradient: table.zeros_like(),
+        table_gradient: table.zeros_like(),
         bias_gradient: bias.zeros_like(),
-        item_table: &ItemTable::replicated(N_ITEMS),
+        share: &Share::whole(N_ITEMS),
         counts: &[30],
-        group_added: &mut || (),
+        settle: &|| (),
     };
     let done =
-        cross_entropy(&states, &targets, &mut scored, negatives, None, &mut Workspace::default()).unwrap();
-    let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
-    (done.loss.double_value(&[]), [done.state_gradient, weight_gradient, bias_gradient])
+        cross_entropy(&states, &targets, &mut scored, rivals, None, &mut Workspace::default()).unwrap();
+    let Scored { table_gradient, bias_gradient, .. } = scored;
+    (done.loss.double_value(&[]), [done.state_gradient, table_gradient, bias_gradient])
 }
 
 #[test]
@@ -355,24 +350,23 @@ fn threads_share_a_catalogue_out_and_come_to_the_same() {
         (Tensor::randn([n_items], float), Tensor::randint(n_items, [n], (Kind::Int64, Device::Cpu)));
     let on = |n_threads: i32, max_logits: i64| {
         tch::set_num_threads(n_threads);
-        let mut scored = ScoringTable {
-            weights: &table,
+        let mut scored = Scored {
+            table: &table,
             bias: &bias,
-            weight_gradient: table.zeros_like(),
+            table_gradient: table.zeros_like(),
             bias_gradient: bias.zeros_like(),
-            item_table: &ItemTable::replicated(n_items),
+            share: &Share::whole(n_items),
             counts: &[n],
-            group_added: &mut || (),
+            settle: &|| (),
         };
-        let negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_logits(max_logits) };
+        let rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(max_logits) };
         let uniform = Tensor::arange(n, float) / n as f64;
         let workspace = &mut Workspace::default();
-        let done =
-            cross_entropy(&states, &targets, &mut scored, &negatives, Some(&uniform), workspace).unwrap();
-        let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
+        let done = cross_entropy(&states, &targets, &mut scored, &rivals, Some(&uniform), workspace).unwrap();
+        let Scored { table_gradient, bias_gradient, .. } = scored;
         (
             done.loss.double_value(&[]),
-            [done.state_gradient, weight_gradient, bias_gradient],
+            [done.state_gradient, table_gradient, bias_gradient],
             done.drawn.unwrap(),
         )
     };
@@ -394,8 +388,7 @@ fn what_is_rounded_to_bf16_comes_near_and_adds_up_in_f32() {
     let (loss, gradients) = cross_entropy_of(&SOFTMAX);
     for most in [1, 4 * N_ITEMS, 1 << 20] {
         let logits = Logits { kind: Kind::BFloat16, most };
-        let (rounded, rounded_gradients) =
-            cross_entropy_of(&Negatives::Full { label_smoothing: 0.0, logits });
+        let (rounded, rounded_gradients) = cross_entropy_of(&Rivals::All { label_smoothing: 0.0, logits });
         assert_ne!(rounded, loss);
         assert!((rounded / loss - 1.0).abs() < 3e-3, "{rounded} {loss}");
         for (exact, rounded) in gradients.iter().zip(&rounded_gradients) {
@@ -416,7 +409,7 @@ fn label_smoothing_is_that_of_pytorch() {
     let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
     for max_logits in [1, 4 * N_ITEMS, 1 << 20] {
         let (found, gradients) =
-            cross_entropy_of(&Negatives::Full { label_smoothing: 0.1, logits: f32_logits(max_logits) });
+            cross_entropy_of(&Rivals::All { label_smoothing: 0.1, logits: f32_logits(max_logits) });
         assert!((found - loss.double_value(&[])).abs() < 1e-4, "{found} {loss:?}");
         for (gradient, expected) in gradients.iter().zip(&expected) {
             assert!(distance(gradient, expected) < 1e-4);
@@ -431,9 +424,9 @@ fn sampled_softmax_comes_to_the_full_one() {
     let mut occurrences = vec![0; N_ITEMS as usize];
     occurrences[2] = 999;
     occurrences[3] = 99;
-    let sampler = ItemSampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
+    let sampler = Sampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
     let (sampled, sampled_gradients) = cross_entropy_of(&sampler.draw(1));
-    // Padding and unknown are no negatives here, so the full sum is over two items more.
+    // Padding and unknown are no rivals here, so the full sum is over two items more.
     assert!((sampled / loss - 1.0).abs() < 0.05, "{sampled} {loss}");
     for (sampled, full) in sampled_gradients.iter().zip(&gradients) {
         let recommendable =
@@ -443,8 +436,8 @@ fn sampled_softmax_comes_to_the_full_one() {
         assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");
     }
     let drawn = |seed| match sampler.draw(seed) {
-        Negatives::Sampled { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
-        Negatives::Full { .. } => unreachable!(),
+        Rivals::Drawn { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
+        Rivals::All { .. } => unreachable!(),
     };
     assert_eq!(drawn(5), drawn(5));
     assert_ne!(drawn(5), drawn(6));
@@ -454,7 +447,7 @@ fn sampled_softmax_comes_to_the_full_one() {
 #[test]
 fn losses_over_drawn_items_learn_what_the_full_softmax_does() {
     let (learnt, new) =
-        (batch(&fixtures::sessions(400, N_ITEMS, 3)), batch(&fixtures::sessions(300, N_ITEMS, 4)));
+        (batch(&session_data::sessions(400, N_ITEMS, 3)), batch(&session_data::sessions(300, N_ITEMS, 4)));
     let (known, targets) = new.split_last();
     let recall_at_5 = |loss: LossConfig| {
         // Binary cross entropy pushes most scores far below zero, and a ReLU would die of it.
@@ -463,19 +456,15 @@ fn losses_over_drawn_items_learn_what_the_full_softmax_does() {
         let mut network = network(&Neural::Gru(&config));
         let values = network.parameters().values();
         let adamw = TableOptimizer::Adamw;
-        let mut optimizer = Optimizer::new(
-            &values,
-            network.tables(),
-            OptimizerConfig { tables: adamw, learning_rate: 0.02, weight_decay: 0.0 },
-        );
-        let sampler = NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
+        let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
+        let contestants = Contestants::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
         for step in 0..400 {
-            network.gradients_mut().zero();
-            let LossSum { n_targets, .. } = network
-                .backward(&learnt, &sampler.of_step(step), &mut NoHooks, &mut PhaseTimer::off())
-                .unwrap();
+            network.parameters_mut().zero_gradients();
+            let mut noise = Noise::new(&learnt, 20);
+            let LossSum { n_targets, .. } =
+                network.backward(&learnt, &mut noise, &contestants.of_step(step), &mut Laps::off()).unwrap();
             let scale = Tensor::from(1.0 / n_targets as f32);
-            optimizer.step(&values, &network.gradients().all(), &scale, 1.0);
+            optimizer.step(&values, &network.parameters().gradients(), &scale, 1.0);
         }
         let scores = network.scores(&network.encode(&known).unwrap(), 0..N_ITEMS);
         let (_, top) = scores.topk(5, 1, true, true);
@@ -502,13 +491,13 @@ fn gbce_is_the_binary_cross_entropy_of_the_target_and_the_drawn() {
     let average = (0.3f64 / 5.0).ln();
     let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr()) + average;
     let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0)).to_kind(Kind::Float);
-    let negatives = logits.index_select(1, &items).sigmoid();
-    let of_rivals = ((Tensor::from(1f32) - negatives).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
+    let rivals = logits.index_select(1, &items).sigmoid();
+    let of_rivals = ((Tensor::from(1f32) - rivals).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
     let of_targets = logits.gather(1, &targets.unsqueeze(1), false).log_sigmoid().sum(Kind::Float);
     let loss = -(of_targets * 0.3 + of_rivals);
     let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
-    let sampled = SampledLoss::Binary { target_weight: 0.3 };
-    let (found, gradients) = cross_entropy_of(&Negatives::Sampled { items, loss: sampled });
+    let contest = Contest::Binary { target_weight: 0.3 };
+    let (found, gradients) = cross_entropy_of(&Rivals::Drawn { items, contest });
     assert!((found - loss.double_value(&[])).abs() < 1e-3, "{found} {loss:?}");
     for (gradient, expected) in gradients.iter().zip(&expected) {
         assert!(distance(gradient, expected) < 1e-4);
@@ -518,9 +507,9 @@ fn gbce_is_the_binary_cross_entropy_of_the_target_and_the_drawn() {
 #[test]
 fn a_calibrated_target_weighs_as_much_as_if_all_rivals_were_seen() {
     let target_weight = |n_negatives, calibration| {
-        let sampler = ItemSampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
+        let sampler = Sampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
         match sampler.draw(1) {
-            Negatives::Sampled { loss: SampledLoss::Binary { target_weight }, .. } => target_weight,
+            Rivals::Drawn { contest: Contest::Binary { target_weight }, .. } => target_weight,
             _ => unreachable!(),
         }
     };
@@ -534,7 +523,7 @@ fn a_calibrated_target_weighs_as_much_as_if_all_rivals_were_seen() {
 
 #[test]
 fn a_column_more_in_schema_and_configuration_needs_no_code() {
-    let shop = Shop::new(100);
+    let shop = SessionShop::new(100);
     fs::write(shop.config(), config_with(XLNET)).unwrap();
     shop.train("run", &ALL_FEATURES).success();
     let results = fs::read_to_string(shop.run_dir("run").join("results.txt")).unwrap();
@@ -548,7 +537,7 @@ fn a_column_more_in_schema_and_configuration_needs_no_code() {
 
 #[test]
 fn configurations_that_no_model_can_have_are_refused() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     for (model, assignment, message) in [
         (XLNET, "model.n_heads=3", "`width` 16 is not an even number divisible by `n_heads` 3"),
         (XLNET, "model.objective.probability=0", "`objective.probability` 0.0 is not within 0 < p < 1"),
@@ -597,7 +586,7 @@ fn configurations_in_the_repository_are_complete() {
                 Config::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             let resolved: toml::Table = config.to_toml().parse().unwrap();
             assert!(resolved.contains_key("model"));
-            if let ModelConfig::Xlnet(xlnet) = config.model {
+            if let model::Config::Xlnet(xlnet) = config.model {
                 assert!(!xlnet.attend_to_padding);
             }
             n_files += 1;
@@ -608,9 +597,9 @@ fn configurations_in_the_repository_are_complete() {
 
 #[test]
 fn weights_of_the_original_become_a_run() {
-    let golden = fixtures::golden("xlnet_tiny");
-    let shop = Shop::new(20);
-    fixtures::days(&shop.data(), 3, 20, 30);
+    let golden = golden("xlnet_tiny");
+    let shop = SessionShop::new(20);
+    session_data::write_days(&shop.data(), 3, 20, 30);
     let tiny = "kind = \"xlnet\"\nwidth = 8\nn_heads = 2\ninput = { item_width = 6, projection_width = 8 }\n";
     fs::write(shop.config(), config_with(tiny)).unwrap();
     let weights: Vec<(&str, &Tensor)> =
@@ -622,12 +611,10 @@ fn weights_of_the_original_become_a_run() {
         command.arg("import-weights").arg("--weights").arg(&file).args(["--day", "2"]);
         command.arg("--config").arg(shop.config()).arg("--data").arg(shop.data());
         command.arg("--run-dir").arg(shop.run_dir(run)).args(more);
-        run_within(&mut command, Duration::from_secs(60))
+        run_within(&mut command, LIMIT)
     };
     import("run", &[]).success();
-    let mut evaluate = Command::new(PROGRAM);
-    evaluate.arg("evaluate").arg("--run-dir").arg(shop.run_dir("run")).arg("--data").arg(shop.data());
-    let finished = run_within(&mut evaluate, Duration::from_secs(60)).success();
+    let finished = shop.evaluate("run", &[]).success();
     assert!(finished.stdout.contains("\"train_day\":2"), "{finished:#?}");
     let saved = shop.run_dir("run").join("checkpoints/day-0002-step-00000000/weights.safetensors");
     let saved = Tensor::read_safetensors(saved).unwrap();

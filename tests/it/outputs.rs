@@ -9,24 +9,17 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::mpirun::{Finished, run_within};
-use crate::train::PROGRAM;
+use crate::support::files::names;
+use crate::support::process::{Finished, LIMIT, PROGRAM, kill, run_within};
 
 const SMALL: [&str; 6] = ["--events", "2000", "--items", "100", "--days", "2"];
 
 fn bireme(dir: &Path, arguments: &[&str]) -> Finished {
-    run_within(Command::new(PROGRAM).args(arguments).current_dir(dir), Duration::from_secs(120))
+    run_within(Command::new(PROGRAM).args(arguments).current_dir(dir), LIMIT)
 }
 
 fn synth(dir: &Path, out: &str) -> Finished {
     bireme(dir, &[&["synth", "--out", out], &SMALL[..]].concat())
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let entries = fs::read_dir(dir).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -102,11 +95,6 @@ fn at_work(dir: &Path, staging: &str) -> (Child, fs::File) {
     (child, pipe)
 }
 
-fn kill(child: &Child, signal: &str) {
-    let script = format!("kill -s {signal} {}", child.id());
-    assert!(Command::new("sh").args(["-c", &script]).status().unwrap().success());
-}
-
 #[test]
 fn a_signal_leaves_nothing_and_a_kill_is_cleaned_up_by_the_next() {
     let dir = tempfile::tempdir().unwrap();
@@ -122,7 +110,7 @@ fn a_signal_leaves_nothing_and_a_kill_is_cleaned_up_by_the_next() {
         }
         for (signal, number) in [("TERM", 15), ("INT", 2), ("HUP", 1)] {
             let (mut child, _pipe) = at_work(dir, staging);
-            kill(&child, signal);
+            kill(signal, child.id());
             assert_eq!(child.wait().unwrap().signal(), Some(number));
             assert!(!dir.join(staging).exists(), "{signal}");
             assert_eq!(names(dir), before);
@@ -131,7 +119,7 @@ fn a_signal_leaves_nothing_and_a_kill_is_cleaned_up_by_the_next() {
         let refused = preprocess();
         assert_eq!(refused.code, Some(2), "{refused:#?}");
         assert!(refused.stderr.contains(&format!("in use by process {}", child.id())), "{refused:#?}");
-        kill(&child, "KILL");
+        kill("KILL", child.id());
         child.wait().unwrap();
         drop(pipe);
         assert!(dir.join(staging).exists());

@@ -4,14 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use crate::mpirun::{Finished, run_within};
-use crate::train::PROGRAM;
-
-fn bireme(arguments: &[&str]) -> Finished {
-    run_within(Command::new(PROGRAM).args(arguments), Duration::from_secs(240))
-}
+use crate::support::files::names;
+use crate::support::process::{Finished, LIMIT, PROGRAM, bireme, run_within};
 
 fn synth(dir: &Path, events: &str, items: &str) -> PathBuf {
     let out = dir.join("events.csv");
@@ -23,14 +18,6 @@ fn synth(dir: &Path, events: &str, items: &str) -> PathBuf {
 fn preprocess(events: &Path, out: &Path, more: &[&str]) -> Finished {
     let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", out.to_str().unwrap()];
     bireme(&[&paths[..], more].concat())
-}
-
-/// Names in a folder, hidden ones too.
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -126,7 +113,7 @@ fn a_full_disk_leaves_nothing_behind() {
         events.display(),
         data.display()
     );
-    let finished = run_within(Command::new("sh").args(["-c", &script]), Duration::from_secs(60));
+    let finished = run_within(Command::new("sh").args(["-c", &script]), LIMIT);
     assert_eq!(finished.code, Some(1), "{finished:#?}");
     assert!(finished.stderr.contains("error: cannot write"), "{finished:#?}");
     assert_eq!(names(dir.path()), ["events.csv"]);

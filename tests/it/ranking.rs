@@ -1,38 +1,37 @@
 //! Ranks by counting are ranks by sorting, and figures do not depend on who evaluated.
 
 use bireme::collective::threads;
-use bireme::data::{Batch, DataConfig, Days, Segment, Split, occurrences};
-use bireme::metrics::{
-    EvaluateConfig, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets,
-};
-use bireme::model::{GruConfig, ItemTable, Network, Neural, Recommender};
+use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
+use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
+use bireme::model::{GruConfig, Network, Neural, Recommender, Share};
 use tch::{Device, Tensor};
 
-use crate::fixtures;
+use crate::support::session_data;
+use crate::support::tensors::nothing_hidden;
 
 /// A table with few distinct values, so that ties are many.
 fn scores() -> Tensor {
-    let mut number = fixtures::numbers(5);
+    let mut number = session_data::numbers(5);
     let values: Vec<f32> = (0..50 * 40).map(|_| number(12) as f32).collect();
     Tensor::from_slice(&values).view([50, 40])
 }
 
 fn network(n_items: i64) -> Network<'static> {
-    let features = fixtures::features(&[(fixtures::ITEM.to_owned(), Some(n_items))]);
-    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, 3, Device::Cpu).unwrap()
+    let features = session_data::features(&[(session_data::ITEM.to_owned(), Some(n_items))]);
+    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, (3, Device::Cpu)).unwrap()
 }
 
 #[test]
 fn counting_gives_the_ranks_of_sorting() {
     let scores = scores();
-    let mut number = fixtures::numbers(6);
+    let mut number = session_data::numbers(6);
     let targets: Vec<i64> = (0..50).map(|_| number(40) as i64).collect();
     for chunk in [1, 7, 39, 40, 1000] {
         let slice = |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
         let ranking = rank_targets(
             slice,
-            (&Tensor::from_slice(&targets), &fixtures::nothing_hidden(50)),
-            &ItemTable::replicated(40),
+            (&Tensor::from_slice(&targets), &nothing_hidden(50)),
+            &Share::whole(40),
             chunk,
             5,
         )
@@ -64,19 +63,12 @@ fn what_is_hidden_from_a_session_is_not_in_its_running() {
     for chunk in [1, 2, 4, 6] {
         let slice =
             |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        let ranking = rank_targets(slice, (&targets, &hidden), &ItemTable::replicated(6), chunk, 3).unwrap();
+        let ranking = rank_targets(slice, (&targets, &hidden), &Share::whole(6), chunk, 3).unwrap();
         let ranks: Vec<i64> = ranking.ranks.try_into().unwrap();
         assert_eq!(ranks, [1, 2, 7, 3], "chunk {chunk}");
         let in_top: Vec<bool> = ranking.in_top.try_into().unwrap();
         assert_eq!(in_top, [false, false, true, true, true, true], "chunk {chunk}");
-        let plain = rank_targets(
-            slice,
-            (&targets, &fixtures::nothing_hidden(4)),
-            &ItemTable::replicated(6),
-            chunk,
-            3,
-        )
-        .unwrap();
+        let plain = rank_targets(slice, (&targets, &nothing_hidden(4)), &Share::whole(6), chunk, 3).unwrap();
         assert_eq!(ranking.losses, plain.losses);
     }
 }
@@ -85,25 +77,25 @@ fn what_is_hidden_from_a_session_is_not_in_its_running() {
 fn ranks_that_score_a_share_each_find_what_one_finds_alone() {
     // Items that a session may not be recommended, on one rank or another.
     let hidden = |row: i64| [row % 7 + 2, if row % 3 == 0 { 39 - row % 20 } else { -1 }];
-    let ranking = |item_table: &ItemTable<'_>, hides: bool, chunk: i64, k: i64| {
+    let ranking = |share: &Share<'_>, hides: bool, chunk: i64, k: i64| {
         let scores = scores();
         let targets = Tensor::from_slice(&(0..50).map(|row| row % 40).collect::<Vec<i64>>());
         let hidden = match hides {
             true => Tensor::from_slice(&(0..50).flat_map(hidden).collect::<Vec<i64>>()).view([50, 2]),
-            false => fixtures::nothing_hidden(50),
+            false => nothing_hidden(50),
         };
         let slice =
             |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        rank_targets(slice, (&targets, &hidden), item_table, chunk, k).unwrap()
+        rank_targets(slice, (&targets, &hidden), share, chunk, k).unwrap()
     };
     for (world_size, chunk) in [(1, 7), (2, 5), (3, 1), (3, 1000)] {
         for hides in [true, false] {
             // More than a share has items, too.
             for k in [5, 20, 38] {
                 let of_ranks = threads::spawn(world_size, |collective| {
-                    ranking(&ItemTable::sharded(40, collective), hides, chunk, k)
+                    ranking(&Share::of_rank(40, collective), hides, chunk, k)
                 });
-                let alone = ranking(&ItemTable::replicated(40), hides, 40, k);
+                let alone = ranking(&Share::whole(40), hides, 40, k);
                 let in_top: Vec<&Tensor> = of_ranks.iter().map(|ranking| &ranking.in_top).collect();
                 assert_eq!(Tensor::cat(&in_top, 0), alone.in_top, "{world_size} ranks, chunk {chunk}, k {k}");
                 for ranking in &of_ranks {
@@ -117,7 +109,7 @@ fn ranks_that_score_a_share_each_find_what_one_finds_alone() {
 
 #[test]
 fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
-    let mut number = fixtures::numbers(8);
+    let mut number = session_data::numbers(8);
     // As many distinct scores as here: from one, where only the index decides, to hardly any tie.
     for n_scores in [1, 2, 5, 1000] {
         let values: Vec<f32> = (0..3 * 30).map(|_| number(n_scores) as f32).collect();
@@ -135,8 +127,8 @@ fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
                 let targets = Tensor::from_slice(&[1i64, 1, 1]);
                 let ranking = rank_targets(
                     slice,
-                    (&targets, &fixtures::nothing_hidden(3)),
-                    &ItemTable::replicated(n_items as i64),
+                    (&targets, &nothing_hidden(3)),
+                    &Share::whole(n_items as i64),
                     chunk,
                     k as i64,
                 )
@@ -211,10 +203,10 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
 fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     let dir = tempfile::tempdir().unwrap();
     let n_items = 60;
-    fixtures::write_schema(dir.path(), n_items);
-    let sessions = fixtures::sessions(333, n_items, 9);
-    fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
+    session_data::write_schema(dir.path(), n_items);
+    let sessions = session_data::sessions(333, n_items, 9);
+    session_data::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     let network = || network(n_items);
     // Items 2 to 41 occurred, the higher the more often.
     let occurrences: Vec<i64> = (0..n_items).map(|item| if item < 42 { item } else { 0 }).collect();
@@ -222,17 +214,8 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
-            let config = EvaluateConfig { block: 32, scores_mib, ..EvaluateConfig::default() };
-            evaluate(
-                &network(),
-                &ItemTable::replicated(days.features().n_items()),
-                &file,
-                days.features(),
-                &config,
-                &occurrences,
-                collective,
-            )
-            .unwrap()
+            let config = metrics::Config { block: 32, scores_mib, ..metrics::Config::default() };
+            evaluate(&network(), &file, days.features(), &config, &occurrences, collective).unwrap()
         })
     };
     let alone = on_ranks(1, 256).remove(0);
@@ -262,12 +245,12 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
 #[test]
 fn occurrences_of_all_ranks_are_those_of_the_file() {
     let dir = tempfile::tempdir().unwrap();
-    fixtures::write_schema(dir.path(), 60);
-    let sessions = fixtures::sessions(333, 60, 9);
-    fixtures::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
+    session_data::write_schema(dir.path(), 60);
+    let sessions = session_data::sessions(333, 60, 9);
+    session_data::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
     let mut expected = vec![0; 60];
     sessions.iter().flatten().for_each(|&item| expected[item as usize] += 1);
-    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Train).unwrap();
     for world_size in [1, 2, 3, 400] {
@@ -281,16 +264,15 @@ fn occurrences_of_all_ranks_are_those_of_the_file() {
 #[test]
 fn a_file_without_sessions_has_no_figures() {
     let dir = tempfile::tempdir().unwrap();
-    fixtures::write_schema(dir.path(), 10);
-    fixtures::write_sessions(&dir.path().join("1/valid.parquet"), &[], |_| 0.0);
-    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
+    session_data::write_schema(dir.path(), 10);
+    session_data::write_sessions(&dir.path().join("1/valid.parquet"), &[], |_| 0.0);
+    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
     for evaluation in threads::spawn(2, |collective| {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
-        let config = EvaluateConfig::default();
-        evaluate(&network, &ItemTable::replicated(10), &file, days.features(), &config, &[0; 10], collective)
-            .unwrap()
+        let config = metrics::Config::default();
+        evaluate(&network, &file, days.features(), &config, &[0; 10], collective).unwrap()
     }) {
         let metrics = evaluation.metrics;
         assert!(evaluation.outcomes.is_empty());

@@ -9,11 +9,13 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::RowAccessor;
 use serde_json::Value;
 
-use crate::export::{MODELS, Shop};
+use crate::support::configs::MODELS;
+use crate::support::event_shop::EventShop;
+use crate::support::process::Finished;
 
 /// A shop with an exported model, `bireme` in `repository`.
-fn exported() -> Shop {
-    let shop = Shop::small();
+fn exported() -> EventShop {
+    let shop = EventShop::small();
     let config = shop.path("run.toml");
     let train = "[train]\nmax_steps_per_day = 8\nlearning_rate = 0.02\n";
     fs::write(&config, format!("[data]\nfirst_day = 1\nlast_day = 2\n{}\n{train}", MODELS[0].1)).unwrap();
@@ -25,7 +27,7 @@ fn exported() -> Shop {
     shop
 }
 
-fn recommend(shop: &Shop, events: &str, more: &[&str]) -> crate::mpirun::Finished {
+fn recommend(shop: &EventShop, events: &str, more: &[&str]) -> Finished {
     let (repository, events) = (shop.path("repository"), shop.path(events));
     let arguments = ["recommend", "--device", "cpu", "--repository", &repository, "--events", &events];
     shop.run(&[&arguments[..], more].concat())
@@ -122,7 +124,7 @@ fn sessions_of_a_file_get_recommendations_in_every_form() {
 #[test]
 fn shops_of_few_items_recommend_what_there_is() {
     for n_items in [2, 3] {
-        let shop = Shop::tiny(n_items);
+        let shop = EventShop::tiny(n_items);
         shop.train("run", MODELS[0].1);
         shop.export_with("run", &["--python-backend"]).success();
         let ask = |more: &[&str]| {

@@ -10,26 +10,21 @@ use std::time::Duration;
 use bireme::config::Config;
 use bireme::data::{Days, RowCheck, Split};
 
-use crate::fixtures;
-use crate::mpirun::{Finished, run_within};
-use crate::train::{CONFIG, PROGRAM, Shop, XLNET, config_with};
+use crate::support::configs::{CONFIG, XLNET, config_with};
+use crate::support::process::{Finished, LIMIT, PROGRAM, run_within};
+use crate::support::session_data;
+use crate::support::session_shop::SessionShop;
 
 fn refused(finished: &Finished, message: &str) {
-    assert_eq!(finished.code, Some(2), "{finished:#?}");
-    assert!(finished.stderr.contains(message), "{message}\n{finished:#?}");
-    assert_eq!(
-        finished.stderr.lines().filter(|line| line.starts_with("error: ")).count(),
-        1,
-        "{finished:#?}"
-    );
-    assert!(!finished.stderr.contains("panicked"), "{finished:#?}");
-    let error = finished.stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
+    finished.refused(message);
+    let errors: Vec<&str> = finished.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    let [error] = errors[..] else { panic!("{finished:#?}") };
     assert!(error.chars().count() <= 310 && !error.contains(char::is_control), "{error}");
 }
 
 #[test]
 fn configurations() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     let set = |assignment: &str| shop.train("run", &["--set", assignment]);
     for (assignment, message) in [
         (
@@ -84,10 +79,10 @@ fn configurations() {
 
 #[test]
 fn a_row_that_one_rank_cannot_read_is_named_before_the_rank() {
-    let shop = Shop::new(200);
-    let mut sessions = fixtures::sessions(200, 40, 3);
+    let shop = SessionShop::new(200);
+    let mut sessions = session_data::sessions(200, 40, 3);
     sessions[150] = vec![5, 41];
-    fixtures::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
+    session_data::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
     let Some(failed) = shop.train_on(2, "run", &[]) else { return };
     assert!([Some(1), Some(2)].contains(&failed.code), "{failed:#?}");
     let error = failed.stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
@@ -100,19 +95,15 @@ fn a_row_that_one_rank_cannot_read_is_named_before_the_rank() {
 
 #[test]
 fn damaged_files_of_a_run() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     shop.train("run", &[]).success();
     let run_dir = shop.run_dir("run");
-    let checkpoint = crate::resume::checkpoints(&shop, "run").pop().unwrap();
-    let evaluate = || {
-        let mut command = Command::new(PROGRAM);
-        command.arg("evaluate").arg("--run-dir").arg(&run_dir).arg("--data").arg(shop.data());
-        run_within(&mut command, Duration::from_secs(60))
-    };
+    let checkpoint = shop.newest_checkpoint("run");
+    let evaluate = || shop.evaluate("run", &[]);
     let report = || {
         let mut command = Command::new(PROGRAM);
         command.arg("report").arg(&run_dir).arg("--out").arg(shop.dir.path().join("report"));
-        run_within(&mut command, Duration::from_secs(60))
+        run_within(&mut command, LIMIT)
     };
     let damaged = |file: PathBuf, text: &str, command: &dyn Fn() -> Finished, message: &str| {
         let whole = fs::read(&file).unwrap();
@@ -147,7 +138,7 @@ fn damaged_files_of_a_run() {
 
 #[test]
 fn data() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     let valid = shop.data().join("3/valid.parquet");
     let whole = fs::read(&valid).unwrap();
     // A footer that is cut off, then one that is not there at all.
@@ -163,7 +154,7 @@ fn data() {
 
 #[test]
 fn rows() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     let train = shop.data().join("1/train.parquet");
     let features = ["--set", "data.features=[\"price_log_norm-list_seq\"]"];
     let one_event = vec![vec![5, 6], vec![7]];
@@ -177,7 +168,7 @@ fn rows() {
         (padding, "1/train.parquet` row 0: column `product_id-list_seq` has the id 0, outside 1..=39"),
         (vec![vec![5, 6, 7], vec![8, 9]], "row 1: column `price_log_norm-list_seq` has the value NaN"),
     ] {
-        fixtures::write_sessions(&train, &sessions, |item| if item == 9 { f32::NAN } else { 0.0 });
+        session_data::write_sessions(&train, &sessions, |item| if item == 9 { f32::NAN } else { 0.0 });
         // All files are checked before the first step, on whichever rank the row falls.
         refused(&shop.train("run", &features), message);
         if let Some(finished) = shop.train_on(2, "run", &features) {
@@ -186,25 +177,19 @@ fn rows() {
     }
     assert!(!shop.run_dir("run").exists());
     // So is the last day, which is only evaluated, and the file that `evaluate` reads.
-    fixtures::days(&shop.data(), 3, 20, 40);
+    session_data::write_days(&shop.data(), 3, 20, 40);
     shop.train("run", &[]).success();
-    fixtures::write_sessions(&shop.data().join("3/valid.parquet"), &[vec![5, 6], vec![7]], |_| 0.0);
+    session_data::write_sessions(&shop.data().join("3/valid.parquet"), &[vec![5, 6], vec![7]], |_| 0.0);
     let one_event = "3/valid.parquet` row 1: column `product_id-list_seq` has a session of one event";
     let finished = shop.train("other", &[]);
     refused(&finished, one_event);
     assert!(finished.stderr.contains("hint: `bireme preprocess --min-length 2`"), "{finished:#?}");
-    refused(&evaluate(&shop, "run", &[]), one_event);
-}
-
-fn evaluate(shop: &Shop, run: &str, more: &[&str]) -> Finished {
-    let (run, data) = (shop.run_dir(run), shop.data());
-    let paths = ["evaluate", "--run-dir", run.to_str().unwrap(), "--data", data.to_str().unwrap()];
-    run_within(Command::new(PROGRAM).args([&paths[..], more].concat()), Duration::from_secs(60))
+    refused(&shop.evaluate("run", &[]), one_event);
 }
 
 #[test]
 fn rows_that_are_checked_beside_the_training_end_it_when_they_are_found() {
-    let shop = Shop::new(200);
+    let shop = SessionShop::new(200);
     let config = Config::load(&shop.config(), &[]).unwrap();
     let check = |n_ranks: usize, at_the_start: usize| {
         let days = Days::open(&shop.data(), &config.data).unwrap();
@@ -216,10 +201,10 @@ fn rows_that_are_checked_beside_the_training_end_it_when_they_are_found() {
     let left = |at_the_start| check(2, at_the_start).unwrap().iter().map(RowCheck::n_left).sum::<usize>();
     assert_eq!((left(0), left(64), left(1000)), (600, 600 - 2 * 64, 0));
 
-    let mut sessions = fixtures::sessions(200, 40, 1);
+    let mut sessions = session_data::sessions(200, 40, 1);
     sessions[150] = vec![41, 2];
     sessions[180] = vec![41, 2];
-    fixtures::write_sessions(&shop.data().join("3/train.parquet"), &sessions, |_| 0.0);
+    session_data::write_sessions(&shop.data().join("3/train.parquet"), &sessions, |_| 0.0);
     let found =
         "3/train.parquet` row 150: column `product_id-list_seq` has the id 41, outside 1..=39 of the schema";
     for n_ranks in [1, 2, 3] {
@@ -373,7 +358,7 @@ fn values_that_no_key_can_have() {
 
 #[test]
 fn values_that_do_not_suit_the_data_or_the_host() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     for (assignment, message) in [
         ("run.threads_per_rank=100000", "`threads_per_rank` cannot be 100000: at most "),
         (
@@ -392,11 +377,11 @@ fn values_that_do_not_suit_the_data_or_the_host() {
 
 #[test]
 fn models_that_no_memory_holds() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     shop.train("run", &[]).success();
     let item_table = "by `model.input.item_width` 16, ";
     for max in [1_i64 << 40, 1 << 61, i64::MAX - 1] {
-        fixtures::write_schema(&shop.data(), max.saturating_add(1));
+        session_data::write_schema(&shop.data(), max.saturating_add(1));
         let items = format!("the item table of {} items (`schema.pbtxt`)", max + 1);
         let finished = shop.train("large", &[]);
         refused(&finished, &items);
@@ -406,12 +391,12 @@ fn models_that_no_memory_holds() {
             assert!(finished.stderr.contains(told), "{told}\n{finished:#?}");
         }
     }
-    fixtures::write_schema(&shop.data(), 1 << 40);
+    session_data::write_schema(&shop.data(), 1 << 40);
     if let Some(finished) = shop.train_on(2, "large", &["--set", "parallel.item_table=sharded"]) {
         refused(&finished, "the 2 ranks on ");
         assert!(finished.stderr.contains("549755813888 rows of the item table"), "{finished:#?}");
     }
-    refused(&evaluate(&shop, "run", &[]), " GiB of memory, ");
+    refused(&shop.evaluate("run", &[]), " GiB of memory, ");
     for kind in ["popularity", "recent", "markov"] {
         fs::write(shop.config(), config_with(&format!("kind = \"{kind}\"\n"))).unwrap();
         refused(&shop.train("large", &[]), "counts of 1099511627776 items (`schema.pbtxt`)");
@@ -423,7 +408,7 @@ fn models_that_no_memory_holds() {
 
 #[test]
 fn days_that_a_run_cannot_have() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     let (_, rest) = CONFIG.split_once("[model]").unwrap();
     fs::write(shop.config(), format!("[run]\ndevice = \"cpu\"\n[model]{rest}")).unwrap();
     let day = |day: &str| shop.data().join(day);
@@ -445,13 +430,13 @@ fn days_that_a_run_cannot_have() {
 
 #[test]
 fn weights_in_other_formats() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     let file = shop.dir.path().join("model.pth");
     fs::write(&file, b"PK\x03\x04 archive/data.pkl").unwrap();
     let mut command = Command::new(PROGRAM);
     command.arg("import-weights").arg("--weights").arg(&file).args(["--day", "2"]);
     command.arg("--config").arg(shop.config()).arg("--data").arg(shop.data());
-    let finished = run_within(command.arg("--run-dir").arg(shop.run_dir("run")), Duration::from_secs(60));
+    let finished = run_within(command.arg("--run-dir").arg(shop.run_dir("run")), LIMIT);
     refused(&finished, "model.pth` is a zip archive, as PyTorch saves, not a safetensors file");
     assert!(finished.stderr.contains("hint: convert it: `python -c"), "{finished:#?}");
     assert!(!shop.run_dir("run").exists());
@@ -459,7 +444,7 @@ fn weights_in_other_formats() {
 
 #[test]
 fn more_ranks_than_there_is_work_for() {
-    let shop = Shop::new(1);
+    let shop = SessionShop::new(1);
     let one_day = ["--set", "data.last_day=2"];
     let Some(finished) = shop.train_on(2, "run", &one_day) else { return };
     refused(&finished, "2 ranks are more than the 1 training sessions of days 1 to 1");
@@ -470,7 +455,7 @@ fn more_ranks_than_there_is_work_for() {
 
 #[test]
 fn a_run_directory_that_is_taken_is_left_alone() {
-    let shop = Shop::new(20);
+    let shop = SessionShop::new(20);
     shop.train("run", &[]).success();
     let before = fs::read(shop.run_dir("run").join("metrics.jsonl")).unwrap();
     refused(&shop.train("run", &["--resume=never"]), "already holds a run");
@@ -485,14 +470,14 @@ fn a_run_directory_that_is_taken_is_left_alone() {
 
 #[test]
 fn a_run_that_cannot_be_evaluated() {
-    let shop = Shop::new(20);
-    let evaluate = |run: &str, more: &[&str]| evaluate(&shop, run, more);
+    let shop = SessionShop::new(20);
+    let evaluate = |run: &str, more: &[&str]| shop.evaluate(run, more);
     refused(&evaluate("nowhere", &[]), "cannot read the configuration");
     shop.train("run", &[]).success();
     refused(&evaluate("run", &["--day", "7"]), "no day 7 under");
-    fixtures::write_schema(&shop.data(), 50);
+    session_data::write_schema(&shop.data(), 50);
     refused(&evaluate("run", &[]), "it counts 40 items, the schema has 50");
-    fixtures::write_schema(&shop.data(), 40);
+    session_data::write_schema(&shop.data(), 40);
     let checkpoints = shop.run_dir("run").join("checkpoints");
     for entry in fs::read_dir(&checkpoints).unwrap() {
         fs::remove_file(entry.unwrap().path().join("manifest.json")).unwrap();

@@ -2,73 +2,22 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::fixtures;
-use crate::mpirun::Finished;
-use crate::train::{ALL_FEATURES, CONFIG, PROGRAM, Shop, XLNET, config_with};
-
-/// Everything that makes a run's course a matter of bits, a checkpoint after every third step, and dropout.
-pub const EXACT: [&str; 6] = [
-    "--set",
-    "run.reduction=reproducible",
-    "--set",
-    "model.dropout=0.2",
-    "--set",
-    "checkpoint.every_steps=3",
-];
-
-/// 200 sessions in steps of 48, two epochs: ten steps a day, twenty in all.
-pub fn shop() -> Shop {
-    Shop::new(200)
-}
-
-/// Those that are not being written, oldest first.
-pub fn checkpoints(shop: &Shop, run: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(shop.run_dir(run).join("checkpoints")).unwrap();
-    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-    paths.retain(|path| path.extension().is_none());
-    paths.sort();
-    paths
-}
-
-/// What a run has come to, without how long it took: records but for times and checkpoints, and every bit of the rest.
-fn came_to(shop: &Shop, run: &str) -> (Vec<Value>, Vec<Vec<u8>>) {
-    let records = ["step", "eval"].iter().flat_map(|kind| shop.records(run, kind));
-    let timeless = records.map(|mut record| {
-        for key in ["seconds", "sessions_per_s"] {
-            record.as_object_mut().unwrap().remove(key);
-        }
-        record
-    });
-    let newest = checkpoints(shop, run).pop().unwrap();
-    let tensors = ["weights", "optimizer", "occurrences"];
-    let tensors = tensors.map(|file| newest.join(format!("{file}.safetensors")));
-    let run_dir = shop.run_dir(run);
-    let outcomes = [2, 3].map(|day| run_dir.join(format!("evaluations/day-{day}-valid.parquet")));
-    let files = tensors.into_iter().chain(outcomes).chain([run_dir.join("results.txt")]);
-    (timeless.collect(), files.map(|file| fs::read(file).unwrap()).collect())
-}
-
-#[track_caller]
-pub fn assert_came_to_the_same(shop: &Shop, run: &str, unbroken: &str) {
-    let ((records, files), (expected, expected_files)) = (came_to(shop, run), came_to(shop, unbroken));
-    assert_eq!(records.len(), expected.len());
-    let differing = records.iter().zip(&expected).find(|(ours, theirs)| ours != theirs);
-    assert!(differing.is_none(), "{run}, {unbroken}: {differing:?}");
-    assert!(files == expected_files, "{run}: weights, optimizer, occurrences, outcomes or results differ");
-}
+use crate::support::compare::assert_identical;
+use crate::support::configs::{ALL_FEATURES, CONFIG, REPRODUCIBLE, RESUMABLE, XLNET, config_with};
+use crate::support::event_shop::EventShop;
+use crate::support::process::{Finished, kill};
+use crate::support::session_data;
+use crate::support::session_shop::SessionShop;
 
 #[test]
 fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
-    let shop = shop();
-    let with_features = [&EXACT[..], &ALL_FEATURES].concat();
+    let shop = SessionShop::of_twenty_steps();
+    let with_features = [&RESUMABLE[..], &ALL_FEATURES].concat();
     for (model, config, set) in
-        [("gru", CONFIG.to_owned(), &EXACT[..]), ("xlnet", config_with(XLNET), &with_features)]
+        [("gru", CONFIG.to_owned(), &RESUMABLE[..]), ("xlnet", config_with(XLNET), &with_features)]
     {
         fs::write(shop.config(), config).unwrap();
         let unbroken = format!("{model} unbroken");
@@ -76,7 +25,7 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
         // In the middle of an epoch, at the end of a day, before the first checkpoint, and not at all.
         let run = format!("{model} killed");
         for (n_ranks, fault) in [(2, "kill@1:1"), (3, "kill@0:7"), (1, "kill@0:10"), (4, "kill@2:19")] {
-            let Some(killed) = shop.train_with(n_ranks, &run, set, &[("BIREME_FAULT", fault)]) else {
+            let Some(killed) = shop.train_with_fault(n_ranks, &run, set, fault) else {
                 return;
             };
             // By mpirun's own account of a rank that a signal ended.
@@ -85,10 +34,10 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
         }
         let last = shop.train_on(2, &run, set).unwrap().success();
         assert!(last.stderr.contains("going on from"), "{last:#?}");
-        assert_came_to_the_same(&shop, &run, &unbroken);
+        assert_identical(&shop, &run, &unbroken);
         let again = shop.train_on(2, &run, set).unwrap().success();
         assert!(again.stderr.contains("holds this run, and it is done"), "{again:#?}");
-        assert_came_to_the_same(&shop, &run, &unbroken);
+        assert_identical(&shop, &run, &unbroken);
         let facts = fs::read_to_string(shop.run_dir(&run).join("run.json")).unwrap();
         let facts: Value = serde_json::from_str(&facts).unwrap();
         let ranks = |facts: &Value| facts["world_size"].as_u64().unwrap();
@@ -97,35 +46,13 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
     }
 }
 
-/// Starts a run, and does something to its process when it has said a step's loss.
-pub fn met_by(shop: &Shop, run: &str, more: &[&str], what: impl FnOnce(u32)) -> (Option<i32>, String) {
-    let stderr = shop.dir.path().join(format!("{run}.stderr"));
-    let mut command = Command::new(PROGRAM);
-    command.args(shop.arguments(run, more)).stdout(Stdio::null()).stderr(fs::File::create(&stderr).unwrap());
-    let mut child = command.spawn().unwrap();
-    let begun = Instant::now();
-    while !fs::read_to_string(&stderr).unwrap().contains("  loss ") {
-        assert!(begun.elapsed() < Duration::from_secs(60), "no step in a minute");
-        sleep(Duration::from_millis(5));
-    }
-    what(child.id());
-    let code = child.wait().unwrap().code();
-    (code, fs::read_to_string(stderr).unwrap())
-}
-
 #[test]
 fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     // Long enough to be met by a signal.
-    let set = [&EXACT[..4], &["--set", "train.epochs_per_day=30"]].concat();
+    let set = [&REPRODUCIBLE[..], &["--set", "train.epochs_per_day=30"]].concat();
     shop.train("unbroken", &set).success();
-    let signalled = |signal: &str| {
-        let kill = |pid: u32| {
-            let kill = format!("kill -s {signal} {pid}");
-            assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
-        };
-        met_by(&shop, "run", &set, kill)
-    };
+    let signalled = |signal: &str| shop.train_and_interfere("run", &set, |pid| kill(signal, pid));
     for signal in ["USR2", "TERM"] {
         let (code, stderr) = signalled(signal);
         assert_eq!(code, Some(3), "{stderr}");
@@ -137,18 +64,18 @@ fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later() {
     let days: Vec<i64> =
         shop.records("run", "checkpoint").iter().map(|record| record["day"].as_i64().unwrap()).collect();
     assert!(days.len() >= 3, "{days:?}");
-    assert_came_to_the_same(&shop, "run", "unbroken");
+    assert_identical(&shop, "run", "unbroken");
 }
 
 #[test]
 fn a_broken_checkpoint_is_left_aside_for_an_older_one() {
-    let shop = shop();
-    let set = [&EXACT[..], &["--set", "checkpoint.keep_last=3"]].concat();
+    let shop = SessionShop::of_twenty_steps();
+    let set = [&RESUMABLE[..], &["--set", "checkpoint.keep_last=3"]].concat();
     shop.train("unbroken", &set).success();
     // The next checkpoint waits for the one before, so at the last step all but the last are written.
-    let Some(killed) = shop.train_with(1, "run", &set, &[("BIREME_FAULT", "kill@0:19")]) else { return };
+    let Some(killed) = shop.train_with_fault(1, "run", &set, "kill@0:19") else { return };
     assert_eq!(killed.code, Some(137), "{killed:#?}");
-    let [.., older, newest] = &checkpoints(&shop, "run")[..] else { panic!("two checkpoints") };
+    let [.., older, newest] = &shop.checkpoints("run")[..] else { panic!("two checkpoints") };
     let weights = newest.join("weights.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
@@ -163,100 +90,97 @@ fn a_broken_checkpoint_is_left_aside_for_an_older_one() {
         assert!(last.stderr.contains(told), "{last:#?}");
     }
     assert!(!partial.exists());
-    assert_came_to_the_same(&shop, "run", "unbroken");
+    assert_identical(&shop, "run", "unbroken");
 }
 
 #[test]
 fn a_run_goes_on_with_the_same_configuration_and_data_only() {
-    let shop = shop();
-    let one_day = [&EXACT[..], &["--set", "data.last_day=2"]].concat();
+    let shop = SessionShop::of_twenty_steps();
+    let one_day = [&RESUMABLE[..], &["--set", "data.last_day=2"]].concat();
     shop.train("run", &one_day).success();
-    let refused = |finished: Finished, told: &str| {
-        assert_eq!(finished.code, Some(2), "{finished:#?}");
-        assert!(finished.stderr.contains(told) && !finished.stderr.contains("panicked"), "{finished:#?}");
-    };
+    let refused = |finished: Finished, message: &str| finished.refused(message);
     let other = [&one_day[..], &["--set", "train.learning_rate=0.02"]].concat();
     refused(shop.train("run", &other), "`train.learning_rate` was 0.01, and is 0.02 now");
     refused(
-        shop.train("run", &[&EXACT[..], &["--set", "data.last_day=4", "--set", "run.seed=1"]].concat()),
+        shop.train("run", &[&RESUMABLE[..], &["--set", "data.last_day=4", "--set", "run.seed=1"]].concat()),
         "no day 4",
     );
-    let none_left = [&EXACT[..], &["--set", "data.first_day=2", "--resume=anyway"]].concat();
+    let none_left = [&RESUMABLE[..], &["--set", "data.first_day=2", "--resume=anyway"]].concat();
     refused(shop.train("run", &none_left), "it is of day 1, which the configuration does not train on");
     // More days may follow, as when they were not over yet.
-    shop.train("run", &EXACT).success();
-    shop.train("unbroken", &EXACT).success();
-    assert_came_to_the_same(&shop, "run", "unbroken");
+    shop.train("run", &RESUMABLE).success();
+    shop.train("unbroken", &RESUMABLE).success();
+    assert_identical(&shop, "run", "unbroken");
 
-    let sessions = fixtures::sessions(200, 40, 77);
-    fixtures::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
-    refused(shop.train("run", &EXACT), "the file of day and part `1/train` has changed");
-    shop.train("run", &[&EXACT[..], &["--resume=anyway"]].concat()).success();
+    let sessions = session_data::sessions(200, 40, 77);
+    session_data::write_sessions(&shop.data().join("1/train.parquet"), &sessions, |_| 0.0);
+    refused(shop.train("run", &RESUMABLE), "the file of day and part `1/train` has changed");
+    shop.train("run", &[&RESUMABLE[..], &["--resume=anyway"]].concat()).success();
 }
 
 #[test]
 fn a_run_without_days_takes_all_there_are_and_those_that_follow() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let (before, rest) = CONFIG.split_once("[data]").unwrap();
     let (_, rest) = rest.split_once("[model]").unwrap();
     fs::write(shop.config(), format!("{before}[model]{rest}")).unwrap();
-    shop.train("run", &EXACT).success();
+    shop.train("run", &RESUMABLE).success();
     let written = fs::read_to_string(shop.run_dir("run").join("config.toml")).unwrap();
     assert!(written.contains("first_day = 1\nlast_day = 3\n"), "{written}");
-    let done = shop.train("run", &EXACT).success();
+    let done = shop.train("run", &RESUMABLE).success();
     assert!(done.stderr.contains("and it is done"), "{done:#?}");
 
     for part in ["train", "valid"] {
-        let sessions = fixtures::sessions(200, 40, 5);
-        fixtures::write_sessions(&shop.data().join(format!("4/{part}.parquet")), &sessions, |_| 0.0);
+        let sessions = session_data::sessions(200, 40, 5);
+        session_data::write_sessions(&shop.data().join(format!("4/{part}.parquet")), &sessions, |_| 0.0);
     }
-    let on = shop.train("run", &EXACT).success();
+    let on = shop.train("run", &RESUMABLE).success();
     assert!(on.stderr.contains("going on from"), "{on:#?}");
     let days: Vec<i64> =
         shop.records("run", "day").iter().map(|record| record["day"].as_i64().unwrap()).collect();
     assert_eq!(days, [1, 2, 3]);
-    shop.train("unbroken", &EXACT).success();
-    assert_came_to_the_same(&shop, "run", "unbroken");
+    shop.train("unbroken", &RESUMABLE).success();
+    assert_identical(&shop, "run", "unbroken");
 
     // A day before the first would be another run.
     fs::create_dir(shop.data().join("0")).unwrap();
-    let other = shop.train("run", &EXACT);
+    let other = shop.train("run", &RESUMABLE);
     assert_eq!(other.code, Some(2), "{other:#?}");
     fs::copy(shop.data().join("1/train.parquet"), shop.data().join("0/train.parquet")).unwrap();
-    let other = shop.train("run", &EXACT);
+    let other = shop.train("run", &RESUMABLE);
     assert_eq!(other.code, Some(2), "{other:#?}");
     assert!(other.stderr.contains("`data.first_day` was 1, and is 0 now"), "{other:#?}");
-    shop.train("run", &[&EXACT[..], &["--set", "data.first_day=1"]].concat()).success();
+    shop.train("run", &[&RESUMABLE[..], &["--set", "data.first_day=1"]].concat()).success();
     // So would be a run that ends earlier than it has.
     for day in ["0", "4"] {
         fs::remove_dir_all(shop.data().join(day)).unwrap();
     }
-    let other = shop.train("run", &EXACT);
+    let other = shop.train("run", &RESUMABLE);
     assert_eq!(other.code, Some(2), "{other:#?}");
     assert!(other.stderr.contains("`data.last_day` was 4, and is 3 now"), "{other:#?}");
 }
 
 #[test]
 fn the_best_day_and_every_days_last_checkpoint_can_be_kept() {
-    let shop = shop();
+    let shop = SessionShop::of_twenty_steps();
     let days = ["--set", "checkpoint.keep_days=true", "--set", "checkpoint.keep_last=1"];
-    shop.train("days", &[&EXACT[..], &days].concat()).success();
+    shop.train("days", &[&RESUMABLE[..], &days].concat()).success();
     let names = |run: &str| -> Vec<String> {
         let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
-        checkpoints(&shop, run).iter().map(name).collect()
+        shop.checkpoints(run).iter().map(name).collect()
     };
     assert_eq!(names("days"), ["day-0001-step-00000010", "day-0002-step-00000020"]);
     let best = ["--set", "checkpoint.keep_best=recall_at_20", "--set", "checkpoint.keep_last=1"];
-    shop.train("best", &[&EXACT[..], &best].concat()).success();
+    shop.train("best", &[&RESUMABLE[..], &best].concat()).success();
     assert_eq!(names("best"), ["day-0001-step-00000010", "day-0002-step-00000020"]);
     let minutes = ["--set", "checkpoint.every_minutes=1e-9", "--set", "checkpoint.keep_last=100"];
-    shop.train("minutes", &[&EXACT[..4], &minutes].concat()).success();
+    shop.train("minutes", &[&REPRODUCIBLE[..], &minutes].concat()).success();
     assert_eq!(names("minutes").len(), 20);
 }
 
 #[test]
 fn a_run_goes_on_when_later_days_have_brought_new_items() {
-    let shop = crate::export::Shop::small();
+    let shop = EventShop::small();
     let [more, data, run, out] = ["more.csv", "data", "run", "repository"].map(|name| shop.path(name));
     // A shop with more items, of whose days the first two are there already.
     let synth =

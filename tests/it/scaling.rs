@@ -4,17 +4,14 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::mpirun::{Finished, has_mpirun, run_within};
-use crate::train::{PROGRAM, Shop};
+use crate::support::process::{Finished, LIMIT, PROGRAM, kill, run_within, wait_until};
+use crate::support::requirements::has_mpirun;
+use crate::support::session_shop::SessionShop;
 
-const LIMIT: Duration = Duration::from_secs(240);
-
-fn command(shop: &Shop, ranks: &str, out: &str) -> Command {
+fn command(shop: &SessionShop, ranks: &str, out: &str) -> Command {
     let out = shop.dir.path().join(out);
     let mut command = Command::new(PROGRAM);
     command.args(["bench", "scaling", "--steps", "4", "--ranks", ranks]);
@@ -31,12 +28,12 @@ fn command(shop: &Shop, ranks: &str, out: &str) -> Command {
     command
 }
 
-fn scaling(shop: &Shop, ranks: &str, out: &str) -> Finished {
+fn scaling(shop: &SessionShop, ranks: &str, out: &str) -> Finished {
     run_within(&mut command(shop, ranks, out), LIMIT)
 }
 
 /// A folder with a program of this name that runs `script`, to be the whole PATH.
-fn folder_with(shop: &Shop, name: &str, script: &str) -> PathBuf {
+fn folder_with(shop: &SessionShop, name: &str, script: &str) -> PathBuf {
     let folder = shop.dir.path().join("bin");
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join(name), format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")).unwrap();
@@ -49,7 +46,7 @@ fn scaling_is_measured_and_predicted() {
     if !has_mpirun("scaling was not measured") {
         return;
     }
-    let shop = Shop::new(150);
+    let shop = SessionShop::new(150);
     let finished = scaling(&shop, "2", "out").success();
     let out = shop.dir.path().join("out");
     assert_eq!(finished.stdout.trim(), out.join("scaling.md").to_str().unwrap());
@@ -96,7 +93,7 @@ fn scaling_is_measured_and_predicted() {
 
 #[test]
 fn ranks_without_a_micro_batch_are_refused() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     let refused = scaling(&shop, "2,7", "out");
     assert_eq!(refused.code, Some(2));
     assert!(refused.stderr.contains("7 ranks cannot share 6 micro-batches of a step"), "{}", refused.stderr);
@@ -108,7 +105,7 @@ fn a_run_that_fails_is_told_with_its_last_words() {
     if !has_mpirun("no run failed") {
         return;
     }
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     fs::write(shop.data().join("2/valid.parquet"), "no parquet").unwrap();
     let failed = scaling(&shop, "1", "out");
     assert_eq!(failed.code, Some(1));
@@ -118,7 +115,7 @@ fn a_run_that_fails_is_told_with_its_last_words() {
 
 #[test]
 fn launchers_that_cannot_start_ranks_are_refused() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     let empty = shop.dir.path().join("empty");
     fs::create_dir(&empty).unwrap();
     let srun = folder_with(&shop, "srun", "exit 1");
@@ -144,7 +141,7 @@ fn launchers_that_cannot_start_ranks_are_refused() {
 
 #[test]
 fn what_a_launcher_says_is_the_reason() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     let script =
         "printf -- '-----\\nThere are not enough slots available\\nin the system.\\n\\nmore\\n' >&2; exit 1";
     let path = folder_with(&shop, "mpirun", script);
@@ -156,7 +153,7 @@ fn what_a_launcher_says_is_the_reason() {
 
 #[test]
 fn ranks_end_with_the_command_that_started_them() {
-    let shop = Shop::new(60);
+    let shop = SessionShop::new(60);
     let pid_file = shop.dir.path().join("pid");
     let script = format!("echo $$ > '{}'; exec sleep 600", pid_file.display());
     let path = folder_with(&shop, "mpirun", &script);
@@ -166,25 +163,16 @@ fn ranks_end_with_the_command_that_started_them() {
         command.env("PATH", &path).stdout(Stdio::null()).stderr(Stdio::null());
         let mut bench = command.spawn().unwrap();
         let pid = || fs::read_to_string(&pid_file).ok().filter(|pid| pid.ends_with('\n'));
-        wait_for(|| pid().is_some());
+        wait_until(|| pid().is_some());
         let launcher = Path::new("/proc").join(pid().unwrap().trim());
         let second = run_within(self::command(&shop, "1", "out").env("PATH", &path), LIMIT);
         assert_eq!(second.code, Some(2), "{second:#?}");
         let in_use = format!("out`: in use by process {} on ", bench.id());
         assert!(second.stderr.contains(&in_use), "{second:#?}");
-        Command::new("sh").args(["-c", &format!("kill -s {signal} {}", bench.id())]).status().unwrap();
+        kill(signal, bench.id());
         assert!(!bench.wait().unwrap().success());
         // One that has ended and is not waited for by anybody has no command line any more.
-        wait_for(|| fs::read(launcher.join("cmdline")).map_or(true, |line| line.is_empty()));
+        wait_until(|| fs::read(launcher.join("cmdline")).map_or(true, |line| line.is_empty()));
         fs::remove_file(&pid_file).unwrap();
-    }
-}
-
-#[track_caller]
-fn wait_for(is_so: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "it does not happen");
-        sleep(Duration::from_millis(5));
     }
 }

@@ -12,47 +12,12 @@ use flate2::Compression;
 use flate2::read::{GzDecoder, GzEncoder, ZlibDecoder, ZlibEncoder};
 use serde_json::{Value, json};
 
-use crate::export::{Event, MODELS, Shop};
-use crate::serving::Server;
-
-/// An answer over HTTP.
-#[derive(Debug)]
-struct Answer {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
-    }
-}
-
-/// Sends bytes as they are and reads until the server closes.
-fn exchange(address: &str, bytes: &[u8]) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    // Slowly, for a refusal to come before all is sent.
-    for piece in bytes.chunks(1 << 16) {
-        stream.write_all(piece)?;
-        thread::sleep(Duration::from_millis(2 * (piece.len() >> 16) as u64));
-    }
-    let mut text = Vec::new();
-    stream.read_to_end(&mut text)?;
-    let text = String::from_utf8_lossy(&text).into_owned();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-    Ok(Answer { status, head: head.to_lowercase(), body: body.to_owned() })
-}
-
-fn ask(address: &str, what: &str, headers: &str, body: &str) -> Answer {
-    let length = body.len();
-    let text = format!(
-        "{what} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
-    );
-    exchange(address, text.as_bytes()).unwrap()
-}
+use crate::support::configs::MODELS;
+use crate::support::event_shop::EventShop;
+use crate::support::http::{BytesAnswer, ask, ask_bytes, exchange, read_all};
+use crate::support::process::{Finished, PROGRAM};
+use crate::support::requests::Event;
+use crate::support::server::Server;
 
 /// A request of one session as JSON.
 fn request(events: &[Event]) -> String {
@@ -78,8 +43,8 @@ fn request(events: &[Event]) -> String {
 const INFER: &str = "POST /v2/models/gru/infer";
 
 /// A shop with an exported model, and a request to it.
-fn exported() -> (Shop, PathBuf, String) {
-    let shop = Shop::small();
+fn exported() -> (EventShop, PathBuf, String) {
+    let shop = EventShop::small();
     shop.train("gru", MODELS[0].1);
     shop.export_with("gru", &["--python-backend"]).success();
     let (events, _) = shop.first_events(5);
@@ -87,7 +52,7 @@ fn exported() -> (Shop, PathBuf, String) {
     (shop, repository, request)
 }
 
-fn serve(repository: &Path, shop: &Shop, more: &[&str]) -> Server {
+fn serve(repository: &Path, shop: &EventShop, more: &[&str]) -> Server {
     Server::bireme(repository, PathBuf::from(shop.path("serve.log")), more)
 }
 
@@ -247,54 +212,16 @@ fn what_a_client_may_cost_is_bounded() {
 fn packed(encoding: &str, body: &[u8]) -> Vec<u8> {
     let level = Compression::default();
     let packed = match encoding {
-        "gzip" => GzEncoder::new(body, level).read_to_end_vec(),
-        _ => ZlibEncoder::new(body, level).read_to_end_vec(),
+        "gzip" => read_all(GzEncoder::new(body, level)),
+        _ => read_all(ZlibEncoder::new(body, level)),
     };
     packed.unwrap()
 }
 
-trait ReadToEnd: Read {
-    fn read_to_end_vec(mut self) -> std::io::Result<Vec<u8>>
-    where
-        Self: Sized,
-    {
-        let mut bytes = Vec::new();
-        self.read_to_end(&mut bytes).map(|_| bytes)
-    }
-}
-
-impl<R: Read> ReadToEnd for R {}
-
-/// Posts bytes to the model and gives status, head and body.
+/// Posts bytes to the model.
 fn post(address: &str, headers: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
-    let head = format!(
-        "{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n",
-        body.len()
-    );
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
-    let answer = stream.read_to_end_vec().unwrap();
-    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap();
-    let head = String::from_utf8_lossy(&answer[..end]).to_lowercase();
-    let body = if head.contains("transfer-encoding: chunked") {
-        unchunked(&answer[end + 4..])
-    } else {
-        answer[end + 4..].to_vec()
-    };
-    (head.split(' ').nth(1).unwrap().parse().unwrap(), head, body)
-}
-
-fn unchunked(mut chunks: &[u8]) -> Vec<u8> {
-    let mut body = Vec::new();
-    loop {
-        let end = chunks.windows(2).position(|bytes| bytes == b"\r\n").unwrap();
-        let n = usize::from_str_radix(std::str::from_utf8(&chunks[..end]).unwrap(), 16).unwrap();
-        if n == 0 {
-            return body;
-        }
-        body.extend(&chunks[end + 2..end + 2 + n]);
-        chunks = &chunks[end + 4 + n..];
-    }
+    let BytesAnswer { status, head, body } = ask_bytes(address, INFER, headers, body);
+    (status, head, body)
 }
 
 #[test]
@@ -310,8 +237,8 @@ fn clients_are_answered_as_by_triton() {
         let (status, head, body) = post(http, &headers, &packed(encoding, request.as_bytes()));
         assert!(status == 200 && head.contains(&format!("content-encoding: {encoding}")), "{head}");
         let body = match encoding {
-            "gzip" => GzDecoder::new(&body[..]).read_to_end_vec(),
-            _ => ZlibDecoder::new(&body[..]).read_to_end_vec(),
+            "gzip" => read_all(GzDecoder::new(&body[..])),
+            _ => read_all(ZlibDecoder::new(&body[..])),
         };
         assert_eq!(serde_json::from_slice::<Value>(&body.unwrap()).unwrap(), plain);
         // Behind the JSON in binary, whose length is that of the body decompressed.
@@ -421,7 +348,7 @@ fn a_log_that_cannot_be_written_ends_nothing_and_names_are_addresses() {
     let addresses = shop.path("addresses");
     let mut server = std::process::Command::new("sh")
         .env("BIREME_LOG", "debug")
-        .args(["-c", script, crate::train::PROGRAM, repository.to_str().unwrap(), &addresses])
+        .args(["-c", script, PROGRAM, repository.to_str().unwrap(), &addresses])
         .spawn()
         .unwrap();
     let begun = Instant::now();
@@ -506,10 +433,7 @@ fn a_server_that_cannot_start_says_why() {
     let start = |repository: &str, more: &[&str]| {
         shop.run(&[&["serve", "--device", "cpu", "--repository", repository], more].concat())
     };
-    let refused = |finished: crate::mpirun::Finished, message: &str| {
-        assert_eq!(finished.code, Some(2), "{finished:#?}");
-        assert!(finished.stderr.contains(message), "{finished:#?}");
-    };
+    let refused = |finished: Finished, message: &str| finished.refused(message);
     refused(start(&nowhere, &any), "nowhere");
     refused(start(&empty, &any), "holds no model");
     refused(start(repository, &["--http", &taken, "--grpc", "127.0.0.1:0"]), &taken);

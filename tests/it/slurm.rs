@@ -2,13 +2,16 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::resume::{EXACT, assert_came_to_the_same};
-use crate::train::{PROGRAM, Shop};
+use crate::support::compare::assert_identical;
+use crate::support::configs::REPRODUCIBLE;
+use crate::support::files::files_below;
+use crate::support::process::PROGRAM;
+use crate::support::session_shop::SessionShop;
 
 /// A cluster that `tests/slurm/cluster.sh` started.
 struct Cluster(tempfile::TempDir);
@@ -69,10 +72,10 @@ fn cluster(action: &str, folder: &Path) -> Output {
 #[test]
 fn a_job_that_is_preempted_goes_back_into_the_queue_and_on_to_the_same_bits() {
     let Some(cluster) = Cluster::start() else { return };
-    let shop = Shop::new(200);
+    let shop = SessionShop::new(200);
     // Long enough to be preempted on a fast machine too.
     let long = ["--set", "train.epochs_per_day=400", "--set", "checkpoint.every_steps=100"];
-    let set = [&EXACT[..4], &long, &["--set", "train.log_every_steps=20"]].concat();
+    let set = [&REPRODUCIBLE[..], &long, &["--set", "train.log_every_steps=20"]].concat();
     shop.train("unbroken", &set).success();
     let dir = shop.dir.path();
     std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch"), dir.join("launch"))
@@ -93,8 +96,8 @@ fn a_job_that_is_preempted_goes_back_into_the_queue_and_on_to_the_same_bits() {
         let log = dir.join(format!("bireme-{id}.log"));
         let ranks = dir.join(format!("bireme-{id}.ranks"));
         let begun = Instant::now();
-        while !files(&ranks).iter().chain([&log]).any(|file| said(file).contains("  loss ")) {
-            assert!(begun.elapsed() < Duration::from_secs(120), "{}\n{}", cluster.job(&id), said(&log));
+        while !files_below(&ranks).iter().chain([&log]).any(|file| text(file).contains("  loss ")) {
+            assert!(begun.elapsed() < Duration::from_secs(120), "{}\n{}", cluster.job(&id), text(&log));
             sleep(Duration::from_millis(20));
         }
         let other = [
@@ -108,22 +111,17 @@ fn a_job_that_is_preempted_goes_back_into_the_queue_and_on_to_the_same_bits() {
         let other = cluster.run(dir, "sbatch", &other, &[]);
         cluster.wait(&other, "JobState=COMPLETED");
         cluster.wait(&id, "JobState=COMPLETED");
-        let told = said(&log);
-        assert!(cluster.job(&id).contains("Restarts=1 "), "{}\n{told}", cluster.job(&id));
-        assert!(told.contains("the job goes back into the queue"), "{told}");
-        let of_ranks: String = files(&ranks).iter().map(|file| said(file)).collect();
+        let log_text = text(&log);
+        assert!(cluster.job(&id).contains("Restarts=1 "), "{}\n{log_text}", cluster.job(&id));
+        assert!(log_text.contains("the job goes back into the queue"), "{log_text}");
+        let of_ranks: String = files_below(&ranks).iter().map(|file| text(file)).collect();
         assert!(of_ranks.contains("stopped on request after day 1, step "), "{of_ranks}");
         assert!(of_ranks.contains("going on from "), "{of_ranks}");
-        assert_came_to_the_same(&shop, run, "unbroken");
+        assert_identical(&shop, run, "unbroken");
     }
 }
 
-/// All files under a folder.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
-    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
-}
-
-fn said(file: &Path) -> String {
+/// The text of a file; empty if it is missing.
+fn text(file: &Path) -> String {
     fs::read_to_string(file).unwrap_or_default()
 }

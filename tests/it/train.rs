@@ -1,164 +1,19 @@
 //! Whole runs of the program, alone and under `mpirun`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
 
 use bireme::config::Config;
 use serde_json::Value;
 
-use crate::fixtures;
-use crate::mpirun::{Finished, mpirun, run_within};
-use crate::resume::assert_came_to_the_same;
-
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_bireme");
-const LIMIT: Duration = Duration::from_secs(240);
-
-/// A configuration small enough for a debug build on one core.
-pub const CONFIG: &str = r#"
-[run]
-device = "cpu"
-threads_per_rank = 1
-
-[data]
-first_day = 1
-last_day = 3
-
-[model]
-kind = "gru"
-hidden_width = 24
-input = { item_width = 16, init_std = 0.3 }
-head = { relu = false }
-
-[train]
-epochs_per_day = 2
-global_batch = 48
-micro_batch = 8
-learning_rate = 0.01
-log_every_steps = 1
-"#;
-
-/// The same with another `[model]`.
-pub fn config_with(model: &str) -> String {
-    let (before, rest) = CONFIG.split_once("[model]").unwrap();
-    let (_, after) = rest.split_once("[train]").unwrap();
-    format!("{before}[model]\n{model}\n[train]{after}")
-}
-
-/// An XLNet of its size, over all columns.
-pub const XLNET: &str = r#"kind = "xlnet"
-width = 16
-n_heads = 2
-init_std = 0.1
-input = { item_width = 16, feature_width = 4, init_std = 0.3, projection_width = 16 }
-head = { relu = false }
-"#;
-pub const ALL_FEATURES: [&str; 2] =
-    ["--set", r#"data.features=["price_log_norm-list_seq", "colour-list_seq"]"#];
-
-/// A folder with three days and a configuration.
-pub struct Shop {
-    pub dir: tempfile::TempDir,
-}
-
-impl Shop {
-    pub fn new(n_sessions: usize) -> Self {
-        let shop = Self { dir: tempfile::tempdir().unwrap() };
-        fixtures::days(&shop.data(), 3, n_sessions, 40);
-        fs::write(shop.config(), CONFIG).unwrap();
-        shop
-    }
-
-    pub fn data(&self) -> PathBuf {
-        self.dir.path().join("data")
-    }
-
-    pub fn config(&self) -> PathBuf {
-        self.dir.path().join("config.toml")
-    }
-
-    pub fn run_dir(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    pub fn arguments(&self, run: &str, more: &[&str]) -> Vec<String> {
-        let (config, data, run) = (self.config(), self.data(), self.run_dir(run));
-        let paths = [config.to_str().unwrap(), data.to_str().unwrap(), run.to_str().unwrap()];
-        let [config, data, run] = paths;
-        let mut arguments = vec!["train", "--config", config, "--data", data, "--run-dir", run];
-        arguments.extend(more);
-        arguments.into_iter().map(str::to_owned).collect()
-    }
-
-    /// `bireme train` without a launcher.
-    pub fn train(&self, run: &str, more: &[&str]) -> Finished {
-        run_within(Command::new(PROGRAM).args(self.arguments(run, more)), LIMIT)
-    }
-
-    /// `bireme train` under `mpirun`; `None` where there is none.
-    pub fn train_on(&self, n_ranks: usize, run: &str, more: &[&str]) -> Option<Finished> {
-        self.train_with(n_ranks, run, more, &[])
-    }
-
-    /// The same with these variables in the environment.
-    pub fn train_with(
-        &self,
-        n_ranks: usize,
-        run: &str,
-        more: &[&str],
-        variables: &[(&str, &str)],
-    ) -> Option<Finished> {
-        let arguments = self.arguments(run, more);
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        mpirun(n_ranks, Path::new(PROGRAM), &arguments, variables, LIMIT)
-    }
-
-    /// The records of a run, of one kind.
-    pub fn records(&self, run: &str, kind: &str) -> Vec<Value> {
-        let text = fs::read_to_string(self.run_dir(run).join("metrics.jsonl")).unwrap();
-        text.lines()
-            .map(|line| serde_json::from_str::<Value>(line).unwrap())
-            .filter(|record| record["kind"] == kind)
-            .collect()
-    }
-
-    /// What a run's evaluations found, without how long they took.
-    pub fn evaluations(&self, run: &str) -> Vec<Value> {
-        self.records(run, "eval").into_iter().map(timeless).collect()
-    }
-}
-
-/// A record without the time it took.
-pub fn timeless(mut record: Value) -> Value {
-    assert!(record["seconds"].take().as_f64().unwrap() > 0.0);
-    record
-}
-
-fn assert_same_runs(shop: &Shop, run: &str, other: &str) {
-    let (steps, others) = (shop.records(run, "step"), shop.records(other, "step"));
-    assert_eq!(steps.len(), others.len());
-    for (a, b) in steps.iter().zip(&others) {
-        assert_eq!(
-            (&a["day"], &a["epoch"], &a["step"], &a["lr"]),
-            (&b["day"], &b["epoch"], &b["step"], &b["lr"])
-        );
-        let (a, b) = (a["loss"].as_f64().unwrap(), b["loss"].as_f64().unwrap());
-        assert!((a - b).abs() <= 1e-6 * a, "{run} {a}, {other} {b}");
-    }
-    let (evals, others) = (shop.evaluations(run), shop.evaluations(other));
-    assert_eq!(evals.len(), 2);
-    for (mut a, mut b) in evals.into_iter().zip(others) {
-        let [loss_a, loss_b] = [&mut a, &mut b].map(|record| record["loss"].take().as_f64());
-        assert_eq!(a, b);
-        let [a, b] = [loss_a, loss_b].map(|loss| loss.unwrap_or(0.0));
-        assert!((a - b).abs() <= 1e-6 * a, "{run} {a}, {other} {b}");
-    }
-}
+use crate::support::compare::{assert_identical, assert_same_steps, assert_similar};
+use crate::support::configs::{ALL_FEATURES, CONFIG, REPRODUCIBLE, SHARDED, XLNET, config_with};
+use crate::support::files::names;
+use crate::support::session_data;
+use crate::support::session_shop::{SessionShop, timeless};
 
 #[test]
 fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
-    let shop = Shop::new(300);
+    let shop = SessionShop::new(300);
     // Three ranks share six lanes evenly, the last step of an epoch is short, and dropout is drawn as well.
     for dropout in ["model.dropout=0", "model.dropout=0.3"] {
         let set = ["--set", dropout, "--set", "train.epochs_per_day=3"];
@@ -167,7 +22,7 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
             let run = format!("{n_ranks} mpi {dropout}");
             let Some(finished) = shop.train_on(n_ranks, &run, &set) else { return };
             finished.success();
-            assert_same_runs(&shop, &format!("1 {dropout}"), &run);
+            assert_same_steps(&shop, &format!("1 {dropout}"), &run);
         }
     }
     let steps = shop.records("1 model.dropout=0", "step");
@@ -179,52 +34,37 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
 
 #[test]
 fn gradients_that_travel_as_bf16_learn_nearly_the_same() {
-    let shop = Shop::new(300);
+    let shop = SessionShop::new(300);
     shop.train("f32", &[]).success();
     let bf16 = ["--set", "run.reduction=bf16"];
     // Alone nothing travels, and nothing is rounded.
     shop.train("alone", &bf16).success();
-    assert_same_runs(&shop, "f32", "alone");
+    assert_same_steps(&shop, "f32", "alone");
     let Some(finished) = shop.train_on(2, "bf16", &bf16) else { return };
     finished.success();
-    assert_nearly_the_same(&shop, "f32", "bf16");
+    assert_similar(&shop, "f32", "bf16");
 }
 
 #[test]
 fn scores_of_bf16_learn_nearly_the_same_wherever_the_table_lies() {
-    let shop = Shop::new(300);
+    let shop = SessionShop::new(300);
     let bf16 = ["--set", "run.precision=bf16"];
-    let sharded = ["--set", "parallel.item_table=sharded"];
     shop.train("f32", &[]).success();
     shop.train("bf16", &bf16).success();
-    assert_nearly_the_same(&shop, "f32", "bf16");
-    let Some(finished) = shop.train_on(3, "sharded", &[bf16, sharded].concat()) else { return };
+    assert_similar(&shop, "f32", "bf16");
+    let Some(finished) = shop.train_on(3, "sharded", &[bf16, SHARDED].concat()) else { return };
     finished.success();
-    assert_nearly_the_same(&shop, "f32", "sharded");
+    assert_similar(&shop, "f32", "sharded");
     // What is rounded where does not depend on the ranks.
-    let exact = [&bf16[..], &sharded, &["--set", "run.reduction=reproducible"]].concat();
-    shop.train("exact", &exact).success();
-    shop.train_on(3, "exact on 3", &exact).expect("there were three ranks before").success();
-    assert_same_runs(&shop, "exact", "exact on 3");
-}
-
-/// Two runs that differ, by little.
-#[track_caller]
-fn assert_nearly_the_same(shop: &Shop, run: &str, other: &str) {
-    let [whole, rounded] = [run, other].map(|run| shop.records(run, "step"));
-    for (a, b) in whole.iter().zip(&rounded) {
-        assert_eq!(a["n_targets"], b["n_targets"]);
-        let [a, b] = [a, b].map(|record| record["loss"].as_f64().unwrap());
-        assert!((a - b).abs() < 0.01 * a, "{a} {b}");
-    }
-    assert_ne!(whole[1]["loss"], rounded[1]["loss"]);
-    let [a, b] = [run, other].map(|run| shop.evaluations(run)[1]["ndcg_at_20"].as_f64().unwrap());
-    assert!((a - b).abs() < 0.03, "{a} {b}");
+    let reproducible = [&bf16[..], &SHARDED, &["--set", "run.reduction=reproducible"]].concat();
+    shop.train("exact", &reproducible).success();
+    shop.train_on(3, "exact on 3", &reproducible).expect("there were three ranks before").success();
+    assert_same_steps(&shop, "exact", "exact on 3");
 }
 
 #[test]
 fn a_window_of_days_is_trained_on_as_one_and_the_same_on_three_ranks() {
-    let shop = Shop::new(100);
+    let shop = SessionShop::new(100);
     let more = ["--set", "data.window_days=2", "--set", "model.dropout=0.2"];
     shop.train("alone", &more).success();
     let trained: Vec<_> =
@@ -233,12 +73,12 @@ fn a_window_of_days_is_trained_on_as_one_and_the_same_on_three_ranks() {
     assert_eq!(trained, [200, 400]);
     let Some(finished) = shop.train_on(3, "three", &more) else { return };
     finished.success();
-    assert_same_runs(&shop, "alone", "three");
+    assert_same_steps(&shop, "alone", "three");
 }
 
 #[test]
 fn masks_negatives_and_swaps_are_the_same_on_one_and_three_ranks() {
-    let shop = Shop::new(300);
+    let shop = SessionShop::new(300);
     fs::write(shop.config(), config_with(XLNET)).unwrap();
     let more = [
         &ALL_FEATURES[..],
@@ -249,16 +89,15 @@ fn masks_negatives_and_swaps_are_the_same_on_one_and_three_ranks() {
     shop.train("alone", &more.concat()).success();
     let Some(finished) = shop.train_on(3, "three", &more.concat()) else { return };
     finished.success();
-    assert_same_runs(&shop, "alone", "three");
+    assert_same_steps(&shop, "alone", "three");
 }
 
 #[test]
 fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
-    let shop = Shop::new(200);
-    let set = ["--set", "run.reduction=reproducible", "--set", "model.dropout=0.2"];
-    let with_features = [&set[..], &ALL_FEATURES].concat();
+    let shop = SessionShop::new(200);
+    let with_features = [&REPRODUCIBLE[..], &ALL_FEATURES].concat();
     let gru = CONFIG.to_owned();
-    let models = [("gru", gru, &set[..]), ("xlnet", config_with(XLNET), &with_features)];
+    let models = [("gru", gru, &REPRODUCIBLE[..]), ("xlnet", config_with(XLNET), &with_features)];
     for (model, config, set) in models {
         fs::write(shop.config(), config).unwrap();
         let alone = format!("{model} alone");
@@ -267,14 +106,14 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
             let run = format!("{model} {n_ranks}");
             let Some(finished) = shop.train_on(n_ranks, &run, set) else { return };
             finished.success();
-            assert_came_to_the_same(&shop, &run, &alone);
+            assert_identical(&shop, &run, &alone);
         }
     }
 }
 
 #[test]
 fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
-    let shop = Shop::new(100);
+    let shop = SessionShop::new(100);
     let more = ["--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep_last=100"];
     shop.train("run", &more).success();
     let run = shop.run_dir("run");
@@ -301,11 +140,7 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
     }
 
     // 3 steps an epoch, 6 a day: a checkpoint after steps 2, 4 and 6 of each of the two days.
-    let mut names: Vec<_> = fs::read_dir(run.join("checkpoints"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
+    let names = names(&run.join("checkpoints"));
     let steps: Vec<_> = names.iter().map(|name| &name[name.len() - 2..]).collect();
     assert_eq!(steps, ["02", "04", "06", "08", "10", "12"]);
     let newest = run.join("checkpoints").join(&names[5]);
@@ -318,10 +153,7 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
 
     // The newest checkpoint gives the very figures of the run; an incomplete one is passed over.
     let evaluate = |more: &[&str]| {
-        let (run, data) = (run.to_str().unwrap().to_owned(), shop.data());
-        let mut command = Command::new(PROGRAM);
-        command.args(["evaluate", "--run-dir", &run, "--data", data.to_str().unwrap()]).args(more);
-        let finished = run_within(&mut command, LIMIT).success();
+        let finished = shop.evaluate("run", more).success();
         timeless(serde_json::from_str(&finished.stdout).unwrap())
     };
     assert_eq!(evaluate(&[]), last);
@@ -349,34 +181,33 @@ fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
 
 #[test]
 fn days_that_do_not_fill_a_batch_still_train_on_three_ranks() {
-    let shop = Shop::new(3);
+    let shop = SessionShop::new(3);
     let Some(finished) = shop.train_on(3, "run", &[]) else { return };
     finished.success();
     shop.train("alone", &[]).success();
-    assert_same_runs(&shop, "alone", "run");
+    assert_same_steps(&shop, "alone", "run");
 }
 
 #[test]
 fn a_day_of_fewer_sessions_than_ranks_and_one_of_none_train_as_on_one_rank() {
     for n_sessions in [2, 0] {
-        let shop = Shop::new(100);
-        let sessions = fixtures::sessions(n_sessions, 40, 9);
-        fixtures::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |item| item as f32);
-        let exact = ["--set", "run.reduction=reproducible", "--set", "model.dropout=0.2"];
-        shop.train("alone", &exact).success();
-        let Some(finished) = shop.train_on(4, "four", &exact) else { return };
+        let shop = SessionShop::new(100);
+        let sessions = session_data::sessions(n_sessions, 40, 9);
+        session_data::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |item| item as f32);
+        shop.train("alone", &REPRODUCIBLE).success();
+        let Some(finished) = shop.train_on(4, "four", &REPRODUCIBLE) else { return };
         finished.success();
         assert_eq!(shop.records("alone", "day")[1]["n_sessions"].as_u64(), Some(2 * n_sessions as u64));
-        assert_came_to_the_same(&shop, "four", "alone");
+        assert_identical(&shop, "four", "alone");
     }
 }
 
 #[test]
 fn a_bad_row_of_a_later_day_is_named_before_the_first_step() {
-    let shop = Shop::new(200);
-    let mut sessions = fixtures::sessions(200, 40, 3);
+    let shop = SessionShop::new(200);
+    let mut sessions = session_data::sessions(200, 40, 3);
     sessions[150][0] = 77;
-    fixtures::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |_| 0.0);
+    session_data::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |_| 0.0);
     let Some(finished) = shop.train_on(2, "run", &[]) else { return };
     assert_eq!(finished.code, Some(2), "{finished:#?}");
     let told = finished.stderr.lines().find(|line| line.contains("train.parquet` row 150")).unwrap();

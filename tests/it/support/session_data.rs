@@ -1,56 +1,26 @@
-//! Files that tests read: made by them, or kept in tests/golden.
+//! Generated sessions, and the session files and schema that hold them.
 
-use std::collections::HashMap;
-use std::env;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use bireme::data::Features;
 use bireme::etl::Schema;
-use parquet::data_type::{FloatType, Int64Type};
+use parquet::data_type::{DataType, FloatType, Int64Type};
 use parquet::file::properties::WriterProperties;
-use parquet::file::writer::SerializedFileWriter;
+use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
-use tch::Tensor;
-
-/// The folder of real events: `BIREME_SHARED`, or `../shared`. A test without it is skipped.
-pub fn shared() -> Option<PathBuf> {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let dir = env::var_os("BIREME_SHARED").map_or(beside, PathBuf::from);
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    println!("skipped: there is no `{}` with real events (`BIREME_SHARED` names another)", dir.display());
-    None
-}
-
-/// A file of tests/golden, whose README describes them.
-pub fn golden_path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
-}
-
-/// Named tensors of `tests/golden/NAME.safetensors`.
-pub fn golden(name: &str) -> HashMap<String, Tensor> {
-    Tensor::read_safetensors(golden_path(&format!("{name}.safetensors"))).unwrap().into_iter().collect()
-}
-
-/// Largest absolute difference.
-pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    if a.numel() == 0 { 0.0 } else { (a - b).abs().max().double_value(&[]) }
-}
 
 pub const ITEM: &str = "product_id-list_seq";
 pub const PRICE: &str = "price_log_norm-list_seq";
 pub const COLOUR: &str = "colour-list_seq";
 
-/// Colours are 1 to 7, as follows from the item.
+/// The colour of an item, 1 to 7.
 pub fn colour(item: i64) -> i64 {
     1 + item % 7
 }
 
-/// Writes sessions of item indices, with a price and a colour for each event, as a session file with small row groups.
+/// Writes a session file with small row groups: item index, price and colour of each event.
 pub fn write_sessions(path: &Path, sessions: &[Vec<i64>], price: impl Fn(i64) -> f32) {
     let list = |name: &str, of: &str| {
         format!("optional group {name} (LIST) {{ repeated group list {{ optional {of} element; }} }} ")
@@ -70,20 +40,26 @@ pub fn write_sessions(path: &Path, sessions: &[Vec<i64>], price: impl Fn(i64) ->
         }
         let items = group.concat();
         let prices: Vec<f32> = items.iter().map(|&item| price(item)).collect();
-        let mut columns = writer.next_row_group().unwrap();
-        let mut column = columns.next_column().unwrap().unwrap();
-        column.typed::<Int64Type>().write_batch(&items, Some(&definitions), Some(&repetitions)).unwrap();
-        column.close().unwrap();
-        let mut column = columns.next_column().unwrap().unwrap();
-        column.typed::<FloatType>().write_batch(&prices, Some(&definitions), Some(&repetitions)).unwrap();
-        column.close().unwrap();
         let colours: Vec<i64> = items.iter().map(|&item| colour(item)).collect();
-        let mut column = columns.next_column().unwrap().unwrap();
-        column.typed::<Int64Type>().write_batch(&colours, Some(&definitions), Some(&repetitions)).unwrap();
-        column.close().unwrap();
+        let levels = (definitions.as_slice(), repetitions.as_slice());
+        let mut columns = writer.next_row_group().unwrap();
+        write_column::<Int64Type>(&mut columns, &items, levels);
+        write_column::<FloatType>(&mut columns, &prices, levels);
+        write_column::<Int64Type>(&mut columns, &colours, levels);
         columns.close().unwrap();
     }
     writer.close().unwrap();
+}
+
+/// Writes the next column with its definition and repetition levels.
+fn write_column<T: DataType>(
+    columns: &mut SerializedRowGroupWriter<'_, File>,
+    values: &[T::T],
+    (definitions, repetitions): (&[i16], &[i16]),
+) {
+    let mut column = columns.next_column().unwrap().unwrap();
+    column.typed::<T>().write_batch(values, Some(definitions), Some(repetitions)).unwrap();
+    column.close().unwrap();
 }
 
 /// Writes the schema of [`write_sessions`] for `n_items` rows of the item table.
@@ -115,7 +91,7 @@ feature {{
     fs::write(dir.join("schema.pbtxt"), text).unwrap();
 }
 
-/// Reproducible numbers below `n`.
+/// A generator whose numbers are below its argument, the same for a seed.
 pub fn numbers(seed: u64) -> impl FnMut(u64) -> u64 {
     let mut state = seed;
     move |n| {
@@ -141,8 +117,8 @@ pub fn sessions(n_sessions: usize, n_items: i64, seed: u64) -> Vec<Vec<i64>> {
         .collect()
 }
 
-/// A folder of days 1 to `n_days` as `bireme train` reads it.
-pub fn days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
+/// Writes a folder of days 1 to `n_days` as `bireme train` reads it.
+pub fn write_days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
     fs::create_dir_all(dir).unwrap();
     write_schema(dir, n_items);
     for day in 1..=n_days {
@@ -156,7 +132,7 @@ pub fn days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
     }
 }
 
-/// List features as a schema describes them, the first being the item id: categorical ones with the rows of their table.
+/// List features of a schema, the item id first; a categorical one has the rows of its table.
 pub fn features(columns: &[(String, Option<i64>)]) -> Features {
     let feature = |(i, (name, n_rows)): (usize, &(String, Option<i64>))| {
         let domain = n_rows.map_or("type: FLOAT".to_owned(), |n| {
@@ -170,9 +146,4 @@ pub fn features(columns: &[(String, Option<i64>)]) -> Features {
     fs::write(&path, columns.iter().enumerate().map(feature).collect::<String>()).unwrap();
     let names: Vec<String> = columns.iter().map(|(name, _)| name.clone()).collect();
     Features::select(&Schema::read(&path).unwrap(), &names).unwrap()
-}
-
-/// Of `n` sessions: no item is hidden from any.
-pub fn nothing_hidden(n: i64) -> Tensor {
-    Tensor::empty([n, 0], (tch::Kind::Int64, tch::Device::Cpu))
 }

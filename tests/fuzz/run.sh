@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Fuzzes a target, or keeps the inputs that fuzzing found.
+#
+# usage: tests/fuzz/run.sh TARGET SECONDS   fuzz `request`, `schema`, `workflow` or `events`
+#        tests/fuzz/run.sh TARGET keep      replace the seeds in git by at most 30 that cover as much
+#
+# Needs `cargo install cargo-fuzz`. Found inputs wait in tests/fuzz/target/found/TARGET for `keep`, and
+# an input that fails is in tests/fuzz/artifacts/TARGET.
+# Exit codes: 0 nothing failed; 2 wrong arguments; else that of `cargo fuzz`.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ $# -ne 2 ] || [ ! -f "bin/$1.rs" ]; then
+    echo "usage: tests/fuzz/run.sh request|schema|workflow|events SECONDS|keep" >&2
+    exit 2
+fi
+target=$1 found=target/found/$1 seeds=corpus/$1
+mkdir -p "$found"
+
+# The targets are safe Rust, in which a sanitizer finds nothing.
+fuzz() { # fuzz COMMAND ARGUMENTS...
+    local command=$1
+    shift
+    cargo fuzz "$command" --fuzz-dir . --sanitizer none "$target" "$@"
+}
+
+if [ "$2" != keep ]; then
+    fuzz run "$found" "$seeds" -- -max_len=4096 -max_total_time="$2"
+    exit
+fi
+find "$found" -type f -exec cp -t "$seeds" {} +
+fuzz cmin "$seeds" -- -set_cover_merge=1
+# Short inputs say more to a reader.
+find "$seeds" -type f -printf '%s %p\n' | sort -n | tail -n +31 | cut -d' ' -f2- | xargs -r rm
+echo "$(find "$seeds" -type f | wc -l) seeds in tests/fuzz/$seeds"
