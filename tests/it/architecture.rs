@@ -1,15 +1,16 @@
-//! Dependencies point one way, and what is dangerous or heavy stays in the places named for it.
+//! Dependencies point one way, and `unsafe`, heavy crates and printing stay in the places listed
+//! here.
 //!
-//! Exceptions are listed below. A listed exception that the sources no longer need fails a test too,
-//! so that the lists only get shorter.
+//! A listed exception that the sources no longer need fails a test too, so that the lists only
+//! shrink.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::support::files::files_below;
-use crate::support::source::{Source, root, sources};
+use crate::support::files::{files_below, root};
+use crate::support::source::{Source, sources};
 
 /// Modules of the main package that use one which `src/lib.rs` lists after them.
 const AGAINST_THE_ORDER: &[(&str, &str)] = &[

@@ -1,4 +1,4 @@
-//! What counts is counted as written, the same on any number of ranks and from a checkpoint.
+//! Baselines count as written, the same on any number of ranks and after a checkpoint.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,8 @@ use crate::support::session_shop::{SessionShop, timeless};
 
 const N_ITEMS: i64 = 10;
 
-/// The scores `[B][V]` after the known parts `known` of sessions, read from a file as the evaluator reads them.
+/// The scores `[B][V]` after the known parts `known` of sessions, read from a file as the evaluator
+/// reads them.
 fn scores(model: &Counts, known: &[&[i64]]) -> Vec<Vec<f64>> {
     let dir = tempfile::tempdir().unwrap();
     session_data::write_schema(dir.path(), N_ITEMS);
@@ -84,9 +85,10 @@ fn assert_vsknn(config: &NeighboursConfig, known: &[i64], expected: &[(usize, f6
 
 #[test]
 fn neighbours_score_as_by_hand() {
-    // Unknown is no item, so 2, 3 and 4 are positions 1 to 3 and weigh 0.8, 0.9 and 1. The similarities are
-    // (0.8 + 0.9 + 1) / 3 = 0.9 for [2, 3, 4], 0.9 / 3 = 0.3 for [3, 5] and 1 / 3 for [4, 6]. The last shared item
-    // is the last but for [3, 5], where it is the last but one: 0.9 · 0.9 = 0.81, 0.3 · 0.8 = 0.24, 1/3 · 0.9 = 0.3.
+    // Unknown is no item, so 2, 3 and 4 are positions 1 to 3 and weigh 0.8, 0.9 and 1. The
+    // similarities are (0.8 + 0.9 + 1) / 3 = 0.9 for [2, 3, 4], 0.9 / 3 = 0.3 for [3, 5] and 1 / 3
+    // for [4, 6]. The last shared item is the last but for [3, 5], where it is the last but one:
+    // 0.9 · 0.9 = 0.81, 0.3 · 0.8 = 0.24, 1/3 · 0.9 = 0.3.
     let known = [2, 3, 1, 4];
     let all = [(2, 0.81), (3, 1.05), (4, 1.11), (5, 0.24), (6, 0.3)];
     assert_vsknn(&linear(), &known, &all);
@@ -107,7 +109,8 @@ fn neighbours_score_as_by_hand() {
     let expected: Vec<_> = all.iter().zip(factors).map(|(&(item, score), idf)| (item, score * idf)).collect();
     assert_vsknn(&idf, &known, &expected);
 
-    // An item counts once, where it was last: 3 weighs 0.9 and 4 weighs 1, and two items are distinct.
+    // An item counts once, where it was last: 3 weighs 0.9 and 4 weighs 1, and two items are
+    // distinct.
     let expected = [(2, 0.855), (3, 0.855 + 0.36), (4, 0.855 + 0.45), (5, 0.36), (6, 0.45)];
     assert_vsknn(&linear(), &[4, 3, 4], &expected);
 
@@ -140,7 +143,7 @@ fn decays_are_as_written() {
 }
 
 #[test]
-fn a_session_that_says_nothing_gets_the_most_popular() {
+fn a_session_of_unknown_items_gets_the_most_popular() {
     for evidence in [Evidence::None, Evidence::Successors(BTreeMap::new()), vsknn(&linear())] {
         let of_sessions = scores(&counted(evidence), &[&[1], &[9], &[1, 9, 1]]);
         assert_eq!(of_sessions, vec![POPULARITY.to_vec(); 3]);
@@ -158,7 +161,7 @@ fn pairs_score_above_popularity() {
 }
 
 #[test]
-fn the_last_day_is_all_that_its_popularity_knows() {
+fn recent_popularity_counts_the_last_day_only() {
     let mut model = counted(Evidence::LastDay(Vec::new()));
     let mut expected = POPULARITY;
     for (item, n) in [(4, 1.0), (6, 2.0), (7, 1.0), (8, 1.0)] {
@@ -174,7 +177,7 @@ fn the_last_day_is_all_that_its_popularity_knows() {
 }
 
 #[test]
-fn what_was_counted_survives_as_tensors() {
+fn counts_are_restored_from_tensors() {
     let kinds: [fn() -> Evidence; 4] = [
         || Evidence::None,
         || Evidence::LastDay(Vec::new()),
@@ -211,7 +214,7 @@ fn set_kind(shop: &SessionShop, kind: &str) {
 }
 
 #[test]
-fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_popularity() {
+fn counts_are_the_same_on_any_number_of_ranks_and_sessions_beat_popularity() {
     let shop = SessionShop::new(300);
     let mut recall = Vec::new();
     for kind in ["popularity", "recent", "markov", "vsknn"] {
@@ -237,7 +240,7 @@ fn counts_are_the_same_on_one_two_and_three_ranks_and_a_session_tells_more_than_
 }
 
 #[test]
-fn neighbours_that_cannot_be_are_refused() {
+fn impossible_neighbours_are_refused() {
     let shop = SessionShop::new(20);
     set_kind(&shop, "vsknn");
     for (assignment, message) in [

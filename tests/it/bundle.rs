@@ -1,12 +1,12 @@
-//! The bundle trains where there is libtorch and no MPI.
+//! The bundle trains on a machine with libtorch and without MPI.
 
 use std::env;
 use std::fs;
-use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::support::compare::assert_identical;
 use crate::support::configs::RESUMABLE;
+use crate::support::files::root;
 use crate::support::process::PROGRAM;
 use crate::support::session_shop::SessionShop;
 
@@ -18,7 +18,7 @@ fn run(command: &mut Command) -> Output {
 
 #[test]
 fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
-    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let project = root();
     // On the project's file system, so that libtorch can be linked into the root.
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let root = folder.path().join("root");

@@ -1,4 +1,5 @@
-//! Every call gives the same on every backend, and a rank that fails ends the job and says who it is.
+//! Every call gives the same result on every backend, and a rank that fails ends the job and names
+//! itself.
 
 use std::env;
 use std::panic::catch_unwind;
@@ -214,7 +215,7 @@ fn threads_reduce_in_rank_order_to_the_same_bits() {
 }
 
 #[test]
-fn a_thread_that_panics_fails_the_others_and_is_the_one_told() {
+fn a_thread_that_panics_fails_the_others_and_is_named() {
     let panic = catch_unwind(|| {
         threads::spawn(3, |ranks| {
             if ranks.rank() == 1 {
@@ -228,7 +229,7 @@ fn a_thread_that_panics_fails_the_others_and_is_the_one_told() {
 }
 
 #[test]
-fn a_thread_that_leaves_or_calls_something_else_is_told() {
+fn a_thread_that_leaves_or_calls_something_else_is_reported() {
     let texts = threads::spawn(2, |ranks| match ranks.rank() {
         0 => String::new(),
         _ => ranks.barrier().unwrap_err().to_string(),
@@ -359,7 +360,7 @@ fn a_rank_that_aborts_ends_the_job_with_its_code() {
 }
 
 #[test]
-fn ranks_that_come_to_different_calls_are_told() {
+fn ranks_with_different_calls_are_reported() {
     let Some(finished) = job(2, "unequal") else { return };
     let stdout = finished.success().stdout;
     for told in [
@@ -382,7 +383,7 @@ fn processes_that_mpi_does_not_see_as_one_job_are_refused() {
 }
 
 #[test]
-fn nccl_where_it_cannot_be_is_an_error_and_no_panic() {
+fn missing_nccl_is_an_error_and_no_panic() {
     if has_nvidia_driver() {
         println!("skipped: this host has a GPU, so NCCL may well start");
         return;

@@ -1,4 +1,4 @@
-//! Output that goes away never ends work, and signals save what was done.
+//! Closed or full outputs do not end a run, and signals save a checkpoint.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
@@ -16,7 +16,8 @@ use crate::support::session_shop::SessionShop;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Runs a line of bash with the program as `$B` and the shop's paths as `$config`, `$data` and `$dir`.
+/// Runs a line of bash with the program as `$B` and the shop's paths as `$config`, `$data` and
+/// `$dir`.
 fn bash(shop: &SessionShop, line: &str) -> Finished {
     let mut command = Command::new("bash");
     command.args(["-c", line]).env("B", PROGRAM).env("config", shop.config()).env("data", shop.data());
@@ -179,7 +180,7 @@ fn ignored_signals_stay_ignored() {
 }
 
 #[test]
-fn a_second_signal_ends_a_run_that_does_not_come_to_its_checkpoint() {
+fn a_second_signal_ends_a_run_that_does_not_reach_its_checkpoint() {
     let shop = SessionShop::of_twenty_steps();
     for (signal, number) in [("INT", 2), ("TERM", 15)] {
         let mut train = long_training(&shop, signal);
@@ -258,7 +259,7 @@ fn an_internal_error_is_one_line_with_its_place_and_exit_code_1() {
 }
 
 #[test]
-fn the_folder_of_doctor_has_to_be_there() {
+fn the_folder_of_doctor_must_exist() {
     let shop = SessionShop::new(1);
     let file = shop.dir.path().join("file");
     File::create(&file).unwrap();

@@ -1,4 +1,4 @@
-//! A GPU comes to what a CPU comes to, and ranks that NCCL ties together to what one comes to.
+//! A GPU computes what a CPU computes, and ranks over NCCL compute what one rank computes.
 
 use std::fs;
 
@@ -20,7 +20,7 @@ fn train_on_gpu(shop: &SessionShop, n_ranks: usize, run: &str, more: &[&str]) ->
 }
 
 #[test]
-fn a_gpu_learns_what_a_cpu_learns_and_ranks_on_it_what_one_does() {
+fn losses_on_a_gpu_are_those_on_a_cpu_for_any_number_of_ranks() {
     if !has_gpu() {
         return;
     }
@@ -71,7 +71,7 @@ fn reproducible_weights_on_gpus_are_the_same_to_the_last_bit_on_any_number_of_ra
 }
 
 #[test]
-fn a_run_that_a_gpu_began_goes_on_without_one() {
+fn a_run_started_on_a_gpu_resumes_on_a_cpu() {
     if !has_gpu() {
         return;
     }

@@ -1,4 +1,4 @@
-//! A host without a GPU computes on the CPU, and says so plainly when asked for more.
+//! A host without a GPU computes on the CPU and refuses `cuda`.
 
 use std::process::Command;
 

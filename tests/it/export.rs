@@ -1,5 +1,6 @@
-//! What is exported scores, ranks and prepares as what was trained.
+//! An exported model prepares, scores and ranks like the trained one.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::support::configs::MODELS;
 use crate::support::event_shop::EventShop;
-use crate::support::files::contents_below;
+use crate::support::files::{contents_below, root};
 use crate::support::mpirun::mpirun;
 use crate::support::process::{LIMIT, PROGRAM, run_within};
 use crate::support::requests::{Event, events_by_session, prepared, request, request_of_rows};
@@ -26,7 +27,7 @@ use crate::support::requirements::shared;
 use crate::support::tensors::distance;
 
 #[test]
-fn what_is_exported_evaluates_as_what_was_trained() {
+fn an_exported_model_evaluates_like_the_trained_one() {
     let shop = EventShop::small();
     let repository = shop.path("repository");
     for (name, config) in MODELS {
@@ -53,44 +54,50 @@ fn what_is_exported_evaluates_as_what_was_trained() {
     assert!(bytes(2) + 300 * 64 < bytes(1), "{} and {} bytes", bytes(1), bytes(2));
 }
 
+/// Trains and exports on `n_ranks` ranks; the files of the repository, `None` without `mpirun`.
+fn exported_on(
+    shop: &EventShop,
+    config: &str,
+    run: &str,
+    n_ranks: usize,
+) -> Option<BTreeMap<PathBuf, Vec<u8>>> {
+    let [data, run, out] = ["data", run, &format!("{run}.out")].map(|name| shop.path(name));
+    let mut train = Command::new(PROGRAM);
+    train.args(["train", "--config", config, "--data", &data, "--run-dir", &run, "--export", &out]);
+    train.args(["--set", "model.dropout=0.2", "--set", "run.device=cpu"]);
+    mpirun(n_ranks, &train, LIMIT)?.success();
+    let mut files = contents_below(Path::new(&out));
+    // It contains the path of the run.
+    files.retain(|path, _| !path.ends_with("manifest.json"));
+    assert!(files.keys().any(|path| path.ends_with("model.pt")) && files.len() > 8);
+    Some(files)
+}
+
 #[test]
 fn reproducible_exports_are_the_same_files_on_any_number_of_ranks() {
     let shop = EventShop::small();
-    let models = MODELS.into_iter().filter(|(name, _)| ["gru", "xlnet"].contains(name));
-    for (name, config) in models {
-        let (config_file, data) = (shop.path(&format!("{name}.toml")), shop.path("data"));
-        let run = "[run]\nreduction = \"reproducible\"\nthreads_per_rank = 1\n[train]\nmax_steps_per_day = 6";
-        fs::write(&config_file, format!("[data]\nfirst_day = 1\nlast_day = 2\n{config}\n{run}")).unwrap();
-        let mut of_one = None;
-        for n_ranks in 1..=4 {
-            let (run, out) =
-                (shop.path(&format!("{name} {n_ranks}")), shop.path(&format!("{name} {n_ranks}.out")));
-            let arguments =
-                ["train", "--config", &config_file, "--data", &data, "--run-dir", &run, "--export", &out];
-            let arguments =
-                [&arguments[..], &["--set", "model.dropout=0.2", "--set", "run.device=cpu"]].concat();
-            let train = &mut Command::new(PROGRAM);
-            let Some(finished) = mpirun(n_ranks, train.args(arguments), LIMIT) else { return };
-            finished.success();
-            let mut files = contents_below(Path::new(&out));
-            // It says where the run was.
-            files.retain(|path, _| !path.ends_with("manifest.json"));
-            assert!(files.keys().any(|path| path.ends_with("model.pt")) && files.len() > 8);
-            match &of_one {
-                None => of_one = Some(files),
-                Some(of_one) => {
-                    let differing: Vec<_> = files
-                        .iter()
-                        .filter(|(path, bytes)| of_one.get(*path) != Some(bytes))
-                        .map(|(path, _)| path)
-                        .collect();
-                    assert!(
-                        differing.is_empty() && files.len() == of_one.len(),
-                        "{name}, {n_ranks} ranks: {differing:?}"
-                    );
-                }
-            }
+    let run = "[run]\nreduction = \"reproducible\"\nthreads_per_rank = 1\n[train]\nmax_steps_per_day = 6";
+    for (name, model) in MODELS.into_iter().filter(|(name, _)| ["gru", "xlnet"].contains(name)) {
+        let config = shop.path(&format!("{name}.toml"));
+        fs::write(&config, format!("[data]\nfirst_day = 1\nlast_day = 2\n{model}\n{run}")).unwrap();
+        let Some(expected) = exported_on(&shop, &config, &format!("{name} 1"), 1) else { return };
+        for n_ranks in 2..=4 {
+            let run = format!("{name} {n_ranks}");
+            let Some(files) = exported_on(&shop, &config, &run, n_ranks) else { return };
+            let differs = |path: &&PathBuf| files.get(*path) != expected.get(*path);
+            let differing: Vec<_> = files.keys().chain(expected.keys()).filter(differs).collect();
+            assert!(differing.is_empty(), "{run}: {differing:?}");
         }
+    }
+}
+
+/// A tensor as tests/serving/torchscript.py reads it.
+fn tensor_json(tensor: &Tensor) -> Json {
+    let (shape, flat) = (tensor.size(), tensor.flatten(0, -1));
+    if tensor.kind() == Kind::Int64 {
+        json!({ "type": "int64", "shape": shape, "data": Vec::<i64>::try_from(flat).unwrap() })
+    } else {
+        json!({ "type": "float32", "shape": shape, "data": Vec::<f32>::try_from(flat).unwrap() })
     }
 }
 
@@ -109,34 +116,24 @@ fn the_exported_modules_give_the_same_in_python() {
         let repository = PathBuf::from(shop.path("repository"));
         let etl = Preprocessor::load(&repository.join(format!("{name}_etl/1"))).unwrap();
         let inputs = prepared(&etl, &request, &[]);
-        let told = inputs.iter().map(|input| match input.kind() {
-            Kind::Int64 => {
-                let data = Vec::<i64>::try_from(input.flatten(0, -1)).unwrap();
-                json!({ "type": "int64", "shape": input.size(), "data": data })
-            }
-            _ => {
-                let data = Vec::<f32>::try_from(input.flatten(0, -1)).unwrap();
-                json!({ "type": "float32", "shape": input.size(), "data": data })
-            }
-        });
-        let told: Vec<Json> = told.collect();
+        let inputs_json: Vec<Json> = inputs.iter().map(tensor_json).collect();
         let outputs = ScriptedModel::load(&repository, name, 0, Device::Cpu).unwrap().run(inputs).unwrap();
         json!({
             "path": repository.join(format!("{name}_model/1/model.pt")),
-            "inputs": told,
+            "inputs": inputs_json,
             "item_ids": Vec::<Vec<i64>>::try_from(&outputs[1]).unwrap(),
             "item_scores": Vec::<Vec<f32>>::try_from(&outputs[2]).unwrap(),
         })
     });
     let path = shop.path("cases.json");
     fs::write(&path, Json::from(cases.to_vec()).to_string()).unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/serving/torchscript.py");
-    let mut command = Command::new(python);
-    let finished = run_within(command.arg(script).arg(&path), LIMIT).success();
+    let script = root().join("tests/serving/torchscript.py");
+    let finished = run_within(Command::new(python).arg(script).arg(&path), LIMIT).success();
     assert_eq!(finished.stdout.matches("alike").count(), MODELS.len(), "{finished:#?}");
 }
 
-/// The events that training kept of a session, without the last: sorted, without repeats, the first twenty.
+/// The events that training kept of a session, without the last: sorted, without repeats, the first
+/// twenty.
 fn known_events(events: &[Event]) -> Vec<&Event> {
     let mut kept: Vec<&Event> = events.iter().collect();
     kept.sort_by_key(|event| &event["event_time"]);
@@ -218,7 +215,7 @@ fn session_names(shop: &EventShop, day: i64, workflow: &Workflow) -> Vec<String>
 }
 
 #[test]
-fn what_is_hidden_or_unknown_gets_what_is_left() {
+fn hidden_and_unknown_items_leave_the_rest_to_recommend() {
     let shop = EventShop::small();
     shop.train("model", MODELS[0].1);
     shop.export("model", &[]).success();
@@ -244,7 +241,8 @@ fn what_is_hidden_or_unknown_gets_what_is_left() {
     let known: Vec<i64> = (2..n_items as u32)
         .map(|item| if let Some(Value::Int(id)) = products.value(item) { id } else { panic!("{item}") })
         .collect();
-    // One session of unknown items, one of a single known item, one of all but three of the catalogue.
+    // One session of unknown items, one of a single known item, one of all but three of the
+    // catalogue.
     let mut events = vec![event(0, -5, "unknown"), event(1, -6, "unknown"), event(0, known[7], "one")];
     let all_but_three = known[..known.len() - 3].iter().zip(0..);
     events.extend(all_but_three.map(|(&product, second)| event(second, product, "many")));

@@ -1,5 +1,5 @@
-//! What goes wrong in a run ends it with its exit code, in time, with a message that says what, where and on which rank,
-//! and leaves the last complete checkpoint to go on from.
+//! A fault ends a run in time, with an exit code and a message that names cause, place and rank,
+//! and leaves the last complete checkpoint to resume from.
 
 use std::fs;
 use std::path::Path;
@@ -44,7 +44,7 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
 }
 
 #[test]
-fn a_rank_whose_weights_go_astray_is_named() {
+fn a_rank_with_diverging_weights_is_named() {
     let shop = SessionShop::of_twenty_steps();
     for (n_ranks, told) in [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")] {
         let set = ["--set", "run.compare_ranks_every=4"];

@@ -1,4 +1,4 @@
-//! The models and the metrics give the original's numbers.
+//! Models and metrics reproduce the numbers of the original.
 
 use std::collections::HashMap;
 
@@ -184,7 +184,8 @@ fn gru_has_the_loss_and_every_gradient_of_the_original() {
             let scale = expected.abs().max().double_value(&[]);
             assert!(distance(&gradient, expected) <= 1e-5 * scale, "{ours}");
         }
-        // The one parameter that the original has and we do not: positions without a target read it, to no effect.
+        // The one parameter that the original has and we do not: positions without a target read
+        // it, to no effect.
         assert_eq!(golden[&format!("train.grad.{MASK}")].abs().max().double_value(&[]), 0.0);
     }
 }
@@ -209,8 +210,9 @@ fn gru_has_the_logits_of_the_original_at_every_target() {
     assert_eq!(row, 11);
 }
 
-/// At evaluation the original hides all but the last known item behind its mask vector. That fault is not ours, but
-/// its numbers check us all the same: with the mask vector as one more item, hidden events are events of that item.
+/// At evaluation the original hides all but the last known item behind its mask vector. That fault
+/// is not ours, but its numbers check us all the same: with the mask vector as one more item,
+/// hidden events are events of that item.
 #[test]
 fn gru_has_the_logits_of_the_original_at_evaluation() {
     let golden = golden("gru_tiny_batch_first");
@@ -250,7 +252,8 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
             Plan { reads: (0..n).collect(), reads_per_session: padded.lengths.clone(), ..padded };
         let states = network.read(&batch, everywhere).unwrap();
         assert!(distance(&states, &golden["train.act.2_body"].reshape([-1, width])) < tolerance, "{name}");
-        // At evaluation the original hides the last event, where ours puts the mask behind those known.
+        // At evaluation the original hides the last event, where ours puts the mask behind those
+        // known.
         let (known, targets) = batch.split_last();
         assert_eq!(
             Vec::<i64>::try_from(targets).unwrap(),
@@ -281,7 +284,8 @@ fn xlnet_layers_are_those_of_hugging_face() {
     assert!(distance(&states, &golden["out"].reshape([15, 8])) < 1e-5);
 }
 
-/// Stored weights, or those that the file's description derives from their place: see the data's README.
+/// Stored weights, or those that the file's description derives from their place: see the data's
+/// README.
 fn weights_of(golden: &Named, info: &Value, network: &Network) -> Vec<(String, Tensor)> {
     let Value::Object(seeds) = &info["param_order_and_splitmix_seed"] else { return stored_weights(golden) };
     let originals = originals(seeds.keys());
@@ -388,7 +392,8 @@ fn five_steps_end_in_the_weights_of_the_original() {
     let originals = originals(finals.iter());
     for (ours, weight) in network.parameters().named(&values) {
         let expected = &golden[&format!("adamw_final.{}", originals[&ours])];
-        // AdamW divides a gradient by its own size: where that is near rounding, a thousandth of the way is chance.
+        // AdamW divides a gradient by its own size: where that is near rounding, a thousandth of
+        // the way is chance.
         assert!(distance(&weight, expected) < 3e-5, "{ours}: {}", distance(&weight, expected));
     }
 }

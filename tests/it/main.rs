@@ -1,4 +1,4 @@
-//! Integration tests.
+//! Integration tests, one module per promise; `support` holds the code that they share.
 
 #![allow(clippy::print_stdout, reason = "a skipped test says so")]
 

@@ -1,4 +1,4 @@
-//! Tests of the launcher that other tests use.
+//! `support::mpirun` ends jobs that hang.
 
 use std::fs;
 use std::process::Command;

@@ -1,4 +1,5 @@
-//! Outputs of commands: where they may go, and what a signal leaves.
+//! Commands write their outputs to files, folders, links, pipes and devices, and clean up after
+//! signals.
 
 use std::fs;
 use std::io::Read;

@@ -1,4 +1,4 @@
-//! From a seed to figures, by the commands alone.
+//! `synth`, `preprocess` and `train` take a seed to metrics.
 
 use std::fs;
 use std::io::Write;
@@ -57,7 +57,7 @@ fn days_can_be_chosen_and_sessions_cut() {
 }
 
 #[test]
-fn a_bad_row_is_named_or_left_out_and_nothing_half_done_stays() {
+fn a_bad_row_is_named_or_skipped_and_no_partial_output_stays() {
     let dir = tempfile::tempdir().unwrap();
     let events = synth(dir.path(), "2000", "200");
     let text = fs::read_to_string(&events).unwrap();
@@ -83,7 +83,7 @@ fn a_bad_row_is_named_or_left_out_and_nothing_half_done_stays() {
 }
 
 #[test]
-fn a_shop_that_cannot_be_is_refused() {
+fn impossible_shops_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("events.csv");
     for (option, value) in [("--items", "0"), ("--days", "0"), ("--events", "3")] {
@@ -107,7 +107,8 @@ fn a_full_disk_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let events = synth(dir.path(), "20000", "200");
     let (data, program) = (dir.path().join("data"), PROGRAM);
-    // A file may grow to 64 blocks of 512 bytes; the signal that says so is ignored, so that the write fails.
+    // A file may grow to 64 blocks of 512 bytes; the signal that says so is ignored, so that the
+    // write fails.
     let script = format!(
         "trap '' XFSZ; ulimit -f 64; exec {program} preprocess --events {} --out {}",
         events.display(),
@@ -120,7 +121,7 @@ fn a_full_disk_leaves_nothing_behind() {
 }
 
 #[test]
-fn events_come_through_standard_input_as_from_a_file() {
+fn events_are_read_from_standard_input_as_from_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let events = synth(dir.path(), "3000", "200");
     let text = fs::read(&events).unwrap();

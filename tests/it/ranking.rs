@@ -1,4 +1,4 @@
-//! Ranks by counting are ranks by sorting, and figures do not depend on who evaluated.
+//! Ranking by counting equals ranking by sorting, on any number of ranks.
 
 use bireme::collective::threads;
 use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
@@ -56,7 +56,7 @@ fn counting_gives_the_ranks_of_sorting() {
 }
 
 #[test]
-fn what_is_hidden_from_a_session_is_not_in_its_running() {
+fn items_hidden_from_a_session_are_not_ranked() {
     let scores = Tensor::from_slice(&[9f32, 9.0, 5.0, 4.0, 3.0, 2.0]).repeat([4, 1]);
     let targets = Tensor::from_slice(&[3i64, 5, 2, 4]);
     let hidden = Tensor::from_slice(&[2i64, -1, 2, 3, 2, -1, 5, 1]).view([4, 2]);
@@ -74,7 +74,7 @@ fn what_is_hidden_from_a_session_is_not_in_its_running() {
 }
 
 #[test]
-fn ranks_that_score_a_share_each_find_what_one_finds_alone() {
+fn sharded_ranking_finds_what_one_rank_finds() {
     // Items that a session may not be recommended, on one rank or another.
     let hidden = |row: i64| [row % 7 + 2, if row % 3 == 0 { 39 - row % 20 } else { -1 }];
     let ranking = |share: &Share<'_>, hides: bool, chunk: i64, k: i64| {

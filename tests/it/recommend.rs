@@ -1,4 +1,4 @@
-//! `bireme train --export` and `bireme recommend`: from events to products that a person can read.
+//! `bireme train --export` and `bireme recommend` turn events into named products.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -122,7 +122,7 @@ fn sessions_of_a_file_get_recommendations_in_every_form() {
 }
 
 #[test]
-fn shops_of_few_items_recommend_what_there_is() {
+fn shops_of_few_items_recommend_all_of_them() {
     for n_items in [2, 3] {
         let shop = EventShop::tiny(n_items);
         shop.train("run", MODELS[0].1);

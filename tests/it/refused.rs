@@ -1,4 +1,4 @@
-//! What cannot be run is refused with one message, exit code 2, and nothing left behind.
+//! Wrong input is refused with one message and exit code 2, and leaves no files.
 
 use std::fs;
 use std::path::PathBuf;
@@ -376,7 +376,7 @@ fn values_that_do_not_suit_the_data_or_the_host() {
 }
 
 #[test]
-fn models_that_no_memory_holds() {
+fn models_too_large_for_memory() {
     let shop = SessionShop::new(20);
     shop.train("run", &[]).success();
     let item_table = "by `model.input.item_width` 16, ";
@@ -443,7 +443,7 @@ fn weights_in_other_formats() {
 }
 
 #[test]
-fn more_ranks_than_there_is_work_for() {
+fn more_ranks_than_work() {
     let shop = SessionShop::new(1);
     let one_day = ["--set", "data.last_day=2"];
     let Some(finished) = shop.train_on(2, "run", &one_day) else { return };

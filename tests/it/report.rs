@@ -1,4 +1,5 @@
-//! Runs beside each other: figures are those of the runs, intervals mean what they say, pages can be read anywhere.
+//! Reports repeat the metrics of the runs, with intervals that hold the truth, in self-contained
+//! pages.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -431,7 +432,8 @@ fn differences_are_taken_session_by_session_from_the_best_baseline() {
     let [low, value, high] = ["low", "value", "high"].map(|end| model[end].as_f64().unwrap());
     let hits = |ranks: &[i64]| ranks.iter().filter(|&&rank| rank <= 20).count() as f64;
     assert!((value - (hits(&ranks) - hits(&shifted(1))) / 500.0).abs() < 1e-12);
-    // The same sessions: one is better wherever the other is, which two intervals by themselves cannot show.
+    // The same sessions: one is better wherever the other is, which two intervals by themselves
+    // cannot show.
     assert!(0.0 < low && low < value && value < high, "{model}");
     let alone = &figures["evaluations"][0]["runs"][0]["recall_at_20"];
     let width = alone["high"].as_f64().unwrap() - alone["low"].as_f64().unwrap();

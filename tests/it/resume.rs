@@ -1,4 +1,4 @@
-//! A run that was stopped, whenever and however, goes on as if it had not been.
+//! A stopped run resumes to the results of an uninterrupted one.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use crate::support::session_data;
 use crate::support::session_shop::SessionShop;
 
 #[test]
-fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
+fn a_killed_run_resumes_to_the_same_bits_on_any_number_of_ranks() {
     let shop = SessionShop::of_twenty_steps();
     let with_features = [&RESUMABLE[..], &ALL_FEATURES].concat();
     for (model, config, set) in
@@ -22,7 +22,8 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
         fs::write(shop.config(), config).unwrap();
         let unbroken = format!("{model} unbroken");
         shop.train(&unbroken, set).success();
-        // In the middle of an epoch, at the end of a day, before the first checkpoint, and not at all.
+        // In the middle of an epoch, at the end of a day, before the first checkpoint, and not at
+        // all.
         let run = format!("{model} killed");
         for (n_ranks, fault) in [(2, "kill@1:1"), (3, "kill@0:7"), (1, "kill@0:10"), (4, "kill@2:19")] {
             let Some(killed) = shop.train_with_fault(n_ranks, &run, set, fault) else {
@@ -47,7 +48,7 @@ fn a_killed_run_goes_on_to_the_same_bits_on_any_number_of_ranks() {
 }
 
 #[test]
-fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later() {
+fn a_run_that_is_asked_to_stop_saves_a_checkpoint_and_resumes() {
     let shop = SessionShop::of_twenty_steps();
     // Long enough to be met by a signal.
     let set = [&REPRODUCIBLE[..], &["--set", "train.epochs_per_day=30"]].concat();
@@ -68,11 +69,12 @@ fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later() {
 }
 
 #[test]
-fn a_broken_checkpoint_is_left_aside_for_an_older_one() {
+fn a_damaged_checkpoint_is_skipped_for_an_older_one() {
     let shop = SessionShop::of_twenty_steps();
     let set = [&RESUMABLE[..], &["--set", "checkpoint.keep_last=3"]].concat();
     shop.train("unbroken", &set).success();
-    // The next checkpoint waits for the one before, so at the last step all but the last are written.
+    // The next checkpoint waits for the one before, so at the last step all but the last are
+    // written.
     let Some(killed) = shop.train_with_fault(1, "run", &set, "kill@0:19") else { return };
     assert_eq!(killed.code, Some(137), "{killed:#?}");
     let [.., older, newest] = &shop.checkpoints("run")[..] else { panic!("two checkpoints") };
@@ -94,7 +96,7 @@ fn a_broken_checkpoint_is_left_aside_for_an_older_one() {
 }
 
 #[test]
-fn a_run_goes_on_with_the_same_configuration_and_data_only() {
+fn a_run_resumes_with_the_same_configuration_and_data_only() {
     let shop = SessionShop::of_twenty_steps();
     let one_day = [&RESUMABLE[..], &["--set", "data.last_day=2"]].concat();
     shop.train("run", &one_day).success();
@@ -119,7 +121,7 @@ fn a_run_goes_on_with_the_same_configuration_and_data_only() {
 }
 
 #[test]
-fn a_run_without_days_takes_all_there_are_and_those_that_follow() {
+fn a_run_without_days_takes_all_days_and_later_ones() {
     let shop = SessionShop::of_twenty_steps();
     let (before, rest) = CONFIG.split_once("[data]").unwrap();
     let (_, rest) = rest.split_once("[model]").unwrap();
@@ -179,7 +181,7 @@ fn the_best_day_and_every_days_last_checkpoint_can_be_kept() {
 }
 
 #[test]
-fn a_run_goes_on_when_later_days_have_brought_new_items() {
+fn a_run_resumes_after_later_days_added_items() {
     let shop = EventShop::small();
     let [more, data, run, out] = ["more.csv", "data", "run", "repository"].map(|name| shop.path(name));
     // A shop with more items, of whose days the first two are there already.

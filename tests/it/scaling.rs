@@ -1,4 +1,4 @@
-//! `bireme bench scaling`: measured on this machine, predicted for others.
+//! `bireme bench scaling` measures this machine and predicts others.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -101,7 +101,7 @@ fn ranks_without_a_micro_batch_are_refused() {
 }
 
 #[test]
-fn a_run_that_fails_is_told_with_its_last_words() {
+fn a_failing_run_is_reported_with_its_last_output() {
     if !has_mpirun("no run failed") {
         return;
     }
@@ -140,7 +140,7 @@ fn launchers_that_cannot_start_ranks_are_refused() {
 }
 
 #[test]
-fn what_a_launcher_says_is_the_reason() {
+fn the_output_of_a_launcher_is_the_reason() {
     let shop = SessionShop::new(60);
     let script =
         "printf -- '-----\\nThere are not enough slots available\\nin the system.\\n\\nmore\\n' >&2; exit 1";

@@ -1,4 +1,4 @@
-//! `bireme serve` under clients that are many, slow, wrong or unknown, and under operators.
+//! `bireme serve` with many, slow and wrong clients, and with operators who reload models.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -127,7 +127,7 @@ fn a_new_version_takes_over_and_the_server_ends_without_a_lost_request() {
 }
 
 #[test]
-fn what_a_client_may_cost_is_bounded() {
+fn requests_have_bounded_cost() {
     let (shop, repository, request) = exported();
     let more = ["--max-requests", "2", "--max-body-mib", "1", "--max-rows", "100", "--timeout-ms", "5000"];
     let server = serve(&repository, &shop, &more);
@@ -372,7 +372,7 @@ fn a_log_that_cannot_be_written_ends_nothing_and_names_are_addresses() {
 }
 
 #[test]
-fn keys_are_asked_for_and_connections_are_counted() {
+fn keys_are_required_and_connections_are_limited() {
     let (shop, repository, request) = exported();
     let keys = shop.path("keys");
     fs::write(&keys, "# of the shop\nsecret one\n\nother\n").unwrap();

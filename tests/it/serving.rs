@@ -1,7 +1,8 @@
-//! An exported repository in `bireme serve` and in a real Triton Inference Server, asked by Triton's own client.
+//! `bireme serve` and a real Triton Inference Server answer alike, asked by Triton's own client.
 //!
-//! That server comes out of a Python package that lacks the PyTorch backend: a stand-in (tests/pytorch_standin) loads the
-//! TorchScript in its place. What the official backend asks beyond that is checked when a model is exported.
+//! The server comes from a Python package without the PyTorch backend. A stand-in of it
+//! (tests/pytorch_standin) loads the TorchScript; the export checks what the official backend
+//! needs.
 
 use std::fs;
 use std::path::{Path, PathBuf};

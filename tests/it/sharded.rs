@@ -1,4 +1,4 @@
-//! Tables of items that ranks share out: another way to the same model.
+//! Sharded item tables give the model that replicated ones give.
 
 use std::fs;
 
@@ -11,7 +11,7 @@ use crate::support::process::LIMIT;
 use crate::support::session_shop::SessionShop;
 
 #[test]
-fn shared_out_tables_come_to_the_same_losses_figures_and_checkpoints() {
+fn sharded_tables_give_the_same_losses_figures_and_checkpoints() {
     let shop = SessionShop::new(150);
     for Variant { name, config, set } in variants() {
         fs::write(shop.config(), config).unwrap();
@@ -28,7 +28,7 @@ fn shared_out_tables_come_to_the_same_losses_figures_and_checkpoints() {
 }
 
 #[test]
-fn a_run_goes_on_whether_its_tables_are_shared_out_or_not() {
+fn a_run_resumes_with_sharded_or_replicated_tables() {
     let shop = SessionShop::new(150);
     shop.train("unbroken", &[]).success();
     // Killed where every other step was saved, and each time gone on with in another way.
@@ -50,7 +50,7 @@ fn a_run_goes_on_whether_its_tables_are_shared_out_or_not() {
 }
 
 #[test]
-fn more_ranks_than_shares_are_refused() {
+fn more_ranks_than_shards_are_refused() {
     let shop = SessionShop::new(100);
     let Some(refused) = shop.train_on(4, "run", &SHARDED) else { return };
     assert_eq!(refused.code, Some(2), "{refused:#?}");

@@ -1,4 +1,4 @@
-//! The shipped batch file under a real Slurm of two nodes on this host.
+//! The batch file runs under a Slurm of two nodes on this host.
 
 use std::env;
 use std::fs;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::compare::assert_identical;
 use crate::support::configs::REPRODUCIBLE;
-use crate::support::files::files_below;
+use crate::support::files::{files_below, root};
 use crate::support::process::PROGRAM;
 use crate::support::session_shop::SessionShop;
 
@@ -17,7 +17,8 @@ use crate::support::session_shop::SessionShop;
 struct Cluster(tempfile::TempDir);
 
 impl Cluster {
-    /// `None` where there is no Slurm: the test prints `skipped: ...` and returns. With `REQUIRE_SLURM=1` it fails.
+    /// `None` where there is no Slurm: the test prints `skipped: ...` and returns. With
+    /// `REQUIRE_SLURM=1` it fails.
     fn start() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         // Its daemons' user has a folder in there.
@@ -65,12 +66,12 @@ impl Drop for Cluster {
 }
 
 fn cluster(action: &str, folder: &Path) -> Output {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/slurm/cluster.sh");
+    let script = root().join("tests/slurm/cluster.sh");
     Command::new(script).arg(action).arg(folder).output().unwrap()
 }
 
 #[test]
-fn a_job_that_is_preempted_goes_back_into_the_queue_and_on_to_the_same_bits() {
+fn a_preempted_job_is_requeued_and_resumes_to_the_same_bits() {
     let Some(cluster) = Cluster::start() else { return };
     let shop = SessionShop::new(200);
     // Long enough to be preempted on a fast machine too.
@@ -78,8 +79,7 @@ fn a_job_that_is_preempted_goes_back_into_the_queue_and_on_to_the_same_bits() {
     let set = [&REPRODUCIBLE[..], &long, &["--set", "train.log_every_steps=20"]].concat();
     shop.train("unbroken", &set).success();
     let dir = shop.dir.path();
-    std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch"), dir.join("launch"))
-        .unwrap();
+    std::os::unix::fs::symlink(root().join("launch"), dir.join("launch")).unwrap();
     let here = |launcher: &'static str| {
         [("BIREME_BIN", PROGRAM), ("BIREME_LAUNCHER", launcher), ("OMPI_MCA_mpi_yield_when_idle", "1")]
     };

@@ -1,4 +1,4 @@
-//! Whole runs of the program, alone and under `mpirun`.
+//! Training runs, without a launcher and under `mpirun`.
 
 use std::fs;
 
@@ -14,7 +14,8 @@ use crate::support::session_shop::{SessionShop, timeless};
 #[test]
 fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
     let shop = SessionShop::new(300);
-    // Three ranks share six lanes evenly, the last step of an epoch is short, and dropout is drawn as well.
+    // Three ranks share six lanes evenly, the last step of an epoch is short, and dropout is drawn
+    // as well.
     for dropout in ["model.dropout=0", "model.dropout=0.3"] {
         let set = ["--set", dropout, "--set", "train.epochs_per_day=3"];
         shop.train(&format!("1 {dropout}"), &set).success();
@@ -33,7 +34,7 @@ fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
 }
 
 #[test]
-fn gradients_that_travel_as_bf16_learn_nearly_the_same() {
+fn gradients_reduced_in_bf16_learn_nearly_the_same() {
     let shop = SessionShop::new(300);
     shop.train("f32", &[]).success();
     let bf16 = ["--set", "run.reduction=bf16"];
@@ -46,7 +47,7 @@ fn gradients_that_travel_as_bf16_learn_nearly_the_same() {
 }
 
 #[test]
-fn scores_of_bf16_learn_nearly_the_same_wherever_the_table_lies() {
+fn bf16_scores_learn_nearly_the_same_replicated_and_sharded() {
     let shop = SessionShop::new(300);
     let bf16 = ["--set", "run.precision=bf16"];
     shop.train("f32", &[]).success();
@@ -112,7 +113,7 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
 }
 
 #[test]
-fn a_run_leaves_what_it_takes_to_read_and_to_repeat_it() {
+fn a_run_directory_suffices_to_read_and_repeat_the_run() {
     let shop = SessionShop::new(100);
     let more = ["--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep_last=100"];
     shop.train("run", &more).success();

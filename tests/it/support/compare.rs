@@ -8,7 +8,8 @@ use tch::Tensor;
 use super::session_shop::SessionShop;
 use super::tensors::distance;
 
-/// Records without times, and the bytes of the newest checkpoint, of the outcomes and of the results.
+/// Records without times, and the bytes of the newest checkpoint, of the outcomes and of the
+/// results.
 fn results(shop: &SessionShop, run: &str) -> (Vec<Value>, Vec<Vec<u8>>) {
     let records = ["step", "eval"].iter().flat_map(|kind| shop.records(run, kind));
     let without_times = records.map(|mut record| {
@@ -77,7 +78,8 @@ pub fn assert_close_losses(shop: &SessionShop, run: &str, other: &str, bound: f6
     assert_eq!(sessions(run), sessions(other));
 }
 
-/// Asserts weights and optimizer states that differ by a thousandth of the largest number of a tensor.
+/// Asserts weights and optimizer states that differ by a thousandth of the largest number of a
+/// tensor.
 #[track_caller]
 pub fn assert_close_tensors(shop: &SessionShop, run: &str, other: &str) {
     let tensors = |run: &str| -> Vec<(String, Tensor)> {

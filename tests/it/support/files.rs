@@ -1,8 +1,13 @@
-//! Lists and reads the files of a folder.
+//! Finds, lists and reads files.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// The root of the repository.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
 
 /// Sorted names of a folder's entries, hidden ones included.
 pub fn names(dir: &Path) -> Vec<String> {

@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::process::{Finished, run_within};
 use super::requirements::has_mpirun;
 
-/// Runs a command on `n_ranks` ranks, if need be more than cores, and ends all of them after `limit`.
+/// Runs a command on `n_ranks` ranks, if need be more than cores, and ends all of them after
+/// `limit`.
 ///
 /// `None` where there is no `mpirun`: see [`has_mpirun`].
 pub fn mpirun(n_ranks: usize, program: &Command, limit: Duration) -> Option<Finished> {

@@ -1,10 +1,12 @@
 //! Checks whether this machine has what a test needs.
 //!
-//! Where something is missing, a check prints a line that starts with `skipped:`, and the test returns.
-//! `REQUIRE_MPI=1`, `REQUIRE_GPU=1` and `REQUIRE_TRITON=1` make the check fail instead.
+//! Where something is missing, a check prints a line that starts with `skipped:`, and the test
+//! returns. `REQUIRE_MPI=1`, `REQUIRE_GPU=1` and `REQUIRE_TRITON=1` make the check fail instead.
 
 use std::env;
 use std::path::{Path, PathBuf};
+
+use super::files::root;
 
 /// Whether `mpirun` is in `PATH`; `consequence` completes the skipped line.
 pub fn has_mpirun(consequence: &str) -> bool {
@@ -34,7 +36,7 @@ pub fn has_gpu() -> bool {
 
 /// The folder of real events: `BIREME_SHARED`, or `../shared`.
 pub fn shared() -> Option<PathBuf> {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+    let beside = root().join("../shared");
     let dir = env::var_os("BIREME_SHARED").map_or(beside, PathBuf::from);
     if dir.is_dir() {
         return Some(dir);
@@ -45,7 +47,7 @@ pub fn shared() -> Option<PathBuf> {
 
 /// The Triton Inference Server that tests/serving/install.sh installs.
 pub fn triton() -> Option<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".triton");
+    let dir = root().join(".triton");
     if dir.join("VERSION").is_file() {
         return Some(dir);
     }

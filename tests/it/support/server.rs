@@ -42,7 +42,8 @@ impl Server {
         server
     }
 
-    /// A Triton of [`super::requirements::triton`], with nothing loaded. A stand-in serves TorchScript.
+    /// A Triton of [`super::requirements::triton`], with nothing loaded. A stand-in serves
+    /// TorchScript.
     pub fn triton(triton: &Path, repository: &Path, scratch: &Path) -> Self {
         let server = triton.join("server");
         let backends = scratch.join("backends");

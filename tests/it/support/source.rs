@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-use super::files::files_below;
+use super::files::{files_below, root};
 
 /// A source file without the items under `#[cfg(test)]`.
 pub struct Source {
@@ -18,11 +18,6 @@ pub struct Source {
 struct Token {
     text: String,
     line: usize,
-}
-
-/// The root of the repository.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// All Rust sources below a folder of the repository.

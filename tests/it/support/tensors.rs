@@ -1,13 +1,15 @@
 //! Golden tensors, and helpers for tensors.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tch::Tensor;
 
+use super::files::root;
+
 /// A file of tests/golden, whose README describes them.
 pub fn golden_path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    root().join("tests/golden").join(name)
 }
 
 /// Named tensors of `tests/golden/NAME.safetensors`.
