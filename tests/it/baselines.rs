@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use bireme::data::{Config, Days, Split, evaluation_batches};
-use bireme::model::{Counts, Decay, Evidence, Neighbours, NeighboursConfig, Recommender};
+use bireme::data::{DataConfig, Days, Split, evaluation_batches};
+use bireme::model::{Baseline, BaselineKind, Decay, Neighbours, NeighboursConfig, Recommender};
 
 use crate::support::configs::config_with;
 use crate::support::session_data;
@@ -14,12 +14,12 @@ const N_ITEMS: i64 = 10;
 
 /// The scores `[B][V]` after the known parts `known` of sessions, read from a file as the evaluator
 /// reads them.
-fn scores(model: &Counts, known: &[&[i64]]) -> Vec<Vec<f64>> {
+fn scores(model: &Baseline, known: &[&[i64]]) -> Vec<Vec<f64>> {
     let dir = tempfile::tempdir().unwrap();
     session_data::write_schema(dir.path(), N_ITEMS);
     let sessions: Vec<Vec<i64>> = known.iter().map(|known| [known, &[2][..]].concat()).collect();
     session_data::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Valid).unwrap();
     let mut rows = Vec::new();
@@ -38,13 +38,13 @@ fn scores(model: &Counts, known: &[&[i64]]) -> Vec<Vec<f64>> {
     rows
 }
 
-fn add_day(model: &mut Counts, sessions: &[&[i64]]) {
+fn add_day(model: &mut Baseline, sessions: &[&[i64]]) {
     model.add_day(sessions.iter().copied());
 }
 
 /// Four sessions in two days: items 2 to 8 occur 1, 2, 2, 1, 2, 1 and 1 times, item 9 never.
-fn counted(evidence: Evidence) -> Counts {
-    let mut model = Counts::new(evidence, N_ITEMS);
+fn counted(evidence: BaselineKind) -> Baseline {
+    let mut model = Baseline::new(evidence, N_ITEMS);
     add_day(&mut model, &[&[2, 3, 4], &[3, 5]]);
     add_day(&mut model, &[&[4, 6, 6], &[7, 8]]);
     model
@@ -64,8 +64,8 @@ fn linear() -> NeighboursConfig {
     }
 }
 
-fn vsknn(config: &NeighboursConfig) -> Evidence {
-    Evidence::Neighbours(Neighbours::new(config, N_ITEMS))
+fn vsknn(config: &NeighboursConfig) -> BaselineKind {
+    BaselineKind::Neighbours(Neighbours::new(config, N_ITEMS))
 }
 
 /// 1 + the score of each item that a neighbour holds, popularity of the others.
@@ -144,11 +144,11 @@ fn decays_are_as_written() {
 
 #[test]
 fn a_session_of_unknown_items_gets_the_most_popular() {
-    for evidence in [Evidence::None, Evidence::Successors(BTreeMap::new()), vsknn(&linear())] {
+    for evidence in [BaselineKind::None, BaselineKind::Successors(BTreeMap::new()), vsknn(&linear())] {
         let of_sessions = scores(&counted(evidence), &[&[1], &[9], &[1, 9, 1]]);
         assert_eq!(of_sessions, vec![POPULARITY.to_vec(); 3]);
     }
-    let nothing_yet = scores(&Counts::new(vsknn(&linear()), N_ITEMS), &[&[3, 4]]);
+    let nothing_yet = scores(&Baseline::new(vsknn(&linear()), N_ITEMS), &[&[3, 4]]);
     assert_eq!(nothing_yet, [vec![0.0; 10]]);
 }
 
@@ -157,12 +157,12 @@ fn pairs_score_above_popularity() {
     let mut expected = POPULARITY;
     expected[4] += 1.0;
     expected[5] += 1.0;
-    assert_eq!(scores(&counted(Evidence::Successors(BTreeMap::new())), &[&[2, 3]]), [expected]);
+    assert_eq!(scores(&counted(BaselineKind::Successors(BTreeMap::new())), &[&[2, 3]]), [expected]);
 }
 
 #[test]
 fn recent_popularity_counts_the_last_day_only() {
-    let mut model = counted(Evidence::LastDay(Vec::new()));
+    let mut model = counted(BaselineKind::LastDay(Vec::new()));
     let mut expected = POPULARITY;
     for (item, n) in [(4, 1.0), (6, 2.0), (7, 1.0), (8, 1.0)] {
         expected[item] += n;
@@ -178,16 +178,16 @@ fn recent_popularity_counts_the_last_day_only() {
 
 #[test]
 fn counts_are_restored_from_tensors() {
-    let kinds: [fn() -> Evidence; 4] = [
-        || Evidence::None,
-        || Evidence::LastDay(Vec::new()),
-        || Evidence::Successors(BTreeMap::new()),
+    let kinds: [fn() -> BaselineKind; 4] = [
+        || BaselineKind::None,
+        || BaselineKind::LastDay(Vec::new()),
+        || BaselineKind::Successors(BTreeMap::new()),
         || vsknn(&linear()),
     ];
     let known: [&[i64]; 4] = [&[2, 3, 4], &[6], &[1], &[9, 7]];
     for evidence in kinds {
         let model = counted(evidence());
-        let mut loaded = Counts::new(evidence(), N_ITEMS);
+        let mut loaded = Baseline::new(evidence(), N_ITEMS);
         loaded.load(&model.tensors()).unwrap();
         assert_eq!(scores(&loaded, &known), scores(&model, &known));
         // And goes on as if nothing had been in between.
@@ -197,13 +197,13 @@ fn counts_are_restored_from_tensors() {
         }
         assert_eq!(scores(&loaded, &known), scores(&model, &known));
 
-        let refused = |n_items, tensors: &[_]| Counts::new(evidence(), n_items).load(tensors).unwrap_err();
+        let refused = |n_items, tensors: &[_]| Baseline::new(evidence(), n_items).load(tensors).unwrap_err();
         assert_eq!(refused(9, &model.tensors()), "`items` counts 10 items, the schema has 9");
         assert_eq!(refused(N_ITEMS, &[]), "tensor `items` is missing");
     }
     let mut tensors = counted(vsknn(&linear())).tensors();
     let lengths = tensors.pop().unwrap();
-    let load = |tensors: &[_]| Counts::new(vsknn(&linear()), N_ITEMS).load(tensors);
+    let load = |tensors: &[_]| Baseline::new(vsknn(&linear()), N_ITEMS).load(tensors);
     assert_eq!(load(&tensors).unwrap_err(), "tensor `session_lengths` is missing");
     tensors.push((lengths.0, lengths.1 + 1));
     assert_eq!(load(&tensors).unwrap_err(), "`session_lengths` does not fit `session_items`");

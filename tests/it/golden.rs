@@ -2,17 +2,17 @@
 
 use std::collections::HashMap;
 
-use bireme::data::{Batch, Features, Noise, Segment};
-use bireme::device::laps::Laps;
+use bireme::collective::phase_timer::PhaseTimer;
+use bireme::data::{Batch, Features, Segment};
 use bireme::metrics::{Ranking, Tally, rank_targets};
-use bireme::model::head::{Logits, Rivals};
-use bireme::model::objective::{Plan, Visible};
-use bireme::model::parameters::Initial;
+use bireme::model::head::{Logits, Negatives};
+use bireme::model::objective::{AttentionMask, Plan};
+use bireme::model::parameters::ParameterBuilder;
 use bireme::model::{
-    GruConfig, InputConfig, Layout, Network, Neural, Parameters, Recommender, Share, Xlnet, XlnetConfig,
-    import,
+    GruConfig, InputConfig, ItemTable, Layout, Network, Neural, NoHooks, Parameters, Recommender, Xlnet,
+    XlnetConfig, import,
 };
-use bireme::optim::{Optimizer, Schedule, TableOptimizer, average_and_clip};
+use bireme::optim::{Optimizer, OptimizerConfig, Schedule, TableOptimizer, average_and_clip};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -84,7 +84,7 @@ fn gru_tiny(golden: &Named, extra_rows: &[&Tensor]) -> Network<'static> {
     let config = GruConfig { hidden_width: 8, input, ..GruConfig::default() };
     let n_items = 30 + extra_rows.len() as i64;
     let features = features(&[(ITEM.to_owned(), Some(n_items))]);
-    let network = Network::new(&Neural::Gru(&config), &features, 5, (1, Device::Cpu)).unwrap();
+    let network = Network::new(&Neural::Gru(&config), &features, 5, 1, Device::Cpu).unwrap();
     let weights = stored_weights(golden).into_iter().map(|(name, weight)| {
         let rows: Vec<Tensor> = if name.ends_with("embedding_tables.product_id-list_seq.weight") {
             extra_rows.iter().map(|row| row.view([1, -1])).collect()
@@ -119,7 +119,7 @@ fn xlnet(golden: &Named, info: &Value, length: usize) -> Network<'static> {
         ..XlnetConfig::default()
     };
     let features = features_of(golden, size("vocab"));
-    Network::new(&Neural::Xlnet(&config), &features, length, (1, Device::Cpu)).unwrap()
+    Network::new(&Neural::Xlnet(&config), &features, length, 1, Device::Cpu).unwrap()
 }
 
 fn info(name: &str) -> Value {
@@ -144,19 +144,22 @@ fn whole(lengths: &[usize]) -> Vec<Vec<usize>> {
     lengths.iter().map(|&length| (0..length).collect()).collect()
 }
 
-fn softmax(max_logits: i64) -> Rivals {
-    Rivals::All { label_smoothing: 0.0, logits: Logits { kind: Kind::Float, most: max_logits } }
+fn softmax(max_logits: i64) -> Negatives {
+    Negatives::Full { label_smoothing: 0.0, logits: Logits { kind: Kind::Float, most: max_logits } }
 }
 
 /// Mean loss over the targets, and mean gradients by their original names.
-fn learn(network: &mut Network, batch: &Batch, plan: Plan, rivals: &Rivals) -> (f64, Vec<(String, Tensor)>) {
+fn learn(
+    network: &mut Network,
+    batch: &Batch,
+    plan: Plan,
+    negatives: &Negatives,
+) -> (f64, Vec<(String, Tensor)>) {
     let n_targets = plan.targets.len() as f64;
-    network.parameters_mut().zero_gradients();
-    let sum = network
-        .backward_as_planned(batch, plan, &mut Noise::new(batch, 20), rivals, &mut Laps::off())
-        .unwrap();
+    network.gradients_mut().zero();
+    let sum = network.backward_planned(batch, plan, negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
     assert_eq!(sum.n_targets as f64, n_targets);
-    let gradients = network.parameters().named(&(network.parameters().gradients() / n_targets));
+    let gradients = network.parameters().named(&(network.gradients().all() / n_targets));
     (sum.loss.double_value(&[]) / n_targets, gradients)
 }
 
@@ -247,9 +250,9 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
         let states = network.read(&batch, plan.clone()).unwrap();
         assert!(distance(&states, &at_labels("train")) < tolerance, "{name}");
         let padded = plan.padded(length);
-        let n = padded.shown.len() as i64;
+        let n = padded.inputs.len() as i64;
         let everywhere =
-            Plan { reads: (0..n).collect(), reads_per_session: padded.lengths.clone(), ..padded };
+            Plan { outputs: (0..n).collect(), outputs_per_session: padded.lengths.clone(), ..padded };
         let states = network.read(&batch, everywhere).unwrap();
         assert!(distance(&states, &golden["train.act.2_body"].reshape([-1, width])) < tolerance, "{name}");
         // At evaluation the original hides the last event, where ours puts the mask behind those
@@ -269,7 +272,7 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
 fn xlnet_layers_are_those_of_hugging_face() {
     let golden = golden("xlnet_body_tiny");
     let config = XlnetConfig { width: 8, n_heads: 2, dropout: 0.0, ..XlnetConfig::default() };
-    let mut initial = Initial::default();
+    let mut initial = ParameterBuilder::default();
     let xlnet = Xlnet::declare(&config, &mut initial);
     let parameters = Parameters::new(initial, Device::Cpu);
     for view in parameters.views() {
@@ -277,10 +280,10 @@ fn xlnet_layers_are_those_of_hugging_face() {
         tch::no_grad(|| view.of(&parameters.values()).copy_(&golden[&original]));
     }
     let sessions = pack(&[Tensor::full([3, 5], 2, (Kind::Int64, Device::Cpu))]);
-    let plan = Plan::all(&[5, 5, 5], Visible::All);
+    let plan = Plan::all(&[5, 5, 5], AttentionMask::Full);
     let layout = Layout::new(&plan, &sessions, Device::Cpu);
     let x = golden["in.inputs_embeds"].reshape([15, 8]);
-    let states = tch::no_grad(|| xlnet.states(&parameters, (x, None), &layout, None));
+    let states = tch::no_grad(|| xlnet.states(&parameters, x, None, &layout, None));
     assert!(distance(&states, &golden["out"].reshape([15, 8])) < 1e-5);
 }
 
@@ -370,18 +373,22 @@ fn five_steps_end_in_the_weights_of_the_original() {
     load(&network, stored_weights(&golden));
     let batch = batch_of(&golden);
     let values = network.parameters().values();
-    let mut optimizer = Optimizer::new(&values, network.tables(), TableOptimizer::Adamw, (6.66e-4, 0.0));
+    let mut optimizer = Optimizer::new(
+        &values,
+        network.tables(),
+        OptimizerConfig { tables: TableOptimizer::Adamw, learning_rate: 6.66e-4, weight_decay: 0.0 },
+    );
     for step in 0..5 {
         let plan = masked_as(&golden, &batch);
-        network.parameters_mut().zero_gradients();
+        network.gradients_mut().zero();
         let sum = network
-            .backward_as_planned(&batch, plan, &mut Noise::new(&batch, 5), &softmax(1000), &mut Laps::off())
+            .backward_planned(&batch, plan, &softmax(1000), &mut NoHooks, &mut PhaseTimer::off())
             .unwrap();
         let n_targets = Tensor::from(sum.n_targets as f32);
-        let gradients = network.parameters().gradients();
+        let gradients = network.gradients().all();
         let (scale, norm) = average_and_clip(&gradients, &Tensor::from(0f32), &n_targets, 1.0);
         let norm = norm.double_value(&[]);
-        optimizer.step(&values, &gradients, &scale, Schedule::Linear.share(step, 5));
+        optimizer.step(&values, &gradients, &scale, Schedule::Linear.factor(step, 5));
         let expected = |key: &str| info["adamw"][key][step].as_f64().unwrap();
         let loss = sum.loss.double_value(&[]) / sum.n_targets as f64;
         assert!((loss - expected("losses")).abs() < 1e-5, "step {step}: {loss}");
@@ -410,7 +417,7 @@ fn metrics_are_those_of_the_original() {
         let Ranking { ranks, .. } = rank_targets(
             |items| scores.narrow(1, items.start, items.end - items.start),
             (&(labels + 2), &nothing_hidden(labels.size()[0])),
-            &Share::whole(42),
+            &ItemTable::replicated(42),
             9,
             20,
         )

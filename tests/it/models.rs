@@ -5,17 +5,20 @@ use std::fs;
 use std::process::Command;
 use std::sync::Arc;
 
+use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::Config;
-use bireme::data::plan::Shape;
-use bireme::data::{Batch, DayPlan, Days, Features, Loader, Noise, Segment, Split, Window};
-use bireme::device::laps::Laps;
-use bireme::model::head::{Contest, Contestants, Logits, Rivals, Sampler, Scored, Workspace, cross_entropy};
-use bireme::model::input::{Aggregation, Continuous};
-use bireme::model::objective::{Plan, Visible};
-use bireme::model::{
-    self, GruConfig, InputConfig, LossConfig, Network, Neural, Objective, Recommender, Share, XlnetConfig,
+use bireme::data::plan::StepShape;
+use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
+use bireme::model::head::{
+    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace, cross_entropy,
 };
-use bireme::optim::{Optimizer, TableOptimizer};
+use bireme::model::input::{Aggregation, Continuous};
+use bireme::model::objective::{AttentionMask, Plan};
+use bireme::model::{
+    self, GruConfig, InputConfig, ItemTable, LossConfig, Network, Neural, NoHooks, Objective, Recommender,
+    XlnetConfig,
+};
+use bireme::optim::{Optimizer, OptimizerConfig, TableOptimizer};
 use tch::{Device, Kind, Tensor};
 
 use crate::support::configs::{ALL_FEATURES, XLNET, config_with};
@@ -70,7 +73,7 @@ fn xlnet(objective: Objective, input: InputConfig) -> XlnetConfig {
 }
 
 fn network(config: &Neural<'_>) -> Network<'static> {
-    Network::new(config, &all_features(), 20, (7, Device::Cpu)).unwrap()
+    Network::new(config, &all_features(), 20, 7, Device::Cpu).unwrap()
 }
 
 fn objectives() -> [Objective; 4] {
@@ -86,12 +89,12 @@ const fn f32_logits(most: i64) -> Logits {
     Logits { kind: Kind::Float, most }
 }
 
-const SOFTMAX: Rivals = Rivals::All { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
+const SOFTMAX: Negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_logits(1 << 20) };
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
-    network.parameters_mut().zero_gradients();
-    let sum = network.backward(batch, &mut Noise::new(batch, 20), &SOFTMAX, &mut Laps::off()).unwrap();
-    (sum.loss.double_value(&[]), network.parameters().gradients().copy())
+    network.gradients_mut().zero();
+    let sum = network.backward(batch, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+    (sum.loss.double_value(&[]), network.gradients().all().copy())
 }
 
 #[test]
@@ -122,13 +125,13 @@ fn packing_sessions_of_different_lengths_does_not_change_results() {
 #[test]
 fn the_last_layer_is_the_same_at_some_positions_as_at_all() {
     let sessions = [vec![5, 9, 3, 7], vec![2, 7, 11, 30, 21, 4]];
-    for visible in [Visible::All, Visible::Before] {
+    for visible in [AttentionMask::Full, AttentionMask::Causal] {
         let config = xlnet(Objective::causal(), input());
         let network = network(&Neural::Xlnet(&config));
         let everywhere = Plan::all(&[4, 6], visible);
-        let some = Plan { reads: vec![1, 3, 4, 8], reads_per_session: vec![2, 2], ..everywhere.clone() };
+        let some = Plan { outputs: vec![1, 3, 4, 8], outputs_per_session: vec![2, 2], ..everywhere.clone() };
         let all = network.read(&batch(&sessions), everywhere).unwrap();
-        let rows = all.index_select(0, &Tensor::from_slice(&some.reads));
+        let rows = all.index_select(0, &Tensor::from_slice(&some.outputs));
         assert!(distance(&network.read(&batch(&sessions), some).unwrap(), &rows) < 1e-5);
     }
 }
@@ -203,9 +206,9 @@ struct Masked {
 /// What all ranks mask in two epochs, sorted.
 fn masked(days: &Days, seed: u64, layout: &Layout) -> Vec<Masked> {
     let window = Window::new(vec![Arc::new(days.file(1, Split::Train).unwrap())]);
-    let shape = Shape { n_lanes: layout.n_lanes, micro_batch: layout.micro_batch };
+    let shape = StepShape { n_streams: layout.n_lanes, micro_batch: layout.micro_batch };
     let steps_per_epoch = shape.steps(window.n_sessions());
-    let plan = DayPlan { window, day: 1, n_epochs: 2, shape, seed, max_steps: None, pass_by_pass: false };
+    let plan = DayPlan { window, day: 1, n_epochs: 2, shape, seed, max_steps: None, one_batch_each: false };
     let mut masked = Vec::new();
     for rank in 0..layout.world_size {
         let loader = Loader::start(&plan, days.features(), (rank, layout.world_size), 0);
@@ -223,7 +226,7 @@ fn masked_in_batch(batch: &Batch, epoch: usize) -> Vec<Masked> {
     let plan = Objective::Masked { probability: 0.15 }.training(batch, true);
     let (mut first, mut targets) = (0, plan.targets.as_slice());
     let mut masked = Vec::new();
-    for (session, n_targets) in batch.sessions().into_iter().zip(plan.reads_per_session) {
+    for (session, n_targets) in batch.sessions().into_iter().zip(plan.outputs_per_session) {
         let (of_session, rest) = targets.split_at(n_targets);
         let events = of_session.iter().map(|event| event - first).collect();
         first += session.len() as i64;
@@ -242,7 +245,7 @@ fn masks_of_a_session_do_not_depend_on_ranks_or_batches() {
     sessions.sort();
     sessions.dedup();
     session_data::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
-    let config = bireme::data::Config {
+    let config = bireme::data::DataConfig {
         first_day: Some(1),
         last_day: Some(2),
         window_days: 1,
@@ -291,7 +294,11 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             let before = loss(&mut network);
             let values = network.parameters().values();
             let adamw = TableOptimizer::Adamw;
-            let mut optimizer = Optimizer::new(&values, network.tables(), adamw, (0.02, 0.0));
+            let mut optimizer = Optimizer::new(
+                &values,
+                network.tables(),
+                OptimizerConfig { tables: adamw, learning_rate: 0.02, weight_decay: 0.0 },
+            );
             for _ in 0..40 {
                 let (_, gradients) = loss_and_gradients(&mut network, &shop);
                 optimizer.step(&values, &gradients, &Tensor::from(1f32), 1.0);
@@ -311,7 +318,7 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
 fn features_of_other_widths_cannot_be_summed() {
     let input = InputConfig { aggregation: Aggregation::Sum, ..input() };
     let config = gru(Objective::causal(), input);
-    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, (7, Device::Cpu)).err().unwrap();
+    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, 7, Device::Cpu).err().unwrap();
     assert_eq!(
         refused,
         "`model.input.aggregation` cannot be `sum`: feature `colour-list_seq` has the width 4, the item 8"
@@ -343,24 +350,24 @@ impl Head {
         bireme::data::with_seed(4, || Self::random(30, 8, N_ITEMS))
     }
 
-    fn cross_entropy(&self, rivals: &Rivals, uniform: Option<&Tensor>) -> CrossEntropy {
+    fn cross_entropy(&self, negatives: &Negatives, uniform: Option<&Tensor>) -> CrossEntropy {
         let (n, n_items) = (self.targets.size()[0], self.bias.size()[0]);
-        let mut scored = Scored {
-            table: &self.table,
+        let mut scored = ScoringTable {
+            weights: &self.table,
             bias: &self.bias,
-            table_gradient: self.table.zeros_like(),
+            weight_gradient: self.table.zeros_like(),
             bias_gradient: self.bias.zeros_like(),
-            share: &Share::whole(n_items),
+            item_table: &ItemTable::replicated(n_items),
             counts: &[n],
-            settle: &|| (),
+            group_added: &mut || (),
         };
         let workspace = &mut Workspace::default();
         let done =
-            cross_entropy(&self.states, &self.targets, &mut scored, rivals, uniform, workspace).unwrap();
-        let Scored { table_gradient, bias_gradient, .. } = scored;
+            cross_entropy(&self.states, &self.targets, &mut scored, negatives, uniform, workspace).unwrap();
+        let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
         CrossEntropy {
             loss: done.loss.double_value(&[]),
-            gradients: [done.state_gradient, table_gradient, bias_gradient],
+            gradients: [done.state_gradient, weight_gradient, bias_gradient],
             drawn: done.drawn,
         }
     }
@@ -390,8 +397,8 @@ impl CrossEntropy {
     }
 }
 
-fn full_softmax(label_smoothing: f64, logits: Logits) -> Rivals {
-    Rivals::All { label_smoothing, logits }
+fn full_softmax(label_smoothing: f64, logits: Logits) -> Negatives {
+    Negatives::Full { label_smoothing, logits }
 }
 
 #[test]
@@ -458,9 +465,9 @@ fn sampled_softmax_approximates_the_full_one() {
     let mut occurrences = vec![0; N_ITEMS as usize];
     occurrences[2] = 999;
     occurrences[3] = 99;
-    let sampler = Sampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
+    let sampler = ItemSampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
     let sampled = head.cross_entropy(&sampler.draw(1), None);
-    // Padding and unknown are no rivals here, so the full sum is over two items more.
+    // Padding and unknown are no negatives here, so the full sum is over two items more.
     assert!((sampled.loss / full.loss - 1.0).abs() < 0.05, "{} {}", sampled.loss, full.loss);
     for (sampled, full) in sampled.gradients.iter().zip(&full.gradients) {
         let recommendable =
@@ -470,8 +477,8 @@ fn sampled_softmax_approximates_the_full_one() {
         assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");
     }
     let drawn = |seed| match sampler.draw(seed) {
-        Rivals::Drawn { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
-        Rivals::All { .. } => unreachable!(),
+        Negatives::Sampled { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
+        Negatives::Full { .. } => unreachable!(),
     };
     assert_eq!(drawn(5), drawn(5));
     assert_ne!(drawn(5), drawn(6));
@@ -487,14 +494,18 @@ fn recall_at_5_after_training(loss: LossConfig) -> f64 {
     config.head.relu = false;
     let mut network = network(&Neural::Gru(&config));
     let values = network.parameters().values();
-    let mut optimizer = Optimizer::new(&values, network.tables(), TableOptimizer::Adamw, (0.02, 0.0));
-    let contestants = Contestants::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
+    let mut optimizer = Optimizer::new(
+        &values,
+        network.tables(),
+        OptimizerConfig { tables: TableOptimizer::Adamw, learning_rate: 0.02, weight_decay: 0.0 },
+    );
+    let sampler = NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
     for step in 0..400 {
-        network.parameters_mut().zero_gradients();
-        let (mut noise, rivals) = (Noise::new(&trained, 20), contestants.of_step(step));
-        let sum = network.backward(&trained, &mut noise, &rivals, &mut Laps::off()).unwrap();
+        network.gradients_mut().zero();
+        let negatives = sampler.of_step(step);
+        let sum = network.backward(&trained, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
         let scale = Tensor::from(1.0 / sum.n_targets as f32);
-        optimizer.step(&values, &network.parameters().gradients(), &scale, 1.0);
+        optimizer.step(&values, &network.gradients().all(), &scale, 1.0);
     }
     let scores = network.scores(&network.encode(&known).unwrap(), 0..N_ITEMS);
     let (_, top) = scores.topk(5, 1, true, true);
@@ -525,21 +536,21 @@ fn gbce_is_the_binary_cross_entropy_of_target_and_negatives() {
     let average = (0.3f64 / 5.0).ln();
     let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr()) + average;
     let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0)).to_kind(Kind::Float);
-    let rivals = logits.index_select(1, &items).sigmoid();
-    let of_rivals = ((Tensor::from(1f32) - rivals).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
+    let negatives = logits.index_select(1, &items).sigmoid();
+    let of_rivals = ((Tensor::from(1f32) - negatives).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
     let of_targets = logits.gather(1, &targets.unsqueeze(1), false).log_sigmoid().sum(Kind::Float);
     let loss = -(of_targets * 0.3 + of_rivals);
-    let contest = Contest::Binary { target_weight: 0.3 };
-    let found = head.cross_entropy(&Rivals::Drawn { items, contest }, None);
+    let sampled = SampledLoss::Binary { target_weight: 0.3 };
+    let found = head.cross_entropy(&Negatives::Sampled { items, loss: sampled }, None);
     found.assert_as_pytorch(&loss, &leaves, 1e-3);
 }
 
 #[test]
 fn a_calibrated_target_weighs_as_much_as_with_all_negatives() {
     let target_weight = |n_negatives, calibration| {
-        let sampler = Sampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
+        let sampler = ItemSampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
         match sampler.draw(1) {
-            Rivals::Drawn { contest: Contest::Binary { target_weight }, .. } => target_weight,
+            Negatives::Sampled { loss: SampledLoss::Binary { target_weight }, .. } => target_weight,
             _ => unreachable!(),
         }
     };
@@ -610,7 +621,7 @@ fn configurations_in_the_repository_are_complete() {
         let config = Config::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let resolved: toml::Table = config.to_toml().parse().unwrap();
         assert!(resolved.contains_key("model"));
-        if let model::Config::Xlnet(xlnet) = config.model {
+        if let model::ModelConfig::Xlnet(xlnet) = config.model {
             assert!(!xlnet.attend_to_padding);
         }
     }

@@ -1,9 +1,9 @@
 //! Ranking by counting equals ranking by sorting, on any number of ranks.
 
 use bireme::collective::threads;
-use bireme::data::{Batch, Config, Days, Segment, Split, occurrences};
+use bireme::data::{Batch, DataConfig, Days, Segment, Split, occurrences};
 use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
-use bireme::model::{GruConfig, Network, Neural, Recommender, Share};
+use bireme::model::{GruConfig, ItemTable, Network, Neural, Recommender};
 use tch::{Device, Tensor};
 
 use crate::support::session_data;
@@ -18,7 +18,7 @@ fn scores() -> Tensor {
 
 fn network(n_items: i64) -> Network<'static> {
     let features = session_data::features(&[(session_data::ITEM.to_owned(), Some(n_items))]);
-    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, (3, Device::Cpu)).unwrap()
+    Network::new(&Neural::Gru(&GruConfig::default()), &features, 20, 3, Device::Cpu).unwrap()
 }
 
 #[test]
@@ -31,7 +31,7 @@ fn counting_gives_the_ranks_of_sorting() {
         let ranking = rank_targets(
             slice,
             (&Tensor::from_slice(&targets), &nothing_hidden(50)),
-            &Share::whole(40),
+            &ItemTable::replicated(40),
             chunk,
             5,
         )
@@ -63,12 +63,13 @@ fn items_hidden_from_a_session_are_not_ranked() {
     for chunk in [1, 2, 4, 6] {
         let slice =
             |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        let ranking = rank_targets(slice, (&targets, &hidden), &Share::whole(6), chunk, 3).unwrap();
+        let ranking = rank_targets(slice, (&targets, &hidden), &ItemTable::replicated(6), chunk, 3).unwrap();
         let ranks: Vec<i64> = ranking.ranks.try_into().unwrap();
         assert_eq!(ranks, [1, 2, 7, 3], "chunk {chunk}");
         let in_top: Vec<bool> = ranking.in_top.try_into().unwrap();
         assert_eq!(in_top, [false, false, true, true, true, true], "chunk {chunk}");
-        let plain = rank_targets(slice, (&targets, &nothing_hidden(4)), &Share::whole(6), chunk, 3).unwrap();
+        let plain =
+            rank_targets(slice, (&targets, &nothing_hidden(4)), &ItemTable::replicated(6), chunk, 3).unwrap();
         assert_eq!(ranking.losses, plain.losses);
     }
 }
@@ -77,7 +78,7 @@ fn items_hidden_from_a_session_are_not_ranked() {
 fn sharded_ranking_finds_what_one_rank_finds() {
     // Items that a session may not be recommended, on one rank or another.
     let hidden = |row: i64| [row % 7 + 2, if row % 3 == 0 { 39 - row % 20 } else { -1 }];
-    let ranking = |share: &Share<'_>, hides: bool, chunk: i64, k: i64| {
+    let ranking = |share: &ItemTable<'_>, hides: bool, chunk: i64, k: i64| {
         let scores = scores();
         let targets = Tensor::from_slice(&(0..50).map(|row| row % 40).collect::<Vec<i64>>());
         let hidden = match hides {
@@ -93,9 +94,9 @@ fn sharded_ranking_finds_what_one_rank_finds() {
             // More than a share has items, too.
             for k in [5, 20, 38] {
                 let of_ranks = threads::spawn(world_size, |collective| {
-                    ranking(&Share::of_rank(40, collective), hides, chunk, k)
+                    ranking(&ItemTable::sharded(40, collective), hides, chunk, k)
                 });
-                let alone = ranking(&Share::whole(40), hides, 40, k);
+                let alone = ranking(&ItemTable::replicated(40), hides, 40, k);
                 let in_top: Vec<&Tensor> = of_ranks.iter().map(|ranking| &ranking.in_top).collect();
                 assert_eq!(Tensor::cat(&in_top, 0), alone.in_top, "{world_size} ranks, chunk {chunk}, k {k}");
                 for ranking in &of_ranks {
@@ -128,7 +129,7 @@ fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
                 let ranking = rank_targets(
                     slice,
                     (&targets, &nothing_hidden(3)),
-                    &Share::whole(n_items as i64),
+                    &ItemTable::replicated(n_items as i64),
                     chunk,
                     k as i64,
                 )
@@ -206,7 +207,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     session_data::write_schema(dir.path(), n_items);
     let sessions = session_data::sessions(333, n_items, 9);
     session_data::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let network = || network(n_items);
     // Items 2 to 41 occurred, the higher the more often.
     let occurrences: Vec<i64> = (0..n_items).map(|item| if item < 42 { item } else { 0 }).collect();
@@ -214,8 +215,18 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
-            let config = metrics::Config { block: 32, scores_mib, ..metrics::Config::default() };
-            evaluate(&network(), &file, days.features(), &config, &occurrences, collective).unwrap()
+            let config =
+                metrics::EvaluateConfig { block: 32, scores_mib, ..metrics::EvaluateConfig::default() };
+            evaluate(
+                &network(),
+                &ItemTable::replicated(days.features().n_items()),
+                &file,
+                days.features(),
+                &config,
+                &occurrences,
+                collective,
+            )
+            .unwrap()
         })
     };
     let alone = on_ranks(1, 256).remove(0);
@@ -250,7 +261,7 @@ fn occurrences_of_all_ranks_are_those_of_the_file() {
     session_data::write_sessions(&dir.path().join("1/train.parquet"), &sessions, |_| 0.0);
     let mut expected = vec![0; 60];
     sessions.iter().flatten().for_each(|&item| expected[item as usize] += 1);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Train).unwrap();
     for world_size in [1, 2, 3, 400] {
@@ -266,13 +277,14 @@ fn a_file_without_sessions_has_no_figures() {
     let dir = tempfile::tempdir().unwrap();
     session_data::write_schema(dir.path(), 10);
     session_data::write_sessions(&dir.path().join("1/valid.parquet"), &[], |_| 0.0);
-    let config = Config { first_day: Some(1), last_day: Some(2), ..Config::default() };
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     for evaluation in threads::spawn(2, |collective| {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
-        let config = metrics::Config::default();
-        evaluate(&network, &file, days.features(), &config, &[0; 10], collective).unwrap()
+        let config = metrics::EvaluateConfig::default();
+        evaluate(&network, &ItemTable::replicated(10), &file, days.features(), &config, &[0; 10], collective)
+            .unwrap()
     }) {
         let metrics = evaluation.metrics;
         assert!(evaluation.outcomes.is_empty());

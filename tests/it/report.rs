@@ -100,7 +100,7 @@ fn nineteen_of_twenty_intervals_hold_the_truth() {
 
 #[test]
 fn reports_and_evaluations_compute_the_same_metrics() {
-    let mut number = fixtures::numbers(5);
+    let mut number = session_data::numbers(5);
     let counts: [i64; 21] = std::array::from_fn(|_| number(1000) as i64);
     let metrics = Tally::of_counts(counts).metrics(false);
     let evaluated = [
