@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bireme", default="target/release/bireme")
     options = parser.parse_args()
-    print(f"| {options.data.name} | {' '.join(options.first)} | {' '.join(options.second)} | of it |\n| --- | ---: | ---: | ---: |")
+    print(f"| {options.data.name} | {' '.join(options.first)} | {' '.join(options.second)} | share |\n| --- | ---: | ---: | ---: |")
     for config in options.configs:
         pairs = [[sessions_per_s(options, config, *way) for way in (options.first, options.second)] for _ in range(options.runs)]
         first, second = (statistics.median(rates) for rates in zip(*pairs))

@@ -120,7 +120,7 @@ def main():
     print(f"{os.cpu_count()} cores, {options.device}, {options.batch} sessions a step" + ", tf32" * options.tf32 + f", {options.ranks} processes" * (options.ranks > 1))
     options.rate = multiply_rate(options)
     print(f"products of matrices: {options.rate / 1e9:.0f} GFLOP/s, f32")
-    print("| | | sessions/s | GiB | bireme's, times | limit |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| | | sessions/s | GiB | speedup | limit |\n| --- | --- | ---: | ---: | ---: | ---: |")
     for model in options.models:
         for data in options.data:
             contestants = {"bireme": lambda: bireme(options, data, model)}
