@@ -3,7 +3,7 @@
 
 usage: python3 .ci/check_figures.py
 
-Every figure in the README's section "Figures" must be in benches/RESULTS.md. Every figure in a
+Every figure in the README's section "Results" must be in benches/RESULTS.md. Every figure in a
 section of benches/RESULTS.md must be in one of the runs that the section links to. Commands are not
 compared. Exit code 1 if a figure is missing: one that was measured again is changed in all places.
 """
@@ -34,10 +34,10 @@ def main():
     """Files in, exit code out."""
     readme = dict(sections((root / "README.md").read_text()))
     results = results_path.read_text()
-    if "Figures" not in readme:
-        sys.exit("README.md has no section `## Figures`")
+    if "Results" not in readme:
+        sys.exit("README.md has no section `## Results`")
     n_figures, unknown = 0, []
-    checks = [("README.md", "Figures", readme["Figures"], [results_path])]
+    checks = [("README.md", "Results", readme["Results"], [results_path])]
     for title, text in sections(results):
         linked = [results_path.parent / link for link in LINK.findall(text)]
         checks.append(("benches/RESULTS.md", title, text, linked))

@@ -3,6 +3,8 @@
 //! Each component owns its section and the defaults of its fields; here they are gathered, and every key that no
 //! component knows is refused with the nearest that one does.
 
+#[cfg(test)]
+mod page;
 mod problem;
 mod train;
 
@@ -23,23 +25,26 @@ pub use crate::metrics::EvaluateConfig;
 pub use crate::model::{LossConfig, ModelConfig};
 pub use crate::optim::{Schedule, TableOptimizer};
 
-/// Section `[run]`.
+/// Section `[run]`: where a run computes and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
-    /// `auto`, `cpu` or `cuda`.
+    /// Device of all ranks.
     pub device: DeviceChoice,
-    /// Everything random follows from it.
+    /// Seed of everything random.
     pub seed: u64,
-    /// Whether sums over ranks are fast, or the same to the last bit on any number of ranks.
+    /// How gradients are summed over ranks.
     pub reduction: Reduction,
-    /// How matrices are multiplied.
+    /// Number format of matrix products. Weights, gradients and optimizer state are always f32,
+    /// and evaluation on a CPU is too.
     pub precision: Precision,
-    /// CPU threads of each rank; 0: the host's cores divided by its ranks.
+    /// CPU threads of each rank; 0 divides the host's cores among its ranks.
     pub threads_per_rank: usize,
-    /// Steps of the run between two comparisons of the ranks' weights; 0: never.
+    /// Steps between two bitwise comparisons of the ranks' weights; 0 disables them.
     pub compare_ranks_every: usize,
-    /// How long a rank waits for the others before it ends the job; in the first step three times as long.
+    /// Seconds that a rank waits in a collective call before it names the missing ranks and ends
+    /// the job; three times as many in the first step. 0.1 to 1e9.
     pub patience_seconds: f64,
 }
 
@@ -59,6 +64,7 @@ impl Default for RunConfig {
 
 /// A run as resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Where and with which seed.
@@ -76,6 +82,9 @@ pub struct Config {
     /// When its state is saved.
     pub checkpoint: CheckpointConfig,
 }
+
+/// The sections, in the order of [`Config`].
+const SECTIONS: [&str; 7] = ["run", "data", "parallel", "model", "train", "evaluate", "checkpoint"];
 
 /// A configuration that cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -184,8 +193,7 @@ impl Config {
             checkpoint: section(&mut table, "checkpoint")?,
         };
         if let Some(key) = table.keys().next() {
-            let sections = ["run", "data", "parallel", "model", "train", "evaluate", "checkpoint"];
-            return Err(ConfigError::UnknownKey { key: key.clone(), nearest: nearest(key, sections) });
+            return Err(ConfigError::UnknownKey { key: key.clone(), nearest: nearest(key, SECTIONS) });
         }
         config.check()?;
         Ok(config)

@@ -49,20 +49,21 @@ const STAGING_SUFFIX: &str = ".partial";
 /// Version of the folder layout that this program writes and reads.
 const FORMAT: u32 = 2;
 
-/// Section `[checkpoint]` of a configuration. A checkpoint is written at the end of every day in
-/// any case.
+/// Section `[checkpoint]`: when a checkpoint is written, besides the end of each day, and which are
+/// kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Also every so many steps; 0: not by steps.
+    /// Steps of a day between two checkpoints; 0 disables them.
     pub every_steps: usize,
-    /// Also when so many minutes have passed since the last; 0: not by time.
+    /// Minutes between two checkpoints; 0 disables them.
     pub every_minutes: f64,
-    /// How many of the newest are kept.
+    /// Number of newest checkpoints to keep.
     pub keep_last: usize,
-    /// Also keep the last of every day.
+    /// Whether the last checkpoint of every day is kept too.
     pub keep_days: bool,
-    /// Also keep that of the day after which this metric was best; absent: not.
+    /// Keep the checkpoint of the day after which this metric was best too; absent: it is not kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_best: Option<Measure>,
 }

@@ -4,39 +4,42 @@ use serde::{Deserialize, Serialize};
 
 use super::{LossConfig, Schedule, TableOptimizer, check_count, check_finite};
 
-/// Section `[train]` of a configuration.
+/// Section `[train]`: steps, optimizers and the loss. Ignored by baselines.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Epochs on each day.
+    /// Passes over the training window of each day; at least 1.
     pub epochs_per_day: usize,
     /// Sessions of a step, over all ranks; a multiple of `micro_batch`.
     pub global_batch: usize,
-    /// Sessions of a micro-batch. The ranks divide the micro-batches of a global batch.
+    /// Sessions of a micro-batch. Ranks divide the global batch by whole micro-batches, each of
+    /// which has sessions of all lengths, so that ranks have about equal work.
     pub micro_batch: usize,
-    /// Learning rate at the start of each day.
+    /// Learning rate of AdamW at the start of each day.
     pub learning_rate: f64,
-    /// The loss and its negatives.
+    /// The loss of a target.
     pub loss: LossConfig,
     /// Optimizer of the embedding tables.
     pub tables: TableOptimizer,
-    /// Schedule of the learning rate over a day.
+    /// Course of the learning rates over a day.
     pub schedule: Schedule,
-    /// Decoupled weight decay (AdamW).
+    /// Decoupled weight decay of AdamW.
     pub weight_decay: f64,
-    /// Largest norm of the gradient; longer gradients are scaled down.
+    /// Gradients are scaled down to this norm, taken over all parameters.
     pub clip_norm: f64,
-    /// Largest number of steps a day; all if absent.
+    /// Limit of the steps of a day, at least 1; absent: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps_per_day: Option<usize>,
-    /// What to do with a step whose loss or gradient is not finite.
+    /// Reaction to a step whose loss or gradient is NaN or infinite.
     pub non_finite: NonFinite,
-    /// Steps between two records of the log.
+    /// Steps between two `step` records in `metrics.jsonl`; at least 1.
     pub log_every_steps: usize,
-    /// Record the time of each phase of a step. On a GPU this waits for the device after each phase.
+    /// Whether `phases` records are written too. A GPU is then synchronised between phases, which
+    /// takes time.
     pub time_phases: bool,
-    /// Memory for logits in MiB: the softmax is computed for as many targets at a time as fit. 192 on
-    /// a CPU and 1024 on a GPU if absent.
+    /// Memory for the logits of the softmax, in MiB, whatever the size of the catalogue. Absent:
+    /// 192 on a CPU, 1024 on a GPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logits_mib: Option<usize>,
 }
@@ -65,37 +68,41 @@ impl Default for TrainConfig {
     }
 }
 
-/// `train.non_finite`: what to do with a step whose loss or gradient is NaN or infinite.
+/// `train.non_finite`: the reaction to a step whose loss or gradient is NaN or infinite, the same on
+/// all ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum NonFinite {
-    /// End the run. On a GPU the step is noticed at the next record.
+    /// End the run. On a GPU it is noticed at the next record.
     #[default]
     Stop,
-    /// Skip the step. On a GPU this waits for the device after each step.
+    /// Skip the step and count it. On a GPU the host then waits for every step.
     Skip {
-        /// Number of steps of a run that may be skipped before it ends.
+        /// Skipped steps after which the run ends.
         limit: usize,
     },
 }
 
-/// Section `[parallel]` of a configuration: what is divided over the ranks besides the sessions.
+/// Section `[parallel]`: what is divided among ranks besides the sessions.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ParallelConfig {
-    /// Layout of the item table.
+    /// Placement of the item table, its gradient and its optimizer state.
     pub item_table: TableLayout,
 }
 
-/// `parallel.item_table`: where the item table, its gradient and its optimizer state are.
+/// `parallel.item_table`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum TableLayout {
-    /// Every rank holds all rows.
+    /// Every rank holds the whole table.
     #[default]
     Replicated,
-    /// Each rank holds a shard of the rows: memory falls with the number of ranks, and the traffic of a
-    /// step does not grow with the catalogue.
+    /// Every rank holds a shard of the rows: memory falls with the number of ranks, and traffic
+    /// does not grow with the catalogue.
     Sharded,
 }
 
@@ -152,17 +159,18 @@ impl TrainConfig {
     }
 }
 
-/// `run.reduction`: how gradients are summed over micro-batches and ranks.
+/// `run.reduction`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
-    /// In f32, all micro-batches of a rank in one batch. Another number of ranks rounds differently, by
-    /// about 1e-7 in the first step.
+    /// Sums in f32, all micro-batches of a rank in one pass. Results depend on the number of ranks
+    /// by rounding: about 1e-7 at first, which training amplifies.
     Fast,
-    /// As `fast`, with gradients sent as bf16: half the bytes, three significant digits. Gradients of
-    /// sharded tables are not sent.
+    /// As `fast`, but gradients are sent as bfloat16: half the bytes, sums to three digits. For
+    /// slow networks. Gradients of sharded tables are not sent at all.
     Bf16,
-    /// In fixed point, each micro-batch in a batch of its own: the same bits on any number of ranks
-    /// with equally many threads each.
+    /// Fixed-point sums, one pass for each micro-batch: bitwise equal weights on any number of
+    /// CPU ranks with equally many threads.
     Reproducible,
 }

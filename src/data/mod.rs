@@ -27,22 +27,24 @@ pub use file::{SessionFile, Sessions, Window};
 pub use loader::{DayPlan, Loader, evaluation_batches};
 pub use occurrences::occurrences;
 
-/// Section `[data]` of a configuration.
+/// Section `[data]`: which days, events and columns the model learns from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// First day trained on; absent: the first of the data.
+    /// First day to train on; absent: the first day of the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_day: Option<i64>,
-    /// Last day evaluated on: days `first_day` to `last_day - 1` are trained on, each evaluated on the next. Absent:
-    /// the last of the data.
+    /// Last day to evaluate on: the run trains on `first_day` to `last_day - 1` and evaluates each
+    /// on the day after it. Absent: the last day of the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_day: Option<i64>,
-    /// Days trained on at a time: each day of those above, and as many of the days before it, from `first_day` on.
+    /// Length of the training window in days: the day itself and the days before it, none earlier
+    /// than `first_day`; at least 1.
     pub window_days: usize,
-    /// Longest part of a session that is read, in events; of a longer one the most recent events are kept.
+    /// Most recent events of a session that are read; 2 to 65536.
     pub max_length: usize,
-    /// List columns the model reads, by their schema names; empty: the item id alone.
+    /// Columns that the model reads, by their names in `schema.pbtxt`; empty: the item id alone.
     pub features: Vec<String>,
 }
 

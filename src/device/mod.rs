@@ -23,6 +23,7 @@ pub const LIBTORCH: &str = "2.11.0";
 
 /// `run.device`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
     /// A GPU if the host has one, else the CPU.
@@ -30,7 +31,7 @@ pub enum DeviceChoice {
     Auto,
     /// The CPU, even if the host has GPUs.
     Cpu,
-    /// A GPU; an error if the host has none.
+    /// A GPU; a host without one is refused.
     Cuda,
 }
 
@@ -158,16 +159,17 @@ fn load(name: &str) -> Result<(), libloading::Error> {
 /// `run.precision`: the precision of matrix products. Parameters, gradients and the optimizer's
 /// state are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// All 24 bits of the significand.
+    /// Single precision, 24 bits of significand.
     #[default]
     F32,
-    /// On GPUs, factors are rounded to 11 bits and products are summed in f32. Several times as
-    /// fast on NVIDIA GPUs since Ampere.
+    /// On GPUs, factors with 11 bits and sums in f32: several times as fast on NVIDIA GPUs since
+    /// Ampere. On CPUs as `f32`.
     Tf32,
-    /// As `tf32`, and the logits of training are computed in bfloat16, with 8 bits of factors and
-    /// products. Faster again on GPUs, and faster on CPUs with bfloat16 instructions.
+    /// As `tf32`, and the logits of training are bfloat16 (8 bits). Faster on GPUs; on CPUs only
+    /// those that multiply bfloat16 gain.
     Bf16,
 }
 

@@ -6,6 +6,7 @@ use super::Metrics;
 
 /// One of the ranking metrics in [`Metrics`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Measure {
     #[serde(rename = "ndcg_at_10")]
     NdcgAt10,

@@ -34,15 +34,16 @@ pub const K_MAX: usize = 20;
 /// has room for the losses of 10⁸ sessions.
 const LOSS_UNIT: f64 = (1u64 << 30) as f64;
 
-/// Section `[evaluate]` of a configuration.
+/// Section `[evaluate]`: ranking of the held-out item.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateConfig {
-    /// Sessions scored together.
+    /// Sessions that are scored together; at least 1.
     pub block: usize,
-    /// Memory for scores, in MiB: a block is scored against as much of the catalogue at a time as this holds.
+    /// Memory for their scores, in MiB: the catalogue is scored in chunks that fit.
     pub scores_mib: usize,
-    /// Which items of a session may be recommended to it again.
+    /// Which items of a session may be recommended to the same session again.
     pub reminders: Reminders,
 }
 
@@ -57,15 +58,16 @@ impl EvaluateConfig {
     }
 }
 
-/// `evaluate.reminders`: which items of a session may be recommended to it again.
+/// `evaluate.reminders`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Reminders {
-    /// All.
+    /// All items.
     All,
-    /// All but the last, which never follows itself where preprocessing drops repeats.
+    /// All but the last, which never follows itself after preprocessing.
     Earlier,
-    /// None.
+    /// No item.
     None,
 }
 

@@ -14,19 +14,20 @@ use crate::data::DropoutGenerator;
 
 /// `[model]` with `kind = "gru"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct GruConfig {
     /// Width of the recurrent state.
     pub hidden_width: i64,
-    /// Recurrent layers.
+    /// Number of layers.
     pub n_layers: i64,
-    /// Dropout before and after the recurrence.
+    /// Dropout before and after the recurrence; 0 <= p < 1.
     pub dropout: f64,
-    /// What goes in.
+    /// Input block.
     pub input: InputConfig,
-    /// What is learnt.
+    /// Training objective.
     pub objective: Objective,
-    /// What comes out.
+    /// Scoring of the catalogue.
     pub head: HeadConfig,
 }
 

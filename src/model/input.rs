@@ -16,27 +16,29 @@ use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features};
 use crate::device::send;
 
-/// `[model.input]`.
+/// `[model.input]`: one vector for each event, from its columns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct InputConfig {
     /// Width of an item's vector, at the input and in the softmax.
     pub item_width: i64,
     /// Width of the vectors of other categorical features.
     pub feature_width: i64,
-    /// Standard deviation that vectors start with.
+    /// Standard deviation of the initial vectors.
     pub init_std: f64,
-    /// How the features of an event become one vector.
+    /// How the features of an event are combined.
     pub aggregation: Aggregation,
-    /// What continuous features become.
+    /// How continuous features are represented.
     pub continuous: Continuous,
-    /// Whether each feature's vector is normalised by itself (Ba et al. 2016).
+    /// Whether each feature's vector has a layer norm (Ba et al. 2016).
     pub layer_norm: bool,
-    /// Width that the aggregated vector is projected to, with a ReLU, before events are hidden; absent: it is not.
+    /// Width of a linear layer with a ReLU behind the aggregation; absent: no such layer, but 192
+    /// for an XLNet without `[model.input]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub projection_width: Option<i64>,
-    /// Probability with which a value is swapped for that of another event of the micro-batch while learning: stochastic
-    /// swap noise (de Souza Pereira Moreira et al. 2021).
+    /// Probability of taking a value from another event of the micro-batch in training: stochastic
+    /// swap noise (de Souza Pereira Moreira et al. 2021); 0 <= p < 1.
     pub swap_noise: f64,
 }
 
@@ -55,33 +57,35 @@ impl Default for InputConfig {
     }
 }
 
-/// How the features of an event become one vector.
+/// `model.input.aggregation`: how the features of an event are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Aggregation {
-    /// Side by side, by feature name.
+    /// Concatenated, sorted by feature name.
     Concat,
-    /// Element by element; all features must have the item's width.
+    /// Added; all features must have the item's width.
     Sum,
 }
 
-/// What continuous features become.
+/// `model.input.continuous`: how continuous features are represented.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Continuous {
-    /// One number each.
+    /// One number for each feature.
     Raw {},
-    /// All of them together one vector, through a linear layer and a ReLU.
+    /// All features together one vector, from a linear layer with a ReLU.
     Projected {
-        /// Its width.
+        /// Width of that vector.
         width: i64,
     },
-    /// Each a vector, mixed from a few learnt ones by a softmax over linear functions of the value: soft one-hot encoding
-    /// (de Souza Pereira Moreira et al. 2021).
+    /// Soft one-hot encoding (de Souza Pereira Moreira et al. 2021): each feature a vector, mixed
+    /// from learnt ones by a softmax over linear functions of the value.
     SoftOneHot {
-        /// Learnt vectors.
+        /// Number of learnt vectors.
         n_vectors: i64,
-        /// Their width.
+        /// Width of the learnt vectors.
         width: i64,
     },
 }

@@ -50,21 +50,22 @@ use crate::data::{Batch, Features};
 /// Largest number of layers of a body.
 const MAX_LAYERS: i64 = 1000;
 
-/// Section `[model]` of a configuration.
+/// Section `[model]`: which model; `kind` is required.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum ModelConfig {
     /// GRU over the session (Hidasi et al. 2016).
     Gru(GruConfig),
     /// Attention over the session with relative positions (Yang et al. 2019).
     Xlnet(XlnetConfig),
-    /// The most frequent items of all days so far.
+    /// Baseline: the most frequent items of all days so far.
     Popularity {},
-    /// The most frequent items of the last day, then of all days so far.
+    /// Baseline: the most frequent items of the last day, then of all days so far.
     Recent {},
-    /// First-order counts: what followed the last item most often, then popularity.
+    /// Baseline: the items that followed the last item most often, then popularity.
     Markov {},
-    /// V-SkNN: the items of similar sessions, then popularity (Ludewig and Jannach 2018).
+    /// Baseline: V-SkNN, the items of similar sessions, then popularity (Ludewig and Jannach 2018).
     Vsknn(NeighboursConfig),
 }
 

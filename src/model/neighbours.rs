@@ -25,17 +25,19 @@ use serde::{Deserialize, Serialize};
 /// First index of an item: 0 is padding, 1 is unknown.
 const FIRST_ITEM: i64 = 2;
 
-/// How weight falls towards the beginning of a session.
+/// `model.weighting` and `model.score_weighting`: how a weight falls with the distance from the
+/// session's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Decay {
-    /// Not at all.
+    /// No decay.
     Same,
-    /// By a tenth an item, to 0: `w = 1 − (n − p) / 10`, `v = 1 − d / 10`.
+    /// A tenth for each item, to 0: `w = 1 − (n − p) / 10`, `v = 1 − d / 10`.
     Linear,
     /// `w = p / n`, `v = 1 / d`.
     Div,
-    /// The square of [`Decay::Div`].
+    /// The square of `div`.
     Quadratic,
     /// `w = 1 / log₁₀(n − p + 1.7)`, `v = 1 / log₁₀(d + 1.7)`.
     Log,
@@ -69,17 +71,18 @@ impl Decay {
 
 /// Parameters of V-SkNN.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct NeighboursConfig {
-    /// Neighbours that items are taken from.
+    /// Number of neighbours; at least 1.
     pub k: usize,
-    /// Most recent sessions with a shared item that neighbours are chosen from.
+    /// Most recent sessions with a shared item, among which neighbours are chosen; at least `k`.
     pub sample_size: usize,
-    /// `w`: how an item's weight in the similarity falls towards the beginning of the session.
+    /// Decay `w` of an item's weight in the similarity.
     pub weighting: Decay,
-    /// `v`: how a neighbour's weight falls with the place of the last item that it shares.
+    /// Decay `v` of a neighbour's weight with the place of the last shared item.
     pub score_weighting: Decay,
-    /// How much rarer items are preferred; 0: not at all.
+    /// Weight of the inverse document frequency, which prefers rare items; 0 disables it.
     pub idf_weight: f64,
 }
 

@@ -11,45 +11,46 @@ use serde::{Deserialize, Serialize};
 use crate::config::check_finite;
 use crate::data::Batch;
 
-/// `[model.objective]`.
+/// `[model.objective]`: which events are hidden, and which are predicted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Objective {
-    /// Every event is predicted from those before it.
+    /// Every event is predicted from the events before it.
     Causal {
-        /// Probability with which an event is left out of what is learnt from a session in an epoch (Tan et al. 2016).
+        /// Probability that an event is left out of a session in an epoch (Tan et al. 2016).
         #[serde(default)]
         drop: f64,
-        /// Probability with which a session is read from its end to its beginning in an epoch: what was seen together
-        /// counts in either order.
+        /// Probability that a session is reversed in an epoch.
         #[serde(default)]
         reverse: f64,
     },
-    /// Masked item modelling: some events are hidden behind a learnt vector and predicted from all others (Devlin et
-    /// al. 2019, Sun et al. 2019).
+    /// Masked item modelling: hidden events are replaced by a learnt vector and predicted from all
+    /// others (Devlin et al. 2019, Sun et al. 2019).
     Masked {
-        /// With which probability an event is hidden.
+        /// Probability that an event is hidden.
         #[serde(default = "mask_probability")]
         probability: f64,
     },
-    /// Permutation: spans of events are predicted in a random order, each from the events outside the spans and those
-    /// before it in that order (Yang et al. 2019). A body that reads forward reads them in that order.
+    /// Permutation: spans of events are predicted in a random order, each event from those outside
+    /// the spans and those earlier in that order (Yang et al. 2019). A GRU reads the events in that
+    /// order.
     Permutation {
-        /// Share of the events that are predicted, about.
+        /// Approximate share of the events that are predicted.
         #[serde(default = "permutation_probability")]
         probability: f64,
-        /// Longest span.
+        /// Longest span, in events.
         #[serde(default = "max_span")]
         max_span: usize,
     },
-    /// Replaced-item detection on top of masked item modelling: hidden events are filled with what the model itself
-    /// predicts there, and for every event it must tell whether it is the original (Clark et al. 2020, with one network
-    /// in both roles).
+    /// Replaced-item detection on top of masked item modelling: hidden events are filled with the
+    /// model's own predictions, and each event is classified as original or replaced (Clark et al.
+    /// 2020, with one network as generator and discriminator).
     Replaced {
-        /// With which probability an event is hidden.
+        /// Probability that an event is hidden.
         #[serde(default = "mask_probability")]
         probability: f64,
-        /// Weight of an event's detection loss beside a hidden event's prediction loss.
+        /// Weight of an event's detection loss relative to a hidden event's prediction loss.
         #[serde(default = "detection_weight")]
         weight: f64,
     },

@@ -27,28 +27,29 @@ use crate::data::DropoutGenerator;
 
 /// `[model]` with `kind = "xlnet"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct XlnetConfig {
-    /// Width of the states.
+    /// Width of the states; even, and a multiple of `n_heads`.
     pub width: i64,
-    /// Heads of attention; their widths add up to `width`.
+    /// Number of attention heads.
     pub n_heads: i64,
-    /// Layers.
+    /// Number of layers.
     pub n_layers: i64,
-    /// Dropout, wherever the original has it but for the table of positions.
+    /// Dropout, everywhere the original has it except on the table of positions; 0 <= p < 1.
     pub dropout: f64,
-    /// Standard deviation of initial weights.
+    /// Standard deviation of the initial weights.
     pub init_std: f64,
     /// Epsilon of the layer norms.
     pub layer_norm_epsilon: f64,
-    /// Whether sessions are padded to `data.max_length` and the padding attended to like events: the original's fault,
-    /// to compare with it.
+    /// Whether sessions are padded to `data.max_length` and the padding is attended to, as
+    /// Transformers4Rec does: for comparisons only.
     pub attend_to_padding: bool,
-    /// What goes in.
+    /// Input block.
     pub input: InputConfig,
-    /// What is learnt.
+    /// Training objective.
     pub objective: Objective,
-    /// What comes out.
+    /// Scoring of the catalogue.
     pub head: HeadConfig,
 }
 

@@ -8,33 +8,34 @@ use tch::{Device, Kind, Tensor};
 use crate::device::host::{in_parallel, numbers, part_len};
 use crate::model::View;
 
-/// `train.tables`: the optimizer of the embedding tables, of which a step reads few rows. All other
-/// parameters use AdamW.
+/// `train.tables`: the optimizer of embedding tables. All other parameters use AdamW.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum TableOptimizer {
-    /// As all other parameters.
+    /// AdamW (Loshchilov and Hutter 2019), as for all other parameters.
     #[default]
     Adamw,
-    /// AdamW that skips rows without a gradient and their moments (TensorFlow's LazyAdam). AdamW
-    /// would decay the moments and move the row by them, so results differ, but the cost of a step
-    /// is that of the rows with a gradient. Useful with sampled losses only, because a softmax over
-    /// the catalogue has a gradient in every row.
+    /// AdamW that leaves rows without a gradient, and their moments, unchanged (TensorFlow's
+    /// LazyAdam). Results differ from `adamw`; saves time with sampled losses only, because a full
+    /// softmax has gradients for every row.
     LazyAdamw,
-    /// Adagrad (Duchi et al. 2011). Its steps shrink as a row accumulates squared gradients.
+    /// Adagrad (Duchi et al. 2011): the steps of a row shrink with its past gradients.
     Adagrad {
-        /// Learning rate at the start of each day. It follows `train.schedule`.
+        /// Learning rate at the start of each day; it follows `train.schedule`.
         learning_rate: f64,
     },
 }
 
-/// `train.schedule`: the learning rate over a day.
+/// `train.schedule`: the course of the learning rate over a day.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
-    /// Decays linearly to zero.
+    /// Falls linearly to zero.
     #[default]
     Linear,
+    /// Stays constant.
     Constant,
 }
 

@@ -26,15 +26,16 @@ pub use full::Workspace;
 use sampled::sampled;
 pub(crate) use softmax::logsumexp_rows;
 
-/// `[model.head]`.
+/// `[model.head]`: scores of the catalogue from the states of the body.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct HeadConfig {
-    /// Apply a ReLU to the states before scoring, as Transformers4Rec does.
+    /// Whether a ReLU is applied to states before they are scored, as in Transformers4Rec.
     pub relu: bool,
-    /// Score items against the table that they are looked up in; otherwise against one of its own.
+    /// Whether items are scored with their input vectors; otherwise with a table of its own.
     pub tied: bool,
-    /// Scores are `h · e / temperature + b`.
+    /// Divisor of the scores: `h · e / temperature + b`; above 0.
     pub temperature: f64,
 }
 
@@ -44,32 +45,34 @@ impl Default for HeadConfig {
     }
 }
 
-/// `train.loss`.
+/// `train.loss`: the loss of a target.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum LossConfig {
-    /// Cross entropy over the whole catalogue.
+    /// Full softmax: cross entropy over the whole catalogue.
     Softmax {
-        /// Share of the target that is spread evenly over the catalogue (Szegedy et al. 2016).
+        /// Share of the target's probability that is spread evenly over the catalogue (Szegedy et
+        /// al. 2016); 0 <= share < 1.
         #[serde(default)]
         label_smoothing: f64,
     },
-    /// Cross entropy over the target and items drawn by how often they occurred, with their logits corrected for it
-    /// (Bengio & Senécal 2008, "logQ correction"): all of a step share the drawn items.
+    /// Sampled softmax: cross entropy over the target and negatives sampled by popularity, with
+    /// logQ correction (Bengio and Senécal 2008). All targets of a step share the negatives.
     Sampled {
-        /// Items drawn a step.
+        /// Negatives of a step; at least 1, at most the catalogue.
         n_negatives: i64,
-        /// An item that occurred n times is drawn in proportion to `(n + 1)^power`.
+        /// An item with n occurrences is sampled in proportion to `(n + 1)^power`; -10 to 10.
         #[serde(default = "default_power")]
         power: f64,
     },
-    /// Binary cross entropy of the target and of items drawn evenly, with the target's weighed so that scores come to
-    /// probabilities although few of the other items are seen: gBCE (Petrov and Macdonald 2023, gSASRec). All of a step
-    /// share the drawn items.
+    /// gBCE (Petrov and Macdonald 2023, gSASRec): binary cross entropy of the target and of
+    /// uniformly sampled negatives, calibrated for the sampling rate. All targets of a step share
+    /// the negatives.
     Gbce {
-        /// Items drawn a step.
+        /// Negatives of a step; at least 1, at most the catalogue.
         n_negatives: i64,
-        /// From 0, plain binary cross entropy, to 1, probabilities as if all items were seen.
+        /// From 0, plain binary cross entropy, to 1, probabilities as if no item were left out.
         #[serde(default = "default_calibration")]
         calibration: f64,
     },
