@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# From nothing to an evaluated model: sets up, builds, makes a small shop, trains on two ranks, prints the metrics.
+# From a bare machine to an evaluated model: sets up, builds, makes a small shop, trains on two
+# ranks, prints metrics.
 #
 # usage: launch/quickstart.sh [--events FILE...] [--out DIR]
 #
-#   --events FILE...  events of your own (CSV, .csv.gz or parquet with the REES46 columns) instead of a made-up shop
-#   --out DIR         where everything goes (default: runs/quickstart); replaced if an earlier quickstart wrote it
+#   --events FILE...  your own events (CSV, .csv.gz or parquet with the REES46 columns) instead of a
+#                     synthetic shop
+#   --out DIR         output folder (default: runs/quickstart); replaced if a quickstart wrote it
 #
 # Exit codes: those of launch/setup.sh and of `bireme` (0 done; 1 failed; 2 refused before starting).
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."
 
-# The made-up shop, and how many of its days (or of the given events) are used.
+# The synthetic shop, and how many of its days (or of the given events) are used.
 EVENTS=400000 ITEMS=1000 SHOP_DAYS=4 SEED=7
 MOST_DAYS=5
 RANKS=2
@@ -26,7 +28,7 @@ while [ $# -gt 0 ]; do
             shift
             while [ $# -gt 0 ] && [[ $1 != --* ]]; do
                 file=$(cd "$caller" && realpath "$1")
-                [ -f "$file" ] || refuse "there is no file \`$1\`"
+                [ -f "$file" ] || refuse "file \`$1\` does not exist"
                 events+=("$file")
                 shift
             done
@@ -42,10 +44,11 @@ while [ $# -gt 0 ]; do
     esac
 done
 if [ -e "$out" ] && [ ! -e "$out/.quickstart" ] && [ -n "$(ls -A "$out" 2>/dev/null || echo file)" ]; then
-    refuse "\`$out\` holds something that no quickstart wrote: choose another with \`--out DIR\`"
+    refuse "\`$out\` exists and no quickstart wrote it: choose another folder with \`--out DIR\`"
 fi
 for file in "${events[@]}"; do
-    [[ $file != "$(realpath -m "$out")"/* ]] || refuse "\`$file\` lies in \`$out\`, which is about to be replaced"
+    [[ $file != "$(realpath -m "$out")"/* ]] ||
+        refuse "\`$file\` is in \`$out\`, which the quickstart replaces"
 done
 
 launch/setup.sh
@@ -62,12 +65,12 @@ mkdir -p "$out"
 touch "$out/.quickstart"
 
 if [ ${#events[@]} -eq 0 ]; then
-    say "a made-up shop of $EVENTS events, $ITEMS items, $SHOP_DAYS days"
+    say "generating a synthetic shop of $EVENTS events, $ITEMS items, $SHOP_DAYS days"
     events=("$out/events.csv")
     "$bireme" synth --events $EVENTS --items $ITEMS --days $SHOP_DAYS --seed $SEED --out "$out/events.csv"
 fi
 
-say "events to sessions"
+say "preprocessing events to sessions"
 "$bireme" preprocess --events "${events[@]}" --out "$out/data"
 
 first_day=$(find "$out/data/sessions_by_day" -mindepth 1 -maxdepth 1 -printf '%f\n' | sort -n | head -n 1)
@@ -76,7 +79,7 @@ while [ $((last_day - first_day + 1)) -lt $MOST_DAYS ] && [ -d "$out/data/sessio
     last_day=$((last_day + 1))
 done
 [ "$last_day" -gt "$first_day" ] ||
-    refuse "a model is trained on one day and evaluated on the next, and the events have no day after day $first_day"
+    refuse "the events have only day $first_day; a run needs a day to train on and a day to evaluate"
 
 models=(quickstart popularity recent markov vsknn)
 for model in "${models[@]}"; do
@@ -112,7 +115,7 @@ cat <<END
 sessions by day   $out/data/sessions_by_day
 fitted workflow   $out/data/workflow
 runs              $out/{$(IFS=,; echo "${models[*]}")}: metrics.jsonl, results.txt, checkpoints
-side by side      $out/report/index.html: tables with intervals, charts, learning curves
+report            $out/report/index.html: tables with intervals, charts, learning curves
 build             $build_seconds s
-everything after  $SECONDS s
+after the build   $SECONDS s
 END
