@@ -27,6 +27,35 @@
 //! Nothing outside `collective` knows which backend runs, and only `report` and
 //! [`bireme_base::console`] print.
 //!
+//! # Example
+//!
+//! Recommend for the sessions of a file with an exported model:
+//!
+//! ```no_run
+//! use bireme::etl::BadRows;
+//! use bireme::recommend::{Options, RecommendError, recommend};
+//!
+//! # fn main() -> Result<(), RecommendError> {
+//! let options = Options {
+//!     repository: "repository".into(),
+//!     name: "shop".to_owned(),
+//!     events: vec!["events.csv".into()],
+//!     bad_rows: BadRows::Refuse,
+//!     first: 50,
+//!     top: 5,
+//!     exclude_seen: false,
+//!     device: tch::Device::Cpu,
+//! };
+//! recommend(&options, |session| {
+//!     for item in &session.recommended {
+//!         println!("{} {} {:.2}", session.session, item.product.product_id, item.score);
+//!     }
+//!     Ok(())
+//! })?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Shapes
 //!
 //! | letter | counts |
