@@ -29,3 +29,4 @@ mod sharded;
 mod slurm;
 mod support;
 mod train;
+mod tutorial;
