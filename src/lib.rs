@@ -33,10 +33,10 @@
 //!
 //! ```no_run
 //! use bireme::etl::BadRows;
-//! use bireme::recommend::{Options, RecommendError, recommend};
+//! use bireme::recommend::{RecommendError, RecommendOptions, recommend};
 //!
 //! # fn main() -> Result<(), RecommendError> {
-//! let options = Options {
+//! let options = RecommendOptions {
 //!     repository: "repository".into(),
 //!     name: "shop".to_owned(),
 //!     events: vec!["events.csv".into()],

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::mpirun::run_within;
-use crate::train::PROGRAM;
+use crate::support::process::PROGRAM;
+use crate::support::process::run_within;
 
 /// The lines of the blocks that are marked as run.
 fn commands(page: &str) -> String {
