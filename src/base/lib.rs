@@ -2,6 +2,7 @@
 //!
 //! | module | purpose |
 //! | --- | --- |
+//! | [`digest`] | digests of files |
 //! | [`console`] | output whose loss never ends work |
 //! | [`message`] | text from files, requests and libraries in messages of one line |
 //! | [`lock`] | one process at a time writes to an output |
@@ -9,6 +10,7 @@
 //! | [`output`] | files and folders that appear under their name when they are complete |
 
 pub mod console;
+pub mod digest;
 pub mod lock;
 pub mod message;
 pub mod output;
