@@ -4,7 +4,7 @@
 
 use std::process::ExitCode;
 
-use bireme_etl::{Options, preprocess};
+use bireme_etl::{PreprocessOptions, preprocess};
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]
 fn main() -> ExitCode {
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     };
     let began = std::time::Instant::now();
     let mut progress = |line: &str| eprintln!("{:8.2} s  {line}", began.elapsed().as_secs_f64());
-    match preprocess(&Options::new(events, out), &mut progress) {
+    match preprocess(&PreprocessOptions::new(events, out), &mut progress) {
         Ok(report) => {
             println!("{report}");
             ExitCode::SUCCESS

@@ -45,7 +45,7 @@ mkdir "$aside/mpi/pmix"
 
 cp "$bin" "$aside/bin/bireme"
 cp "$(dirname "$bin")/libtriton_bireme.so" "$aside/bin/" ||
-    echo "bundle.sh: without \`libtriton_bireme.so\` the bundle exports with \`--python-backend\` only" >&2
+    echo "bundle.sh: \`libtriton_bireme.so\` is missing: the bundle exports with \`--backend-library\` only" >&2
 strip --strip-unneeded "$aside"/bin/*
 
 # Libraries of all of these, but for libtorch's and for those that every host with libtorch has.

@@ -8,18 +8,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bireme_base::output::OutputError;
-use bireme_serve::Fault;
-use bireme_serve::repository::{Repository, RepositoryError};
-use bireme_serve::request::Request;
+use bireme_serve::RequestError;
+use bireme_serve::repository::{Compute, Repository, RepositoryError};
+use bireme_serve::request::InferRequest;
 use bireme_serve::statistics::Metrics;
 use bireme_tools::sink::Sink;
 use serde::Serialize;
 use tch::Device;
 
 use crate::etl::serving::{self, Preprocessor, SESSION};
-use crate::etl::tensor::Tensor;
 use crate::etl::{self, BadRows, ProductInWords, RawEvent, RowCounts, Workflow};
-use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, Names};
+use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, ModelNames, N_ITEMS};
+use bireme_protocol::Tensor;
 
 pub use write::{RecommendationFormat, RecommendationWriter};
 
@@ -81,8 +81,8 @@ pub enum RecommendError {
     Model {
         /// The model's name.
         model: String,
-        /// Its refusal.
-        fault: Fault,
+        /// What it says.
+        fault: RequestError,
     },
     /// No session is long enough.
     #[error("the first {n_events} events hold no session of more than one event: raise `--first`")]
@@ -191,16 +191,17 @@ pub fn recommend(
     let RecommendOptions { name, device, .. } = options;
     etl::check_distinct(&options.events)?;
     let of_model = |fault| RecommendError::Model { model: name.clone(), fault };
-    let repository = Repository::open(&options.repository, (*device, 1), Arc::new(Metrics::default()))?;
+    let compute = Compute { device: *device, n_threads: 1 };
+    let repository = Repository::open(&options.repository, compute, Arc::new(Metrics::default()))?;
     repository.load(name)?;
     let model = repository.model(name, "").map_err(of_model)?;
-    let etl = model.parts().find(|part| part.config.name == Names::new(name).etl);
-    let etl = etl.ok_or_else(|| of_model(Fault::invalid("it was not written by `bireme export`")))?;
+    let etl = model.parts().find(|part| part.config.name == ModelNames::new(name).etl);
+    let etl = etl.ok_or_else(|| of_model(RequestError::invalid("it was not written by `bireme export`")))?;
     let dir = options.repository.join(&etl.config.name).join(etl.version.to_string());
     let etl = Preprocessor::load(&dir)?;
     if !model.config.output.iter().any(|output| output.name == N_ITEMS) {
         let problem = "it was exported by an older version, without `n_items`: export it again";
-        return Err(of_model(Fault::invalid(problem)));
+        return Err(of_model(RequestError::invalid(problem)));
     }
 
     let (events, counts) = etl::first_events(&options.events, options.first, options.bad_rows)?;
@@ -211,9 +212,9 @@ pub fn recommend(
             sessions.iter().flat_map(|events| events.iter().copied().cloned()).collect();
         let inputs = serving::request(&rows, options.top as i32, options.exclude_seen);
         let outputs = [SESSION, ITEM_IDS, ITEM_SCORES, FALLBACK, N_ITEMS].map(str::to_owned);
-        let request = Request { inputs, outputs: outputs.into(), ..Request::default() };
+        let request = InferRequest { inputs, outputs: outputs.into(), ..InferRequest::default() };
         let outputs = model.infer_and_wait(request).map_err(of_model)?;
-        let answers = Answers::read(&outputs).map_err(|problem| of_model(Fault::invalid(problem)))?;
+        let answers = Answers::read(&outputs).map_err(|problem| of_model(RequestError::invalid(problem)))?;
         let by_session: HashMap<&str, &Vec<&RawEvent>> =
             sessions.iter().map(|events| (events[0].session.as_str(), events)).collect();
         for row in 0..answers.sessions.len() {

@@ -5,12 +5,11 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use bireme_base::digest::xxh3_of_file;
 use bireme_base::message;
 use serde::{Deserialize, Serialize};
 
-use crate::etl;
-
-/// This file is written last.
+/// The file that is written last.
 pub(super) const MANIFEST: &str = "manifest.json";
 
 /// `manifest.json`: size and hash of the other files, by name.
@@ -27,7 +26,7 @@ struct Entry {
 
 impl Entry {
     fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { bytes: fs::metadata(path)?.len(), xxh3: etl::hash_of(path)? })
+        Ok(Self { bytes: fs::metadata(path)?.len(), xxh3: xxh3_of_file(path)? })
     }
 }
 

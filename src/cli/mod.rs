@@ -203,15 +203,15 @@ enum ResumeArg {
 }
 
 impl TrainCommand {
-    fn export_options(&self) -> Option<export::Options> {
+    fn export_options(&self) -> Option<export::ExportOptions> {
         let out = self.export.clone()?;
-        Some(export::Options {
+        Some(export::ExportOptions {
             run_dir: self.run.run_dir(),
             checkpoint: None,
             out,
             name: self.export_name.clone(),
             tables: Kind::Float,
-            library: Some(library_beside()),
+            library: library_beside(),
         })
     }
 }
@@ -238,8 +238,8 @@ struct ExportArgs {
     /// The type in which tables of vectors are kept and items are scored
     #[arg(long, value_enum, default_value_t = TablesArg::F32)]
     tables: TablesArg,
-    /// Preprocess in Python, for sites that load no foreign libraries
-    #[arg(long, conflicts_with = "backend_library")]
+    // Removed; accepted in this version, so that the refusal can name the replacement.
+    #[arg(long, hide = true)]
     python_backend: bool,
     /// The library that preprocesses in Triton [default: beside this program]
     #[arg(long, value_name = "FILE")]
@@ -255,8 +255,8 @@ enum TablesArg {
 }
 
 impl ExportArgs {
-    fn options(&self) -> export::Options {
-        export::Options {
+    fn options(&self) -> export::ExportOptions {
+        export::ExportOptions {
             run_dir: self.run_dir.clone(),
             checkpoint: self.checkpoint.clone(),
             out: self.out.clone(),
@@ -266,8 +266,7 @@ impl ExportArgs {
                 TablesArg::Bf16 => Kind::BFloat16,
                 TablesArg::F16 => Kind::Half,
             },
-            library: (!self.python_backend)
-                .then(|| self.backend_library.clone().unwrap_or_else(library_beside)),
+            library: self.backend_library.clone().unwrap_or_else(library_beside),
         }
     }
 }
@@ -606,7 +605,7 @@ fn synth(args: &SynthArgs) -> Result<(), Failure> {
 fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
     clean_up_on_signals()?;
     let out = args.extend.as_ref().or(args.out.as_ref()).expect("clap asks for one of them");
-    let options = etl::Options {
+    let options = etl::PreprocessOptions {
         days: args.days.clone(),
         bad_rows: if args.skip_bad_rows { etl::BadRows::Skip } else { etl::BadRows::Refuse },
         settings: etl::Settings {
@@ -620,7 +619,7 @@ fn preprocess(args: &PreprocessArgs) -> Result<(), Failure> {
         },
         overwrite: args.overwrite,
         extend: args.extend.is_some(),
-        ..etl::Options::new(args.events.clone(), out.clone())
+        ..etl::PreprocessOptions::new(args.events.clone(), out.clone())
     };
     let report = etl::preprocess(&options, &mut console::log).map_err(|error| Failure {
         exit_code: error.exit_code().into(),
@@ -801,7 +800,10 @@ fn train(command: &TrainCommand) -> Result<(), Failure> {
     }
 }
 
-fn export_on_root(collective: &dyn Collective, options: Option<export::Options>) -> Result<(), Failure> {
+fn export_on_root(
+    collective: &dyn Collective,
+    options: Option<export::ExportOptions>,
+) -> Result<(), Failure> {
     match options {
         Some(options) if collective.root().is_some() => write_export(&options),
         _ => Ok(()),
@@ -809,11 +811,14 @@ fn export_on_root(collective: &dyn Collective, options: Option<export::Options>)
 }
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {
+    if args.python_backend {
+        return Err(Failure::refused(&ExportError::PythonBackend, None));
+    }
     clean_up_on_signals()?;
     write_export(&args.options())
 }
 
-fn write_export(options: &export::Options) -> Result<(), Failure> {
+fn write_export(options: &export::ExportOptions) -> Result<(), Failure> {
     let exported = export::export(options, &mut console::log);
     let Exported { version, n_items, skipped } = exported.map_err(|error: ExportError| Failure {
         exit_code: error.exit_code(),
@@ -835,10 +840,10 @@ fn warn_of(skipped: &[String]) {
 fn serve(args: &ServeArgs) -> Result<(), Failure> {
     let place = args.device.place(args.threads.unwrap_or(0))?;
     logs::start(match args.log {
-        LogArg::Text => logs::Format::Text,
-        LogArg::Json => logs::Format::Json,
+        LogArg::Text => logs::LogFormat::Text,
+        LogArg::Json => logs::LogFormat::Json,
     });
-    let options = bireme_serve::Options {
+    let options = bireme_serve::ServeOptions {
         repository: args.repository.clone(),
         models: args.models.clone(),
         http: args.http.clone(),

@@ -1,4 +1,4 @@
-//! Events between the reading and the grouping: dealt by session to files small enough to be sorted in memory.
+//! Scratch files (buckets) of events, dealt by session, each small enough to be sorted in memory.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -10,19 +10,20 @@ use crate::error::Error;
 use crate::sessions::Event;
 use crate::vocab::Coded;
 
-/// Files of events, each with all events of its sessions, in the order in which they came.
+/// Open buckets. Each gets all events of its sessions, in the order of the files.
 #[derive(Debug)]
 pub(crate) struct Buckets {
     files: Vec<(PathBuf, BufWriter<File>)>,
 }
 
 impl Buckets {
-    /// Events of this many bytes make a bucket of a good size: two are in memory for every thread.
+    /// The target size of a bucket; each thread holds two in memory.
     const TARGET_BYTES: u64 = 16 << 20;
-    /// A file is open for each.
+    /// The limit on open files.
     const MOST: u64 = 256;
 
-    /// How many buckets suit input files of this size: a row of CSV takes 130 bytes or so, compressed a fifth.
+    /// The number of buckets for an input of this size: a row of CSV takes about 130 bytes,
+    /// compressed a fifth of that.
     pub fn suitable(csv_bytes: u64, compressed_bytes: u64) -> usize {
         let rows = (csv_bytes + 5 * compressed_bytes) / 130;
         (rows * size_of::<Event>() as u64).div_ceil(Self::TARGET_BYTES).clamp(1, Self::MOST) as usize
@@ -46,7 +47,7 @@ impl Buckets {
         Ok(())
     }
 
-    /// Ends the writing; what remains are the files.
+    /// Completes the files.
     pub fn finish(self) -> Result<Vec<PathBuf>, Error> {
         let flushed = self.files.into_iter().map(|(path, mut file)| {
             file.flush().map_err(Error::io("write", &path))?;
@@ -56,7 +57,6 @@ impl Buckets {
     }
 }
 
-/// All events of a file.
 pub(crate) fn read_events(path: &Path) -> Result<Vec<Event>, Error> {
     let mut file = File::open(path).map_err(Error::io("read", path))?;
     let bytes = file.metadata().map_err(Error::io("read", path))?.len() as usize;
@@ -65,7 +65,7 @@ pub(crate) fn read_events(path: &Path) -> Result<Vec<Event>, Error> {
     read.map(|()| events).map_err(Error::io("read", path))
 }
 
-/// Appends the events at these places of a file.
+/// Appends a range of a file's events.
 pub(crate) fn read_events_at(
     path: &Path,
     places: Range<usize>,
@@ -78,7 +78,7 @@ pub(crate) fn read_events_at(
     File::open(path).and_then(|file| file.read_exact_at(bytes, offset)).map_err(Error::io("read", path))
 }
 
-/// Writes events, which [`read_events`] and [`read_events_at`] read.
+/// Writes events for [`read_events`] and [`read_events_at`].
 pub(crate) fn write_events<'a>(
     path: &Path,
     events: impl IntoIterator<Item = &'a [Event]>,

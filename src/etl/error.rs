@@ -1,4 +1,4 @@
-//! What can go wrong between the events and the sessions.
+//! Errors of preprocessing.
 
 use std::path::{Path, PathBuf};
 
@@ -8,174 +8,80 @@ use thiserror::Error;
 
 use crate::schema::SchemaError;
 
-/// Why no sessions were written. Nothing is left behind in the place where they would have been.
+/// An error of preprocessing. It leaves nothing behind in the output folder.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// A setting that makes no sense.
     #[error("{0}")]
     Settings(String),
-    /// There is something where the sessions should go.
-    #[error("`{}` is there already and is not empty", path.display())]
-    OutputExists {
-        /// The folder that was asked for.
-        path: PathBuf,
-    },
-    /// An output that cannot be written.
+    #[error("`{}` exists and is not empty", path.display())]
+    OutputExists { path: PathBuf },
     #[error(transparent)]
     Output(OutputError),
-    /// A file of events that is given twice.
     #[error("`{}` and `{}` are the same file: its events would count twice", first.display(), second.display())]
-    SameInput {
-        /// As given first.
-        first: PathBuf,
-        /// As given again.
-        second: PathBuf,
-    },
-    /// A file of events that would be written to.
+    SameInput { first: PathBuf, second: PathBuf },
     #[error("`{}` holds events and cannot be the output too", path.display())]
-    OutputIsInput {
-        /// As given.
-        path: PathBuf,
-    },
-    /// A folder to extend that is not one of sessions.
+    OutputIsInput { path: PathBuf },
     #[error("`{}` was not written by `bireme preprocess`: it has no `{missing}`", path.display())]
-    NotSessions {
-        /// The folder.
-        path: PathBuf,
-        /// What it lacks.
-        missing: String,
-    },
-    /// A file of events that cannot be opened.
+    NotSessions { path: PathBuf, missing: String },
     #[error("cannot open the events `{}`", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A file of events that stops making sense in a place that cannot be named more closely.
+    Open { path: PathBuf, source: std::io::Error },
     #[error("cannot read the events `{}`", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What its reader said.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// A file in a format that is not read.
+    Unreadable { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("cannot read the events `{}`: it is {what}", path.display())]
     Format {
-        /// The file.
         path: PathBuf,
-        /// The format.
         what: String,
-        /// How to get a file that is read.
+        /// How to get a file in a format that can be read.
         hint: &'static str,
     },
-    /// A header of a CSV file that cannot be read.
     #[error("`{}`, line {line}: the header cannot be read: {problem}", path.display())]
     Header {
-        /// The file.
         path: PathBuf,
         /// Counted from 1.
         line: u64,
-        /// What is wrong there.
         problem: String,
     },
-    /// Lines of a file have been lost or read twice: a fault of this program.
     #[error("`{}` has {lines} lines, and {read} were read: a fault of this program", path.display())]
     Miscounted {
-        /// The file.
         path: PathBuf,
-        /// By its line ends.
+        /// Counted by line ends.
         lines: u64,
-        /// By its records.
+        /// Counted by records.
         read: u64,
     },
-    /// A column is there more than once.
     #[error("`{}` has the column {column} twice", path.display())]
-    ColumnTwice {
-        /// The file.
-        path: PathBuf,
-        /// The column, quoted.
-        column: String,
-    },
-    /// A required column is not there.
+    ColumnTwice { path: PathBuf, column: String },
     #[error("`{}` has no column `{column}`; {found}", path.display())]
-    MissingColumn {
-        /// The file.
-        path: PathBuf,
-        /// The column that is needed.
-        column: &'static str,
-        /// The columns that are there, or why none is found.
-        found: String,
-    },
-    /// A column of a parquet file holds something else.
+    MissingColumn { path: PathBuf, column: &'static str, found: String },
     #[error("`{}`, column `{column}`: {needed} is needed, and the column holds {found}", path.display())]
-    ColumnType {
-        /// The file.
-        path: PathBuf,
-        /// The column.
-        column: &'static str,
-        /// What can be read.
-        needed: &'static str,
-        /// What is there.
-        found: String,
-    },
-    /// A row that cannot be read.
+    ColumnType { path: PathBuf, column: &'static str, needed: &'static str, found: String },
     #[error("`{}`, {place} {number}, column `{column}`: {problem}", path.display())]
     BadRow {
-        /// The file.
         path: PathBuf,
         /// `line` of a CSV file, `row` of a parquet file.
         place: &'static str,
         /// Counted from 1; a CSV file's header is line 1.
         number: u64,
-        /// The column.
         column: String,
-        /// What is wrong there.
         problem: String,
     },
-    /// All is well, and there is nothing.
     #[error("{0}")]
     Nothing(String),
-    /// A fitted workflow that cannot be read back.
-    #[error("`{}` is no workflow that this version reads: {problem}", path.display())]
-    Workflow {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The schema cannot be written.
+    #[error("`{}` is not part of a workflow that this version can read: {problem}", path.display())]
+    Workflow { path: PathBuf, problem: String },
     #[error(transparent)]
     Schema(#[from] SchemaError),
-    /// A file of ours that cannot be written, read back, renamed or removed.
     #[error("cannot {action} `{}`", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A parquet file of ours that cannot be written or read back.
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
     #[error("cannot {action} `{}`", path.display())]
-    Parquet {
-        /// What was tried.
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What polars said.
-        source: PolarsError,
-    },
-    /// A table that polars refuses to build: a fault of this program.
+    Parquet { action: &'static str, path: PathBuf, source: PolarsError },
     #[error("cannot build a table of sessions")]
     Table(#[from] PolarsError),
 }
 
 impl Error {
-    /// The process's exit code: 2 where the input or the settings are refused, 1 where the work failed.
+    /// The process's exit code: 2 where the input or the settings are refused, 1 where the work
+    /// failed.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Output(error) => error.exit_code(),

@@ -2,12 +2,12 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | `input` | opens a file, a pipe or standard input, finds its format and decompresses it |
+//! | `input` | opens a file, a pipe or stdin, detects its format and decompresses it |
 //! | `records` | splits CSV into records and fields |
 //! | `csv` | reads CSV: records to batches |
 //! | `columns` | reads parquet: columns to batches |
-//! | `request` | reads a table in memory: a request's events |
-//! | `cells` | the rules for every cell, whatever the format |
+//! | `request` | reads the events of an inference request |
+//! | `cells` | the rules for cells, the same for all formats |
 //! | `table` | leaves out rows without a session and bad rows |
 //!
 //! `docs/data.md` describes the formats and the dialect of CSV.
@@ -36,20 +36,20 @@ use crate::time::EventTime;
 use crate::vocab::Coded;
 use input::Content;
 
-/// A batch of events that can be used: every one has a session, an item, a time and a price.
+/// Valid events: each has a session, an item, a time and a price.
 #[derive(Debug, Default)]
-pub(crate) struct Batch {
+pub(crate) struct EventBatch {
     /// `[rows]`.
     pub time: Vec<EventTime>,
     /// Finite and not negative, `[rows]`.
     pub price: Vec<f64>,
-    /// By [`Coded`]; `None` for a column that is not there.
+    /// By [`Coded`]; `None` for an absent column.
     pub cells: [Option<Cells>; 7],
-    /// Where each event is in its file, counted in `unit`, `[rows]`.
+    /// The number of each event's line or row (`unit`) in its file, `[rows]`.
     pub number: Vec<u64>,
     /// `line` or `row`.
     pub unit: &'static str,
-    /// Places of the bad rows that were left out, in `unit`, whatever the number of `[rows]`.
+    /// The numbers of the bad rows that were left out, also counted in `unit`.
     pub bad: Vec<u64>,
 }
 
@@ -60,14 +60,14 @@ pub(crate) enum Cells {
     Text(Texts),
 }
 
-/// What became of the rows of one or more files.
+/// Counts of the rows of one or more files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowCounts {
-    /// Rows in the files, headers not counted.
+    /// All rows, without headers.
     pub read: u64,
-    /// Rows that were left out because they cannot be read.
+    /// Bad rows that were left out.
     pub bad: u64,
-    /// Rows that were left out because they belong to no session.
+    /// Rows that were left out because they have no session.
     pub without_session: u64,
 }
 
@@ -79,22 +79,22 @@ impl AddAssign for RowCounts {
     }
 }
 
-/// What to do with a row that cannot be read.
+/// The treatment of a row that cannot be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BadRows {
-    /// Stop, and name it.
+    /// Stop with an error that names the row.
     #[default]
     Refuse,
-    /// Leave it out, and count it.
+    /// Leave the row out and count it.
     Skip,
 }
 
-/// Takes the batches of a file, in the file's order.
-type Each<'a> = dyn FnMut(Batch) -> Result<(), Error> + 'a;
+/// Receives the batches of a file in their order.
+type Each<'a> = dyn FnMut(EventBatch) -> Result<(), Error> + 'a;
 
-/// Reads a file's events, in its order, and hands them on batch by batch. `-` is standard input.
+/// Reads a file's events in their order and passes them to `each` in batches. `-` is stdin.
 ///
-/// `scratch` is a folder that may hold a copy of a stream in a format that is not read in one go.
+/// `scratch` is a folder for a copy of a stream whose format needs random access.
 pub(crate) fn read(
     path: &Path,
     bad_rows: BadRows,
@@ -107,18 +107,19 @@ pub(crate) fn read(
     }
 }
 
-/// How many columns a thread takes: those of a small table all together, because to wake others takes longer.
+/// The number of columns per thread: all of them for a small table, because starting threads would
+/// take longer.
 pub(crate) fn columns_at_once(n_rows: usize) -> usize {
     if n_rows < 2048 { Coded::ALL.len() } else { 1 }
 }
 
-/// The required column that is not among those of a file.
+/// The first required column that is missing.
 fn missing_column(found: &[&str]) -> Option<&'static str> {
     event::REQUIRED.into_iter().find(|name| !found.contains(name))
 }
 
 fn listed(names: &[&str]) -> String {
-    /// A message has room for so many names.
+    /// The most names in a message.
     const MOST: usize = 12;
     let mut list: Vec<String> = names.iter().take(MOST).map(|name| quoted(name)).collect();
     if names.len() > MOST {

@@ -1,58 +1,58 @@
-//! The earliest and the latest events of all files, to find the few that are far from all others.
+//! Warns of a few events that are far before or after all others.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use crate::events::Batch;
+use crate::events::EventBatch;
 use crate::sessions::DAY;
 use crate::time::EventTime;
 
-/// Days between some events and all others that are worth a warning.
+/// The fewest days between outliers and all other events.
 const FAR: i64 = 366;
 
-/// As many events as are few.
+/// The most outliers.
 const FEW: usize = 10;
 
-/// An event and where it is.
+/// An event's time and place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
+struct EventPlace {
     time: EventTime,
-    /// Among the files; none of an event that an earlier fit has seen.
+    /// Index of the file; `None` for an event of the fit that is extended.
     file: Option<usize>,
     number: u64,
     /// `line` or `row`.
     unit: &'static str,
 }
 
-/// The events at both ends of the time of all.
+/// The earliest and the latest events so far.
 #[derive(Debug, Default)]
 pub(crate) struct Extremes {
     n_events: u64,
     is_extension: bool,
-    /// One more than [`FEW`].
-    earliest: BTreeSet<Place>,
-    latest: BTreeSet<Place>,
+    /// At most one more than [`FEW`].
+    earliest: BTreeSet<EventPlace>,
+    latest: BTreeSet<EventPlace>,
 }
 
 impl Extremes {
-    /// Takes in the events of an earlier fit, the last of them on this `day_index`.
+    /// Starts with the events of a fit, the last of them on the day `last_day`.
     pub fn extending(n_events: u64, first_event: i64, last_day: i64) -> Self {
         let time = EventTime { seconds: first_event + (last_day - 1) * DAY, nanos: 0 };
-        let fitted = Place { time, file: None, number: 0, unit: "" };
+        let fitted = EventPlace { time, file: None, number: 0, unit: "" };
         Self { n_events, is_extension: true, latest: [fitted].into(), ..Self::default() }
     }
 
-    /// Takes in a batch of the file with this index.
-    pub fn add(&mut self, file: usize, batch: &Batch) {
+    /// Adds a batch of the file with the index `file`.
+    pub fn add(&mut self, file: usize, batch: &EventBatch) {
         self.n_events += batch.time.len() as u64;
-        let place = |row: usize| Place {
+        let place = |row: usize| EventPlace {
             time: batch.time[row],
             file: Some(file),
             number: batch.number[row],
             unit: batch.unit,
         };
         let n = batch.time.len();
-        // From the end that the times rise from, so that few events are inserted.
+        // Start at the end with the earliest times, so that few events are inserted.
         let is_rising = batch.time.first() <= batch.time.last();
         for i in 0..n {
             let (early, late) = if is_rising { (i, n - 1 - i) } else { (n - 1 - i, i) };
@@ -71,8 +71,8 @@ impl Extremes {
         }
     }
 
-    /// A line for few events that are more than a year before all others, and one for few that are
-    /// more than a year after them. Days count from `first_event`.
+    /// A warning if a few events are more than a year before all others, and one if a few are more
+    /// than a year after. Days count from `first_event`.
     pub fn warnings(&self, files: &[PathBuf], first_event: i64) -> Vec<String> {
         let day_index = |time: EventTime| (time.seconds - first_event).div_euclid(DAY) + 1;
         let mut warnings = Vec::new();
@@ -94,9 +94,12 @@ impl Extremes {
         warnings
     }
 
-    /// The events before the last wide gap of `places`, and the one behind it.
-    fn outliers<'a>(&self, places: impl Iterator<Item = &'a Place>) -> Option<(Vec<Place>, Place)> {
-        let places: Vec<Place> = places.copied().collect();
+    /// The events before the last wide gap in `places`, and the next event.
+    fn outliers<'a>(
+        &self,
+        places: impl Iterator<Item = &'a EventPlace>,
+    ) -> Option<(Vec<EventPlace>, EventPlace)> {
+        let places: Vec<EventPlace> = places.copied().collect();
         let days = |n: usize| (places[n].time.seconds - places[n - 1].time.seconds).abs() / DAY;
         let n_outliers = (1..places.len())
             .rev()
@@ -106,8 +109,8 @@ impl Extremes {
     }
 }
 
-fn describe(outliers: &[Place], next: Place, files: &[PathBuf]) -> String {
-    let Place { time, file, number, unit } = outliers[0];
+fn describe(outliers: &[EventPlace], next: EventPlace, files: &[PathBuf]) -> String {
+    let EventPlace { time, file, number, unit } = outliers[0];
     let nearest = outliers[outliers.len() - 1];
     let days = (nearest.time.seconds - next.time.seconds).abs() / DAY;
     let name = file.map(|file| files[file].display().to_string()).unwrap_or_default();
@@ -122,9 +125,9 @@ fn describe(outliers: &[Place], next: Place, files: &[PathBuf]) -> String {
 mod tests {
     use super::*;
 
-    fn batch(days: &[i64], first_row: u64) -> Batch {
+    fn batch(days: &[i64], first_row: u64) -> EventBatch {
         let time = |day: &i64| EventTime { seconds: day * DAY, nanos: 0 };
-        Batch {
+        EventBatch {
             time: days.iter().map(time).collect(),
             price: vec![0.0; days.len()],
             cells: [const { None }; 7],

@@ -1,16 +1,15 @@
-//! The earliest events of files of any size.
+//! The earliest events of files, in memory that does not grow with the files.
 
 use std::path::PathBuf;
 
 use crate::error::Error;
-use crate::events::{self, BadRows, Batch, Cells, RowCounts};
+use crate::events::{self, BadRows, Cells, EventBatch, RowCounts};
 use crate::inputs::check_distinct;
 use crate::time::EventTime;
 use crate::vocab::Coded;
 
-/// An event as it stands in a file.
+/// An event with the values of its file.
 #[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs, reason = "the columns of `schema::event`")]
 pub struct RawEvent {
     pub time: EventTime,
     pub event_type: Option<String>,
@@ -23,11 +22,11 @@ pub struct RawEvent {
     pub session: String,
 }
 
-/// The first `n` events of all files by their time, those of the same time in file order. Memory is
-/// taken for `n` events and a batch of a file.
+/// The first `n` events of all files by time, those of the same time in file order. Memory holds up
+/// to 2 `n` events and a batch of a file.
 ///
 /// # Errors
-/// A file that cannot be read, or a row that makes no sense and is not to be skipped.
+/// A file that cannot be read, or a bad row if these are refused.
 pub fn first_events(
     files: &[PathBuf],
     n: usize,
@@ -39,7 +38,8 @@ pub fn first_events(
         path: std::env::temp_dir(),
         source,
     })?;
-    // By time and place in the files; up to twice as many as are wanted, so that sorting is rare.
+    // Sorted by time and place in the files. It grows to twice the wanted number before it is
+    // sorted and cut, so that sorting is rare.
     let mut first: Vec<((EventTime, u64), RawEvent)> = Vec::new();
     let mut latest = (EventTime::MAX, u64::MAX);
     let mut counts = RowCounts::default();
@@ -64,14 +64,14 @@ pub fn first_events(
     Ok((first.into_iter().map(|(_, event)| event).collect(), counts))
 }
 
-/// Sorts, leaves the first `n`, and says where the last of them stands if there are as many.
+/// Sorts, keeps the first `n`, and returns the key of the last of them if there are as many.
 fn cut(first: &mut Vec<((EventTime, u64), RawEvent)>, n: usize) -> Option<(EventTime, u64)> {
     first.sort_unstable_by_key(|(key, _)| *key);
     first.truncate(n);
     if first.len() < n { None } else { Some(first.last().map_or((EventTime::MIN, 0), |(key, _)| *key)) }
 }
 
-fn raw_event(batch: &Batch, row: usize) -> RawEvent {
+fn raw_event(batch: &EventBatch, row: usize) -> RawEvent {
     let int = |column: Coded| match &batch.cells[column as usize] {
         Some(Cells::Int(cells)) => cells[row],
         _ => None,

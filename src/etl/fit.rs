@@ -1,16 +1,17 @@
-//! Counts and sums over the events, and the [`Workflow`] that they make.
+//! Counts and sums over the events, and the [`Workflow`] that follows from them.
 //!
-//! Every result is the same whatever the order of the events, the number of buckets and the number of threads:
-//! counts are integers, and sums carry what rounding takes away.
+//! The results do not depend on the order of the events, nor on the numbers of buckets and threads:
+//! counts are integers, and sums carry their rounding errors.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sessions::{Dictionaries, Event};
 use crate::vocab::{Coded, Dictionary, Vocabulary};
-use crate::workflow::{FORMAT, Normal, Product, Settings, Statistics, Workflow, log, recency_days};
+use crate::workflow::{Normal, Product, Settings, Statistics, Workflow, log, recency_days};
+use crate::workflow_files::FORMAT;
 
-/// A sum that keeps the rounding errors of its additions (Knuth's two-sum), about twice the digits of an f64, so
-/// that its value does not depend on the order of the terms.
+/// A sum that keeps the rounding errors of its additions (Knuth's two-sum). It has about twice the
+/// digits of an f64, so that its value does not depend on the order of the terms.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
     high: f64,
@@ -66,9 +67,9 @@ impl Moments {
 
 /// Counts of every value of every column, filled by many threads at once.
 #[derive(Debug)]
-pub(crate) struct Counts([Vec<AtomicU32>; 7]);
+pub(crate) struct ColumnCounts([Vec<AtomicU32>; 7]);
 
-impl Counts {
+impl ColumnCounts {
     pub fn new(dictionaries: &Dictionaries) -> Self {
         Self(Coded::ALL.map(|column| {
             let n_codes = dictionaries.get(column).len() + 1;
@@ -103,8 +104,8 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// Takes in an event; `products` are by code.
-    pub fn add(&mut self, event: &Event, products: &[Product], counts: &Counts) {
+    /// Adds an event. `products` are by code.
+    pub fn add(&mut self, event: &Event, products: &[Product], counts: &ColumnCounts) {
         counts.add(event);
         self.n_events += 1;
         self.price_log.add(log(event.price));
@@ -117,7 +118,6 @@ impl Sums {
         self.prices[category].add(event.price);
     }
 
-    /// Takes in what others have summed.
     pub fn merge(&mut self, other: &Self) {
         self.n_events += other.n_events;
         self.price_log.merge(other.price_log);
@@ -131,7 +131,7 @@ impl Sums {
     }
 }
 
-/// What a fit knows before it has counted.
+/// The inputs of a fit, beside the counts and sums.
 #[derive(Debug)]
 pub(crate) struct Fit<'a> {
     /// The fit that this one extends.
@@ -145,9 +145,10 @@ pub(crate) struct Fit<'a> {
 }
 
 impl Fit<'_> {
-    /// Ends the fit. An extended one keeps the ids, the means and the deviations of its base: what a model was trained with
-    /// stays what it was. New values get the ids that follow, new categories the mean of their own events.
-    pub fn workflow(self, counts: Counts, sums: &Sums) -> Workflow {
+    /// The fitted workflow. One that extends a base keeps its ids, means and deviations, because
+    /// models were trained with them. New values get the next ids, and new categories the mean of
+    /// their own events.
+    pub fn workflow(self, counts: ColumnCounts, sums: &Sums) -> Workflow {
         let counts = counts.into_values();
         let mean_price = counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
             let known = code as u32 != Dictionary::NULL && *count > 0;
@@ -175,7 +176,7 @@ impl Fit<'_> {
             price_log: base.map_or_else(|| sums.price_log.normal(), |base| base.price_log),
             recency_log: base.map_or_else(|| sums.recency_log.normal(), |base| base.recency_log),
         };
-        Workflow::new(statistics, vocabularies, self.products, mean_price)
+        Workflow { statistics, vocabularies, products: self.products, mean_price }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The files of events of a command, before any is read.
+//! Checks of a command's files of events before any is read.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
-/// Refuses a file that is given twice, under one name or several: its events would count twice.
+/// Refuses a file that is given twice, under one name or several, because its events would count
+/// twice.
 ///
 /// # Errors
-/// Names both.
+/// The same file twice.
 pub fn check_distinct(files: &[PathBuf]) -> Result<(), Error> {
     let identities: Vec<_> = files.iter().map(|file| Identity::of(file)).collect();
     for (i, identity) in identities.iter().enumerate() {
@@ -23,10 +24,10 @@ pub fn check_distinct(files: &[PathBuf]) -> Result<(), Error> {
 /// Refuses an output that is one of the files of events, or a folder that holds one.
 ///
 /// # Errors
-/// Names the file.
+/// An output that is an input.
 pub fn check_output(files: &[PathBuf], out: &Path) -> Result<(), Error> {
     if !out.is_file() && !out.is_dir() {
-        // A terminal may be read and written.
+        // Not a regular output: a terminal may be both read and written.
         return Ok(());
     }
     let out = Identity::of(out);
@@ -41,8 +42,8 @@ pub fn check_output(files: &[PathBuf], out: &Path) -> Result<(), Error> {
     }
 }
 
-/// What a path leads to. Some shared file systems number a file anew when it is looked up again, so
-/// that its path counts too.
+/// The identity of a file. Some shared file systems assign a new inode number at each look-up, so
+/// that the canonical path counts too.
 struct Identity {
     node: Option<(u64, u64)>,
     path: Option<PathBuf>,
@@ -54,7 +55,7 @@ impl Identity {
         let node = fs::metadata(path).ok();
         Self {
             node: node.map(|node| (node.dev(), node.ino())),
-            // A file that is missing is named when it is opened.
+            // A missing file is reported when it is opened.
             path: fs::canonicalize(path).ok(),
         }
     }

@@ -1,28 +1,29 @@
-//! Shop events to sessions that a model can learn from.
+//! Turns shop events into sessions for training.
 //!
 //! In the order in which data flows:
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | [`schema`] | names the columns, and describes them to a model |
+//! | [`schema`] | the names of the columns, and their description for models |
 //! | `events` | reads and checks CSV and parquet, batch by batch |
-//! | `time` | times of events, with their fractions of a second |
+//! | `time` | times of events with fractions of a second |
 //! | `inputs` | refuses a file that is given twice |
-//! | `extremes` | the events that are far from all others |
-//! | [`vocab`] | numbers the values of a column, and remembers them both ways |
+//! | `extremes` | warns of events far from all others in time |
+//! | [`vocab`] | the ids of a column's values |
 //! | `sessions` | sorts coded events, drops repeats, cuts sessions |
-//! | `buckets` | keeps more events than memory holds |
+//! | `buckets` | scratch files for more events than fit in memory |
 //! | `fit` | counts and sums over the events |
-//! | [`workflow`] | what a fit has learnt, and its application to events old and new |
+//! | [`workflow`] | the fitted preprocessing, and its application to events |
+//! | `workflow_files` | its folder |
 //! | `partition` | writes the sessions of each day |
-//! | [`preprocess()`] | all of it |
+//! | [`preprocess()`] | all stages, from files of events to a folder of sessions |
 //! | `first` | the earliest events of a file |
-//! | [`serving`] | the events of a request to the inputs of a model |
-//! | `numpy` | the same for those who do it in Python |
-//! | [`tensor`] | what requests and responses are made of |
+//! | [`serving`] | preprocessing of inference requests |
 //!
-//! The transforms are those of the NVTabular workflow in Transformers4Rec's session-based tutorial, its faults
-//! corrected.
+//! The transforms are those of the NVTabular workflow in Transformers4Rec's session-based tutorial,
+//! with its errors corrected.
+
+#![allow(missing_docs, reason = "most names say what a doc would repeat")]
 
 mod buckets;
 mod error;
@@ -30,28 +31,26 @@ mod events;
 mod extremes;
 mod first;
 mod fit;
-mod hash;
 mod inputs;
-mod numpy;
 mod partition;
 mod preprocess;
 pub mod schema;
 pub mod serving;
 mod sessions;
-pub mod tensor;
 mod time;
 pub mod vocab;
 pub mod workflow;
+mod workflow_files;
 
 pub use error::Error;
 pub use events::{BadRows, RowCounts};
 pub use first::{RawEvent, first_events};
-pub use hash::hash_of;
 pub use inputs::{check_distinct, check_output};
 pub use partition::{Day, Split};
-pub use preprocess::{Options, Report, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess};
+pub use preprocess::{PreprocessOptions, PreprocessReport, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess};
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};
 pub use sessions::Keep;
 pub use time::EventTime;
-pub use vocab::{Coded, Value, Vocabulary};
-pub use workflow::{Applied, ProductInWords, Settings, Statistics, Workflow, copy_without_visitors};
+pub use vocab::{Coded, ColumnValue, Vocabulary};
+pub use workflow::{Applied, ProductInWords, Settings, Statistics, Workflow};
+pub use workflow_files::copy_without_visitors;

@@ -1,4 +1,4 @@
-//! Sessions to `sessions_by_day/<day_index>/{train,valid,test}.parquet`.
+//! Writes sessions to `sessions_by_day/<day_index>/{train,valid,test}.parquet`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,28 +14,27 @@ use crate::buckets::{read_events_at, write_events};
 use crate::error::Error;
 use crate::schema::{FloatRange, session};
 use crate::sessions::{Event, sessions};
-use crate::vocab::{Coded, Dictionary, Value};
-use crate::workflow::{Encoder, Session};
+use crate::vocab::{Coded, ColumnValue, Dictionary};
+use crate::workflow::{CutSession, Encoder};
 
 /// The three parts of a day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
-    /// 80 in 100 sessions.
+    /// 80 % of the sessions.
     Train,
-    /// 10 in 100.
+    /// 10 %.
     Valid,
-    /// 10 in 100.
+    /// 10 %.
     Test,
 }
 
 impl Split {
-    /// All of them.
     pub const ALL: [Self; 3] = [Self::Train, Self::Valid, Self::Test];
 
-    /// Where a session belongs: by a seeded hash (xxh3, 64 bits) of its original id, and by nothing else.
+    /// The split of a session: by a seeded hash (xxh3, 64 bits) of its original id alone.
     pub fn of(session_id: &str, seed: u64) -> Self {
-        // Tenths of 2^64, compared without rounding.
+        // Compared in tenths of 2^64, without rounding.
         match (u128::from(xxh3_64_with_seed(session_id.as_bytes(), seed)) * 10) >> 64 {
             0..8 => Self::Train,
             8 => Self::Valid,
@@ -43,7 +42,6 @@ impl Split {
         }
     }
 
-    /// `train`, `valid` or `test`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
@@ -52,7 +50,6 @@ impl Split {
         }
     }
 
-    /// The file's name.
     pub fn file(self) -> &'static str {
         match self {
             Self::Train => "train.parquet",
@@ -62,11 +59,11 @@ impl Split {
     }
 }
 
-/// The sessions of a bucket that are kept, cut to length, in a file where each day's lie together.
+/// A file with the sessions of a bucket that are kept, cut to length and grouped by day.
 #[derive(Debug)]
 pub(crate) struct KeptSessions {
     path: PathBuf,
-    /// Where each day's events lie, counted in events.
+    /// The range of each day's events in the file, counted in events.
     days: BTreeMap<i64, Range<usize>>,
 }
 
@@ -84,16 +81,14 @@ impl KeptSessions {
         Ok(Self { path, days })
     }
 
-    /// The days that have sessions.
     pub fn days(&self) -> impl Iterator<Item = i64> {
         self.days.keys().copied()
     }
 }
 
-/// What was written of a day.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Day {
-    /// Whole 24 hours since the first event, counted from 1.
+    /// Spans of 24 hours from the first event, counted from 1.
     pub day_index: i64,
     /// Sessions in train, valid and test.
     pub n_sessions: [usize; 3],
@@ -101,26 +96,25 @@ pub struct Day {
     pub(crate) ranges: [Option<FloatRange>; 5],
 }
 
-/// The columns whose values have a range that only the data tells.
+/// The columns whose range depends on the data.
 pub(crate) const FLOAT_COLUMNS: [&str; 5] =
     [session::RECENCY, session::WEEKDAY_COS, session::WEEKDAY_SIN, session::RELATIVE_PRICE, session::PRICE];
 
 /// Writes days of sessions.
 #[derive(Debug)]
 pub(crate) struct DayWriter<'a> {
-    /// `sessions_by_day`.
     pub dir: &'a Path,
     pub kept: &'a [KeptSessions],
     pub encoder: &'a Encoder<'a>,
     /// The sessions' original ids.
     pub session_ids: &'a Dictionary,
-    /// Events of each session before it was cut, by the session's code.
+    /// The number of events of each session before it was cut, by the session's code.
     pub counts: &'a [u32],
     pub seed: u64,
 }
 
 impl DayWriter<'_> {
-    /// Writes a day, its sessions by ascending encoded id, the longest first therefore.
+    /// Writes a day. Its sessions are sorted by encoded id, so that the longest come first.
     pub fn write(&self, day_index: i64) -> Result<Day, Error> {
         let mut events = Vec::new();
         for kept in self.kept {
@@ -128,8 +122,8 @@ impl DayWriter<'_> {
                 read_events_at(&kept.path, places.clone(), &mut events)?;
             }
         }
-        let mut rows: Vec<Session<'_>> = sessions(&events)
-            .map(|events| Session {
+        let mut rows: Vec<CutSession<'_>> = sessions(&events)
+            .map(|events| CutSession {
                 events,
                 count: self.counts[events[0].code(Coded::Session) as usize] as usize,
             })
@@ -152,15 +146,15 @@ impl DayWriter<'_> {
 
     fn split(&self, session_code: u32) -> Split {
         match self.session_ids.value(session_code) {
-            Value::Text(id) => Split::of(id, self.seed),
-            Value::Int(id) => Split::of(&id.to_string(), self.seed),
+            ColumnValue::Text(id) => Split::of(id, self.seed),
+            ColumnValue::Int(id) => Split::of(&id.to_string(), self.seed),
         }
     }
 
     fn write_file(
         &self,
         path: &Path,
-        rows: &[Session<'_>],
+        rows: &[CutSession<'_>],
         ranges: &mut [Option<FloatRange>; 5],
     ) -> Result<(), Error> {
         let file = File::create(path).map_err(Error::io("create", path))?;
@@ -185,8 +179,8 @@ impl DayWriter<'_> {
     }
 }
 
-/// Sessions in a row group: few enough that 64 ranks find one each in a file of any size, yet not so few that a
-/// group is mostly its own description.
+/// Sessions of a row group: few enough that a file of any size has a group for each of 64 ranks,
+/// and enough that the metadata of a group stays small beside its data.
 fn rows_per_group(n_rows: usize) -> usize {
     n_rows.div_ceil(64).clamp(256, 8192)
 }

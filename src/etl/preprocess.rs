@@ -1,12 +1,14 @@
-//! From files of events to a folder of sessions, in two sweeps over the events and one over the days.
+//! From files of events to a folder of sessions, in three stages.
 //!
-//! 1. *Read*: check, code and deal the events by session to scratch files; note when each product was first seen and what was last said of it.
-//! 2. *Fit*: file by file, sort the events, drop repeats, count and sum; keep the sessions, cut to length.
-//! 3. *Apply*: day by day, encode the sessions with the fitted [`Workflow`] and write them.
+//! 1. *Read*: check and code the events, and deal them by session to scratch files (buckets); note
+//!    each product's first and latest event.
+//! 2. *Fit*: bucket by bucket, sort the events, drop repeats, count and sum; keep the sessions, cut
+//!    to length.
+//! 3. *Write*: day by day, encode the sessions with the fitted [`Workflow`] and write them.
 //!
-//! Memory holds the vocabularies, a few batches, two files' events for every thread, and a day's sessions for
-//! every thread: it does not grow with the number of events otherwise. The output does not depend on the number
-//! of threads or of scratch files.
+//! Memory holds the vocabularies, a few batches, and per thread the events of two buckets and the
+//! sessions of a day; otherwise it does not grow with the number of events. The output does not
+//! depend on the number of threads or buckets.
 
 use std::fmt;
 use std::fs;
@@ -18,52 +20,49 @@ use rayon::prelude::*;
 
 use crate::buckets::{Buckets, read_events};
 use crate::error::Error;
-use crate::events::{self, BadRows, Batch, RowCounts};
+use crate::events::{self, BadRows, EventBatch, RowCounts};
 use crate::extremes::Extremes;
-use crate::fit::{Counts, Fit, Sums};
+use crate::fit::{ColumnCounts, Fit, Sums};
 use crate::inputs::{check_distinct, check_output};
 use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
 use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
 use crate::vocab::{Coded, Vocabulary};
-use crate::workflow::{Product, STATISTICS, Settings, Workflow};
+use crate::workflow::{Product, Settings, Statistics, Workflow};
+use crate::workflow_files::STATISTICS;
 
 /// The folder of the days, in the output.
 pub const SESSIONS_BY_DAY: &str = "sessions_by_day";
 /// The folder of the fitted workflow, in the output.
 pub const WORKFLOW: &str = "workflow";
-/// The schema's file, in the output.
 pub const SCHEMA: &str = "schema.pbtxt";
 
 /// The schema is written last.
 const SESSIONS: FolderKind =
     FolderKind { marker: SCHEMA, is_ours: |name| matches!(name, SESSIONS_BY_DAY | WORKFLOW | SCHEMA) };
 
-/// What to do.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// CSV or parquet in the forms of `docs/data.md`, in the order of time or not.
+pub struct PreprocessOptions {
+    /// CSV or parquet in the forms of `docs/data.md`, in any order of time.
     pub events: Vec<PathBuf>,
-    /// The folder to write, which must not be there or be empty.
+    /// The folder to write, which must be absent or empty.
     pub out: PathBuf,
-    /// Use the events of these days only: calendar days in UTC, 1 being that of the first event. When a product
-    /// was first seen is known from all events all the same.
+    /// The days whose events are used: calendar days in UTC, from 1, the day of the first event.
+    /// The recency of a product counts from its first event on any day.
     pub days: Option<RangeInclusive<i64>>,
-    /// What to do with a row that cannot be read.
     pub bad_rows: BadRows,
-    /// How sessions are made.
     pub settings: Settings,
-    /// Whether sessions that an earlier run left in `out` may be replaced.
+    /// Whether sessions of an earlier run in `out` may be replaced.
     pub overwrite: bool,
-    /// Whether `out` holds sessions to which those of later days are added. Its workflow's settings are used, and `settings`
-    /// are not.
+    /// Whether to add later days to the sessions in `out`. The settings of their workflow are then
+    /// used in place of `settings`.
     pub extend: bool,
-    /// Scratch files to deal the events to; the input's size decides if there is none given.
+    /// The number of scratch files; by default it follows from the input's size.
     pub n_buckets: Option<usize>,
 }
 
-impl Options {
-    /// Defaults for everything but the input and the output.
+impl PreprocessOptions {
+    /// Defaults for all but the input and the output.
     pub fn new(events: Vec<PathBuf>, out: PathBuf) -> Self {
         Self {
             events,
@@ -77,34 +76,40 @@ impl Options {
         }
     }
 
-    /// Refuses what can be known before anything is read.
+    /// Refuses settings that contradict each other, before any file is read.
     fn check(&self) -> Result<(), Error> {
         let Settings { max_length, min_length, .. } = self.settings;
-        let problem = match &self.days {
-            _ if self.events.is_empty() => "no file of events is given".into(),
-            _ if min_length == 0 => "`min_length` must be at least 1".into(),
-            _ if max_length < min_length => {
-                format!("`max_length` {max_length} is less than `min_length` {min_length}")
-            }
-            _ if self.n_buckets == Some(0) => "`n_buckets` must be at least 1".into(),
-            Some(days) if *days.start() < 1 => format!("day {} is before day 1", days.start()),
-            Some(days) if days.is_empty() => format!("no day is in {}..{}", days.start(), days.end()),
-            _ => return Ok(()),
-        };
-        Err(Error::Settings(problem))
+        let refuse = |problem: String| Err(Error::Settings(problem));
+        if self.events.is_empty() {
+            return refuse("no file of events is given".into());
+        }
+        if min_length == 0 {
+            return refuse("`min_length` must be at least 1".into());
+        }
+        if max_length < min_length {
+            return refuse(format!("`max_length` {max_length} is less than `min_length` {min_length}"));
+        }
+        if self.n_buckets == Some(0) {
+            return refuse("`n_buckets` must be at least 1".into());
+        }
+        match &self.days {
+            Some(days) if *days.start() < 1 => refuse(format!("day {} is before day 1", days.start())),
+            Some(days) if days.is_empty() => refuse(format!("no day is in {}..{}", days.start(), days.end())),
+            _ => Ok(()),
+        }
     }
 }
 
-/// What was done.
+/// The counts of a run of [`preprocess`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct Report {
-    /// The rows of all files.
+pub struct PreprocessReport {
+    /// Over all files.
     pub rows: RowCounts,
-    /// Events that repeat their predecessor's product.
+    /// Events dropped because they repeat their predecessor's product.
     pub n_repeats: u64,
-    /// Sessions of days that were there before.
+    /// Sessions of days that the extended folder holds already. They are left out.
     pub n_held: u64,
-    /// Of these, sessions that were not.
+    /// Of these, sessions that the extended folder lacks.
     pub n_late: u64,
     /// Events of the fit, in the chosen days.
     pub n_events: u64,
@@ -112,15 +117,13 @@ pub struct Report {
     pub n_sessions: u64,
     /// Of these, sessions too short to be kept.
     pub n_short: u64,
-    /// The days that have sessions.
     pub days: Vec<Day>,
     /// Distinct values of each encoded column, by [`Coded`].
     pub n_values: [usize; 7],
-    /// Where the sessions are.
     pub out: PathBuf,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for PreprocessReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = |name: &str, value: &dyn fmt::Display| writeln!(f, "{name:<22} {value:>12}");
         line("rows read", &self.rows.read)?;
@@ -145,14 +148,18 @@ impl fmt::Display for Report {
     }
 }
 
-/// Makes sessions of events, and writes `out` with [`SESSIONS_BY_DAY`], [`WORKFLOW`] and [`SCHEMA`].
+/// Turns events into sessions, and writes [`SESSIONS_BY_DAY`], [`WORKFLOW`] and [`SCHEMA`] to
+/// `out`.
 ///
-/// `out` appears at the end; an error leaves it as it was. `progress` is given a line for each part of
-/// the work, and warnings. Work runs on rayon's current pool and on polars' own.
+/// `out` appears at the end; an error leaves it unchanged. `progress` receives lines about the
+/// progress, and warnings. The work runs on rayon's current pool and on polars' own.
 ///
 /// # Errors
 /// Settings or input that are refused, and files that cannot be written: see [`Error`].
-pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report, Error> {
+pub fn preprocess(
+    options: &PreprocessOptions,
+    progress: &mut dyn FnMut(&str),
+) -> Result<PreprocessReport, Error> {
     options.check()?;
     check_distinct(&options.events)?;
     for entry in [SESSIONS_BY_DAY, WORKFLOW, SCHEMA] {
@@ -162,52 +169,32 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
         Base::check(&options.out)?;
     } else if options.settings.min_length == 1 {
         progress(
-            "warning: sessions of one event are kept: a model that predicts the next item cannot learn from them, and \
-             `bireme train` refuses them",
+            "warning: sessions of one event are kept: a model that predicts the next item cannot \
+             learn from them, and `bireme train` refuses them",
         );
     }
     let overwrite = options.overwrite || options.extend;
     let output = OutputFolder::create(&options.out, SESSIONS, overwrite, progress)?;
     let base = if options.extend { Some(Base::open(&options.out)?) } else { None };
-    let settings = base.as_ref().map_or(&options.settings, |base| &base.workflow.statistics.settings).clone();
-    let options = &Options { settings, ..options.clone() };
-    let read = Read::all((options, base.as_ref()), &output, progress)?;
-
-    let n_buckets = read.buckets.len();
-    progress(&format!("sorting and counting {} events in {n_buckets} parts", read.n_events));
-    let (workflow, fitted) = read.fit((options, base.as_ref()), &output)?;
-
-    let n_days = fitted.days.len();
-    progress(&format!(
-        "encoding and writing {} sessions of {n_days} days",
-        fitted.n_sessions - fitted.n_short
-    ));
-    let sessions_by_day = output.path().join(SESSIONS_BY_DAY);
-    fs::create_dir(&sessions_by_day).map_err(Error::io("create", &sessions_by_day))?;
-    if let Some(base) = &base {
-        base.link_days(&sessions_by_day)?;
-    }
-    let writer = DayWriter {
-        dir: &sessions_by_day,
-        kept: &fitted.kept,
-        encoder: &workflow.encoder(),
-        session_ids: workflow.vocabulary(Coded::Session).dictionary(),
-        counts: &fitted.session_counts,
-        seed: options.settings.seed,
+    let settings = match &base {
+        Some(base) => base.workflow.statistics.settings.clone(),
+        None => options.settings.clone(),
     };
-    let days = fitted.days.par_iter().map(|day| writer.write(*day)).collect::<Result<Vec<_>, _>>()?;
+    let stages = Stages { options, settings, base, output: &output };
 
+    let read = stages.read(progress)?;
+    let n_parts = read.buckets.len();
+    progress(&format!("sorting and counting {} events in {n_parts} parts", read.n_events));
+    let fitted = stages.fit(read)?;
+    let Fitted { n_sessions, n_short, days, .. } = &fitted;
+    let (n_kept, n_days) = (n_sessions - n_short, days.len());
+    progress(&format!("encoding and writing {n_kept} sessions of {n_days} days"));
+    let days = stages.write_days(&fitted)?;
     progress("writing the workflow and the schema");
-    let workflow_dir = output.path().join(WORKFLOW);
-    fs::create_dir(&workflow_dir).map_err(Error::io("create", &workflow_dir))?;
-    workflow.save(&workflow_dir)?;
-    let mut schema = schema(&workflow, &days);
-    if let Some(base) = &base {
-        base.widen(&mut schema)?;
-    }
-    schema.write(output.path().join(SCHEMA))?;
+    stages.write_workflow(&fitted.workflow, &days)?;
     output.publish()?;
-    Ok(Report {
+    let workflow = &fitted.workflow;
+    Ok(PreprocessReport {
         rows: fitted.rows,
         n_repeats: fitted.n_repeats,
         n_held: fitted.n_held,
@@ -221,7 +208,7 @@ pub fn preprocess(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<R
     })
 }
 
-/// Sessions that are extended.
+/// The folder that is extended.
 struct Base {
     dir: PathBuf,
     workflow: Workflow,
@@ -248,7 +235,7 @@ impl Base {
         Ok(Self { dir: dir.to_owned(), workflow, last_day })
     }
 
-    /// Puts the days that are there into a new folder: as links, which take no room, or as copies.
+    /// Puts the existing days into a new folder: as links, which take no room, or as copies.
     fn link_days(&self, into: &Path) -> Result<(), Error> {
         let from = self.dir.join(SESSIONS_BY_DAY);
         for day in fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
@@ -264,7 +251,7 @@ impl Base {
         Ok(())
     }
 
-    /// Lets the ranges of floats hold those of the days that were there.
+    /// Extends the ranges of floats by those of the existing days.
     fn widen(&self, schema: &mut Schema) -> Result<(), Error> {
         let before = Schema::read(self.dir.join(SCHEMA))?;
         for feature in &mut schema.features {
@@ -278,40 +265,66 @@ impl Base {
     }
 }
 
-/// The events after the first sweep.
-struct Read {
+/// The three stages, in the order of their methods.
+struct Stages<'a> {
+    options: &'a PreprocessOptions,
+    /// Those of `base` where it is extended.
+    settings: Settings,
+    base: Option<Base>,
+    output: &'a OutputFolder,
+}
+
+struct ReadEvents {
     rows: RowCounts,
     n_events: u64,
     dictionaries: Dictionaries,
     /// By their codes.
     products: Vec<Product>,
+    /// Seconds since 1970.
     first_event: i64,
     buckets: Vec<PathBuf>,
 }
 
-impl Read {
-    fn all(
-        (options, base): (&Options, Option<&Base>),
-        output: &OutputFolder,
-        progress: &mut dyn FnMut(&str),
-    ) -> Result<Self, Error> {
-        let scratch = &output.scratch();
-        let n_buckets = options.n_buckets.map_or_else(|| suitable_buckets(&options.events), Ok)?;
+struct Fitted {
+    workflow: Workflow,
+    rows: RowCounts,
+    n_repeats: u64,
+    n_held: u64,
+    n_late: u64,
+    n_sessions: u64,
+    n_short: u64,
+    days: Vec<i64>,
+    kept: Vec<KeptSessions>,
+    /// By the session's code.
+    session_counts: Vec<u32>,
+}
+
+impl Stages<'_> {
+    /// Reads, checks and codes all events, and deals them to buckets by session.
+    fn read(&self, progress: &mut dyn FnMut(&str)) -> Result<ReadEvents, Error> {
+        let Self { options, base, .. } = self;
+        let scratch = &self.output.scratch();
+        let n_buckets = match options.n_buckets {
+            Some(n_buckets) => n_buckets,
+            None => suitable_buckets(&options.events)?,
+        };
         let mut buckets = Buckets::create(scratch, n_buckets)?;
-        let (mut dictionaries, mut products) = base
-            .map_or_else(|| (Dictionaries::new(), vec![Product::UNSEEN]), |base| base.workflow.to_extend());
+        let (mut dictionaries, mut products, mut extremes) = match base {
+            Some(Base { workflow, last_day, .. }) => {
+                let Statistics { n_events, first_event, .. } = workflow.statistics;
+                let extremes = Extremes::extending(n_events, first_event, *last_day);
+                (workflow.dictionaries(), workflow.products.clone(), extremes)
+            }
+            None => (Dictionaries::new(), vec![Product::UNSEEN], Extremes::default()),
+        };
         let (mut first_event, mut n_events) = (i64::MAX, 0);
-        let mut extremes = base.map_or_else(Extremes::default, |base| {
-            let fitted = &base.workflow.statistics;
-            Extremes::extending(fitted.n_events, fitted.first_event, base.last_day)
-        });
         let mut rows = RowCounts::default();
         for (file, path) in options.events.iter().enumerate() {
             let name = path.display();
             progress(&format!("reading {name}"));
-            let mut n_told = 0;
+            let mut n_reported = 0;
             let mut left_out = LeftOut::default();
-            let counts = events::read(path, options.bad_rows, scratch, &mut |batch| {
+            rows += events::read(path, options.bad_rows, scratch, &mut |batch| {
                 extremes.add(file, &batch);
                 left_out.add(&batch);
                 let events = dictionaries.code(&batch);
@@ -321,89 +334,133 @@ impl Read {
                     products[event.code(Coded::Product) as usize].see(event);
                 }
                 n_events += events.len() as u64;
-                if n_events - n_told >= 1_000_000 {
-                    n_told = n_events;
+                if n_events - n_reported >= 1_000_000 {
+                    n_reported = n_events;
                     progress(&format!("reading {name}: {n_events} events"));
                 }
                 buckets.push(events)
             })?;
-            left_out.warning(path).iter().for_each(|warning| progress(warning));
-            rows += counts;
+            if let Some(warning) = left_out.warning(path) {
+                progress(&warning);
+            }
         }
         if n_events == 0 {
-            return Err(Error::Nothing(format!("none of {} rows is an event of a session", rows.read)));
+            let problem = format!("none of {} rows is an event of a session", rows.read);
+            return Err(Error::Nothing(problem));
         }
         if let Some(base) = base {
             first_event = base.workflow.statistics.first_event;
         }
-        extremes.warnings(&options.events, first_event).iter().for_each(|warning| progress(warning));
+        for warning in extremes.warnings(&options.events, first_event) {
+            progress(&warning);
+        }
         let buckets = buckets.finish()?;
-        Ok(Self { rows, n_events, dictionaries, products, first_event, buckets })
+        Ok(ReadEvents { rows, n_events, dictionaries, products, first_event, buckets })
     }
 
-    fn fit(
-        self,
-        (options, base): (&Options, Option<&Base>),
-        output: &OutputFolder,
-    ) -> Result<(Workflow, Fitted), Error> {
-        let counts = Counts::new(&self.dictionaries);
+    /// Sorts the events bucket by bucket, counts and sums them, and keeps the sessions.
+    fn fit(&self, read: ReadEvents) -> Result<Fitted, Error> {
+        let ReadEvents { rows, dictionaries, products, first_event, buckets, .. } = read;
+        let base = self.base.as_ref();
+        let days = self.options.days.as_ref();
+        let counts = ColumnCounts::new(&dictionaries);
         let sweep = Sweep {
-            options,
-            products: &self.products,
-            first_event: self.first_event,
+            days,
+            settings: &self.settings,
+            products: &products,
+            first_event,
             last_day: base.map_or(i64::MIN, |base| base.last_day),
             session_ids: base.map_or(&[], |base| base.workflow.vocabulary(Coded::Session).ids()),
             counts: &counts,
         };
-        let mut sums = Sums::default();
-        let mut fitted = Fitted { rows: self.rows, ..Fitted::default() };
-        let parts: Vec<_> = self.buckets.iter().enumerate().collect();
-        // Some at a time: sums are by category, and there may be many categories.
-        for parts in parts.chunks(4 * rayon::current_num_threads()) {
-            let sweep = |(i, bucket): &(usize, &PathBuf)| {
-                sweep.bucket(bucket, output.scratch().join(format!("sessions-{i}")))
-            };
-            let swept = parts.par_iter().map(sweep).collect::<Result<Vec<_>, _>>()?;
-            for Swept { sums: of_bucket, n_repeats, n_held, n_late, n_sessions, n_short, kept } in swept {
-                sums.merge(&of_bucket);
-                fitted.n_repeats += n_repeats;
-                fitted.n_held += n_held;
-                fitted.n_late += n_late;
-                fitted.n_sessions += n_sessions;
-                fitted.n_short += n_short;
-                fitted.days.extend(kept.days());
-                fitted.kept.push(kept);
+        let mut total = Swept::default();
+        let mut kept = Vec::with_capacity(buckets.len());
+        let buckets: Vec<_> = buckets.iter().enumerate().collect();
+        // A few at a time: each has sums by category, and there may be many categories.
+        for buckets in buckets.chunks(4 * rayon::current_num_threads()) {
+            let swept = buckets.par_iter().map(|(number, bucket)| {
+                sweep.bucket(bucket, self.output.scratch().join(format!("sessions-{number}")))
+            });
+            for (swept, sessions) in swept.collect::<Result<Vec<_>, _>>()? {
+                total.merge(&swept);
+                kept.push(sessions);
             }
         }
-        fitted.days.sort_unstable();
-        fitted.days.dedup();
-        if fitted.days.is_empty() {
-            let n = options.settings.min_length;
-            let days = match &options.days {
-                Some(days) => format!(" in days {}..{}", days.start(), days.end()),
-                None => String::new(),
-            };
-            let later = match base {
-                Some(base) => format!(" and begins after day {}", base.last_day),
-                None => String::new(),
-            };
-            return Err(Error::Nothing(format!("no session has {n} events or more{later}{days}")));
+        let mut days_with_sessions: Vec<i64> = kept.iter().flat_map(KeptSessions::days).collect();
+        days_with_sessions.sort_unstable();
+        days_with_sessions.dedup();
+        if days_with_sessions.is_empty() {
+            return Err(self.no_session());
         }
-        fitted.session_counts = counts.of(Coded::Session);
+        let session_counts = counts.of(Coded::Session);
         let fit = Fit {
             base: base.map(|base| &base.workflow),
-            settings: options.settings.clone(),
-            first_event: self.first_event,
-            days: options.days.as_ref().map(|days| (*days.start(), *days.end())),
-            dictionaries: self.dictionaries,
-            products: self.products,
+            settings: self.settings.clone(),
+            first_event,
+            days: days.map(|days| (*days.start(), *days.end())),
+            dictionaries,
+            products,
         };
-        let workflow = fit.workflow(counts, &sums);
-        Ok((workflow, fitted))
+        let Swept { sums, n_repeats, n_held, n_late, n_sessions, n_short } = total;
+        Ok(Fitted {
+            workflow: fit.workflow(counts, &sums),
+            rows,
+            n_repeats,
+            n_held,
+            n_late,
+            n_sessions,
+            n_short,
+            days: days_with_sessions,
+            kept,
+            session_counts,
+        })
+    }
+
+    fn no_session(&self) -> Error {
+        let n = self.settings.min_length;
+        let days = match &self.options.days {
+            Some(days) => format!(" in days {}..{}", days.start(), days.end()),
+            None => String::new(),
+        };
+        let later = match &self.base {
+            Some(base) => format!(" and begins after day {}", base.last_day),
+            None => String::new(),
+        };
+        Error::Nothing(format!("no session has {n} events or more{later}{days}"))
+    }
+
+    /// Encodes the sessions and writes them day by day.
+    fn write_days(&self, fitted: &Fitted) -> Result<Vec<Day>, Error> {
+        let dir = self.output.path().join(SESSIONS_BY_DAY);
+        fs::create_dir(&dir).map_err(Error::io("create", &dir))?;
+        if let Some(base) = &self.base {
+            base.link_days(&dir)?;
+        }
+        let workflow = &fitted.workflow;
+        let writer = DayWriter {
+            dir: &dir,
+            kept: &fitted.kept,
+            encoder: &workflow.encoder(),
+            session_ids: workflow.vocabulary(Coded::Session).dictionary(),
+            counts: &fitted.session_counts,
+            seed: self.settings.seed,
+        };
+        fitted.days.par_iter().map(|day| writer.write(*day)).collect()
+    }
+
+    fn write_workflow(&self, workflow: &Workflow, days: &[Day]) -> Result<(), Error> {
+        let dir = self.output.path().join(WORKFLOW);
+        fs::create_dir(&dir).map_err(Error::io("create", &dir))?;
+        workflow.save(&dir)?;
+        let mut schema = schema(workflow, days);
+        if let Some(base) = &self.base {
+            base.widen(&mut schema)?;
+        }
+        Ok(schema.write(self.output.path().join(SCHEMA))?)
     }
 }
 
-/// The bad rows of a file that are left out, the first of them by their place.
+/// The bad rows of a file that are left out, and the numbers of the first of them.
 #[derive(Default)]
 struct LeftOut {
     n_rows: usize,
@@ -413,10 +470,10 @@ struct LeftOut {
 }
 
 impl LeftOut {
-    /// Rows that are named.
+    /// Rows that the warning names.
     const NAMED: usize = 10;
 
-    fn add(&mut self, batch: &Batch) {
+    fn add(&mut self, batch: &EventBatch) {
         self.n_rows += batch.bad.len();
         self.unit = batch.unit;
         let room = Self::NAMED - self.first.len();
@@ -445,33 +502,23 @@ fn suitable_buckets(events: &[PathBuf]) -> Result<usize, Error> {
     Ok(Buckets::suitable(plain, compressed))
 }
 
-/// The events after the second sweep.
-#[derive(Default)]
-struct Fitted {
-    rows: RowCounts,
-    n_repeats: u64,
-    n_held: u64,
-    n_late: u64,
-    n_sessions: u64,
-    n_short: u64,
-    days: Vec<i64>,
-    kept: Vec<KeptSessions>,
-    /// By the code of the session.
-    session_counts: Vec<u32>,
-}
-
-/// What the second sweep does with every bucket.
+/// The second stage's work on each bucket.
 struct Sweep<'a> {
-    options: &'a Options,
+    /// Calendar days in UTC, from 1; `None`: all.
+    days: Option<&'a RangeInclusive<i64>>,
+    settings: &'a Settings,
+    /// By code.
     products: &'a [Product],
     first_event: i64,
-    /// Sessions of this day and before are there already.
+    /// Sessions up to this day are in the extended folder already.
     last_day: i64,
-    /// The ids of those, by code.
+    /// The ids of the sessions in the extended folder, by code.
     session_ids: &'a [u32],
-    counts: &'a Counts,
+    counts: &'a ColumnCounts,
 }
 
+/// Sums and counts over one or more buckets; the counts are those of [`PreprocessReport`].
+#[derive(Default)]
 struct Swept {
     sums: Sums,
     n_repeats: u64,
@@ -479,50 +526,59 @@ struct Swept {
     n_late: u64,
     n_sessions: u64,
     n_short: u64,
-    kept: KeptSessions,
+}
+
+impl Swept {
+    fn merge(&mut self, other: &Self) {
+        self.sums.merge(&other.sums);
+        self.n_repeats += other.n_repeats;
+        self.n_held += other.n_held;
+        self.n_late += other.n_late;
+        self.n_sessions += other.n_sessions;
+        self.n_short += other.n_short;
+    }
 }
 
 impl Sweep<'_> {
-    fn bucket(&self, bucket: &Path, sessions_path: PathBuf) -> Result<Swept, Error> {
+    /// Reads a bucket and removes it. Writes the sessions that are kept to `sessions_path`.
+    fn bucket(&self, bucket: &Path, sessions_path: PathBuf) -> Result<(Swept, KeptSessions), Error> {
         let mut events = read_events(bucket)?;
         fs::remove_file(bucket).map_err(Error::io("remove", bucket))?;
         let n_repeats = sort_and_drop_repeats(&mut events) as u64;
-        // After the repeats: an event may repeat one of a day that is not used.
+        // After the repeats, because an event may repeat one of a day that is not used.
         events.retain(|event| self.is_used(event));
 
-        let mut sums = Sums::default();
-        let Settings { max_length, min_length, keep, .. } = self.options.settings;
-        let (mut n_held, mut n_late) = (0, 0);
-        let (mut n_sessions, mut n_short, mut kept) = (0, 0, Vec::new());
+        let mut swept = Swept { n_repeats, ..Swept::default() };
+        let mut kept = Vec::new();
+        let &Settings { max_length, min_length, keep, .. } = self.settings;
         for events in sessions(&events) {
             let day_index = (events[0].seconds - self.first_event).div_euclid(DAY) + 1;
             if day_index <= self.last_day {
-                n_held += 1;
+                swept.n_held += 1;
                 let id = self.session_ids.get(events[0].code(Coded::Session) as usize);
-                n_late += u64::from(id.is_none_or(|&id| id == Vocabulary::UNKNOWN));
+                swept.n_late += u64::from(id.is_none_or(|&id| id == Vocabulary::UNKNOWN));
                 continue;
             }
             for event in events {
-                sums.add(event, self.products, self.counts);
+                swept.sums.add(event, self.products, self.counts);
             }
-            n_sessions += 1;
+            swept.n_sessions += 1;
             if events.len() < min_length {
-                n_short += 1;
+                swept.n_short += 1;
             } else {
                 kept.push((day_index, keep.cut(events, max_length)));
             }
         }
-        let kept = KeptSessions::write(sessions_path, kept)?;
-        Ok(Swept { sums, n_repeats, n_held, n_late, n_sessions, n_short, kept })
+        Ok((swept, KeptSessions::write(sessions_path, kept)?))
     }
 
     fn is_used(&self, event: &Event) -> bool {
         let calendar_day = event.seconds.div_euclid(DAY) - self.first_event.div_euclid(DAY) + 1;
-        self.options.days.as_ref().is_none_or(|days| days.contains(&calendar_day))
+        self.days.is_none_or(|days| days.contains(&calendar_day))
     }
 }
 
-/// The schema of the sessions, with the features and the tags of the tutorial's.
+/// The schema of the sessions, with the features and tags of the tutorial's schema.
 fn schema(workflow: &Workflow, days: &[Day]) -> Schema {
     let Settings { max_length, min_length, .. } = workflow.statistics.settings;
     let value_count = Some(ValueCount { min: min_length as i64, max: max_length as i64 });

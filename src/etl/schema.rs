@@ -1,10 +1,10 @@
-//! The columns of events and sessions, named once, and the schema that tells a model what they hold.
+//! The names of the columns of events and sessions, and the schema that describes them to models.
 //!
-//! [`Schema`] is the part of a `tensorflow_metadata` schema that a model needs, read and written in protobuf's
-//! text format: for every column its name, whether it is a list, the range of its values, and its tags. The
-//! format's reference is <https://protobuf.dev/reference/protobuf/textformat-spec/>. Fields that
-//! `tensorflow_metadata` does not have are ignored with a warning; a feature that no model can read
-//! is refused when a model asks for it.
+//! [`Schema`] is the part of a `tensorflow_metadata` schema that models need, in protobuf's text
+//! format: the name of each column, whether it is a list, the range of its values, and its tags.
+//! The format's reference is <https://protobuf.dev/reference/protobuf/textformat-spec/>. Fields
+//! that `tensorflow_metadata` does not have are ignored with a warning; a feature that no model can
+//! read is refused when a model asks for it.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -20,7 +20,7 @@ use thiserror::Error;
 
 /// Columns of the raw events, as REES46 names them.
 pub mod event {
-    /// When the event happened, UTC.
+    /// The time of the event in UTC.
     pub const TIME: &str = "event_time";
     /// `view`, `cart`, `purchase`, ...
     pub const TYPE: &str = "event_type";
@@ -32,16 +32,16 @@ pub mod event {
     pub const CATEGORY_CODE: &str = "category_code";
     /// The item's brand; may be missing.
     pub const BRAND: &str = "brand";
-    /// What the item costs at that time.
+    /// The price of the item at the time.
     pub const PRICE: &str = "price";
-    /// Who it was; may be missing.
+    /// The visitor; may be missing.
     pub const USER: &str = "user_id";
-    /// The visit that the event belongs to; a row without one is dropped.
+    /// The session of the event; a row without one is dropped.
     pub const SESSION: &str = "user_session";
 
     /// Columns that a file of events must have.
     pub const REQUIRED: [&str; 6] = [TIME, TYPE, PRODUCT, CATEGORY, PRICE, SESSION];
-    /// Columns that a file of events may lack: every row then holds null there.
+    /// Columns that a file of events may lack. All rows are then null there.
     pub const OPTIONAL: [&str; 3] = [CATEGORY_CODE, BRAND, USER];
 }
 
@@ -69,62 +69,45 @@ pub mod session {
     pub const PRICE: &str = "price_log_norm-list_seq";
     /// Price relative to the mean of its category, list of float64.
     pub const RELATIVE_PRICE: &str = "relative_price_to_avg_categ_id-list_seq";
-    /// Logarithm of the days since the product was first seen, normalised, list of float32.
+    /// Logarithm of the days since the product's first event, normalised, list of float32.
     pub const RECENCY: &str = "product_recency_days_log_norm-list_seq";
 }
 
 /// The tag of the column that holds the items.
 pub const ITEM_ID_TAG: &str = "item_id";
 
-/// What a schema could not be read for.
 #[derive(Debug, Error)]
 pub enum SchemaError {
-    /// The file cannot be opened, read or written.
     #[error("cannot {action} the schema `{}`", path.display())]
     Io {
         /// `read` or `write`.
         action: &'static str,
-        /// The schema's path.
         path: PathBuf,
-        /// What the system said.
         source: std::io::Error,
     },
-    /// The text is no schema.
     #[error("schema `{}`, {problem}", path.display())]
-    Text {
-        /// The schema's path.
-        path: PathBuf,
-        /// What is wrong where.
-        problem: TextError,
-    },
-    /// A model asks for a feature that none can read.
+    Text { path: PathBuf, problem: TextError },
     #[error("{0}")]
     Unusable(String),
-    /// No feature, or more than one, is tagged as the item.
     #[error("the schema tags {found} features with `{ITEM_ID_TAG}`, where exactly one is needed")]
-    ItemId {
-        /// How many are tagged.
-        found: usize,
-    },
+    ItemId { found: usize },
 }
 
-/// What a folder of sessions holds, column by column.
+/// The description of a folder of sessions, column by column.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Schema {
     /// In the order of the file.
     pub features: Vec<Feature>,
-    /// What was ignored when it was read.
+    /// Fields that were ignored when the file was read.
     pub warnings: Vec<String>,
 }
 
-/// One column.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Feature {
     /// The column's name in the parquet files.
     pub name: String,
-    /// How many values a row holds, for a list; `None` for a column with one value per row.
+    /// The lengths of a list; `None` for a column with one value per row.
     pub value_count: Option<ValueCount>,
-    /// Integer or float, and in which range.
     pub domain: Domain,
     /// `item_id`, `list`, `categorical`, `continuous`, `item`, `time`, `groupby_col`, ...
     pub tags: Vec<String>,
@@ -139,46 +122,40 @@ pub struct ValueCount {
     pub max: i64,
 }
 
-/// The values of a column, both ends included; without a range, nothing is promised.
+/// The range of a column's values, both ends included; `None` if it is unknown.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Domain {
     /// `type: INT`.
     Int(Option<IntRange>),
     /// `type: FLOAT`.
     Float(Option<FloatRange>),
-    /// No model can read the column, for the reason that follows.
+    /// No model can read the column, for this reason.
     Unusable(String),
 }
 
-/// The range of an integer column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntRange {
-    /// The smallest value.
     pub min: i64,
-    /// The largest value.
     pub max: i64,
-    /// Whether the integers name things (an embedding's rows) or count them.
+    /// Whether the integers are ids (rows of an embedding) or quantities.
     pub is_categorical: bool,
 }
 
-/// The range of a float column.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FloatRange {
-    /// The smallest value.
     pub min: f64,
-    /// The largest value.
     pub max: f64,
 }
 
 impl FloatRange {
-    /// What holds the values of both.
+    /// The smallest range that holds both.
     pub(crate) fn with(self, other: Self) -> Self {
         Self { min: self.min.min(other.min), max: self.max.max(other.max) }
     }
 }
 
 impl Feature {
-    /// Whether a row holds one value per event, and not one for the session.
+    /// Whether a row holds one value per event.
     pub fn is_list(&self) -> bool {
         self.value_count.is_some()
     }
@@ -188,7 +165,7 @@ impl Feature {
         matches!(self.domain, Domain::Int(Some(IntRange { is_categorical: true, .. })))
     }
 
-    /// Rows that an embedding of this column needs: its largest value and one more, as 0 is the padding.
+    /// Rows of an embedding of this column: its largest value plus one, because 0 is padding.
     /// `None` unless the column is categorical.
     pub fn cardinality(&self) -> Option<i64> {
         match self.domain {
@@ -208,7 +185,6 @@ impl Feature {
         }
     }
 
-    /// Whether the column carries this tag.
     pub fn has_tag(&self, tag: &str) -> bool {
         self.tags.iter().any(|t| t == tag)
     }
@@ -218,7 +194,7 @@ impl Schema {
     /// Reads a schema in protobuf's text format.
     ///
     /// # Errors
-    /// A file that cannot be read; text that is no schema, with its line.
+    /// A file that cannot be read, or text that is not a schema, with its line.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, SchemaError> {
         let path = path.as_ref();
         let text = fs::read_to_string(path).map_err(|source| SchemaError::Io {
@@ -229,7 +205,7 @@ impl Schema {
         Self::parse(&text, path)
     }
 
-    /// Writes the schema in protobuf's text format, such that [`Schema::read`] gives back an equal one.
+    /// Writes the schema in protobuf's text format. [`Schema::read`] reads an equal one back.
     ///
     /// # Errors
     /// A file that cannot be written.
@@ -242,12 +218,11 @@ impl Schema {
         })
     }
 
-    /// The column of this name.
     pub fn feature(&self, name: &str) -> Option<&Feature> {
         self.features.iter().find(|f| f.name == name)
     }
 
-    /// The column that holds the items: the one tagged `item_id`.
+    /// The column of the items: the one tagged `item_id`.
     ///
     /// # Errors
     /// None or several carry the tag, or no model can read the one that does.
@@ -268,15 +243,15 @@ impl Schema {
         let mut warnings = Vec::new();
         if !ignored.is_empty() {
             let (path, fields) = (path.display(), text::list(&ignored));
-            warnings.push(format!("schema `{path}`: ignored what this version does not know: {fields}"));
+            warnings.push(format!("schema `{path}`: ignored unknown fields: {fields}"));
         }
         let lines = values.iter().filter(|place| place.field == "feature").map(|place| place.line);
         let mut features: Vec<Feature> = Vec::new();
         let mut names = HashSet::new();
         for (message, line) in messages(&message, "feature").iter().zip(lines) {
-            let feature = Feature::from_message(message, (path, line));
+            let feature = Feature::from_message(message, path, line);
             if !feature.name.is_empty() && !names.insert(feature.name.clone()) {
-                let message = format!("the feature {} is there twice", quote(&feature.name));
+                let message = format!("the feature {} occurs twice", quote(&feature.name));
                 return Err(at(TextError { line, column: 1, message }));
             }
             features.push(feature);
@@ -286,7 +261,7 @@ impl Schema {
 }
 
 impl Feature {
-    fn from_message(message: &DynamicMessage, (path, line): (&Path, usize)) -> Self {
+    fn from_message(message: &DynamicMessage, path: &Path, line: usize) -> Self {
         let name = string(message, "name").unwrap_or_default();
         let annotation = submessage(message, "annotation");
         let tags = annotation.iter().flat_map(|annotation| strings(annotation, "tag")).collect();
@@ -303,7 +278,7 @@ impl Feature {
     }
 }
 
-/// What a feature's values are, or why no model can read it.
+/// The values of a feature, or the reason why no model can read it.
 fn domain(message: &DynamicMessage, value_count: Option<ValueCount>) -> Result<Domain, String> {
     if string(message, "name").is_none_or(|name| name.is_empty()) {
         return Err("has no `name`".into());
@@ -320,7 +295,7 @@ fn domain(message: &DynamicMessage, value_count: Option<ValueCount>) -> Result<D
         (Some("INT"), Some(of), None) => {
             let range = IntRange {
                 min: int(&of, "min").unwrap_or(i64::MIN),
-                // A cardinality is the maximum and one more.
+                // So that the cardinality, one more, does not overflow.
                 max: int(&of, "max").unwrap_or(i64::MAX - 1),
                 is_categorical: of
                     .get_field_by_name("is_categorical")
@@ -444,7 +419,7 @@ fn quoted(text: &str) -> String {
             '\\' => out.push_str("\\\\"),
             '\n' => out.push_str("\\n"),
             c if c.is_control() => {
-                // Escapes are bytes in this format, so a control character above 0x7f takes two of them.
+                // Escapes are of bytes in this format: a control character above 0x7f takes two.
                 for byte in c.encode_utf8(&mut [0; 4]).bytes() {
                     let _ = write!(out, "\\{byte:03o}");
                 }
@@ -544,7 +519,7 @@ feature { name: "new" type: QUATERNION invented: 1 }"#;
             ("feature {\n  name: 7\n}".to_owned(), "line 2, column 9: expected a string"),
             (
                 "feature { name: \"a\" type: INT }\nfeature {\n name: \"a\" type: INT }".to_owned(),
-                "line 2, column 1: the feature `a` is there twice",
+                "line 2, column 1: the feature `a` occurs twice",
             ),
             ("}\n".to_owned(), "line 1, column 1: expected a field name, but found '}'"),
             ("feature { name: \"a\" name: \"b\" type: INT }".to_owned(), "'name' is already set"),

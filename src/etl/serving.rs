@@ -1,14 +1,15 @@
-//! What stands in front of a model in service: the events of a request to the model's inputs.
+//! Preprocessing of inference requests: from events to a model's inputs.
 //!
-//! The events go through [`Workflow::apply`], as those of training did; what differs is that a session's most recent
-//! events are kept, and sessions of a single event are served too. A server that loads this as a library and one that
-//! is this program run the same function on the same tensors.
+//! [`Workflow::apply`] encodes the events as it did for training, except that the most recent
+//! events of a session are kept, and sessions of one event are served. `bireme serve` and the
+//! Triton backend run the same function.
 
 use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use bireme_base::message::{chain, quoted};
+use bireme_base::message::chain;
+use bireme_protocol::{DataType as Type, Parameter, Tensor, TensorView};
 use polars::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -16,58 +17,55 @@ use crate::error::Error;
 use crate::first::RawEvent;
 use crate::schema::event;
 use crate::sessions::Keep;
-use crate::tensor::{DataType as Type, Tensor, TensorView};
 use crate::workflow::{Settings, Workflow};
 
-/// The sessions' ids among the outputs: BYTES `[B, 1]`. In an ensemble no output can have the name of an input.
+/// Output with the sessions' ids: BYTES `[B, 1]`. In an ensemble an output cannot have the name of
+/// an input.
 pub const SESSION: &str = "session";
-/// How many events each session has: INT64 `[B, 1]`.
+/// Output with the number of events of each session: INT64 `[B, 1]`.
 pub const LENGTH: &str = "length";
-/// Items that are not to be recommended to each session, 0 where there are fewer: INT64 `[B, at least L]`.
+/// Output with the items that are not recommended to each session, 0 where there are fewer: INT64
+/// `[B, at least L]`.
 pub const HIDDEN: &str = "hidden";
-/// The places of the ranking that are asked for, 0 to K − 1, where the catalogue has as many items:
-/// INT64 `[B, K]`.
+/// Output with the wanted places of the ranking, 0 to K − 1, at most the number of items: INT64
+/// `[B, K]`.
 pub const PLACES: &str = "places";
-/// Request input or parameter: how many recommendations a session gets, INT32 `[1]`.
+/// Request input or parameter: the number of recommendations per session, INT32 `[1]`.
 pub const TOP_K: &str = "top_k";
-/// Request input or parameter: whether items of the session are left out, BOOL `[1]`.
+/// Request input or parameter: whether to leave out items of the session, BOOL `[1]`.
 pub const EXCLUDE_SEEN: &str = "exclude_seen";
 
-/// An input of a request.
 #[derive(Clone, Copy, Debug)]
-pub struct Input {
-    /// Its name.
+pub struct RequestInput {
     pub name: &'static str,
-    /// Of its elements.
     pub datatype: Type,
-    /// Sizes, −1 where any will do.
+    /// Sizes; −1 for any.
     pub dims: &'static [i64],
-    /// Whether a request may lack it.
     pub optional: bool,
 }
 
-impl Input {
+impl RequestInput {
     const fn column(name: &'static str, datatype: Type, optional: bool) -> Self {
         Self { name, datatype, dims: &[-1, 1], optional }
     }
 }
 
-/// The inputs of a request: the columns of the events, and what is wanted.
-pub const INPUTS: [Input; 11] = [
-    Input::column(event::TIME, Type::Bytes, false),
-    Input::column(event::TYPE, Type::Bytes, false),
-    Input::column(event::PRODUCT, Type::Int64, false),
-    Input::column(event::CATEGORY, Type::Int64, false),
-    Input::column(event::CATEGORY_CODE, Type::Bytes, true),
-    Input::column(event::BRAND, Type::Bytes, true),
-    Input::column(event::PRICE, Type::Fp64, false),
-    Input::column(event::USER, Type::Int64, true),
-    Input::column(event::SESSION, Type::Bytes, false),
-    Input { name: TOP_K, datatype: Type::Int32, dims: &[1], optional: true },
-    Input { name: EXCLUDE_SEEN, datatype: Type::Bool, dims: &[1], optional: true },
+/// The inputs of a request: the columns of the events, and options.
+pub const INPUTS: [RequestInput; 11] = [
+    RequestInput::column(event::TIME, Type::Bytes, false),
+    RequestInput::column(event::TYPE, Type::Bytes, false),
+    RequestInput::column(event::PRODUCT, Type::Int64, false),
+    RequestInput::column(event::CATEGORY, Type::Int64, false),
+    RequestInput::column(event::CATEGORY_CODE, Type::Bytes, true),
+    RequestInput::column(event::BRAND, Type::Bytes, true),
+    RequestInput::column(event::PRICE, Type::Fp64, false),
+    RequestInput::column(event::USER, Type::Int64, true),
+    RequestInput::column(event::SESSION, Type::Bytes, false),
+    RequestInput { name: TOP_K, datatype: Type::Int32, dims: &[1], optional: true },
+    RequestInput { name: EXCLUDE_SEEN, datatype: Type::Bool, dims: &[1], optional: true },
 ];
 
-/// The inputs of a request for `top_k` recommendations for each session among some events.
+/// The inputs of a request for `top_k` recommendations per session.
 pub fn request(events: &[RawEvent], top_k: i32, exclude_seen: bool) -> Vec<Tensor> {
     let shape = [events.len() as i64, 1];
     fn text(cell: &Option<String>) -> &str {
@@ -75,7 +73,7 @@ pub fn request(events: &[RawEvent], top_k: i32, exclude_seen: bool) -> Vec<Tenso
     }
     let times: Vec<String> = events.iter().map(|event| event.time.to_string()).collect();
     let texts = |name, cell: fn(&RawEvent) -> &str| Tensor::texts(name, &shape, events.iter().map(cell));
-    // What is not known has the id of what is null.
+    // INT64 has no null; an unknown value gets the same id as null.
     let ints = |name, cell: fn(&RawEvent) -> Option<i64>| {
         Tensor::ints(name, &shape, events.iter().map(|event| cell(event).unwrap_or(i64::MIN)))
     };
@@ -102,19 +100,19 @@ pub fn request(events: &[RawEvent], top_k: i32, exclude_seen: bool) -> Vec<Tenso
     ]
 }
 
-/// A column of the sessions that the model reads.
+/// A column of the sessions that a model reads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelColumn {
-    /// Its name in the schema.
+    /// The name in the schema.
     pub column: String,
-    /// Its name among the model's inputs, which must be an identifier.
+    /// The name of the model's input, which must be an identifier.
     pub input: String,
-    /// Whether it holds codes (INT64) or values (FP32).
+    /// INT64 if so, else FP32.
     pub is_categorical: bool,
 }
 
 impl ModelColumn {
-    /// A column under the nearest identifier to its name.
+    /// Derives the input's name from that of the column.
     pub fn new(column: &str, is_categorical: bool) -> Self {
         let letter = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
         let mut input: String = column.chars().map(letter).collect();
@@ -125,59 +123,37 @@ impl ModelColumn {
     }
 }
 
-/// What a model in service wants of the requests: `serving.json`.
+/// The settings of serving: `serving.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServingSettings {
-    /// Events of a session that the model reads, the most recent ones.
+    /// The number of most recent events of a session that the model reads.
     pub max_length: usize,
-    /// The columns that it reads.
     pub columns: Vec<ModelColumn>,
-    /// Recommendations a session, unless a request wants another number.
+    /// Recommendations per session by default.
     pub top_k: usize,
-    /// Recommendations a session at most.
+    /// The most recommendations per session.
     pub max_top_k: usize,
-    /// Sessions of a request at most.
+    /// The most sessions of a request.
     pub max_sessions: usize,
-    /// Items that can be recommended; absent of exports that bound `max_top_k` by it.
+    /// The number of items that can be recommended; absent in exports that bound `max_top_k` by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n_recommendable: Option<usize>,
 }
 
-/// A parameter of a request.
-#[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs)]
-pub enum Parameter {
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Text(String),
-}
-
-impl fmt::Display for Parameter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Bool(value) => write!(f, "{value}"),
-            Self::Int(value) => write!(f, "{value}"),
-            Self::Float(value) => write!(f, "{value:?}"),
-            Self::Text(text) => write!(f, "the text {}", quoted(text)),
-        }
-    }
-}
-
-/// A fitted workflow in service.
+/// A fitted workflow that serves requests.
 #[derive(Debug)]
 pub struct Preprocessor {
     workflow: Workflow,
     settings: ServingSettings,
 }
 
-/// Files of a folder that a [`Preprocessor`] is loaded from.
+/// Entries of a saved preprocessor's folder.
 const WORKFLOW: &str = "workflow";
 const SETTINGS: &str = "serving.json";
 
 impl Preprocessor {
-    /// Of a workflow, without the visitors that it was fitted on.
+    /// Takes a workflow, and removes the ids of users and sessions from it.
     pub fn new(workflow: Workflow, settings: ServingSettings) -> Self {
         Self { workflow: workflow.without_visitors(), settings }
     }
@@ -185,7 +161,7 @@ impl Preprocessor {
     /// Reads what [`Preprocessor::save`] wrote.
     ///
     /// # Errors
-    /// A file that is missing or broken.
+    /// A file that is missing or damaged.
     pub fn load(dir: &Path) -> Result<Self, Error> {
         let path = dir.join(SETTINGS);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
@@ -198,36 +174,26 @@ impl Preprocessor {
         Ok(Self { workflow: Workflow::load(&dir.join(WORKFLOW))?, settings })
     }
 
-    /// Writes the workflow and the settings into a folder, which must be there.
-    ///
-    /// # Errors
-    /// A file that cannot be written.
+    /// Writes the workflow and the settings into a folder, which must exist.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         let workflow = dir.join(WORKFLOW);
         fs::create_dir(&workflow).map_err(Error::io("create", &workflow))?;
         self.workflow.save(&workflow)?;
-        self.save_settings(dir)
-    }
-
-    /// Writes the settings alone.
-    pub(crate) fn save_settings(&self, dir: &Path) -> Result<(), Error> {
         let path = dir.join(SETTINGS);
         let text = serde_json::to_string_pretty(&self.settings).map_err(std::io::Error::from);
         text.and_then(|text| fs::write(&path, text + "\n")).map_err(Error::io("write", &path))
     }
 
-    /// The workflow.
     pub fn workflow(&self) -> &Workflow {
         &self.workflow
     }
 
-    /// What the model wants.
     pub fn settings(&self) -> &ServingSettings {
         &self.settings
     }
 
-    /// The outputs: name, type and sizes, −1 where these depend on the request. All but the first are the model's
-    /// inputs: its columns, [`LENGTH`], [`HIDDEN`], [`PLACES`].
+    /// The outputs: name, type and sizes, −1 for those that depend on the request. All but the
+    /// first are the model's inputs: its columns, [`LENGTH`], [`HIDDEN`], [`PLACES`].
     pub fn outputs(&self) -> Vec<(&str, Type, Vec<i64>)> {
         let ServingSettings { max_length, columns, .. } = &self.settings;
         let mut outputs = vec![(SESSION, Type::Bytes, vec![-1, 1])];
@@ -241,10 +207,11 @@ impl Preprocessor {
         outputs
     }
 
-    /// Turns the events of a request into the outputs, a row for each session in the order in which these appear.
+    /// Turns the events of a request into the outputs, with a row per session in the order of their
+    /// first events.
     ///
     /// # Errors
-    /// Says in one line what is wrong with the request.
+    /// What is wrong with the request, in one line.
     pub fn apply(
         &self,
         inputs: &[TensorView<'_>],
@@ -304,7 +271,7 @@ impl Preprocessor {
         Ok(outputs)
     }
 
-    /// How many recommendations a session gets: what is asked for, or as many as there are items.
+    /// The number of recommendations per session: as requested, but at most the number of items.
     fn top_k(
         &self,
         input: Option<&TensorView<'_>>,
@@ -349,7 +316,7 @@ fn parameter<'p>(parameters: &'p [(String, Parameter)], name: &str) -> Option<&'
     parameters.iter().find(|(known, _)| known == name).map(|(_, value)| value)
 }
 
-/// What may be given as an input or as a parameter, or as both if they agree.
+/// An option that may be given as an input or as a parameter, or as both if they agree.
 fn one_of<T: PartialEq + fmt::Display>(
     name: &str,
     input: Option<T>,
@@ -363,11 +330,11 @@ fn one_of<T: PartialEq + fmt::Display>(
     }
 }
 
-/// The columns of the events among a request's inputs, all equally long.
+/// The columns of the events among a request's inputs, all of the same length.
 fn events(inputs: &[TensorView<'_>]) -> Result<DataFrame, String> {
     let mut columns: Vec<Column> = Vec::new();
     let mut n_rows = None;
-    for Input { name, datatype, optional, .. } in INPUTS.iter().filter(|input| input.dims.len() == 2) {
+    for RequestInput { name, datatype, optional, .. } in INPUTS.iter().filter(|input| input.dims.len() == 2) {
         let Some(input) = inputs.iter().find(|input| input.name == *name) else {
             if *optional {
                 continue;
@@ -393,7 +360,7 @@ fn events(inputs: &[TensorView<'_>]) -> Result<DataFrame, String> {
     DataFrame::new(n_rows, columns).map_err(|error| error.to_string())
 }
 
-/// Ragged values, row by row, filled up to `width` with zeros.
+/// Rows of different lengths, each filled up to `width` with zeros.
 fn padded<T: Copy + Default>(values: &[T], lengths: &[i64], width: usize) -> Vec<T> {
     let mut padded = Vec::with_capacity(lengths.len() * width);
     let mut rest = values;

@@ -1,22 +1,22 @@
-//! Events to sessions: coded, sorted by time, without repeats.
+//! Coded events: sorted by session and time, without repeats, cut to sessions.
 
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
-use crate::events::{Batch, Cells, columns_at_once};
+use crate::events::{Cells, EventBatch, columns_at_once};
 use crate::time::EventTime;
-use crate::vocab::{Coded, Dictionary, Value, Vocabulary};
+use crate::vocab::{Coded, ColumnValue, Dictionary, Vocabulary};
 
-/// One event in the form that is sorted, counted and kept on disk in between: 48 bytes whatever its texts.
+/// An event as it is sorted, counted and kept in scratch files: 48 bytes, whatever its texts.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Event {
-    /// Of the event's time: all that is not the order of events is derived from these.
+    /// Of the event's time. The nanoseconds matter only for the order of events.
     pub seconds: i64,
     pub price: f64,
     /// Codes of [`Dictionaries`], by [`Coded`].
     pub codes: [u32; 7],
-    /// Of the event's time, after its seconds.
+    /// Of the event's time.
     pub nanos: u32,
 }
 
@@ -30,20 +30,19 @@ impl Event {
     }
 }
 
-/// Seconds in a day.
 pub(crate) const DAY: i64 = 86_400;
 
-/// What the codes of events mean.
+/// The values behind the codes of events, by [`Coded`].
 #[derive(Debug)]
 pub(crate) struct Dictionaries(pub [Dictionary; 7]);
 
 impl Dictionaries {
     pub fn new() -> Self {
-        // Session ids are kept as they stand in the files; the fit looks whether they are integers.
+        // Session ids are text here; the fit turns them into integers if all are.
         Self(Coded::ALL.map(|column| Dictionary::new(column.is_int())))
     }
 
-    /// With the values and codes of fitted vocabularies.
+    /// Contains the values and codes of fitted vocabularies.
     pub fn of(vocabularies: &[Vocabulary; 7]) -> Self {
         Self(vocabularies.each_ref().map(Vocabulary::dictionary_of_files))
     }
@@ -52,8 +51,8 @@ impl Dictionaries {
         &self.0[column as usize]
     }
 
-    /// Codes a batch, column by column and all columns at once: codes depend on the order of the rows alone.
-    pub fn code(&mut self, batch: &Batch) -> Vec<Event> {
+    /// Codes a batch, all columns in parallel. The codes depend only on the order of the rows.
+    pub fn code(&mut self, batch: &EventBatch) -> Vec<Event> {
         let n_rows = batch.time.len();
         let codes: Vec<Vec<u32>> = (self.0.par_iter_mut().zip(&batch.cells))
             .with_min_len(columns_at_once(n_rows))
@@ -61,13 +60,15 @@ impl Dictionaries {
                 None => vec![Dictionary::NULL; n_rows],
                 Some(Cells::Int(cells)) => cells
                     .iter()
-                    .map(|cell| cell.map_or(Dictionary::NULL, |value| dictionary.intern(Value::Int(value))))
+                    .map(|cell| {
+                        cell.map_or(Dictionary::NULL, |value| dictionary.intern(ColumnValue::Int(value)))
+                    })
                     .collect(),
                 Some(Cells::Text(cells)) => cells
                     .iter()
                     .map(|cell| match cell {
                         None | Some("") => Dictionary::NULL,
-                        Some(text) => dictionary.intern(Value::Text(text)),
+                        Some(text) => dictionary.intern(ColumnValue::Text(text)),
                     })
                     .collect(),
             })
@@ -84,11 +85,12 @@ impl Dictionaries {
 }
 
 /// Sorts events by (session, time), those of the same time in file order, and drops every event
-/// whose predecessor in the session is of the same product. Returns how many were dropped.
+/// whose predecessor in the session is of the same product. Returns the number of dropped events.
 ///
-/// The type of the event is not looked at: a view, a cart and a purchase of one product in a row become the view.
+/// The type of event does not matter: of a view, a cart and a purchase of one product in a row, the
+/// view remains.
 pub(crate) fn sort_and_drop_repeats(events: &mut Vec<Event>) -> usize {
-    // Stable: the events come in file order.
+    // A stable sort, because the events are in file order.
     events.sort_by_key(|event| (event.code(Coded::Session), event.time()));
     let n_before = events.len();
     events.dedup_by(|next, kept| {
@@ -103,14 +105,14 @@ pub(crate) fn sessions(events: &[Event]) -> impl Iterator<Item = &[Event]> {
     events.chunk_by(|a, b| a.code(Coded::Session) == b.code(Coded::Session))
 }
 
-/// Which events of a session stay that is longer than the longest length.
+/// The events that are kept of a session longer than the limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Keep {
-    /// The session's start, as in the tutorial.
+    /// The first events, as in the tutorial.
     #[default]
     First,
-    /// The session's end, as a model in service sees it.
+    /// The last events, as in serving.
     Last,
 }
 

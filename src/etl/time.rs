@@ -1,33 +1,32 @@
-//! Times of events, at the resolution of the data.
+//! Times of events, with a resolution of nanoseconds.
 
 use std::fmt;
 
 use chrono::{DateTime, NaiveDate};
 
-/// A time in UTC. Sessions are ordered by all of it, features and days derived from the seconds.
+/// A time in UTC. Sessions are ordered by seconds and nanoseconds; features and days depend on the
+/// seconds only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventTime {
-    /// Since 1970, rounded down.
+    /// Since 1970-01-01, rounded down.
     pub seconds: i64,
-    /// After these seconds, below 10^9.
+    /// Below 10^9.
     pub nanos: u32,
 }
 
 impl EventTime {
-    /// The latest time.
     pub const MAX: Self = Self { seconds: i64::MAX, nanos: 999_999_999 };
-    /// The earliest time.
     pub const MIN: Self = Self { seconds: i64::MIN, nanos: 0 };
 
-    /// Ticks since 1970, of which a second has `per_second`: 1, 10^3, 10^6 or 10^9.
+    /// Converts ticks since 1970-01-01; `per_second` is 1, 10^3, 10^6 or 10^9.
     pub(crate) fn from_ticks(ticks: i64, per_second: u32) -> Self {
         let after = ticks.rem_euclid(i64::from(per_second)) as u32;
         Self { seconds: ticks.div_euclid(i64::from(per_second)), nanos: after * (1_000_000_000 / per_second) }
     }
 
     /// Parses `2019-10-01 00:00:00 UTC`. `T`, `Z`, `+00:00` and a fraction of up to nine digits are
-    /// accepted, and a time without a zone is UTC. Further digits of a fraction must be zeros: two
-    /// times that differ there would otherwise be equal.
+    /// accepted, and a time without a zone is UTC. Further digits of a fraction must be zeros,
+    /// because times that differ there would become equal.
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let (stamp, rest) = text.split_at_checked(19)?;
         let number = |range: std::ops::Range<usize>| {
@@ -54,7 +53,7 @@ impl EventTime {
     }
 }
 
-/// The nanoseconds of the digits behind a decimal point.
+/// Nanoseconds from the digits after a decimal point.
 fn fraction(digits: &[u8]) -> Option<u32> {
     let (nanos, beyond) = digits.split_at(digits.len().min(9));
     if beyond.iter().any(|digit| *digit != b'0') {
@@ -64,7 +63,7 @@ fn fraction(digits: &[u8]) -> Option<u32> {
     Some(nanos.fold(0, |n, digit| n * 10 + u32::from(digit - b'0')))
 }
 
-/// In the form that events have, with a fraction only where there is one.
+/// As in the events, with a fraction only where it is not zero.
 impl fmt::Display for EventTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(time) = DateTime::from_timestamp(self.seconds, 0) else {

@@ -1,12 +1,12 @@
-//! What a version was made from, and the hashes of its files.
+//! The manifest of an exported version: its origin, and the digests of its files.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
+use std::fs;
+use std::io;
 use std::path::Path;
 
+use bireme_base::digest::sha256_of_file;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tch::Kind;
 
 use crate::checkpoint::State;
@@ -17,26 +17,21 @@ use crate::report::METRICS;
 /// The manifest, in the version folder of the ensemble.
 pub const FILE: &str = "manifest.json";
 
-/// What a manifest tells besides the files.
-pub struct Facts<'a> {
-    /// The model's name in the repository.
+/// The origin of an exported version.
+pub struct ManifestFacts<'a> {
+    /// In the repository.
     pub name: String,
-    /// Its version.
     pub version: u64,
-    /// The run.
     pub run_dir: &'a Path,
-    /// The checkpoint's folder.
     pub checkpoint: &'a Path,
-    /// What the checkpoint says of itself.
+    /// Of the checkpoint.
     pub state: &'a State,
-    /// The run's configuration.
     pub config: &'a Config,
-    /// Type of the tables.
     pub tables: Kind,
 }
 
 /// Writes the manifest of all files under `root` into the folder `dir`.
-pub fn write(facts: &Facts<'_>, root: &Path, dir: &Path) -> io::Result<()> {
+pub fn write(facts: &ManifestFacts<'_>, root: &Path, dir: &Path) -> io::Result<()> {
     let mut files = BTreeMap::new();
     hash_files(root, "", &mut files)?;
     let config: Value = toml::from_str::<toml::Value>(&facts.config.to_toml())
@@ -59,7 +54,7 @@ pub fn write(facts: &Facts<'_>, root: &Path, dir: &Path) -> io::Result<()> {
     fs::write(dir.join(FILE), format!("{manifest:#}\n"))
 }
 
-/// How the command line calls a type of tables.
+/// The name of a type of tables on the command line.
 pub fn type_name(kind: Kind) -> &'static str {
     match kind {
         Kind::BFloat16 => "bf16",
@@ -68,7 +63,7 @@ pub fn type_name(kind: Kind) -> &'static str {
     }
 }
 
-/// The run's evaluations after that day, as it recorded them.
+/// The run's records of evaluations after training on `day`.
 fn metrics(run_dir: &Path, day: i64) -> io::Result<Vec<Value>> {
     let path = run_dir.join(METRICS);
     if !path.exists() {
@@ -88,19 +83,8 @@ fn hash_files(dir: &Path, prefix: &str, files: &mut BTreeMap<String, Value>) -> 
             hash_files(&entry.path(), &format!("{name}/"), files)?;
             continue;
         }
-        let (mut hash, mut bytes) = (Sha256::new(), 0);
-        let mut file = BufReader::with_capacity(1 << 20, File::open(entry.path())?);
-        loop {
-            let read = file.fill_buf()?;
-            if read.is_empty() {
-                break;
-            }
-            hash.update(read);
-            let n = read.len();
-            bytes += n as u64;
-            file.consume(n);
-        }
-        let sha256: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let (path, bytes) = (entry.path(), entry.metadata()?.len());
+        let sha256 = sha256_of_file(&path)?;
         files.insert(name, json!({ "bytes": bytes, "sha256": sha256 }));
     }
     Ok(())

@@ -1,8 +1,10 @@
-//! A trained run as a model repository that Triton, or `bireme serve`, serves as it lies.
+//! Exports a trained run to a model repository for Triton or `bireme serve`.
 //!
-//! Preprocessing is [`Preprocessor`], the very transforms that made the training data; the model is the network itself,
-//! traced (see `script`). [`export`] writes a new version of both, and of the two ensembles that join them, into the
-//! repository; what it held before stays.
+//! [`Preprocessor`] applies the transforms that made the training data, and the model is the traced
+//! network (see `script`). [`export`] adds a new version of both, and of the two ensembles that
+//! join them, to the repository; existing versions stay.
+
+#![allow(missing_docs, reason = "most names say what a doc would repeat")]
 
 mod manifest;
 mod repository;
@@ -23,10 +25,10 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, State};
 use crate::config::{Config, ConfigError};
 use crate::data::{DataError, Features};
 use crate::etl::serving::{ModelColumn, Preprocessor, ServingSettings};
-use crate::etl::{Coded, SCHEMA, Schema, Value, WORKFLOW, Workflow};
+use crate::etl::{Coded, ColumnValue, SCHEMA, Schema, WORKFLOW, Workflow};
 use crate::model::{Network, Neural};
 
-pub use repository::{EtlBackend, Names};
+pub use repository::ModelNames;
 pub use script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
 pub use scripted::ScriptedModel;
 
@@ -35,108 +37,75 @@ use script::Script;
 /// The library that preprocesses in Triton, in the folder of `<name>_etl`.
 pub const LIBRARY: &str = "libtriton_bireme.so";
 
-/// The folder of a run that holds what serving needs of its data: the schema and the workflow.
+/// The folder of a run with the schema and the workflow, for serving.
 pub const DATA: &str = "etl";
 
-/// What is to be exported, and how.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// What `bireme train` wrote.
+pub struct ExportOptions {
     pub run_dir: PathBuf,
-    /// A checkpoint's folder name; the newest if none is given.
+    /// The folder name of a checkpoint; `None`: the newest.
     pub checkpoint: Option<String>,
-    /// The repository; made if it is not there.
+    /// The repository, which is created if it is absent.
     pub out: PathBuf,
-    /// The model's name in it.
+    /// The model's name in the repository.
     pub name: String,
-    /// In which type tables of vectors are kept and items are scored.
+    /// The type of the embedding tables, in which items are scored.
     pub tables: Kind,
-    /// The library [`LIBRARY`]; none: preprocessing is written in Python.
-    pub library: Option<PathBuf>,
+    /// The file that is copied as [`LIBRARY`].
+    pub library: PathBuf,
 }
 
-/// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exported {
-    /// The models' new version.
+    /// The new version of all four models.
     pub version: u64,
     /// Rows of the catalogue.
     pub n_items: i64,
-    /// Newer checkpoints that are not whole, and what is wrong with each.
+    /// Incomplete newer checkpoints, and what is wrong with each.
     pub skipped: Vec<String>,
 }
 
-/// Recommendations a session: unless asked for another number, and at most.
+/// Recommendations per session: by default, and at most.
 const TOP_K: usize = 20;
 const MAX_TOP_K: usize = 100;
-/// Sessions of a request at most, and the memory for their scores of the catalogue, which a server may hold at once.
+/// The most sessions of a request, and the most memory for their scores of the catalogue.
 const MAX_SESSIONS: usize = 16_384;
 const MAX_SCORES_BYTES: usize = 2 << 30;
 
-/// Why there is no new version. The repository is then what it was before.
+/// An error of [`export`]. It leaves the repository unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// A name that cannot be a model's.
     #[error("`{0}` cannot be a model's name: letters, digits, `_`, `-` and `.` can")]
     Name(String),
-    /// A model without parameters.
+    #[error(
+        "`--python-backend` was removed: preprocessing in Triton is the Rust backend `{LIBRARY}`, \
+         which `bireme export` uses without this flag"
+    )]
+    PythonBackend,
     #[error("`{run_dir}` holds a {model} model, which only counts: GRU and XLNet models can be exported")]
-    OnlyCounts {
-        /// The run.
-        run_dir: PathBuf,
-        /// Its model.
-        model: String,
-    },
-    /// The run knows no workflow.
-    #[error("`{0}` is missing: the run was trained on sessions that came without a fitted workflow")]
+    OnlyCounts { run_dir: PathBuf, model: String },
+    #[error("`{0}` is missing: the run was trained on sessions without a fitted workflow")]
     NoWorkflow(PathBuf),
-    /// The library for Triton is not there.
-    #[error("there is no `{0}`")]
+    #[error("`{0}` does not exist")]
     NoLibrary(PathBuf),
-    /// The run's configuration cannot be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Nor its schema.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// Nor its schema.
     #[error(transparent)]
     Schema(#[from] crate::etl::SchemaError),
-    /// Nor its workflow.
     #[error(transparent)]
     Workflow(#[from] crate::etl::Error),
-    /// Nor its checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// What belongs together does not fit.
     #[error("`{path}` does not fit the run: {problem}")]
-    Mismatch {
-        /// The file or folder.
-        path: PathBuf,
-        /// What differs.
-        problem: String,
-    },
-    /// The network cannot be turned into TorchScript, or not be read back.
+    Mismatch { path: PathBuf, problem: String },
     #[error("cannot write `{path}` as TorchScript: {problem}")]
-    Script {
-        /// The file.
-        path: PathBuf,
-        /// What libtorch, or a rule of the server's, says.
-        problem: String,
-    },
-    /// The repository cannot be written to.
+    Script { path: PathBuf, problem: String },
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// The file system refused.
     #[error("cannot {action} `{path}`")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    Io { action: &'static str, path: PathBuf, source: io::Error },
 }
 
 impl ExportError {
@@ -152,56 +121,53 @@ impl ExportError {
     /// What to do about it, where that can be said.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NoLibrary(_) => Some(
-                "`cargo build` makes it beside `bireme`, `--backend-library` names another place, and `--python-backend` \
-                 does without",
-            ),
+            Self::NoLibrary(_) => {
+                Some("`cargo build` makes it beside `bireme`, and `--backend-library` names another place")
+            }
             Self::NoWorkflow(_) => Some("train on what `bireme preprocess` wrote"),
             _ => None,
         }
     }
 }
 
-/// Checks what can be known before there is anything to export.
+/// Checks the options before there is anything to export.
 ///
 /// # Errors
-/// A name that cannot be, a library that is not there, a model that only counts.
-pub fn check(options: &Options, config: &Config) -> Result<(), ExportError> {
+/// An invalid name, a missing library, or a model without parameters.
+pub fn check(options: &ExportOptions, config: &Config) -> Result<(), ExportError> {
     checked_options(options)?;
     neural(options, config).map(drop)
 }
 
-fn checked_options(options: &Options) -> Result<Names, ExportError> {
+fn checked_options(options: &ExportOptions) -> Result<ModelNames, ExportError> {
     let names = checked_names(&options.name)?;
     output::check_folder(&options.out)?;
-    match options.library.as_deref().filter(|library| !library.is_file()) {
-        Some(missing) => Err(ExportError::NoLibrary(missing.to_owned())),
-        None => Ok(names),
+    if !options.library.is_file() {
+        return Err(ExportError::NoLibrary(options.library.clone()));
     }
+    Ok(names)
 }
 
-/// What the network is made by.
-fn neural<'a>(options: &Options, config: &'a Config) -> Result<Neural<'a>, ExportError> {
+/// The configuration of the network.
+fn neural<'a>(options: &ExportOptions, config: &'a Config) -> Result<Neural<'a>, ExportError> {
     let only_counts =
         || ExportError::OnlyCounts { run_dir: options.run_dir.clone(), model: config.model.title() };
     config.model.neural().ok_or_else(only_counts)
 }
 
-/// Writes a new version of the model `options.name` into the repository. `note` is given a line where
-/// what an interrupted command left is removed.
+/// Writes a new version of the model `options.name` into the repository. `note` receives a line
+/// about remains of an interrupted command that are removed.
 ///
 /// # Errors
 /// See [`ExportError`].
-pub fn export(options: &Options, note: &mut dyn FnMut(&str)) -> Result<Exported, ExportError> {
+pub fn export(options: &ExportOptions, note: &mut dyn FnMut(&str)) -> Result<Exported, ExportError> {
     let names = checked_options(options)?;
     let added = OutputEntries::create(&options.out, &options.name, note)?;
     let aside = added.path();
-    let library = options.library.as_deref();
-    let run = Run::open(options)?;
+    let run = ServedRun::open(options)?;
     let n_items = run.features.n_items();
     let etl = run.preprocessor()?;
-    let backend = if library.is_some() { EtlBackend::Library } else { EtlBackend::Python };
-    let configs = repository::configs(&names, &etl, backend, n_items);
+    let configs = repository::configs(&names, &etl, n_items);
 
     let io = |action, path: &Path| {
         let path = path.to_owned();
@@ -216,19 +182,9 @@ pub fn export(options: &Options, note: &mut dyn FnMut(&str)) -> Result<Exported,
     }
     let folder = |name: &str| aside.join(name).join(version.to_string());
 
-    let of_etl = folder(&names.etl);
-    etl.save(&of_etl)?;
-    match library {
-        Some(library) => {
-            let path = aside.join(&names.etl).join(LIBRARY);
-            fs::copy(library, &path).map_err(io("write", &path))?;
-        }
-        None => {
-            etl.save_for_numpy(&of_etl)?;
-            let path = of_etl.join("model.py");
-            fs::write(&path, include_str!("model.py")).map_err(io("write", &path))?;
-        }
-    }
+    etl.save(&folder(&names.etl))?;
+    let path = aside.join(&names.etl).join(LIBRARY);
+    fs::copy(&options.library, &path).map_err(io("write", &path))?;
     let path = folder(&names.model).join(rules::FILE);
     let failed = |problem| ExportError::Script { path: path.clone(), problem };
     run.script(&etl).save(&path).map_err(failed)?;
@@ -236,7 +192,7 @@ pub fn export(options: &Options, note: &mut dyn FnMut(&str)) -> Result<Exported,
 
     manifest::write(&run.facts(options, version), &aside, &folder(&names.ensemble))
         .map_err(io("write", &aside))?;
-    // An empty folder is easily lost, and an ensemble without it does not load.
+    // Git drops empty folders, and an ensemble without its version folder does not load.
     let path = folder(&names.scores).join("README");
     fs::write(&path, format!("See {}/{version}/{}\n", names.ensemble, manifest::FILE))
         .map_err(io("write", &path))?;
@@ -244,16 +200,16 @@ pub fn export(options: &Options, note: &mut dyn FnMut(&str)) -> Result<Exported,
     Ok(Exported { version, n_items, skipped: run.skipped })
 }
 
-fn checked_names(name: &str) -> Result<Names, ExportError> {
+fn checked_names(name: &str) -> Result<ModelNames, ExportError> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
         return Err(ExportError::Name(name.to_owned()));
     }
-    Ok(Names::new(name))
+    Ok(ModelNames::new(name))
 }
 
-/// One more than the newest version of any of the models.
-fn next_version(out: &Path, names: &Names) -> io::Result<u64> {
+/// One more than the newest version of any of the four models.
+fn next_version(out: &Path, names: &ModelNames) -> io::Result<u64> {
     let mut newest = 0;
     for name in [&names.ensemble, &names.scores, &names.etl, &names.model] {
         let dir = out.join(name);
@@ -268,7 +224,8 @@ fn next_version(out: &Path, names: &Names) -> io::Result<u64> {
     Ok(newest + 1)
 }
 
-/// Moves everything into its place, the ensembles last: a server that looks in between finds what they need.
+/// Moves all models into place, the ensembles last, so that a server finds the models that they
+/// need.
 fn publish(
     aside: &Path,
     out: &Path,
@@ -291,8 +248,8 @@ fn publish(
     Ok(())
 }
 
-/// A run, as far as it is served.
-struct Run {
+/// The parts of a run that are exported.
+struct ServedRun {
     dir: PathBuf,
     config: Config,
     state: State,
@@ -302,14 +259,14 @@ struct Run {
     features: Features,
     occurrences: Vec<i64>,
     workflow: Workflow,
-    /// Product id of each item; those of padding and unknown, −1, are never given out.
+    /// Product id of each item; −1 for padding and unknown, which are never recommended.
     product_ids: Vec<i64>,
     cardinalities: Vec<Option<i64>>,
     tables: Kind,
 }
 
-impl Run {
-    fn open(options: &Options) -> Result<Self, ExportError> {
+impl ServedRun {
+    fn open(options: &ExportOptions) -> Result<Self, ExportError> {
         let dir = &options.run_dir;
         let config = Config::load(&dir.join(CONFIG), &[])?;
         let neural = neural(options, &config)?;
@@ -340,11 +297,11 @@ impl Run {
         let products = workflow.vocabulary(Coded::Product);
         if products.cardinality() as i64 != features.n_items() {
             let problem =
-                format!("it knows {} items, the schema {}", products.cardinality(), features.n_items());
+                format!("it has {} items, and the schema has {}", products.cardinality(), features.n_items());
             return Err(mismatch(&workflow_dir)(problem));
         }
         let product_ids = (0..products.cardinality() as u32).map(|item| match products.value(item) {
-            Some(Value::Int(product)) => product,
+            Some(ColumnValue::Int(product)) => product,
             _ => -1,
         });
         let product_ids = product_ids.collect();
@@ -393,8 +350,8 @@ impl Run {
         }
     }
 
-    fn facts(&self, options: &Options, version: u64) -> manifest::Facts<'_> {
-        manifest::Facts {
+    fn facts(&self, options: &ExportOptions, version: u64) -> manifest::ManifestFacts<'_> {
+        manifest::ManifestFacts {
             name: options.name.clone(),
             version,
             run_dir: &self.dir,

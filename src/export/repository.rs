@@ -9,7 +9,6 @@
 
 use std::collections::BTreeMap;
 
-use bireme_serve::model_config::number;
 use bireme_serve::protocol::model_config::SchedulingChoice;
 use bireme_serve::protocol::model_ensembling::Step;
 use bireme_serve::protocol::model_instance_group::Kind;
@@ -20,41 +19,22 @@ use bireme_serve::protocol::{
 
 use super::script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
 use crate::etl::serving::{INPUTS, Preprocessor, SESSION};
-use crate::etl::tensor::DataType as Type;
+use bireme_protocol::DataType;
 
-/// The backend of `<name>_etl`: the library that this workspace builds, or the Python one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EtlBackend {
-    /// `libtriton_bireme.so`, beside the model's versions.
-    Library,
-    /// `model.py`, in each version.
-    Python,
-}
-
-impl EtlBackend {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Library => "bireme",
-            Self::Python => "python",
-        }
-    }
-}
-
-/// The names of the four models.
+/// The names of the four models in the repository.
 #[derive(Clone, Debug)]
-pub struct Names {
-    /// Of the ensemble that recommends.
+pub struct ModelNames {
+    /// The ensemble that recommends.
     pub ensemble: String,
-    /// Of the ensemble that gives all scores.
+    /// The ensemble that returns all scores.
     pub scores: String,
-    /// Of the preprocessing.
+    /// Preprocessing.
     pub etl: String,
-    /// Of the network.
+    /// The network.
     pub model: String,
 }
 
-impl Names {
-    /// Those of the repository's model `name`.
+impl ModelNames {
     pub fn new(name: &str) -> Self {
         let with = |part: &str| format!("{name}_{part}");
         Self { ensemble: name.to_owned(), scores: with("scores"), etl: with("etl"), model: with("model") }
@@ -62,30 +42,30 @@ impl Names {
 }
 
 /// The four configurations, the two ensembles last.
-pub fn configs(names: &Names, etl: &Preprocessor, backend: EtlBackend, n_items: i64) -> [ModelConfig; 4] {
+pub fn configs(names: &ModelNames, etl: &Preprocessor, n_items: i64) -> [ModelConfig; 4] {
     let recommended = [
-        (ITEM_IDS, Type::Int64, vec![-1, -1]),
-        (ITEM_SCORES, Type::Fp32, vec![-1, -1]),
-        (N_ITEMS, Type::Int32, vec![-1, 1]),
+        (ITEM_IDS, DataType::Int64, vec![-1, -1]),
+        (ITEM_SCORES, DataType::Fp32, vec![-1, -1]),
+        (N_ITEMS, DataType::Int32, vec![-1, 1]),
     ];
-    let scored = [(OUTPUT, Type::Fp32, vec![-1, n_items])];
+    let scored = [(OUTPUT, DataType::Fp32, vec![-1, n_items])];
     [
-        etl_config(&names.etl, etl, backend),
+        etl_config(&names.etl, etl),
         model_config(&names.model, etl, n_items),
         ensemble_config(&names.scores, names, etl, &scored),
         ensemble_config(&names.ensemble, names, etl, &recommended),
     ]
 }
 
-fn input(name: &str, datatype: Type, dims: Vec<i64>) -> ModelInput {
-    ModelInput { name: name.to_owned(), data_type: number(datatype), dims, ..Default::default() }
+fn input(name: &str, datatype: DataType, dims: Vec<i64>) -> ModelInput {
+    ModelInput { name: name.to_owned(), data_type: datatype.number(), dims, ..Default::default() }
 }
 
-fn output(name: &str, datatype: Type, dims: Vec<i64>) -> ModelOutput {
-    ModelOutput { name: name.to_owned(), data_type: number(datatype), dims, ..Default::default() }
+fn output(name: &str, datatype: DataType, dims: Vec<i64>) -> ModelOutput {
+    ModelOutput { name: name.to_owned(), data_type: datatype.number(), dims, ..Default::default() }
 }
 
-/// What a request holds.
+/// The inputs of a request.
 fn request() -> Vec<ModelInput> {
     INPUTS
         .iter()
@@ -93,25 +73,25 @@ fn request() -> Vec<ModelInput> {
         .collect()
 }
 
-fn etl_config(name: &str, etl: &Preprocessor, backend: EtlBackend) -> ModelConfig {
+fn etl_config(name: &str, etl: &Preprocessor) -> ModelConfig {
     let outputs = etl.outputs();
     ModelConfig {
         name: name.to_owned(),
-        backend: backend.name().to_owned(),
+        backend: "bireme".to_owned(),
         input: request(),
         output: outputs.into_iter().map(|(name, datatype, dims)| output(name, datatype, dims)).collect(),
-        // One for each of a few cores: what an instance does takes a fraction of a millisecond.
+        // For a few cores: an execution takes a fraction of a millisecond.
         instance_group: vec![ModelInstanceGroup { count: 2, kind: Kind::Cpu.into(), ..Default::default() }],
         ..Default::default()
     }
 }
 
-/// Sessions that are worth waiting for, and how long.
+/// The number of sessions to wait for, and the longest time to wait.
 const PREFERRED_BATCH: i32 = 64;
 const QUEUE_DELAY_MICROSECONDS: u64 = 500;
 
 fn model_config(name: &str, etl: &Preprocessor, n_items: i64) -> ModelConfig {
-    // The first dimension, the sessions, is the server's to batch.
+    // The configuration leaves out the first dimension, the sessions, which the server batches.
     let inputs = etl.outputs().into_iter().filter(|(name, ..)| *name != SESSION);
     let setting = |value: &str| ModelParameter { string_value: value.to_owned() };
     ModelConfig {
@@ -120,11 +100,11 @@ fn model_config(name: &str, etl: &Preprocessor, n_items: i64) -> ModelConfig {
         max_batch_size: etl.settings().max_sessions as i32,
         input: inputs.map(|(name, datatype, dims)| input(name, datatype, dims[1..].to_vec())).collect(),
         output: vec![
-            output(OUTPUT, Type::Fp32, vec![n_items]),
-            output(ITEM_IDS, Type::Int64, vec![-1]),
-            output(ITEM_SCORES, Type::Fp32, vec![-1]),
-            output(FALLBACK, Type::Bool, vec![1]),
-            output(N_ITEMS, Type::Int32, vec![1]),
+            output(OUTPUT, DataType::Fp32, vec![n_items]),
+            output(ITEM_IDS, DataType::Int64, vec![-1]),
+            output(ITEM_SCORES, DataType::Fp32, vec![-1]),
+            output(FALLBACK, DataType::Bool, vec![1]),
+            output(N_ITEMS, DataType::Int32, vec![1]),
         ],
         scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching {
             preferred_batch_size: vec![PREFERRED_BATCH],
@@ -138,9 +118,9 @@ fn model_config(name: &str, etl: &Preprocessor, n_items: i64) -> ModelConfig {
 
 fn ensemble_config(
     name: &str,
-    names: &Names,
+    names: &ModelNames,
     etl: &Preprocessor,
-    outputs: &[(&str, Type, Vec<i64>)],
+    outputs: &[(&str, DataType, Vec<i64>)],
 ) -> ModelConfig {
     let same = |names: &mut dyn Iterator<Item = &str>| -> BTreeMap<String, String> {
         names.map(|name| (name.to_owned(), name.to_owned())).collect()
@@ -165,9 +145,9 @@ fn ensemble_config(
             same(&mut of_model.clone()),
         ),
     ];
-    let mut declared = vec![output(SESSION, Type::Bytes, vec![-1, 1])];
+    let mut declared = vec![output(SESSION, DataType::Bytes, vec![-1, 1])];
     declared.extend(outputs.iter().map(|(name, datatype, dims)| output(name, *datatype, dims.clone())));
-    declared.push(output(FALLBACK, Type::Bool, vec![-1, 1]));
+    declared.push(output(FALLBACK, DataType::Bool, vec![-1, 1]));
     ModelConfig {
         name: name.to_owned(),
         platform: "ensemble".to_owned(),

@@ -1,11 +1,13 @@
-//! What the official `pytorch_libtorch` backend asks of a model, checked before it is published: that server completes
-//! no configuration, and finds some faults only when the first request comes.
+//! The rules of the official `pytorch_libtorch` backend, checked before a model is published: the
+//! server completes no configuration, and finds some errors only at the first request.
 //!
 //! The rules are those of the backend's documentation and source as of release 24.10.
 
 use std::path::Path;
 
-use bireme_serve::protocol::{DataType, ModelConfig};
+use bireme_protocol::DataType;
+use bireme_serve::protocol::ModelConfig;
+use bireme_serve::torchscript;
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
 use super::trace::arguments;
@@ -16,20 +18,20 @@ pub const FILE: &str = "model.pt";
 /// Checks the module `path` and its configuration.
 ///
 /// # Errors
-/// Names the rule that is broken.
+/// The rule that is violated.
 pub fn check(config: &ModelConfig, path: &Path) -> Result<(), String> {
     let arguments = arguments(path)?;
     check_config(config)?;
     let (inputs, outputs) = (input_positions(config, &arguments)?, output_positions(config)?);
     let module = CModule::load(path).map_err(|error| error.to_string())?;
-    // Sizes other than those of the trace, and each other than 1, so that a size that the trace
-    // holds as a constant shows.
+    // Sizes other than 1 and those of the trace, to find a size that the trace holds as a constant.
     for (n_sessions, any) in [(5, 4), (1, 7)] {
         let mut values: Vec<(usize, IValue)> = Vec::with_capacity(inputs.len());
         for (input, &position) in config.input.iter().zip(&inputs) {
             let mut size = vec![n_sessions];
             size.extend(input.dims.iter().map(|&dim| if dim < 0 { any } else { dim }));
-            let options = (kind(input.data_type()).expect("checked"), Device::Cpu);
+            let kind = kind_of_number(input.data_type).expect("`check_config` has accepted it");
+            let options = (kind, Device::Cpu);
             values.push((position, IValue::Tensor(Tensor::ones(size, options))));
         }
         values.sort_by_key(|(position, _)| *position);
@@ -47,11 +49,12 @@ fn check_config(config: &ModelConfig) -> Result<(), String> {
     if config.input.is_empty() || config.output.is_empty() {
         return Err("the configuration must name all inputs and outputs".to_owned());
     }
-    let inputs = config.input.iter().map(|input| (&input.name, input.data_type(), &input.dims));
-    let outputs = config.output.iter().map(|output| (&output.name, output.data_type(), &output.dims));
-    for (name, datatype, dims) in inputs.chain(outputs) {
-        if kind(datatype).is_none() {
-            return Err(format!("`{name}`: the backend has no tensors of {}", datatype.as_str_name()));
+    let inputs = config.input.iter().map(|input| (&input.name, input.data_type, &input.dims));
+    let outputs = config.output.iter().map(|output| (&output.name, output.data_type, &output.dims));
+    for (name, number, dims) in inputs.chain(outputs) {
+        if kind_of_number(number).is_none() {
+            let datatype = DataType::from_number(number).map_or("INVALID", DataType::name);
+            return Err(format!("`{name}`: the backend has no tensors of TYPE_{datatype}"));
         }
         if dims.is_empty() || dims.iter().any(|&dim| dim == 0 || dim < -1) {
             return Err(format!("`{name}` cannot have the dims {dims:?}"));
@@ -60,7 +63,8 @@ fn check_config(config: &ModelConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// The argument of `forward` that each configured input becomes: by name, or else by its number.
+/// The index of each configured input among the arguments of `forward`: by name, or else by its
+/// number.
 fn input_positions(config: &ModelConfig, arguments: &[String]) -> Result<Vec<usize>, String> {
     if config.input.len() != arguments.len() {
         return Err(format!(
@@ -80,8 +84,8 @@ fn input_positions(config: &ModelConfig, arguments: &[String]) -> Result<Vec<usi
     })
 }
 
-/// The place of each configured output in the tuple that `forward` returns: its number, or else its
-/// place in the configuration.
+/// The index of each configured output in the tuple that `forward` returns: its number, or else its
+/// index in the configuration.
 fn output_positions(config: &ModelConfig) -> Result<Vec<usize>, String> {
     let names: Vec<&str> = config.output.iter().map(|output| output.name.as_str()).collect();
     if names.iter().all(|name| number_of(name).is_none()) {
@@ -117,7 +121,7 @@ fn check_outputs(
         let IValue::Tensor(tensor) = &results[position] else {
             return Err(format!("output `{}` is not a tensor", output.name));
         };
-        if Some(tensor.kind()) != kind(output.data_type()) {
+        if Some(tensor.kind()) != kind_of_number(output.data_type) {
             return Err(format!("output `{}` is of type {:?}", output.name, tensor.kind()));
         }
         let size = tensor.size();
@@ -148,20 +152,10 @@ fn numbers_of(names: &[&str]) -> Option<Vec<usize>> {
     is_permutation.then_some(numbers)
 }
 
-/// The tensors that the backend has.
-fn kind(datatype: DataType) -> Option<Kind> {
-    Some(match datatype {
-        DataType::TypeBool => Kind::Bool,
-        DataType::TypeUint8 => Kind::Uint8,
-        DataType::TypeInt8 => Kind::Int8,
-        DataType::TypeInt16 => Kind::Int16,
-        DataType::TypeInt32 => Kind::Int,
-        DataType::TypeInt64 => Kind::Int64,
-        DataType::TypeFp16 => Kind::Half,
-        DataType::TypeFp32 => Kind::Float,
-        DataType::TypeFp64 => Kind::Double,
-        _ => return None,
-    })
+/// The kind of the backend's tensors of a type in `config.pbtxt`; `None` where it has none.
+fn kind_of_number(number: i32) -> Option<Kind> {
+    // libtorch has BF16, the backend does not.
+    DataType::from_number(number).and_then(torchscript::kind).filter(|kind| *kind != Kind::BFloat16)
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
-//! A trained network as a TorchScript module, from padded sessions to recommendations.
+//! The TorchScript module of a trained network, from padded sessions to recommendations.
 //!
-//! The network itself is traced, so that the program that served is the program that was trained. What is added in front
-//! and behind has no sizes of the batch in it either: any number of sessions, of any length up to the longest.
+//! The network itself is traced, so that serving runs the same program as training. The code around
+//! it reads no sizes of the batch either, so that any number of sessions of any length up to the
+//! limit can be served.
 
 use std::path::Path;
 
@@ -14,36 +15,36 @@ use crate::model::Network;
 
 /// Scores of all items: FP32 `[B, V]`.
 pub const OUTPUT: &str = "output";
-/// Product ids, the best first: INT64 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning;
-/// it is −1.
+/// Product ids, the best first: INT64 `[B, K]`. Beyond the first [`N_ITEMS`] they are −1.
 pub const ITEM_IDS: &str = "item_ids";
-/// Their scores: FP32 `[B, K]`. What follows the first [`N_ITEMS`] has no meaning; it is the lowest
-/// number.
+/// The scores of [`ITEM_IDS`]: FP32 `[B, K]`. Beyond the first [`N_ITEMS`] they are the lowest
+/// float.
 pub const ITEM_SCORES: &str = "item_scores";
-/// How many items are recommended to each session: INT32 `[B, 1]`.
+/// The number of items recommended to each session: INT32 `[B, 1]`.
 pub const N_ITEMS: &str = "n_items";
-/// Whether no item of the session is known, so that the most popular are recommended: BOOL `[B, 1]`.
+/// Whether the most popular items are recommended, because no item of the session is known: BOOL
+/// `[B, 1]`.
 pub const FALLBACK: &str = "fallback";
 
-/// What a module is made of.
+/// The parts of a module.
 pub struct Script<'a> {
-    /// With its tables in the type that is to be served.
+    /// With its tables in the exported type.
     pub network: &'a Network<'a>,
-    /// What the network reads, in its order: the items first.
+    /// The columns that the network reads, in its order, the items first.
     pub columns: &'a [ModelColumn],
-    /// Rows of each column's table; none of a column of values.
+    /// Rows of each column's table; `None` for a column of values.
     pub cardinalities: &'a [Option<i64>],
-    /// Events of a session that are read.
+    /// The most events of a session that are read.
     pub max_length: i64,
-    /// Recommendations a session at most.
+    /// The most recommendations per session.
     pub max_top_k: i64,
     /// Product id of each item, −1 for padding and unknown: `[V]`.
     pub product_ids: &'a [i64],
-    /// How often each item occurred in training: `[V]`.
+    /// Occurrences of each item in training: `[V]`.
     pub occurrences: &'a [i64],
 }
 
-/// The score behind the last recommendation. JSON has no infinity.
+/// The score beyond the last recommendation. JSON has no infinity.
 const LOWEST: f64 = f32::MIN as f64;
 
 impl Script<'_> {
@@ -52,16 +53,19 @@ impl Script<'_> {
     /// [`FALLBACK`], [`N_ITEMS`].
     ///
     /// # Errors
-    /// What libtorch says.
+    /// An error of libtorch.
     pub fn save(&self, path: &Path) -> Result<(), String> {
         let popularity = self.popularity();
         let product_ids = Tensor::from_slice(self.product_ids);
         let ranking = Ranking::new(self.product_ids.len() as i64, self.max_top_k);
-        // Any will do: two sessions of three events, the second of an unknown item.
+        // An arbitrary example: two sessions of three events, the second of an unknown item.
         let ints = |values: &[i64]| Tensor::from_slice(values).view([2, -1]);
-        let example = |column: &ModelColumn| match column.is_categorical {
-            true => ints(&[2, 2, 2, 1, 0, 0]),
-            false => Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)),
+        let example = |column: &ModelColumn| {
+            if column.is_categorical {
+                ints(&[2, 2, 2, 1, 0, 0])
+            } else {
+                Tensor::zeros([2, 3], (Kind::Float, Device::Cpu))
+            }
         };
         let mut inputs: Vec<(&str, Tensor)> =
             self.columns.iter().map(|column| (column.input.as_str(), example(column))).collect();
@@ -90,13 +94,14 @@ impl Script<'_> {
         })
     }
 
-    /// A column in the rectangle that the network reads, codes that it has no vectors for at the nearest that it has.
+    /// Pads or cuts a column to the network's length. Codes without an embedding become the nearest
+    /// code that has one.
     fn fit(&self, column: &Tensor, cardinality: Option<i64>) -> Tensor {
         let column = column.constant_pad_nd([0, self.max_length]).narrow(1, 0, self.max_length);
         cardinality.map_or(column.shallow_clone(), |n| column.clamp(0, n - 1))
     }
 
-    /// Scores of all items by how often they occurred, `[V]`: ln of (n + 1), divided by its sum.
+    /// Scores of all items by their occurrences, `[V]`: ln of (n + 1), divided by its sum.
     fn popularity(&self) -> Tensor {
         let counts = Tensor::from_slice(self.occurrences).to_kind(Kind::Double) + 1.0;
         (&counts / counts.sum(Kind::Double)).log().to_kind(Kind::Float)
@@ -114,15 +119,15 @@ fn set_rows(x: &Tensor, chosen: &Tensor, row: &Tensor) -> Tensor {
 struct Ranked {
     items: Tensor,
     scores: Tensor,
-    /// Of those that may be recommended, which come first.
+    /// Whether the item may be recommended. Valid items come first.
     is_valid: Tensor,
 }
 
-/// Finds the best of many scores. The best `k` items lie in the `k` blocks with the highest maxima, so that only these
-/// need to be sorted: the maxima are found in one pass over memory.
+/// Finds the best of many scores. The best `k` items are in the `k` blocks with the highest maxima,
+/// so that only these blocks need sorting: one pass over memory finds the maxima.
 struct Ranking {
     n_items: i64,
-    /// Items of a block; 1: there are few enough items to sort them all.
+    /// Items per block; 1: all items are sorted.
     block: i64,
 }
 
@@ -130,26 +135,28 @@ impl Ranking {
     /// For up to `k` items.
     fn new(n_items: i64, k: i64) -> Self {
         let best = (n_items as f64 / k as f64).sqrt().log2().round().exp2() as i64;
-        // With fewer blocks than `k` all of them would be sorted.
+        // With fewer blocks than `k`, all of them would be sorted.
         let block = if best >= 8 && n_items / best > k { best } else { 1 };
         Self { n_items, block }
     }
 
-    /// The first K items of each session's ranking by `scores: [B, V]` and `places: [B, K]`. What
-    /// is `hidden` (`[B, H]`), padding and unknown come last, and are not valid.
+    /// The first K items of each session's ranking by `scores: [B, V]` and `places: [B, K]`. Items
+    /// in `hidden: [B, H]`, padding and unknown come last and are not valid.
     fn best(&self, scores: &Tensor, hidden: &Tensor, places: &Tensor) -> Ranked {
         let first = hidden.narrow(1, 0, 1).zeros_like();
         let hidden = Tensor::cat(&[&hidden.clamp(0, self.n_items - 1), &first, &(&first + 1)], 1);
-        // Hidden in place and put back: a copy would take longer than all the rest.
+        // Hide in place and restore, because copying the scores would take longer than all the
+        // rest.
         let kept = scores.gather(1, &hidden, false);
         let _ = scores.shallow_clone().scatter_value_(1, &hidden, f64::NEG_INFINITY);
         let (values, items) = self.top(scores, places.size()[1]);
         let _ = scores.shallow_clone().scatter_(1, &hidden, &kept);
-        // By membership, not by score: a score may be anything. One more keeps places inside.
+        // Validity follows from membership in `hidden`, because a valid score may be −∞ too. The
+        // added last element keeps `place` in range.
         let (sorted, _) = Tensor::cat(&[&hidden, &(&first + self.n_items)], 1).sort(1, false);
         let place = items.searchsorted(&sorted, false, false, "left", None::<&Tensor>);
         let is_valid = sorted.gather(1, &place, false).ne_tensor(&items);
-        // What is valid comes first also where its score is −∞.
+        // Valid items come first even where their score is −∞.
         let order = is_valid.logical_not().to_kind(Kind::Int).argsort_stable(true, 1, false);
         Ranked {
             items: items.gather(1, &order, false),

@@ -1,11 +1,11 @@
-//! An exported model read back, so that what is served can be evaluated as what was trained is.
+//! An exported model, loaded to be evaluated like a trained one.
 
 use std::ops::Range;
 use std::path::Path;
 
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
-use super::{Names, rules};
+use super::{ModelNames, rules};
 use crate::collective::CollectiveError;
 use crate::data::Batch;
 use crate::model::Recommender;
@@ -21,9 +21,9 @@ impl ScriptedModel {
     /// Loads the newest version of the model `name` in a repository.
     ///
     /// # Errors
-    /// There is none, or libtorch cannot load it.
+    /// There is no version, or libtorch cannot load it.
     pub fn load(repository: &Path, name: &str, n_items: i64, device: Device) -> Result<Self, String> {
-        let names = Names::new(name);
+        let names = ModelNames::new(name);
         let dir = repository.join(&names.model);
         let versions =
             std::fs::read_dir(&dir).map_err(|error| format!("cannot read `{}`: {error}", dir.display()))?;
@@ -37,13 +37,15 @@ impl ScriptedModel {
     /// All outputs for the module's inputs, in their order: see [`super`].
     ///
     /// # Errors
-    /// What libtorch says.
+    /// An error of libtorch.
     pub fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, String> {
         let inputs: Vec<IValue> = inputs.into_iter().map(IValue::Tensor).collect();
         let outputs = tch::no_grad(|| self.module.forward_is(&inputs)).map_err(|error| error.to_string())?;
-        let IValue::Tuple(outputs) = outputs else { return Err("the module returns no tuple".to_owned()) };
+        let IValue::Tuple(outputs) = outputs else {
+            return Err("the module does not return a tuple".to_owned());
+        };
         let tensor = |output| {
-            if let IValue::Tensor(tensor) = output { Ok(tensor) } else { Err("a value is no tensor") }
+            if let IValue::Tensor(tensor) = output { Ok(tensor) } else { Err("a value is not a tensor") }
         };
         Ok(outputs.into_iter().map(tensor).collect::<Result<_, _>>()?)
     }
@@ -63,7 +65,7 @@ impl ScriptedModel {
         let lengths: Vec<i64> = known.lengths.iter().map(|&length| length as i64).collect();
         let mut inputs: Vec<Tensor> = known.columns.iter().map(padded).collect();
         inputs.push(Tensor::from_slice(&lengths).view([-1, 1]).to_device(self.device));
-        // Nothing is hidden, and nobody looks at the recommendations.
+        // Nothing is hidden, and the recommendations are not used.
         let one = Tensor::zeros([n_sessions, 1], (Kind::Int64, self.device));
         inputs.extend([one.shallow_clone(), one]);
         inputs

@@ -1,4 +1,4 @@
-//! Traces to TorchScript modules of several inputs and outputs: the part of libtorch's tracer that tch lacks.
+//! Traces TorchScript modules with several inputs and outputs, which tch cannot.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
@@ -29,7 +29,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Room for an error's message, and for the names of arguments.
+/// Bytes for an error's message, and for the names of arguments.
 const CAPACITY: usize = 1 << 16;
 
 /// A module that was traced; freed when dropped.
@@ -42,13 +42,14 @@ impl Drop for Module {
     }
 }
 
-/// Runs `forward` on example inputs, which have the names of its arguments, and writes what it did with them as the
-/// TorchScript module `path`, whose `forward` takes the inputs in this order and returns the outputs as a tuple. Other
-/// tensors are kept as constants. Sizes that `forward` reads become constants too, but for those given to `topk`: these
-/// become the width of the last input, or the number of scores where that is smaller.
+/// Runs `forward` on example inputs, named as its arguments, and writes the trace as the
+/// TorchScript module `path`, whose `forward` takes the inputs in this order and returns the
+/// outputs as a tuple. Other tensors become constants, and so do sizes that `forward` reads, except
+/// those passed to `topk`: these become the width of the last input, or the number of scores where
+/// that is smaller.
 ///
 /// # Errors
-/// What libtorch says.
+/// An error of libtorch.
 pub fn trace(
     path: &Path,
     inputs: &[(&str, Tensor)],
@@ -62,7 +63,8 @@ pub fn trace(
     let mut pointers: Vec<*mut C_tensor> = inputs.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect();
     let mut name = c_string(b"Recommender")?.into_bytes_with_nul();
     let count = |n: usize| c_int::try_from(n).map_err(|error| error.to_string());
-    // SAFETY: `name` is a C string and `pointers` holds as many live tensors as said; neither is kept.
+    // SAFETY: `name` is a C string and `pointers` holds as many live tensors as said; neither is
+    // kept.
     let module = unsafe {
         torch_sys::atm_create_for_tracing(
             name.as_mut_ptr().cast(),
@@ -72,14 +74,15 @@ pub fn trace(
     };
     said_by_libtorch()?;
     let module = Module(module);
-    // Ended by whatever way this function is left.
+    // Ends the tracing however this function returns.
     let tracing = Tracing;
     let outputs = forward(&inputs);
     let outputs: Vec<*const C_tensor> = outputs.iter().map(Tensor::as_ptr).collect();
     let ended = guarded(CAPACITY, |error, capacity| {
         let (n_outputs, n_names) = (outputs.len(), names.len());
         let (outputs, names) = (outputs.as_ptr(), names.as_ptr());
-        // SAFETY: all pointers are to live values of as many elements as said, and the buffer is as long as said.
+        // SAFETY: all pointers are to live values of as many elements as said, and the buffer is as
+        // long as said.
         unsafe { bireme_end_tracing(module.0, outputs, n_outputs, names, n_names, error, capacity) }
     });
     drop(tracing);
@@ -92,7 +95,7 @@ pub fn trace(
 /// The names of the arguments of a saved module's `forward`.
 ///
 /// # Errors
-/// What libtorch says of a file that it cannot load.
+/// A file that libtorch cannot load.
 pub fn arguments(path: &Path) -> Result<Vec<String>, String> {
     let file = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
     let mut names = vec![0; CAPACITY];
@@ -103,7 +106,7 @@ pub fn arguments(path: &Path) -> Result<Vec<String>, String> {
     Ok(text(&names).split_whitespace().map(str::to_owned).collect())
 }
 
-/// While it lives, libtorch records what this thread does.
+/// While this exists, libtorch records the operations of this thread.
 struct Tracing;
 
 impl Drop for Tracing {
@@ -113,7 +116,7 @@ impl Drop for Tracing {
     }
 }
 
-/// The error that libtorch left behind in this thread, if any.
+/// The error that libtorch stored in this thread, if any.
 fn said_by_libtorch() -> Result<(), String> {
     // SAFETY: it gives a C string that is ours to free, or null.
     let message = unsafe { torch_sys::get_and_reset_last_err() };

@@ -1,10 +1,10 @@
 //! Protobuf's text format, by its specification:
 //! <https://protobuf.dev/reference/protobuf/textformat-spec/>.
 //!
-//! [`prost_reflect`] parses the text. It lacks three things, which a look at the text beforehand
-//! adds: the colon before a list of messages is optional (`instance_group [ { … } ]`); fields and
-//! values of enums that the descriptor lacks, which a newer version wrote, are ignored and named;
-//! and messages are nested to a limit, because the parser is recursive.
+//! [`prost_reflect`] parses the text. A scan of the text beforehand adds what it lacks: the colon
+//! before a list of messages is optional (`instance_group [ { … } ]`); fields and values of enums
+//! that the descriptor lacks, as newer versions may write them, are ignored and listed; and the
+//! nesting of messages is limited, because the parser is recursive.
 
 use std::ops::Range;
 
@@ -12,35 +12,33 @@ use bireme_base::message::single_line;
 use miette::Diagnostic;
 use prost_reflect::{DynamicMessage, Kind, MessageDescriptor};
 
-/// Messages within messages, as other readers of the format allow.
+/// The deepest nesting of messages, as in other parsers of the format.
 const DEEPEST: usize = 100;
 
-/// What a text holds.
+/// The result of parsing a text.
 #[derive(Debug)]
 pub struct Parsed {
-    /// The fields that the descriptor has.
+    /// The fields of the descriptor.
     pub message: DynamicMessage,
     /// Other fields, in the order of the text.
     pub ignored: Vec<Ignored>,
-    /// Where the values of the outermost message begin, in the order of the text.
-    pub values: Vec<Place>,
+    /// The lines of the values of the outermost message, in the order of the text.
+    pub values: Vec<ValueLine>,
 }
 
-/// A field that was not read.
+/// A field that was ignored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ignored {
-    /// Its name with those of the messages around it: `feature.annotation.note`.
+    /// The name, with those of the enclosing messages: `feature.annotation.note`.
     pub path: String,
-    /// Its line, from 1.
     pub line: usize,
 }
 
 /// A value of a field of the outermost message.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// The field's name.
+pub struct ValueLine {
     pub field: String,
-    /// The value's line, from 1.
+    /// From 1.
     pub line: usize,
 }
 
@@ -52,11 +50,10 @@ pub struct TextError {
     pub line: usize,
     /// Characters from the start of the line, from 1.
     pub column: usize,
-    /// What is wrong there.
     pub message: String,
 }
 
-/// Names fields that were ignored, each once, for a warning of one line.
+/// Lists ignored fields, each once, for a warning of one line.
 pub fn list(ignored: &[Ignored]) -> String {
     const SHOWN: usize = 8;
     let mut paths: Vec<(&str, usize)> = Vec::new();
@@ -76,10 +73,10 @@ pub fn list(ignored: &[Ignored]) -> String {
 /// Parses a text.
 ///
 /// # Errors
-/// The place and the reason.
+/// The first error and its place.
 pub fn parse(descriptor: &MessageDescriptor, text: &str) -> Result<Parsed, TextError> {
     let mut outline = Outline::new(text);
-    // Where the outline ends early, the parser finds the reason.
+    // Where the scan fails, the parser reports the reason.
     let _ = outline.fields(Some(descriptor), None, 0);
     let at = |offset: usize, message: String| {
         let before = text.get(..offset).unwrap_or(text);
@@ -99,13 +96,13 @@ pub fn parse(descriptor: &MessageDescriptor, text: &str) -> Result<Parsed, TextE
     })?;
     let (mut line_of_value, mut line_of_ignored) = (lines(text), lines(text));
     let values = outline.values.into_iter();
-    let values = values.map(|(field, offset)| Place { field, line: line_of_value(offset) }).collect();
+    let values = values.map(|(field, offset)| ValueLine { field, line: line_of_value(offset) }).collect();
     let ignored = outline.ignored.into_iter();
     let ignored = ignored.map(|(path, range)| Ignored { path, line: line_of_ignored(range.start) });
     Ok(Parsed { message, ignored: ignored.collect(), values })
 }
 
-/// Gives the lines of growing offsets, and counts each line once.
+/// Returns the lines of increasing offsets, and scans each line once.
 fn lines(text: &str) -> impl FnMut(usize) -> usize {
     let (mut line, mut counted) = (1, 0);
     move |offset| {
@@ -115,16 +112,16 @@ fn lines(text: &str) -> impl FnMut(usize) -> usize {
     }
 }
 
-/// The structure of a text: names, brackets, strings. It takes more than the format allows; what
-/// is wrong is the parser's to say.
+/// The structure of a text: names, brackets, strings. It accepts more than the format allows,
+/// because the parser reports errors.
 struct Outline<'a> {
     text: &'a str,
     at: usize,
-    /// Names of the messages around the place.
+    /// Names of the enclosing messages.
     path: Vec<&'a str>,
-    /// Fields without a meaning here.
+    /// Fields and values that the descriptor lacks.
     ignored: Vec<(String, Range<usize>)>,
-    /// Lists that no colon precedes.
+    /// Offsets of lists without a colon.
     without_colon: Vec<usize>,
     values: Vec<(String, usize)>,
     too_deep: Option<usize>,
@@ -144,7 +141,8 @@ impl<'a> Outline<'a> {
         }
     }
 
-    /// The text without ignored fields and byte order mark, and with colons. Lines stay.
+    /// The text with colons, and without ignored fields and byte order mark. Line numbers stay the
+    /// same.
     fn edited(&self) -> String {
         let mut edited = String::with_capacity(self.text.len() + self.without_colon.len());
         let mut copied = 0;
@@ -171,7 +169,7 @@ impl<'a> Outline<'a> {
         edited
     }
 
-    /// The offset in the text of one in the edited text.
+    /// Converts an offset in the edited text to one in the text.
     fn original(&self, offset: usize) -> usize {
         let mut added = 0;
         for colon in &self.without_colon {
@@ -193,7 +191,7 @@ impl<'a> Outline<'a> {
         found
     }
 
-    /// Passes over white space and comments.
+    /// Skips white space and comments.
     fn skip(&mut self) {
         while let Some(byte) = self.peek() {
             match byte {
@@ -210,7 +208,7 @@ impl<'a> Outline<'a> {
         }
     }
 
-    /// The fields up to `close`; none where the text cannot be followed.
+    /// Scans the fields up to `close`; `None` if the structure is broken.
     fn fields(&mut self, message: Option<&MessageDescriptor>, close: Option<u8>, depth: usize) -> Option<()> {
         if depth > DEEPEST {
             self.too_deep = Some(self.at);
@@ -266,7 +264,7 @@ impl<'a> Outline<'a> {
             end = self.at;
         }
         if message.is_some() && !(is_known && fits) {
-            // What is inside goes with it.
+            // Drop the entries for the field's contents too.
             while self.without_colon.pop_if(|colon| *colon >= start).is_some() {}
             while self.ignored.pop_if(|(_, range)| range.start >= start).is_some() {}
             self.ignored.push((self.path.join("."), start..end));
@@ -275,7 +273,7 @@ impl<'a> Outline<'a> {
         Some(())
     }
 
-    /// A field's name; that of an extension or a type in brackets.
+    /// The name of a field, or in brackets that of an extension or a type.
     fn name(&mut self) -> Option<&'a str> {
         let start = self.at;
         if self.eat(b'[') {
@@ -287,7 +285,7 @@ impl<'a> Outline<'a> {
         name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_').then_some(name)
     }
 
-    /// Whether the value is one of the enum, where it is of an enum.
+    /// Scans a value. False for an unknown value of an enum.
     fn value(&mut self, kind: Option<&Kind>, depth: usize) -> Option<bool> {
         if self.path.len() == 1 {
             self.values.push((self.path[0].to_owned(), self.at));
@@ -325,7 +323,7 @@ impl<'a> Outline<'a> {
         Some(true)
     }
 
-    /// One or more strings in a row.
+    /// Scans one or more adjacent strings.
     fn strings(&mut self) -> Option<()> {
         while let Some(quote @ (b'"' | b'\'')) = self.peek() {
             self.at += 1;
@@ -334,7 +332,8 @@ impl<'a> Outline<'a> {
                     b'\n' => return None,
                     b'\\' => {
                         self.at += 1;
-                        // An escaped character of several bytes ends before the next one anyway.
+                        // Skipping one byte is enough: no byte of a longer character looks like a
+                        // quote.
                         self.peek().filter(|byte| *byte != b'\n')?;
                     }
                     byte if byte == quote => {
@@ -351,7 +350,7 @@ impl<'a> Outline<'a> {
     }
 }
 
-/// The kind of a field's values; none where the message has no such field.
+/// The kind of a field's values; `None` where the message has no such field.
 fn kind(message: &MessageDescriptor, name: &str) -> Option<Kind> {
     let Some(inner) = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) else {
         return message.get_field_by_name(name).map(|field| field.kind());

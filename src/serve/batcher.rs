@@ -1,4 +1,4 @@
-//! The queue in front of a model, and the threads that take batches of requests from it.
+//! The queue of requests to a model, and the threads that take batches from it.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,46 +7,46 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bireme_etl::tensor::Tensor;
+use bireme_protocol::Tensor;
 use tokio::sync::oneshot;
 
-use crate::fault::{Fault, Kind};
-use crate::request::Request;
+use crate::request::InferRequest;
+use crate::request_error::{RequestError, RequestErrorKind};
 
-/// What runs requests; the models of a repository differ in this alone.
+/// Runs the requests of one model.
 pub trait Executor: Send + Sync + 'static {
-    /// Answers requests, in their order, each with outputs or with what is wrong with it.
-    fn execute(&self, requests: &[&Request]) -> Vec<Result<Vec<Tensor>, String>>;
+    /// Answers requests in their order, each with outputs or with a message of what is wrong with
+    /// it.
+    fn execute(&self, requests: &[&InferRequest]) -> Vec<Result<Vec<Tensor>, String>>;
 }
 
-/// How requests are brought together.
+/// How requests are batched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// Rows of a batch of several requests at most, which are also worth waiting for; 0: requests are run one by one.
+pub struct BatchPolicy {
+    /// The most rows in a batch of several requests, and the number worth waiting for; 0: each
+    /// request runs alone.
     pub max_batch: usize,
-    /// The longest that a request waits for others.
+    /// The longest time that a request waits for others.
     pub max_delay: Duration,
-    /// Threads that run batches.
     pub n_instances: usize,
-    /// Requests that may wait; 0: any number.
+    /// The most requests in the queue; 0: any number.
     pub max_queue: usize,
 }
 
-/// An answer, and how it came about.
+/// The outputs of a request, and the time that they took.
 #[derive(Debug)]
-pub struct Answer {
-    /// The outputs.
+pub struct ModelAnswer {
     pub outputs: Vec<Tensor>,
-    /// The time until the request's batch was begun.
+    /// The time in the queue.
     pub queued: Duration,
-    /// The time that the batch took.
+    /// The execution time of the batch.
     pub computed: Duration,
 }
 
 struct Job {
-    request: Request,
+    request: InferRequest,
     arrived: Instant,
-    answer: oneshot::Sender<Result<Answer, Fault>>,
+    answer: oneshot::Sender<Result<ModelAnswer, RequestError>>,
 }
 
 impl Job {
@@ -56,36 +56,35 @@ impl Job {
 }
 
 #[derive(Default)]
-struct State {
+struct QueueState {
     jobs: VecDeque<Job>,
     is_closed: bool,
 }
 
 struct Queue {
-    state: Mutex<State>,
+    state: Mutex<QueueState>,
     changed: Condvar,
-    /// Requests that are on their way here, in an earlier step of an ensemble.
+    /// Announced requests that are still in an earlier step of an ensemble.
     coming: AtomicUsize,
-    policy: Policy,
+    policy: BatchPolicy,
 }
 
-/// The threads of a model. They end with it, when the queue is empty.
+/// The threads of a model. When this is dropped, they empty the queue and end.
 pub struct Batcher(Arc<Queue>);
 
-/// The word that a request is on its way to a model, so that its threads wait for it.
-pub struct Coming(Arc<Queue>);
+/// Announces a request, so that the model's threads wait for it.
+pub struct Announcement(Arc<Queue>);
 
-/// Told of each batch: requests, rows, and how long it took.
+/// Called after each batch with the time in the queue of each request, the number of rows, and the
+/// execution time.
 pub type Observe = Box<dyn Fn(&[Duration], usize, Duration) + Send + Sync>;
 
 impl Batcher {
-    /// Starts the threads.
-    ///
     /// # Errors
-    /// The system gives no thread.
+    /// A thread cannot be started.
     pub fn start(
         name: &str,
-        policy: Policy,
+        policy: BatchPolicy,
         executor: Arc<dyn Executor>,
         observe: Observe,
     ) -> std::io::Result<Self> {
@@ -105,10 +104,9 @@ impl Batcher {
         Ok(batcher)
     }
 
-    /// Announces a request.
-    pub fn announce(&self) -> Coming {
+    pub fn announce(&self) -> Announcement {
         self.0.coming.fetch_add(1, Ordering::Relaxed);
-        Coming(self.0.clone())
+        Announcement(self.0.clone())
     }
 }
 
@@ -119,28 +117,32 @@ impl Drop for Batcher {
     }
 }
 
-impl Coming {
-    /// Hands the request over and waits for its answer. Who stops waiting is not served.
+impl Announcement {
+    /// Puts the request into the queue and waits for its outputs. A request whose caller stopped
+    /// waiting is not run.
     ///
     /// # Errors
-    /// The queue is full, or what the model says of the request.
-    pub async fn submit(self, request: Request) -> Result<Answer, Fault> {
+    /// The queue is full, or the model refuses the request.
+    pub async fn submit(self, request: InferRequest) -> Result<ModelAnswer, RequestError> {
         let (answer, answered) = oneshot::channel();
         {
             let mut state = self.0.lock();
             let max_queue = self.0.policy.max_queue;
             if max_queue > 0 && state.jobs.len() >= max_queue {
-                return Err(Fault::new(Kind::Full, format!("{max_queue} requests are waiting already")));
+                return Err(RequestError::new(
+                    RequestErrorKind::Full,
+                    format!("{max_queue} requests are waiting already"),
+                ));
             }
             state.jobs.push_back(Job { request, arrived: Instant::now(), answer });
         }
-        // Not coming any more, which also tells the threads.
+        // Takes back the announcement, which also wakes the threads.
         drop(self);
-        answered.await.unwrap_or_else(|_| Err(Fault::internal("the model's thread has ended")))
+        answered.await.unwrap_or_else(|_| Err(RequestError::internal("the model's thread has ended")))
     }
 }
 
-impl Drop for Coming {
+impl Drop for Announcement {
     fn drop(&mut self) {
         self.0.coming.fetch_sub(1, Ordering::Relaxed);
         self.0.changed.notify_one();
@@ -148,13 +150,13 @@ impl Drop for Coming {
 }
 
 impl Queue {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a batch; none when the model is gone and nothing is left.
+    /// Waits for a batch; `None` when the batcher was dropped and the queue is empty.
     fn next_batch(&self) -> Option<Vec<Job>> {
-        let Policy { max_batch, max_delay, .. } = self.policy;
+        let BatchPolicy { max_batch, max_delay, .. } = self.policy;
         let mut state = self.lock();
         loop {
             let Some(oldest) = state.jobs.front() else {
@@ -166,7 +168,7 @@ impl Queue {
             };
             let waited = oldest.arrived.elapsed();
             let n_rows: usize = state.jobs.iter().map(Job::n_rows).sum();
-            // Nobody waits for what is not on its way.
+            // Wait only for requests that were announced.
             let worth_it = n_rows < max_batch && self.coming.load(Ordering::Relaxed) > 0;
             if max_batch == 0 || !worth_it || waited >= max_delay || state.is_closed {
                 break;
@@ -196,8 +198,8 @@ fn execute(executor: &dyn Executor, mut jobs: Vec<Job>, observe: &dyn Fn(&[Durat
         return;
     }
     let begun = Instant::now();
-    let requests: Vec<&Request> = jobs.iter().map(|job| &job.request).collect();
-    // A fault of the model's code must not take the server along.
+    let requests: Vec<&InferRequest> = jobs.iter().map(|job| &job.request).collect();
+    // A panic in the model's code must not end the server.
     let answers = catch_unwind(AssertUnwindSafe(|| executor.execute(&requests)));
     let computed = begun.elapsed();
     let queued: Vec<Duration> = jobs.iter().map(|job| begun.saturating_duration_since(job.arrived)).collect();
@@ -205,14 +207,16 @@ fn execute(executor: &dyn Executor, mut jobs: Vec<Job>, observe: &dyn Fn(&[Durat
     match answers {
         Ok(answers) => {
             for ((job, answer), queued) in jobs.into_iter().zip(answers).zip(queued) {
-                let answer = answer.map(|outputs| Answer { outputs, queued, computed });
-                // Whoever asked may have gone.
-                let _ = job.answer.send(answer.map_err(Fault::invalid));
+                let answer = answer.map(|outputs| ModelAnswer { outputs, queued, computed });
+                // The caller may have stopped waiting.
+                let _ = job.answer.send(answer.map_err(RequestError::invalid));
             }
         }
         Err(_) => {
             for job in jobs {
-                let _ = job.answer.send(Err(Fault::internal("the model failed; the server's log says how")));
+                let _ = job
+                    .answer
+                    .send(Err(RequestError::internal("the model failed; the server's log has the reason")));
             }
         }
     }
@@ -222,14 +226,14 @@ fn execute(executor: &dyn Executor, mut jobs: Vec<Job>, observe: &dyn Fn(&[Durat
 mod tests {
     use super::*;
 
-    /// Remembers how many requests it got at once.
+    /// Records the number of requests in each batch.
     struct Echo(tokio::sync::Mutex<Vec<usize>>);
 
     impl Executor for Echo {
-        fn execute(&self, requests: &[&Request]) -> Vec<Result<Vec<Tensor>, String>> {
+        fn execute(&self, requests: &[&InferRequest]) -> Vec<Result<Vec<Tensor>, String>> {
             self.0.blocking_lock().push(requests.len());
-            let answer = |request: &&Request| match request.inputs[0].name.as_str() {
-                "panics" => panic!("as it was told"),
+            let answer = |request: &&InferRequest| match request.inputs[0].name.as_str() {
+                "panics" => panic!("a test panic"),
                 "fails" => Err("it fails".to_owned()),
                 _ => Ok(request.inputs.clone()),
             };
@@ -237,12 +241,12 @@ mod tests {
         }
     }
 
-    fn request(name: &str, rows: i64) -> Request {
-        Request { inputs: vec![Tensor::ints(name, &[rows], 0..rows)], ..Request::default() }
+    fn request(name: &str, rows: i64) -> InferRequest {
+        InferRequest { inputs: vec![Tensor::ints(name, &[rows], 0..rows)], ..InferRequest::default() }
     }
 
     fn batcher(max_batch: usize, max_delay: Duration, max_queue: usize) -> (Batcher, Arc<Echo>) {
-        let policy = Policy { max_batch, max_delay, n_instances: 1, max_queue };
+        let policy = BatchPolicy { max_batch, max_delay, n_instances: 1, max_queue };
         let echo = Arc::new(Echo(Default::default()));
         (Batcher::start("test", policy, echo.clone(), Box::new(|_, _, _| {})).unwrap(), echo)
     }
@@ -277,11 +281,11 @@ mod tests {
     async fn a_full_queue_refuses_and_a_panic_is_an_answer() {
         let (batcher, echo) = batcher(0, Duration::ZERO, 1);
         let fault = batcher.announce().submit(request("panics", 1)).await.unwrap_err();
-        assert_eq!(fault.kind, Kind::Internal);
+        assert_eq!(fault.kind, RequestErrorKind::Internal);
         let fault = batcher.announce().submit(request("fails", 1)).await.unwrap_err();
-        assert_eq!((fault.kind, fault.message.as_str()), (Kind::Invalid, "it fails"));
+        assert_eq!((fault.kind, fault.message.as_str()), (RequestErrorKind::Invalid, "it fails"));
         let busy = echo.0.lock().await;
-        // The thread takes the first, and is stuck in it; the second waits.
+        // The thread runs the first and blocks in it; the second waits.
         let one = tokio::spawn(batcher.announce().submit(request("x", 1)));
         let queue = &batcher.0;
         while queue.coming.load(Ordering::Relaxed) > 0 || !queue.lock().jobs.is_empty() {
@@ -292,7 +296,7 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let fault = batcher.announce().submit(request("x", 1)).await.unwrap_err();
-        assert_eq!(fault.kind, Kind::Full);
+        assert_eq!(fault.kind, RequestErrorKind::Full);
         drop(busy);
         assert!(one.await.unwrap().is_ok() && two.await.unwrap().is_ok());
     }

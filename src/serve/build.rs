@@ -1,5 +1,5 @@
-//! Compiles the protocol's messages, without a protobuf compiler on the machine, and writes where libtorch lies into the
-//! tests.
+//! Compiles the protocol's messages, without a protobuf compiler on the machine, and writes where
+//! libtorch lies into the tests.
 
 use std::error::Error;
 use std::path::PathBuf;

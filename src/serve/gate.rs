@@ -1,5 +1,5 @@
-//! What every request passes, over either protocol: the API key, compression, the length of its
-//! body, the memory of all bodies, and the clock.
+//! Checks for every request of both protocols: the API key, compression, the length of its body,
+//! the memory of all bodies, and the time.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -24,16 +24,16 @@ use tokio::time::{Sleep, sleep};
 use tower_http::compression::CompressionLayer;
 use tower_http::decompression::RequestDecompressionLayer;
 
-use crate::fault::{Fault, Kind};
-use crate::service::{Held, Service, take, timed_out};
+use crate::request_error::{RequestError, RequestErrorKind};
+use crate::service::{Held, Service, reserve, timed_out};
 use crate::{grpc, http};
 
-/// The API keys of a file, as their SHA-256: looking one up takes no time that would tell of its letters.
+/// The API keys of a file as their SHA-256, so that the time of a look-up reveals nothing of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Keys(HashSet<[u8; 32]>);
 
 impl Keys {
-    /// Reads a file with a key in each line; empty lines and those that begin with `#` are left out.
+    /// Reads a file with one key per line. Empty lines and lines that begin with `#` are skipped.
     ///
     /// # Errors
     /// The file cannot be read, or holds no key.
@@ -58,24 +58,23 @@ fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key).into()
 }
 
-/// The gate of a server.
 pub struct Gate {
     service: Arc<Service>,
     keys: Option<Keys>,
 }
 
 impl Gate {
-    /// A gate that asks for one of `keys`, if there are any.
+    /// Requires one of `keys`, if there are any.
     pub fn new(service: Arc<Service>, keys: Option<Keys>) -> Arc<Self> {
         Arc::new(Self { service, keys })
     }
 
-    /// Puts the gate in front of all that a router has.
+    /// Puts the gate in front of a router.
     ///
     /// Bodies are measured as the handlers read them, decompressed.
     pub fn in_front_of(self: &Arc<Self>, router: Router) -> Router {
         let measured = router.layer(from_fn_with_state(self.clone(), measure));
-        // gRPC compresses its messages itself, which these layers leave alone.
+        // gRPC compresses its messages itself; these layers leave them alone.
         let compressed = measured.layer(CompressionLayer::new()).layer(RequestDecompressionLayer::new());
         compressed.layer(from_fn_with_state(self.clone(), admit))
     }
@@ -86,7 +85,7 @@ fn is_grpc(request: &Request) -> bool {
     content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-fn refuse(fault: Fault, is_grpc: bool) -> Response {
+fn refuse(fault: RequestError, is_grpc: bool) -> Response {
     tracing::debug!(kind = fault.kind.name(), %fault, "refused");
     if is_grpc { tonic::Status::from(fault).into_http() } else { fault.into_response() }
 }
@@ -98,11 +97,12 @@ async fn admit(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) 
     let is_open = path.starts_with(http::HEALTH) || grpc::HEALTH.contains(&path);
     if !is_open && gate.keys.as_ref().is_some_and(|keys| !keys.allow(&request)) {
         let wanted = "`Authorization: Bearer` must hold one of the server's API keys";
-        return refuse(Fault::new(Kind::Unauthorized, wanted), is_grpc);
+        return refuse(RequestError::new(RequestErrorKind::Unauthorized, wanted), is_grpc);
     }
     let headers = request.headers_mut();
     if is_grpc {
-        // Clients name all compressions that they know; those that use one want it in the answer.
+        // gRPC clients list all compressions that they know. Only those that compress their
+        // requests get compressed responses.
         if headers.get("grpc-encoding").is_none_or(|encoding| encoding == "identity") {
             headers.remove("grpc-accept-encoding");
         }
@@ -112,11 +112,11 @@ async fn admit(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) 
     next.run(request).await
 }
 
-/// Names the compression of a body as the layer behind expects it.
+/// Replaces `Content-Encoding` by the name that the decompression layer expects.
 ///
 /// # Errors
 /// A compression that this server does not read, or several.
-fn normalise_encoding(headers: &mut HeaderMap) -> Result<(), Fault> {
+fn normalise_encoding(headers: &mut HeaderMap) -> Result<(), RequestError> {
     let encodings: Vec<String> = headers
         .get_all(CONTENT_ENCODING)
         .iter()
@@ -138,19 +138,19 @@ fn normalise_encoding(headers: &mut HeaderMap) -> Result<(), Fault> {
             let others = quoted(&others.join(", "));
             let problem =
                 format!("the body is encoded with {others}; this server reads `gzip` and `deflate`");
-            return Err(Fault::new(Kind::Encoding, problem));
+            return Err(RequestError::new(RequestErrorKind::Encoding, problem));
         }
     };
     headers.insert(CONTENT_ENCODING, HeaderValue::from_static(encoding));
     Ok(())
 }
 
-/// Measures the body of a request and its time.
+/// Limits the body and the time of a request.
 async fn measure(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let is_grpc = is_grpc(&request);
     let refused = |fault| refuse(fault, is_grpc);
     if request.uri().path() == grpc::STREAM {
-        // A stream lasts; what it sends at a time is limited where it is decoded.
+        // A stream has no time limit, and its messages are limited where they are decoded.
         return next.run(request).await;
     }
     let limits = &gate.service.limits;
@@ -158,7 +158,7 @@ async fn measure(State(gate): State<Arc<Gate>>, request: Request, next: Next) ->
     let meter = Arc::new(Meter { memory, max: limits.body, taken: Mutex::default() });
     let request = request.map(|body| Body::new(Metered { body, meter: meter.clone(), linger: None }));
     let answered = tokio::time::timeout(limits.time, next.run(request)).await;
-    // What the meter found comes first: to the handler it was merely a body that broke off.
+    // The meter's error comes first: the handler saw only a body that broke off.
     let fault = meter.taken().fault.take();
     let mut response = match (fault, answered) {
         (Some(fault), _) => refused(fault),
@@ -171,7 +171,7 @@ async fn measure(State(gate): State<Arc<Gate>>, request: Request, next: Next) ->
     }
 }
 
-/// What the body of a request has taken.
+/// Measures the body of a request.
 struct Meter {
     memory: Arc<Semaphore>,
     max: usize,
@@ -182,7 +182,7 @@ struct Meter {
 struct Taken {
     n_bytes: usize,
     permit: Option<OwnedSemaphorePermit>,
-    fault: Option<Fault>,
+    fault: Option<RequestError>,
 }
 
 impl Meter {
@@ -195,10 +195,10 @@ impl Meter {
         }
         if taken.n_bytes > self.max {
             let problem = format!("the body of the request is longer than {} bytes", self.max);
-            taken.fault = Some(Fault::new(Kind::TooLarge, problem));
+            taken.fault = Some(RequestError::new(RequestErrorKind::TooLarge, problem));
             return;
         }
-        match take(&self.memory, n) {
+        match reserve(&self.memory, n) {
             Ok(permit) => match &mut taken.permit {
                 Some(all) => all.merge(permit),
                 none => *none = Some(permit),
@@ -212,11 +212,12 @@ impl Meter {
     }
 }
 
-/// How long a body that is refused is still read.
+/// The time for which the rest of a refused body is read.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// A body whose bytes are counted as they come. What comes after a fault is thrown away, up to twice the largest body and
-/// for a while: a sender that is still writing when the connection closes would see it reset, and not the refusal.
+/// A body whose bytes are counted as they arrive. After an error, the rest is read and discarded,
+/// up to twice the largest body and for a limited time: if the connection closed while the client
+/// is still sending, the client would see a reset and not the refusal.
 struct Metered {
     body: Body,
     meter: Arc<Meter>,
@@ -265,7 +266,7 @@ impl http_body::Body for Metered {
     }
 }
 
-/// A body whose memory is kept until it has been sent.
+/// A body whose memory stays reserved until it was sent.
 struct Kept {
     body: Body,
     _held: Held,

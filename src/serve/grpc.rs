@@ -7,16 +7,13 @@ use std::time::Duration;
 
 use axum::Router;
 use bireme_base::message::quoted;
-use bireme_etl::serving::Parameter;
-use bireme_etl::tensor::{DataType, Tensor};
+use bireme_protocol::{DataType, Encoding, Parameter, Tensor};
 use tokio::sync::Semaphore;
 use tokio_stream::{Stream, StreamExt};
 use tonic::codec::CompressionEncoding;
 use tonic::{Request as Call, Response, Status, Streaming};
 
-use crate::fault::{Fault, Kind};
-use crate::model::Model;
-use crate::model_config::datatype;
+use crate::model::ServedModel;
 use crate::protocol::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 use crate::protocol::infer_parameter::ParameterChoice;
 use crate::protocol::model_infer_request::InferInputTensor;
@@ -32,21 +29,21 @@ use crate::protocol::{
     RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse,
     ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
-use crate::request::{self, Request};
-use crate::service::{Answered, EXTENSIONS, Held, Service};
+use crate::request::{self, InferRequest};
+use crate::request_error::{RequestError, RequestErrorKind};
+use crate::service::{Answered, EXTENSIONS, Held, ModelRef, Service};
 
-/// What may be asked without an API key.
+/// Calls that need no API key.
 pub const HEALTH: [&str; 2] =
     ["/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"];
-/// Its requests come one after the other for as long as a client likes.
+/// A call with a stream of requests of any length.
 pub const STREAM: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
-/// Streams that are open at most.
+/// The most open streams.
 const MAX_STREAMS: usize = 64;
 
-/// All calls of the server.
 pub fn router(service: Arc<Service>) -> Router {
     let max_body = service.limits.body;
-    let calls = Calls { service, streams: Arc::new(Semaphore::new(MAX_STREAMS)) };
+    let calls = GrpcCalls { service, streams: Arc::new(Semaphore::new(MAX_STREAMS)) };
     let mut calls = GrpcInferenceServiceServer::new(calls).max_decoding_message_size(max_body);
     for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Deflate] {
         calls = calls.accept_compressed(encoding).send_compressed(encoding);
@@ -55,17 +52,17 @@ pub fn router(service: Arc<Service>) -> Router {
 }
 
 #[derive(Clone)]
-struct Calls {
+struct GrpcCalls {
     service: Arc<Service>,
     streams: Arc<Semaphore>,
 }
 
-/// A model as its metadata show it.
-pub fn metadata(model: &Model) -> ModelMetadataResponse {
+/// The metadata of a model.
+pub fn metadata(model: &ServedModel) -> ModelMetadataResponse {
     let config = &model.config;
     let tensor = |name: &String, number: i32, dims: &[i64]| TensorMetadata {
         name: name.clone(),
-        datatype: datatype(number).map_or("", DataType::name).to_owned(),
+        datatype: DataType::from_number(number).map_or("", DataType::name).to_owned(),
         shape: (config.max_batch_size > 0).then_some(-1).into_iter().chain(dims.iter().copied()).collect(),
     };
     ModelMetadataResponse {
@@ -81,15 +78,15 @@ pub fn metadata(model: &Model) -> ModelMetadataResponse {
     }
 }
 
-/// Reads a request, and its own limit of time.
+/// Reads a request and its timeout.
 ///
 /// # Errors
-/// Says what is wrong where.
-pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), Fault> {
+/// The first thing wrong with the request, and its place.
+pub fn read(message: ModelInferRequest) -> Result<(InferRequest, Option<Duration>), RequestError> {
     let ModelInferRequest { parameters, inputs, outputs, raw_input_contents: raw, .. } = message;
     if !raw.is_empty() && raw.len() != inputs.len() {
         let n = inputs.len();
-        return Err(Fault::invalid(format!(
+        return Err(RequestError::invalid(format!(
             "`raw_input_contents` holds {} tensors for {n} inputs",
             raw.len()
         )));
@@ -99,10 +96,12 @@ pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), F
         let datatype = DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
         let data = match (raw.next(), contents) {
             (Some(bytes), None) => bytes.into(),
-            (None, Some(contents)) => contained(&name, datatype, &contents)?,
+            (None, Some(contents)) => bytes_of(&name, datatype, &contents)?,
             (Some(_), Some(_)) => {
                 let name = quoted(&name);
-                return Err(Fault::invalid(format!("input {name} is given both raw and in `contents`")));
+                return Err(RequestError::invalid(format!(
+                    "input {name} is given both raw and in `contents`"
+                )));
             }
             (None, None) => Vec::new(),
         };
@@ -116,14 +115,14 @@ pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), F
     let mut others = Vec::new();
     for (name, InferParameter { parameter_choice }) in parameters {
         let value = match parameter_choice {
-            None => return Err(Fault::invalid(format!("parameter {} has no value", quoted(&name)))),
+            None => return Err(RequestError::invalid(format!("parameter {} has no value", quoted(&name)))),
             Some(ParameterChoice::BoolParam(value)) => Parameter::Bool(value),
             Some(ParameterChoice::Int64Param(value)) => Parameter::Int(value),
             Some(ParameterChoice::StringParam(value)) => Parameter::Text(value),
             Some(ParameterChoice::DoubleParam(value)) => Parameter::Float(value),
             Some(ParameterChoice::Uint64Param(value)) => i64::try_from(value)
                 .map(Parameter::Int)
-                .map_err(|_| Fault::invalid(format!("parameter {} is too large", quoted(&name))))?,
+                .map_err(|_| RequestError::invalid(format!("parameter {} is too large", quoted(&name))))?,
         };
         if name == request::TIMEOUT {
             timeout = request::timeout(&value)?;
@@ -133,55 +132,69 @@ pub fn read(message: ModelInferRequest) -> Result<(Request, Option<Duration>), F
         }
     }
     let outputs = outputs.into_iter().map(|output| output.name).collect();
-    Ok((Request { inputs, outputs, parameters: others, max_answer: None }, timeout))
+    Ok((InferRequest { inputs, outputs, parameters: others, max_answer: None }, timeout))
 }
 
-/// Typed contents as the protocol's bytes.
-fn contained(name: &str, datatype: DataType, contents: &InferTensorContents) -> Result<Vec<u8>, Fault> {
-    fn narrowed<T: Copy + std::fmt::Display, N: TryFrom<T>, const B: usize>(
-        values: &[T],
-        bytes: fn(N) -> [u8; B],
-    ) -> Result<Vec<u8>, String> {
-        let mut data = Vec::with_capacity(values.len() * B);
-        for &value in values {
-            data.extend(bytes(N::try_from(value).map_err(|_| value.to_string())?));
+/// The bytes of a tensor whose elements are given in `contents`.
+fn bytes_of(name: &str, datatype: DataType, contents: &InferTensorContents) -> Result<Vec<u8>, RequestError> {
+    let InferTensorContents {
+        bool_contents,
+        int_contents,
+        int64_contents,
+        uint_contents,
+        uint64_contents,
+        fp32_contents,
+        fp64_contents,
+        bytes_contents,
+    } = contents;
+    match (datatype.encoding(), datatype.size()) {
+        (Encoding::Bool, _) => Ok(bool_contents.iter().map(|&value| value.into()).collect()),
+        (Encoding::Signed, Some(8)) => integers(name, datatype, int64_contents),
+        (Encoding::Signed, _) => integers(name, datatype, int_contents),
+        (Encoding::Unsigned, Some(8)) => integers(name, datatype, uint64_contents),
+        (Encoding::Unsigned, _) => integers(name, datatype, uint_contents),
+        (Encoding::Float, Some(4)) => {
+            Ok(fp32_contents.iter().flat_map(|value| value.to_le_bytes()).collect())
         }
-        Ok(data)
-    }
-    let data = match datatype {
-        DataType::Bool => Ok(contents.bool_contents.iter().map(|&value| value.into()).collect()),
-        DataType::Int8 => narrowed(&contents.int_contents, i8::to_le_bytes),
-        DataType::Int16 => narrowed(&contents.int_contents, i16::to_le_bytes),
-        DataType::Int32 => narrowed(&contents.int_contents, i32::to_le_bytes),
-        DataType::Int64 => narrowed(&contents.int64_contents, i64::to_le_bytes),
-        DataType::Uint8 => narrowed(&contents.uint_contents, u8::to_le_bytes),
-        DataType::Uint16 => narrowed(&contents.uint_contents, u16::to_le_bytes),
-        DataType::Uint32 => narrowed(&contents.uint_contents, u32::to_le_bytes),
-        DataType::Uint64 => narrowed(&contents.uint64_contents, u64::to_le_bytes),
-        DataType::Fp32 => narrowed(&contents.fp32_contents, f32::to_le_bytes),
-        DataType::Fp64 => narrowed(&contents.fp64_contents, f64::to_le_bytes),
-        DataType::Bytes => {
+        (Encoding::Float, Some(8)) => {
+            Ok(fp64_contents.iter().flat_map(|value| value.to_le_bytes()).collect())
+        }
+        (Encoding::Float, _) => {
+            Err(RequestError::invalid(format!("input {}: {datatype} must be given raw", quoted(name))))
+        }
+        (Encoding::Text, _) => {
             let mut data = Vec::new();
-            for bytes in &contents.bytes_contents {
+            for bytes in bytes_contents {
                 data.extend((bytes.len() as u32).to_le_bytes());
                 data.extend(bytes);
             }
             Ok(data)
         }
-        DataType::Fp16 | DataType::Bf16 => {
-            let name = quoted(name);
-            return Err(Fault::invalid(format!("input {name}: {datatype} must be given raw")));
-        }
-    };
-    data.map_err(|value| Fault::invalid(format!("input {}: {value} is no {datatype}", quoted(name))))
+    }
 }
 
-impl Calls {
-    async fn infer(&self, message: ModelInferRequest) -> Result<(ModelInferResponse, Held), Fault> {
-        let named = (message.model_name.clone(), message.model_version.clone());
+fn integers<T: Copy + Into<i128>>(
+    name: &str,
+    datatype: DataType,
+    values: &[T],
+) -> Result<Vec<u8>, RequestError> {
+    let mut data = Vec::with_capacity(values.len() * datatype.size().unwrap_or(1));
+    for &value in values {
+        let value: i128 = value.into();
+        datatype.push_integer(value, &mut data).ok_or_else(|| {
+            RequestError::invalid(format!("input {}: {value} does not fit {datatype}", quoted(name)))
+        })?;
+    }
+    Ok(data)
+}
+
+impl GrpcCalls {
+    async fn infer(&self, message: ModelInferRequest) -> Result<(ModelInferResponse, Held), RequestError> {
+        let (name, version) = (message.model_name.clone(), message.model_version.clone());
         let id = message.id.clone();
         let (request, timeout) = read(message)?;
-        let answered = self.service.infer((&named.0, &named.1), request, timeout).await?;
+        let of = ModelRef { name: &name, version: &version };
+        let answered = self.service.infer(of, request, timeout).await?;
         let Answered { model, outputs, held } = answered;
         let mut response = ModelInferResponse {
             model_name: model.config.name.clone(),
@@ -197,29 +210,29 @@ impl Calls {
         Ok((response, held))
     }
 
-    fn model(&self, name: &str, version: &str) -> Result<Arc<Model>, Status> {
+    fn model(&self, name: &str, version: &str) -> Result<Arc<ServedModel>, Status> {
         Ok(self.service.repository.model(name, version)?)
     }
 }
 
-type Answer<T> = Result<Response<T>, Status>;
+type GrpcResult<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
-impl GrpcInferenceService for Calls {
-    async fn server_live(&self, _: Call<ServerLiveRequest>) -> Answer<ServerLiveResponse> {
+impl GrpcInferenceService for GrpcCalls {
+    async fn server_live(&self, _: Call<ServerLiveRequest>) -> GrpcResult<ServerLiveResponse> {
         Ok(Response::new(ServerLiveResponse { live: true }))
     }
 
-    async fn server_ready(&self, _: Call<ServerReadyRequest>) -> Answer<ServerReadyResponse> {
+    async fn server_ready(&self, _: Call<ServerReadyRequest>) -> GrpcResult<ServerReadyResponse> {
         Ok(Response::new(ServerReadyResponse { ready: self.service.is_ready() }))
     }
 
-    async fn model_ready(&self, call: Call<ModelReadyRequest>) -> Answer<ModelReadyResponse> {
+    async fn model_ready(&self, call: Call<ModelReadyRequest>) -> GrpcResult<ModelReadyResponse> {
         let ModelReadyRequest { name, version } = call.into_inner();
         Ok(Response::new(ModelReadyResponse { ready: self.model(&name, &version).is_ok() }))
     }
 
-    async fn server_metadata(&self, _: Call<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
+    async fn server_metadata(&self, _: Call<ServerMetadataRequest>) -> GrpcResult<ServerMetadataResponse> {
         Ok(Response::new(ServerMetadataResponse {
             name: "bireme".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -227,12 +240,12 @@ impl GrpcInferenceService for Calls {
         }))
     }
 
-    async fn model_metadata(&self, call: Call<ModelMetadataRequest>) -> Answer<ModelMetadataResponse> {
+    async fn model_metadata(&self, call: Call<ModelMetadataRequest>) -> GrpcResult<ModelMetadataResponse> {
         let ModelMetadataRequest { name, version } = call.into_inner();
         Ok(Response::new(metadata(&*self.model(&name, &version)?)))
     }
 
-    async fn model_infer(&self, call: Call<ModelInferRequest>) -> Answer<ModelInferResponse> {
+    async fn model_infer(&self, call: Call<ModelInferRequest>) -> GrpcResult<ModelInferResponse> {
         let (message, held) = self.infer(call.into_inner()).await?;
         let mut response = Response::new(message);
         response.extensions_mut().insert(held);
@@ -242,14 +255,17 @@ impl GrpcInferenceService for Calls {
     type ModelStreamInferStream =
         Pin<Box<dyn Stream<Item = Result<ModelStreamInferResponse, Status>> + Send>>;
 
-    /// Answers one request after the other, in their order.
+    /// Answers the requests of a stream one by one, in their order.
     async fn model_stream_infer(
         &self,
         call: Call<Streaming<ModelInferRequest>>,
-    ) -> Answer<Self::ModelStreamInferStream> {
+    ) -> GrpcResult<Self::ModelStreamInferStream> {
         let permit = self.streams.clone().try_acquire_owned();
         let permit = permit.map_err(|_| {
-            Fault::new(Kind::Full, format!("{MAX_STREAMS} streams are open already: try again"))
+            RequestError::new(
+                RequestErrorKind::Full,
+                format!("{MAX_STREAMS} streams are open already: try again"),
+            )
         })?;
         let calls = self.clone();
         let answers = call.into_inner().then(move |message| {
@@ -257,7 +273,7 @@ impl GrpcInferenceService for Calls {
             let _open = &permit;
             async move {
                 let (error_message, infer_response) = match calls.infer(message?).await {
-                    // The stream takes one answer at a time.
+                    // One response at a time is in memory, so that no memory is reserved for it.
                     Ok((response, _)) => (String::new(), Some(response)),
                     Err(fault) => (fault.message, None),
                 };
@@ -267,25 +283,32 @@ impl GrpcInferenceService for Calls {
         Ok(Response::new(Box::pin(answers)))
     }
 
-    async fn model_config(&self, call: Call<ModelConfigRequest>) -> Answer<ModelConfigResponse> {
+    async fn model_config(&self, call: Call<ModelConfigRequest>) -> GrpcResult<ModelConfigResponse> {
         let ModelConfigRequest { name, version } = call.into_inner();
         let config = self.model(&name, &version)?.config.clone();
         Ok(Response::new(ModelConfigResponse { config: Some(config) }))
     }
 
-    async fn model_statistics(&self, call: Call<ModelStatisticsRequest>) -> Answer<ModelStatisticsResponse> {
+    async fn model_statistics(
+        &self,
+        call: Call<ModelStatisticsRequest>,
+    ) -> GrpcResult<ModelStatisticsResponse> {
         let ModelStatisticsRequest { name, version } = call.into_inner();
-        let models = match name.is_empty() {
-            true => self.service.repository.loaded(),
-            false => vec![self.model(&name, &version)?],
+        let models = if name.is_empty() {
+            self.service.repository.loaded()
+        } else {
+            vec![self.model(&name, &version)?]
         };
         let model_stats = models.iter().map(|model| model.statistics()).collect();
         Ok(Response::new(ModelStatisticsResponse { model_stats }))
     }
 
-    async fn repository_index(&self, call: Call<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
+    async fn repository_index(
+        &self,
+        call: Call<RepositoryIndexRequest>,
+    ) -> GrpcResult<RepositoryIndexResponse> {
         let only_ready = call.into_inner().ready;
-        let models = self.service.repository.index().map_err(Fault::from)?;
+        let models = self.service.repository.index().map_err(RequestError::from)?;
         let models = models.into_iter().filter(|model| !only_ready || model.version.is_some());
         let models = models.map(|model| ModelIndex {
             name: model.name,
@@ -299,12 +322,14 @@ impl GrpcInferenceService for Calls {
     async fn repository_model_load(
         &self,
         call: Call<RepositoryModelLoadRequest>,
-    ) -> Answer<RepositoryModelLoadResponse> {
+    ) -> GrpcResult<RepositoryModelLoadResponse> {
         let RepositoryModelLoadRequest { model_name, parameters, .. } = call.into_inner();
         if let Some(name) = parameters.keys().next() {
-            let problem =
-                format!("this server loads what lies in its repository: no parameter {}", quoted(name));
-            return Err(Fault::invalid(problem).into());
+            let problem = format!(
+                "models are loaded from the server's repository alone: unknown parameter {}",
+                quoted(name)
+            );
+            return Err(RequestError::invalid(problem).into());
         }
         self.service.load(model_name).await?;
         Ok(Response::new(RepositoryModelLoadResponse {}))
@@ -313,7 +338,7 @@ impl GrpcInferenceService for Calls {
     async fn repository_model_unload(
         &self,
         call: Call<RepositoryModelUnloadRequest>,
-    ) -> Answer<RepositoryModelUnloadResponse> {
+    ) -> GrpcResult<RepositoryModelUnloadResponse> {
         let RepositoryModelUnloadRequest { model_name, parameters, .. } = call.into_inner();
         let parameters: BTreeMap<_, _> = parameters;
         let with_steps =

@@ -1,4 +1,4 @@
-//! The protocol over HTTP, and the page that Prometheus reads.
+//! The protocol over HTTP, and the metrics for Prometheus.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -15,33 +15,32 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::fault::{Fault, Kind};
 use crate::json::{self, HEADER_LENGTH};
-use crate::model::Model;
+use crate::model::ServedModel;
 use crate::model_config;
 use crate::protocol::{ModelStatistics, StatisticDuration};
-use crate::service::{Answered, EXTENSIONS, RETRY_AFTER, Service};
+use crate::request_error::{RequestError, RequestErrorKind};
+use crate::service::{Answered, EXTENSIONS, ModelRef, RETRY_AFTER, Service};
 
-type Shared = State<Arc<Service>>;
-type Answer = Result<Response, Fault>;
+type ServiceState = State<Arc<Service>>;
+type HttpResult = Result<Response, RequestError>;
 
-/// Where Prometheus reads.
+/// The path of the metrics.
 pub const METRICS: &str = "/metrics";
-/// What may be asked without an API key.
+/// The prefix of paths that need no API key.
 pub const HEALTH: &str = "/v2/health/";
 
-impl IntoResponse for Fault {
+impl IntoResponse for RequestError {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.kind.http()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, axum::Json(json!({ "error": self.message }))).into_response();
-        if matches!(self.kind, Kind::Full | Kind::Unavailable) {
+        if matches!(self.kind, RequestErrorKind::Full | RequestErrorKind::Unavailable) {
             response.headers_mut().insert(RETRY_AFTER_HEADER, HeaderValue::from_static(RETRY_AFTER));
         }
         response
     }
 }
 
-/// All pages of the server.
 pub fn router(service: Arc<Service>) -> Router {
     Router::new()
         .route("/v2/health/live", get(StatusCode::OK))
@@ -62,11 +61,11 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v2/repository/models/{model}/load", post(load))
         .route("/v2/repository/models/{model}/unload", post(unload))
         .route(METRICS, get(metrics))
-        .fallback(|| async { Fault::new(Kind::NotFound, "there is no such page") })
+        .fallback(|| async { RequestError::new(RequestErrorKind::NotFound, "unknown endpoint") })
         .with_state(service)
 }
 
-/// The model of a path, and the version if one is named.
+/// The model in a path, and its version if one is given.
 #[derive(Deserialize)]
 struct Named {
     model: String,
@@ -74,11 +73,11 @@ struct Named {
     version: String,
 }
 
-fn find(service: &Service, Named { model, version }: &Named) -> Result<Arc<Model>, Fault> {
+fn find(service: &Service, Named { model, version }: &Named) -> Result<Arc<ServedModel>, RequestError> {
     service.repository.model(model, version)
 }
 
-async fn ready(State(service): Shared) -> StatusCode {
+async fn ready(State(service): ServiceState) -> StatusCode {
     if service.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
@@ -87,11 +86,11 @@ async fn server_metadata() -> Response {
     axum::Json(about).into_response()
 }
 
-async fn model_ready(State(service): Shared, Path(named): Path<Named>) -> Answer {
+async fn model_ready(State(service): ServiceState, Path(named): Path<Named>) -> HttpResult {
     find(&service, &named).map(|_| StatusCode::OK.into_response())
 }
 
-async fn metadata(State(service): Shared, Path(named): Path<Named>) -> Answer {
+async fn metadata(State(service): ServiceState, Path(named): Path<Named>) -> HttpResult {
     let message = crate::grpc::metadata(&*find(&service, &named)?);
     let tensors = |tensors: Vec<crate::protocol::model_metadata_response::TensorMetadata>| -> Vec<Value> {
         let tensor = |tensor: crate::protocol::model_metadata_response::TensorMetadata| json!({ "name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape });
@@ -107,7 +106,7 @@ async fn metadata(State(service): Shared, Path(named): Path<Named>) -> Answer {
     .into_response())
 }
 
-async fn config(State(service): Shared, Path(named): Path<Named>) -> Answer {
+async fn config(State(service): ServiceState, Path(named): Path<Named>) -> HttpResult {
     Ok(axum::Json(model_config::to_json(&find(&service, &named)?.config)).into_response())
 }
 
@@ -145,30 +144,31 @@ fn statistics_json(of: &ModelStatistics) -> Value {
     })
 }
 
-async fn statistics(State(service): Shared, Path(named): Path<Named>) -> Answer {
+async fn statistics(State(service): ServiceState, Path(named): Path<Named>) -> HttpResult {
     let of_model = statistics_json(&find(&service, &named)?.statistics());
     Ok(axum::Json(json!({ "model_stats": [of_model] })).into_response())
 }
 
-async fn all_statistics(State(service): Shared) -> Response {
+async fn all_statistics(State(service): ServiceState) -> Response {
     let models = service.repository.loaded();
     let models: Vec<Value> = models.iter().map(|model| statistics_json(&model.statistics())).collect();
     axum::Json(json!({ "model_stats": models })).into_response()
 }
 
 async fn infer(
-    State(service): Shared,
+    State(service): ServiceState,
     Path(Named { model, version }): Path<Named>,
     headers: HeaderMap,
     body: Body,
-) -> Answer {
+) -> HttpResult {
     let body = read(body).await?;
-    let header_length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("not a text"));
+    let header_length = headers.get(HEADER_LENGTH).map(text_of_header).transpose()?;
     let mut asked = json::read(&body, header_length)?;
     drop(body);
     let request = std::mem::take(&mut asked.request);
-    let Answered { model, outputs, held } = service.infer((&model, &version), request, asked.timeout).await?;
-    let json::Written { body, header_length } = asked.answer(&model, &outputs)?;
+    let of = ModelRef { name: &model, version: &version };
+    let Answered { model, outputs, held } = service.infer(of, request, asked.timeout).await?;
+    let json::WrittenBody { body, header_length } = asked.answer(&model, &outputs)?;
     let kind = if header_length.is_some() { "application/octet-stream" } else { "application/json" };
     let mut response = Response::new(Body::from(body));
     response.extensions_mut().insert(held);
@@ -180,33 +180,43 @@ async fn infer(
     Ok(response)
 }
 
-/// A body, whole. What is wrong with it beyond that, the gate has noted.
-async fn read(body: Body) -> Result<Bytes, Fault> {
+fn text_of_header(value: &HeaderValue) -> Result<&str, RequestError> {
+    value.to_str().map_err(|_| {
+        RequestError::invalid(format!("`{HEADER_LENGTH}` must be a number of bytes in ASCII digits"))
+    })
+}
+
+/// Reads a whole body. Its length and time are limited by the gate.
+async fn read(body: Body) -> Result<Bytes, RequestError> {
     axum::body::to_bytes(body, usize::MAX).await.map_err(|error| {
         let mut source: Option<&dyn std::error::Error> = Some(&error);
         while let Some(cause) = source {
             let kind = cause.downcast_ref().map(std::io::Error::kind);
             if let Some(ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other) = kind {
-                return Fault::invalid("the body is not compressed as its `Content-Encoding` says");
+                return RequestError::invalid("the body does not match its `Content-Encoding`");
             }
             source = cause.source();
         }
-        Fault::invalid("the body of the request did not come whole")
+        RequestError::invalid("the body of the request is incomplete")
     })
 }
 
-/// A body of JSON, or nothing.
-async fn read_json(body: Body) -> Result<Value, Fault> {
+/// Reads a body of JSON; null if it is empty.
+async fn read_json(body: Body) -> Result<Value, RequestError> {
     let body = read(body).await?;
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(Value::Null);
     }
     serde_json::from_slice(&body).map_err(|error| {
-        Fault::invalid(format!("the body is not JSON, at line {}, column {}", error.line(), error.column()))
+        RequestError::invalid(format!(
+            "the body is not JSON, at line {}, column {}",
+            error.line(),
+            error.column()
+        ))
     })
 }
 
-async fn index(State(service): Shared, body: Body) -> Answer {
+async fn index(State(service): ServiceState, body: Body) -> HttpResult {
     let only_ready = read_json(body).await?["ready"] == true;
     let models = service.repository.index()?;
     let models = models.into_iter().filter(|model| !only_ready || model.version.is_some());
@@ -219,12 +229,16 @@ async fn index(State(service): Shared, body: Body) -> Answer {
     Ok(axum::Json(models.collect::<Vec<_>>()).into_response())
 }
 
-async fn load(State(service): Shared, Path(Named { model, .. }): Path<Named>, body: Body) -> Answer {
+async fn load(
+    State(service): ServiceState,
+    Path(Named { model, .. }): Path<Named>,
+    body: Body,
+) -> HttpResult {
     let parameters = read_json(body).await?;
     let parameters = parameters["parameters"].as_object();
     if let Some((name, _)) = parameters.and_then(|parameters| parameters.iter().next()) {
-        return Err(Fault::invalid(format!(
-            "this server loads what lies in its repository: no parameter {}",
+        return Err(RequestError::invalid(format!(
+            "models are loaded from the server's repository alone: unknown parameter {}",
             quoted(name)
         )));
     }
@@ -232,13 +246,17 @@ async fn load(State(service): Shared, Path(Named { model, .. }): Path<Named>, bo
     Ok(StatusCode::OK.into_response())
 }
 
-async fn unload(State(service): Shared, Path(Named { model, .. }): Path<Named>, body: Body) -> Answer {
+async fn unload(
+    State(service): ServiceState,
+    Path(Named { model, .. }): Path<Named>,
+    body: Body,
+) -> HttpResult {
     let with_steps = read_json(body).await?["parameters"]["unload_dependents"] == true;
     service.unload(model, with_steps).await?;
     Ok(StatusCode::OK.into_response())
 }
 
-async fn metrics(State(service): Shared) -> Response {
+async fn metrics(State(service): ServiceState) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(CONTENT_TYPE, HeaderValue::from_static(kind))], service.metrics.text()).into_response()
 }

@@ -1,4 +1,4 @@
-//! Requests and answers as JSON, with or without tensors in binary behind it.
+//! Requests and responses as JSON, which binary tensors may follow.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -6,36 +6,32 @@ use std::fmt;
 use std::time::Duration;
 
 use bireme_base::message::quoted;
-use bireme_etl::serving::Parameter;
-use bireme_etl::tensor::{DataType, Tensor};
+use bireme_protocol::{DataType, Encoding, Parameter, Tensor};
 use serde::de::{self, SeqAccess, Visitor};
-use serde::ser::SerializeSeq;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::error::Category;
 use serde_path_to_error::Segment;
 
-use crate::fault::Fault;
-use crate::model::Model;
-use crate::request::{self, Request};
+use crate::model::ServedModel;
+use crate::request::{self, InferRequest};
+use crate::request_error::RequestError;
 
-/// The header with the length of the JSON in front of binary tensors.
+/// The HTTP header with the length of the JSON that binary tensors follow.
 pub const HEADER_LENGTH: &str = "inference-header-content-length";
 
-/// A request as it stood in a body.
 #[derive(Debug)]
-pub struct Asked {
-    /// What is asked.
-    pub request: Request,
-    /// The client's name for it.
+pub struct ParsedRequest {
+    pub request: InferRequest,
+    /// The client's name for the request.
     pub id: Option<String>,
-    /// Its own limit of time.
     pub timeout: Option<Duration>,
-    /// Outputs that are wanted in binary, or not; all others as `all_binary` says.
+    /// Whether an output is wanted in binary, where the request says; `all_binary` holds for the
+    /// others.
     binary: BTreeMap<String, bool>,
     all_binary: bool,
 }
 
-// What must be there is optional here, so that its absence is told in our own words.
+// Required fields are optional here, so that their absence gets a message of our own.
 
 #[derive(Deserialize)]
 struct Body<'a> {
@@ -44,34 +40,33 @@ struct Body<'a> {
     #[serde(default)]
     parameters: BTreeMap<String, Scalar>,
     #[serde(default, borrow)]
-    inputs: Option<Vec<Input<'a>>>,
+    inputs: Option<Vec<JsonInput<'a>>>,
     #[serde(default)]
-    outputs: Vec<Output>,
+    outputs: Vec<JsonOutput>,
 }
 
 #[derive(Deserialize)]
-struct Input<'a> {
+struct JsonInput<'a> {
     name: Option<String>,
     datatype: Option<String>,
     shape: Option<Vec<i64>>,
     #[serde(default)]
     parameters: BTreeMap<String, Scalar>,
     #[serde(default, borrow)]
-    data: Option<Cells<'a>>,
+    data: Option<ParsedElements<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Output {
+struct JsonOutput {
     name: Option<String>,
     #[serde(default)]
     parameters: BTreeMap<String, Scalar>,
 }
 
-/// A value of a parameter.
 #[derive(Clone, Debug)]
 enum Scalar {
     Parameter(Parameter),
-    /// What no parameter holds: null, a list, an object.
+    /// A value that no parameter may have: null, a list, an object.
     Other(&'static str),
 }
 
@@ -83,7 +78,7 @@ impl<'de> Deserialize<'de> for Scalar {
             Value::String(value) => Self::Parameter(Parameter::Text(value)),
             Value::Number(number) => Self::Parameter(match number.as_i64() {
                 Some(value) => Parameter::Int(value),
-                // Beyond 64 bits too, as Triton does.
+                // An integer beyond 64 bits becomes a float, as in Triton.
                 None => Parameter::Float(number.as_f64().unwrap_or(f64::INFINITY)),
             }),
             Value::Null => Self::Other("null"),
@@ -93,35 +88,39 @@ impl<'de> Deserialize<'de> for Scalar {
     }
 }
 
-fn flag(parameters: &BTreeMap<String, Scalar>, name: &str) -> Result<Option<bool>, Fault> {
+fn flag(parameters: &BTreeMap<String, Scalar>, name: &str) -> Result<Option<bool>, RequestError> {
     let given = match parameters.get(name) {
         None => return Ok(None),
         Some(Scalar::Parameter(Parameter::Bool(value))) => return Ok(Some(*value)),
         Some(Scalar::Parameter(other)) => other.to_string(),
         Some(Scalar::Other(kind)) => (*kind).to_owned(),
     };
-    Err(Fault::invalid(format!("parameter `{name}` must be true or false, not {given}")))
+    Err(RequestError::invalid(format!("parameter `{name}` must be true or false, not {given}")))
 }
 
-/// What is wrong with a body, by the place in it.
-fn unreadable(json: &[u8], error: &serde_json::Error) -> Fault {
+/// A message for JSON that cannot be read, with the place.
+fn unreadable(json: &[u8], error: &serde_json::Error) -> RequestError {
     let place = format!("line {}, column {}", error.line(), error.column());
     match error.classify() {
         Category::Data => {}
-        Category::Eof => return Fault::invalid(format!("the body is not JSON: it ends early, at {place}")),
-        _ if error.to_string().starts_with("recursion limit") => {
-            return Fault::invalid(format!("the body is not a request: it is nested too deeply, at {place}"));
+        Category::Eof => {
+            return RequestError::invalid(format!("the body is not JSON: it ends early, at {place}"));
         }
-        _ => return Fault::invalid(format!("the body is not JSON, at {place}")),
+        _ if error.to_string().starts_with("recursion limit") => {
+            return RequestError::invalid(format!(
+                "the body is not a request: it is nested too deeply, at {place}"
+            ));
+        }
+        _ => return RequestError::invalid(format!("the body is not JSON, at {place}")),
     }
-    // Once more, with the path to the place, which takes longer.
+    // Parse once more to find the path to the place, which is slower.
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let Err(found) = serde_path_to_error::deserialize::<_, Body<'_>>(&mut deserializer) else {
-        return Fault::invalid(format!("the body is not a request, at {place}"));
+        return RequestError::invalid(format!("the body is not a request, at {place}"));
     };
     let path = found.path().to_string();
     if found.inner().to_string().starts_with("duplicate field") {
-        return Fault::invalid(format!(
+        return RequestError::invalid(format!(
             "the body is not a request: a key is given twice{}, at {place}",
             if path == "." { String::new() } else { format!(" in {}", quoted(&path)) }
         ));
@@ -141,17 +140,17 @@ fn unreadable(json: &[u8], error: &serde_json::Error) -> Fault {
         (None, _) => "an object with `inputs`",
     };
     match last {
-        None => Fault::invalid(format!("the body must be {wanted}, at {place}")),
-        Some(_) => Fault::invalid(format!("{} must be {wanted}, at {place}", quoted(&path))),
+        None => RequestError::invalid(format!("the body must be {wanted}, at {place}")),
+        Some(_) => RequestError::invalid(format!("{} must be {wanted}, at {place}", quoted(&path))),
     }
 }
 
-/// A tensor's elements, however deep they were nested.
+/// A tensor's elements, flattened from lists of any depth.
 #[derive(Debug, Default)]
-struct Cells<'a>(Vec<Cell<'a>>);
+struct ParsedElements<'a>(Vec<ParsedElement<'a>>);
 
 #[derive(Debug)]
-enum Cell<'a> {
+enum ParsedElement<'a> {
     Bool(bool),
     Int(i64),
     Uint(u64),
@@ -159,7 +158,26 @@ enum Cell<'a> {
     Text(Cow<'a, str>),
 }
 
-impl fmt::Display for Cell<'_> {
+impl ParsedElement<'_> {
+    fn integer(&self) -> Option<i128> {
+        match *self {
+            Self::Int(value) => Some(value.into()),
+            Self::Uint(value) => Some(value.into()),
+            _ => None,
+        }
+    }
+
+    fn number(&self) -> Option<f64> {
+        match *self {
+            Self::Float(value) => Some(value),
+            Self::Int(value) => Some(value as f64),
+            Self::Uint(value) => Some(value as f64),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for ParsedElement<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bool(value) => write!(f, "{value}"),
@@ -171,7 +189,7 @@ impl fmt::Display for Cell<'_> {
     }
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Cells<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for ParsedElements<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut cells = Vec::new();
         deserializer.deserialize_any(Flatten(&mut cells))?;
@@ -179,8 +197,8 @@ impl<'de: 'a, 'a> Deserialize<'de> for Cells<'a> {
     }
 }
 
-/// Puts elements, and those of lists in lists, into one list.
-struct Flatten<'c, 'de>(&'c mut Vec<Cell<'de>>);
+/// Collects the elements of nested lists in one list.
+struct Flatten<'c, 'de>(&'c mut Vec<ParsedElement<'de>>);
 
 impl<'de> de::DeserializeSeed<'de> for Flatten<'_, 'de> {
     type Value = ();
@@ -198,32 +216,32 @@ impl<'de> Visitor<'de> for Flatten<'_, 'de> {
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<(), E> {
-        self.0.push(Cell::Bool(value));
+        self.0.push(ParsedElement::Bool(value));
         Ok(())
     }
 
     fn visit_i64<E>(self, value: i64) -> Result<(), E> {
-        self.0.push(Cell::Int(value));
+        self.0.push(ParsedElement::Int(value));
         Ok(())
     }
 
     fn visit_u64<E>(self, value: u64) -> Result<(), E> {
-        self.0.push(i64::try_from(value).map_or(Cell::Uint(value), Cell::Int));
+        self.0.push(i64::try_from(value).map_or(ParsedElement::Uint(value), ParsedElement::Int));
         Ok(())
     }
 
     fn visit_f64<E>(self, value: f64) -> Result<(), E> {
-        self.0.push(Cell::Float(value));
+        self.0.push(ParsedElement::Float(value));
         Ok(())
     }
 
     fn visit_borrowed_str<E>(self, value: &'de str) -> Result<(), E> {
-        self.0.push(Cell::Text(Cow::Borrowed(value)));
+        self.0.push(ParsedElement::Text(Cow::Borrowed(value)));
         Ok(())
     }
 
     fn visit_str<E>(self, value: &str) -> Result<(), E> {
-        self.0.push(Cell::Text(Cow::Owned(value.to_owned())));
+        self.0.push(ParsedElement::Text(Cow::Owned(value.to_owned())));
         Ok(())
     }
 
@@ -233,74 +251,54 @@ impl<'de> Visitor<'de> for Flatten<'_, 'de> {
     }
 }
 
-impl Cells<'_> {
-    /// The elements as the protocol's bytes.
-    fn into_data(self, name: &str, datatype: DataType) -> Result<Vec<u8>, Fault> {
+impl ParsedElements<'_> {
+    /// The elements in the encoding of `datatype`.
+    fn into_data(self, name: &str, datatype: DataType) -> Result<Vec<u8>, RequestError> {
         let mut data = Vec::with_capacity(self.0.len() * datatype.size().unwrap_or(8));
         for (number, cell) in self.0.into_iter().enumerate() {
             push(&mut data, datatype, &cell).ok_or_else(|| {
-                Fault::invalid(format!("input {}, element {number}: {cell} is no {datatype}", quoted(name)))
+                let name = quoted(name);
+                RequestError::invalid(format!(
+                    "input {name}, element {number}: {cell} does not fit {datatype}"
+                ))
             })?;
         }
         Ok(data)
     }
 }
 
-/// Adds an element's bytes; none if it is not of the type.
-fn push(data: &mut Vec<u8>, datatype: DataType, cell: &Cell<'_>) -> Option<()> {
-    macro_rules! int {
-        ($type:ty) => {
-            match cell {
-                Cell::Int(value) => data.extend(<$type>::try_from(*value).ok()?.to_le_bytes()),
-                Cell::Uint(value) => data.extend(<$type>::try_from(*value).ok()?.to_le_bytes()),
-                _ => return None,
-            }
-        };
-    }
-    let float = || match *cell {
-        Cell::Float(value) => Some(value),
-        Cell::Int(value) => Some(value as f64),
-        Cell::Uint(value) => Some(value as f64),
-        _ => None,
-    };
-    match datatype {
-        DataType::Bool => match cell {
-            Cell::Bool(value) => data.push((*value).into()),
-            Cell::Int(value @ (0 | 1)) => data.push(*value as u8),
+/// Appends the bytes of an element; `None` if `datatype` cannot hold it.
+fn push(data: &mut Vec<u8>, datatype: DataType, cell: &ParsedElement<'_>) -> Option<()> {
+    match (datatype.encoding(), cell) {
+        (Encoding::Bool, ParsedElement::Bool(value)) => data.push((*value).into()),
+        (Encoding::Bool, ParsedElement::Int(value @ (0 | 1))) => data.push(*value as u8),
+        (Encoding::Signed | Encoding::Unsigned, _) => {
+            datatype.push_integer(cell.integer()?, data)?;
+        }
+        (Encoding::Float, _) => match datatype.size() {
+            Some(4) => data.extend((cell.number()? as f32).to_le_bytes()),
+            Some(8) => data.extend(cell.number()?.to_le_bytes()),
+            // JSON has no numbers of 16 bits: such tensors must be sent in binary.
             _ => return None,
         },
-        DataType::Uint8 => int!(u8),
-        DataType::Uint16 => int!(u16),
-        DataType::Uint32 => int!(u32),
-        DataType::Uint64 => int!(u64),
-        DataType::Int8 => int!(i8),
-        DataType::Int16 => int!(i16),
-        DataType::Int32 => int!(i32),
-        DataType::Int64 => int!(i64),
-        DataType::Fp32 => data.extend((float()? as f32).to_le_bytes()),
-        DataType::Fp64 => data.extend(float()?.to_le_bytes()),
-        // JSON has no numbers of 16 bits: such tensors come in binary.
-        DataType::Fp16 | DataType::Bf16 => return None,
-        DataType::Bytes => match cell {
-            Cell::Text(text) => {
-                data.extend(u32::try_from(text.len()).ok()?.to_le_bytes());
-                data.extend(text.as_bytes());
-            }
-            _ => return None,
-        },
+        (Encoding::Text, ParsedElement::Text(text)) => {
+            data.extend(u32::try_from(text.len()).ok()?.to_le_bytes());
+            data.extend(text.as_bytes());
+        }
+        _ => return None,
     }
     Some(())
 }
 
-/// Reads a request: JSON of `header_length` bytes (none: all of it), then tensors in binary.
+/// Reads a request: JSON of `header_length` bytes (`None`: the whole body), then binary tensors.
 ///
 /// # Errors
-/// Says what is wrong where.
-pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
+/// The first thing wrong with the request, and its place.
+pub fn read(body: &[u8], header_length: Option<&str>) -> Result<ParsedRequest, RequestError> {
     let length = match header_length {
         None => body.len(),
         Some(text) => text.parse().ok().filter(|&length| length <= body.len()).ok_or_else(|| {
-            Fault::invalid(format!(
+            RequestError::invalid(format!(
                 "`{HEADER_LENGTH}` is {}, and the body has {} bytes",
                 quoted(text),
                 body.len()
@@ -308,15 +306,15 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
         })?,
     };
     let (json, mut binary) = body.split_at(length);
-    // Lists of the same values would be read, too.
+    // serde would accept a list of the fields' values in place of an object.
     if json.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
-        return Err(Fault::invalid("the body must be an object with `inputs`, not a list"));
+        return Err(RequestError::invalid("the body must be an object with `inputs`, not a list"));
     }
     let parsed: Body<'_> = serde_json::from_slice(json).map_err(|error| unreadable(json, &error))?;
-    let lacks = |what: &str| Fault::invalid(format!("the request lacks {what}"));
+    let lacks = |what: &str| RequestError::invalid(format!("the request lacks {what}"));
     let given = parsed.inputs.ok_or_else(|| lacks("`inputs`"))?;
     let mut inputs = Vec::with_capacity(given.len());
-    for (number, Input { name, datatype, shape, parameters, data }) in given.into_iter().enumerate() {
+    for (number, JsonInput { name, datatype, shape, parameters, data }) in given.into_iter().enumerate() {
         let name = name.ok_or_else(|| lacks(&format!("`inputs[{number}].name`")))?;
         let of_input = |key: &str| lacks(&format!("the `{key}` of input {}", quoted(&name)));
         let datatype = datatype.ok_or_else(|| of_input("datatype"))?;
@@ -330,11 +328,13 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
                 };
                 let size = size.ok_or_else(|| {
                     let name = quoted(&name);
-                    Fault::invalid(format!("`binary_data_size` of input {name} must be a number of bytes"))
+                    RequestError::invalid(format!(
+                        "`binary_data_size` of input {name} must be a number of bytes"
+                    ))
                 })?;
                 let (own, rest) = binary.split_at_checked(size).ok_or_else(|| {
                     let (name, n) = (quoted(&name), binary.len());
-                    Fault::invalid(format!(
+                    RequestError::invalid(format!(
                         "`binary_data_size` of input {name} is {size}, and {n} bytes are left of the body"
                     ))
                 })?;
@@ -344,7 +344,7 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
             (None, Some(cells)) => cells.into_data(&name, datatype)?,
             (given, _) => {
                 let both = if given.is_some() { "not both" } else { "and has neither" };
-                return Err(Fault::invalid(format!(
+                return Err(RequestError::invalid(format!(
                     "input {} must have `data` or `binary_data_size`, {both}",
                     quoted(&name)
                 )));
@@ -353,7 +353,7 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
         inputs.push(Tensor { name, datatype, shape, data });
     }
     if !binary.is_empty() {
-        return Err(Fault::invalid(format!("{} bytes follow the last input", binary.len())));
+        return Err(RequestError::invalid(format!("{} bytes follow the last input", binary.len())));
     }
     let all_binary = flag(&parsed.parameters, "binary_data_output")?.unwrap_or(false);
     let (mut timeout, mut parameters) = (None, Vec::new());
@@ -362,16 +362,16 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
             Scalar::Parameter(value) => value,
             Scalar::Other(kind) => {
                 let name = quoted(&name);
-                return Err(Fault::invalid(format!(
+                return Err(RequestError::invalid(format!(
                     "parameter {name} must be true, false, a number or a text, not {kind}"
                 )));
             }
         };
         match name.as_str() {
             "binary_data_output" => {}
-            // Over gRPC it is a limit without end, as in Triton.
+            // Over gRPC a negative timeout means no limit, as in Triton.
             request::TIMEOUT if matches!(value, Parameter::Int(..0)) => {
-                return Err(Fault::invalid(format!("parameter `timeout` is {value}: it is negative")));
+                return Err(RequestError::invalid(format!("parameter `timeout` is {value}: it is negative")));
             }
             request::TIMEOUT => timeout = request::timeout(&value)?,
             _ => {
@@ -382,7 +382,7 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
     }
     let mut wanted_binary = BTreeMap::new();
     let mut outputs = Vec::new();
-    for (number, Output { name, parameters }) in parsed.outputs.into_iter().enumerate() {
+    for (number, JsonOutput { name, parameters }) in parsed.outputs.into_iter().enumerate() {
         let name = name.ok_or_else(|| lacks(&format!("`outputs[{number}].name`")))?;
         if parameters.contains_key("classification") {
             return Err(request::no_classes(&name));
@@ -392,8 +392,8 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
         }
         outputs.push(name);
     }
-    Ok(Asked {
-        request: Request { inputs, outputs, parameters, max_answer: None },
+    Ok(ParsedRequest {
+        request: InferRequest { inputs, outputs, parameters, max_answer: None },
         id: parsed.id.map(Cow::into_owned),
         timeout,
         binary: wanted_binary,
@@ -402,16 +402,16 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<Asked, Fault> {
 }
 
 #[derive(Serialize)]
-struct Answer<'a> {
+struct InferResponse<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a str>,
     model_name: &'a str,
     model_version: String,
-    outputs: Vec<AnswerOutput<'a>>,
+    outputs: Vec<InferResponseOutput<'a>>,
 }
 
 #[derive(Serialize)]
-struct AnswerOutput<'a> {
+struct InferResponseOutput<'a> {
     name: &'a str,
     datatype: &'a str,
     shape: &'a [i64],
@@ -426,81 +426,87 @@ struct BinarySize {
     binary_data_size: usize,
 }
 
-/// A tensor's elements, flat.
+/// A tensor's elements as one flat list.
 struct Elements<'a>(&'a Tensor);
 
 impl Serialize for Elements<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Tensor { datatype, data, .. } = self.0;
-        macro_rules! numbers {
-            ($type:ty) => {{
-                let mut list = serializer.serialize_seq(None)?;
-                for bytes in data.chunks_exact(size_of::<$type>()) {
-                    list.serialize_element(&<$type>::from_le_bytes(
-                        bytes.try_into().expect("chunks of that size"),
-                    ))?;
-                }
-                list.end()
-            }};
-        }
-        match datatype {
-            DataType::Uint8 => numbers!(u8),
-            DataType::Uint16 => numbers!(u16),
-            DataType::Uint32 => numbers!(u32),
-            DataType::Uint64 => numbers!(u64),
-            DataType::Int8 => numbers!(i8),
-            DataType::Int16 => numbers!(i16),
-            DataType::Int32 => numbers!(i32),
-            DataType::Int64 => numbers!(i64),
-            DataType::Fp32 => numbers!(f32),
-            DataType::Fp64 => numbers!(f64),
-            DataType::Bool => serializer.collect_seq(data.iter().map(|&byte| byte != 0)),
-            DataType::Bytes => {
+        let size = datatype.size().unwrap_or(1);
+        match (datatype.encoding(), size) {
+            (Encoding::Bool, _) => serializer.collect_seq(data.iter().map(|&byte| byte != 0)),
+            (Encoding::Signed, _) => serializer.collect_seq(data.chunks_exact(size).map(|bytes| {
+                let is_negative = bytes[size - 1] >= 0x80;
+                i64::from_le_bytes(widened(bytes, if is_negative { 0xff } else { 0 }))
+            })),
+            (Encoding::Unsigned, _) => {
+                let values = data.chunks_exact(size);
+                serializer.collect_seq(values.map(|bytes| u64::from_le_bytes(widened(bytes, 0))))
+            }
+            (Encoding::Float, 4) => {
+                let (values, _) = data.as_chunks();
+                serializer.collect_seq(values.iter().map(|&bytes| f32::from_le_bytes(bytes)))
+            }
+            (Encoding::Float, 8) => {
+                let (values, _) = data.as_chunks();
+                serializer.collect_seq(values.iter().map(|&bytes| f64::from_le_bytes(bytes)))
+            }
+            (Encoding::Float, _) => {
+                let problem = format!("{datatype} is only given in binary");
+                Err(serde::ser::Error::custom(problem))
+            }
+            (Encoding::Text, _) => {
                 let texts = self.0.view().texts().map_err(serde::ser::Error::custom)?;
                 serializer.collect_seq(texts)
-            }
-            DataType::Fp16 | DataType::Bf16 => {
-                Err(serde::ser::Error::custom(format!("{datatype} is only given in binary")))
             }
         }
     }
 }
 
-/// A body, and the length of the JSON at its front if something follows.
+/// The 8 bytes of an integer of fewer bytes, whose upper ones are `fill`.
+fn widened(bytes: &[u8], fill: u8) -> [u8; 8] {
+    let mut widened = [fill; 8];
+    widened[..bytes.len()].copy_from_slice(bytes);
+    widened
+}
+
+/// A response's body, and the length of its JSON if binary tensors follow.
 #[derive(Debug)]
-pub struct Written {
-    /// The body.
+pub struct WrittenBody {
     pub body: Vec<u8>,
-    /// The length of the JSON.
     pub header_length: Option<usize>,
 }
 
-impl Asked {
-    /// Writes the answer.
+impl ParsedRequest {
+    /// Writes the response.
     ///
     /// # Errors
-    /// An output that JSON cannot hold.
-    pub fn answer<'a>(&'a self, model: &'a Model, outputs: &'a [Tensor]) -> Result<Written, Fault> {
+    /// An output of a type that JSON cannot hold.
+    pub fn answer<'a>(
+        &'a self,
+        model: &'a ServedModel,
+        outputs: &'a [Tensor],
+    ) -> Result<WrittenBody, RequestError> {
         let is_binary = |tensor: &&Tensor| *self.binary.get(&tensor.name).unwrap_or(&self.all_binary);
-        let output = |tensor: &'a Tensor| AnswerOutput {
+        let output = |tensor: &'a Tensor| InferResponseOutput {
             name: tensor.name.as_str(),
             datatype: tensor.datatype.name(),
             shape: &tensor.shape,
             parameters: is_binary(&tensor).then_some(BinarySize { binary_data_size: tensor.data.len() }),
             data: (!is_binary(&tensor)).then_some(Elements(tensor)),
         };
-        let answer = Answer {
+        let answer = InferResponse {
             id: self.id.as_deref(),
             model_name: &model.config.name,
             model_version: model.version.to_string(),
             outputs: outputs.iter().map(output).collect(),
         };
-        let mut body = serde_json::to_vec(&answer).map_err(Fault::invalid)?;
+        let mut body = serde_json::to_vec(&answer).map_err(RequestError::invalid)?;
         let length = body.len();
         let mut binary = outputs.iter().filter(is_binary).peekable();
         let header_length = binary.peek().map(|_| length);
         binary.for_each(|tensor| body.extend(&tensor.data));
-        Ok(Written { body, header_length })
+        Ok(WrittenBody { body, header_length })
     }
 }
 
@@ -525,6 +531,32 @@ mod tests {
         assert_eq!(asked.request.parameters, [("exclude_seen".to_owned(), Parameter::Bool(true))]);
         assert_eq!(asked.timeout, Some(Duration::from_micros(1500)));
         assert_eq!((asked.id.as_deref(), asked.all_binary, asked.binary["o"]), (Some("7"), true, false));
+    }
+
+    #[test]
+    fn numbers_survive_json() {
+        for (datatype, json) in [
+            ("BOOL", "[true,false]"),
+            ("INT8", "[-128,127]"),
+            ("INT16", "[-32768,32767]"),
+            ("INT32", "[-1,2147483647]"),
+            ("INT64", "[-9223372036854775808,9223372036854775807]"),
+            ("UINT8", "[0,255]"),
+            ("UINT16", "[1,65535]"),
+            ("UINT32", "[1,4294967295]"),
+            ("UINT64", "[1,18446744073709551615]"),
+            ("FP32", "[0.1,-3.4028235e38]"),
+            ("FP64", "[0.1,5e-324]"),
+            ("BYTES", r#"["","é"]"#),
+        ] {
+            let datatype = DataType::parse(datatype).unwrap();
+            let cells: ParsedElements<'_> = serde_json::from_str(json).unwrap();
+            let data = cells.into_data("x", datatype).unwrap();
+            let tensor = Tensor { name: "x".into(), datatype, shape: vec![2], data };
+            assert_eq!(serde_json::to_string(&Elements(&tensor)).unwrap(), json);
+        }
+        let half = Tensor { datatype: DataType::Bf16, ..Tensor::ints("x", &[0], []) };
+        assert!(serde_json::to_string(&Elements(&half)).unwrap_err().to_string().contains("BF16"));
     }
 
     #[test]
@@ -556,9 +588,9 @@ mod tests {
                 "`binary_data_output` must be true or false, not the text `no`",
             ),
             (input(r#""datatype":"INT9","data":[1]"#), "unknown type `INT9`; types are BOOL, "),
-            (input(r#""datatype":"INT8","data":[300]"#), "element 0: 300 is no INT8"),
-            (input(r#""datatype":"INT64","data":["x"]"#), "element 0: the text `x` is no INT64"),
-            (input(r#""datatype":"INT64","data":[1.0]"#), "element 0: 1.0 is no INT64"),
+            (input(r#""datatype":"INT8","data":[300]"#), "element 0: 300 does not fit INT8"),
+            (input(r#""datatype":"INT64","data":["x"]"#), "element 0: the text `x` does not fit INT64"),
+            (input(r#""datatype":"INT64","data":[1.0]"#), "element 0: 1.0 does not fit INT64"),
             (input(r#""datatype":"INT64","data":[null]"#), "`inputs[0].data"),
             (input(r#""datatype":"INT64","data":{"a":1}"#), "must be a list of numbers"),
             (input(r#""datatype":"INT64""#), "must have `data` or `binary_data_size`, and has neither"),

@@ -1,23 +1,25 @@
 //! Serves a model repository over HTTP and gRPC: the KServe v2 protocol with Triton's extensions.
 //!
-//! A request passes, in this order:
+//! A request passes through these modules in this order:
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | [`server`] | takes connections, and ends without losing a request |
-//! | [`gate`] | API keys, the length of bodies and the memory of all of them, the clock |
-//! | [`http`] with [`json`], or [`grpc`] | reads requests and writes answers |
+//! | [`server`] | accepts connections, and shuts down without losing a request |
+//! | [`gate`] | checks the API key, the size of the body, the memory of all bodies, the time |
+//! | [`http`] with [`json`], or [`grpc`] | reads requests and writes responses |
 //! | [`service`] | counts requests, and refuses those beyond the limit |
 //! | [`request`] | checks a request against the model's configuration |
-//! | [`model`] | runs a model, or the steps of an ensemble |
-//! | [`batcher`] | the queue in front of a model that runs, and its threads |
+//! | [`model`] | executes a model, or the steps of an ensemble |
+//! | [`batcher`] | the queue and the threads of a model |
 //! | [`torchscript`] | runs the network; preprocessing is [`bireme_etl::serving`]'s |
 //!
-//! [`repository`] loads models, [`statistics`] counts, [`logs`] tells, [`fault`] says what a client is told, [`protocol`] and
-//! [`model_config`] are the protocol's messages.
+//! [`repository`] loads models, [`statistics`] counts, [`logs`] writes the log, [`request_error`]
+//! holds the errors for clients, and [`protocol`] and [`model_config`] hold the protocol's
+//! messages.
+
+#![allow(missing_docs, reason = "most names say what a doc would repeat")]
 
 pub mod batcher;
-pub mod fault;
 pub mod gate;
 pub mod grpc;
 pub mod http;
@@ -28,10 +30,11 @@ pub mod model_config;
 pub mod protocol;
 pub mod repository;
 pub mod request;
+pub mod request_error;
 pub mod server;
 pub mod service;
 pub mod statistics;
 pub mod torchscript;
 
-pub use fault::Fault;
-pub use server::{Addresses, Options, ServeError, serve};
+pub use request_error::RequestError;
+pub use server::{Addresses, ServeError, ServeOptions, serve};

@@ -1,30 +1,28 @@
-//! Lines of the server's log, on the standard error.
+//! The server's log on stderr.
 
 use std::io::stderr;
 
 use tracing_subscriber::EnvFilter;
 
-/// The form of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// For people.
+pub enum LogFormat {
     Text,
-    /// An object of JSON.
+    /// One JSON object per line.
     Json,
 }
 
-/// The variable that says what is logged, as `info` or `bireme_serve=debug`.
+/// The environment variable with the filter of the log, such as `info` or `bireme_serve=debug`.
 pub const VARIABLE: &str = "BIREME_LOG";
 
-/// Logs from now on, and what panics say too. Once in a process; a second call changes nothing.
-pub fn start(format: Format) {
+/// Starts the log, which includes panics. A second call in a process has no effect.
+pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_writer(stderr).with_env_filter(filter).with_target(false);
-    // A line that cannot be written would be reported on the standard error too, which panics.
+    // tracing would report a failed write on stderr too, and panic.
     let log = log.log_internal_errors(false);
     let started = match format {
-        Format::Text => log.with_ansi(false).try_init(),
-        Format::Json => log.json().flatten_event(true).try_init(),
+        LogFormat::Text => log.with_ansi(false).try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
     };
     if started.is_ok() {
         std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "a thread failed")));

@@ -1,25 +1,22 @@
-//! A version of a model, ready to answer: one that runs, or an ensemble of several.
+//! A loaded version of a model: an executor with its queue, or an ensemble.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bireme_etl::serving::Preprocessor;
-use bireme_etl::tensor::{Tensor, TensorView};
+use bireme_protocol::{Tensor, TensorView};
 
-use crate::batcher::{Answer, Batcher, Coming, Executor, Policy};
-use crate::fault::{Fault, Kind};
+use crate::batcher::{Announcement, BatchPolicy, Batcher, Executor, ModelAnswer};
 use crate::protocol::model_config::SchedulingChoice;
 use crate::protocol::{ModelConfig, ModelEnsembling};
-use crate::request::Request;
+use crate::request::InferRequest;
+use crate::request_error::{RequestError, RequestErrorKind};
 use crate::statistics::{Metrics, Statistics};
-use crate::torchscript::{Call, Module};
+use crate::torchscript::{ModuleCall, ScriptModule};
 
-/// A version of a model.
-pub struct Model {
-    /// Its configuration.
+pub struct ServedModel {
     pub config: ModelConfig,
-    /// Its number.
     pub version: u64,
     work: Work,
     statistics: Arc<Statistics>,
@@ -28,23 +25,22 @@ pub struct Model {
 
 enum Work {
     Runs(Batcher),
-    Ensemble(Vec<Step>),
+    Ensemble(Vec<EnsembleStep>),
 }
 
-/// A step of an ensemble.
-struct Step {
-    model: Arc<Model>,
-    /// The step's inputs, and the ensemble's tensors that they are.
+struct EnsembleStep {
+    model: Arc<ServedModel>,
+    /// Names of the step's inputs, each with the name of the ensemble's tensor.
     inputs: Vec<(String, String)>,
-    /// The step's outputs, and the ensemble's tensors that they become.
+    /// Names of the step's outputs, each with the name of the ensemble's tensor.
     outputs: Vec<(String, String)>,
 }
 
-impl Model {
-    /// A model that runs, on so many threads or more if its configuration asks for them.
+impl ServedModel {
+    /// A model with an executor, on `n_threads` threads or more if its configuration asks for them.
     ///
     /// # Errors
-    /// The system gives no thread.
+    /// A thread cannot be started.
     pub fn that_runs(
         config: ModelConfig,
         version: u64,
@@ -61,16 +57,16 @@ impl Model {
             })
         };
         let policy = policy(&config);
-        let policy = Policy { n_instances: policy.n_instances.max(n_threads), ..policy };
+        let policy = BatchPolicy { n_instances: policy.n_instances.max(n_threads), ..policy };
         let batcher = Batcher::start(&config.name, policy, executor, observe);
         let work = Work::Runs(batcher.map_err(|error| format!("cannot start a thread: {error}"))?);
         Ok(Self { config, version, work, statistics, metrics })
     }
 
-    /// An ensemble of models that are loaded.
+    /// An ensemble of loaded models.
     ///
     /// # Errors
-    /// Steps that do not fit together.
+    /// A step's input or an output of the ensemble that no step makes.
     pub fn ensemble(
         config: ModelConfig,
         version: u64,
@@ -84,13 +80,17 @@ impl Model {
         let mut waiting = Vec::new();
         for step in &scheduling.step {
             let model = find(&step.model_name, step.model_version)?;
-            waiting.push(Step { model, inputs: pairs(&step.input_map), outputs: pairs(&step.output_map) });
+            waiting.push(EnsembleStep {
+                model,
+                inputs: pairs(&step.input_map),
+                outputs: pairs(&step.output_map),
+            });
         }
-        // In an order in which each finds what it needs.
+        // Sort the steps so that each follows those that make its inputs.
         let mut known: Vec<String> = config.input.iter().map(|input| input.name.clone()).collect();
-        let mut steps: Vec<Step> = Vec::new();
+        let mut steps: Vec<EnsembleStep> = Vec::new();
         while !waiting.is_empty() {
-            let is_ready = |step: &Step| step.inputs.iter().all(|(_, tensor)| known.contains(tensor));
+            let is_ready = |step: &EnsembleStep| step.inputs.iter().all(|(_, tensor)| known.contains(tensor));
             let ready = waiting.iter().position(is_ready).ok_or_else(|| {
                 format!("nothing makes the inputs of step `{}`", waiting[0].model.config.name)
             })?;
@@ -104,40 +104,43 @@ impl Model {
         Ok(Self { config, version, work: Work::Ensemble(steps), statistics: Arc::default(), metrics })
     }
 
-    /// The steps' models, of an ensemble.
     pub fn parts(&self) -> impl Iterator<Item = &Arc<Self>> {
         let steps = if let Work::Ensemble(steps) = &self.work { &steps[..] } else { &[] };
         steps.iter().map(|step| &step.model)
     }
 
-    /// Its counts, as the protocol's message.
     pub fn statistics(&self) -> crate::protocol::ModelStatistics {
         self.statistics.message(&self.config.name, self.version)
     }
 
-    /// Answers a request that was checked.
+    /// Runs a request that [`InferRequest::check`] has accepted.
     ///
     /// # Errors
-    /// What is wrong with it, or with the server.
-    pub async fn infer(&self, request: Request) -> Result<Vec<Tensor>, Fault> {
+    /// A request that the model refuses, or a failure of the model.
+    pub async fn infer(&self, request: InferRequest) -> Result<Vec<Tensor>, RequestError> {
         self.answer(request, self.announce()).await
     }
 
-    /// The same for a caller who has nothing else to do, outside of any runtime.
+    /// Checks and runs a request, outside of any runtime.
     ///
     /// # Errors
-    /// As [`Model::infer`], and a request that does not fit the model.
-    pub fn infer_and_wait(&self, request: Request) -> Result<Vec<Tensor>, Fault> {
+    /// As [`ServedModel::infer`], and a request that does not fit the model.
+    pub fn infer_and_wait(&self, request: InferRequest) -> Result<Vec<Tensor>, RequestError> {
         request.check(&self.config, usize::MAX)?;
-        let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(Fault::internal)?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().build().map_err(RequestError::internal)?;
         runtime.block_on(self.infer(request))
     }
 
-    fn announce(&self) -> Option<Coming> {
+    fn announce(&self) -> Option<Announcement> {
         if let Work::Runs(batcher) = &self.work { Some(batcher.announce()) } else { None }
     }
 
-    async fn answer(&self, request: Request, coming: Option<Coming>) -> Result<Vec<Tensor>, Fault> {
+    async fn answer(
+        &self,
+        request: InferRequest,
+        coming: Option<Announcement>,
+    ) -> Result<Vec<Tensor>, RequestError> {
         let begun = Instant::now();
         let n_rows = match (self.config.max_batch_size > 0, request.inputs.first()) {
             (true, Some(tensor)) => tensor.shape[0] as usize,
@@ -155,14 +158,16 @@ impl Model {
         answer.map(|answer| answer.outputs)
     }
 
-    async fn run(&self, steps: &[Step], request: Request) -> Result<Answer, Fault> {
-        let Request { inputs, outputs, parameters, max_answer } = request;
-        let wanted: Vec<&str> = match outputs.is_empty() {
-            true => self.config.output.iter().map(|output| output.name.as_str()).collect(),
-            false => outputs.iter().map(String::as_str).collect(),
+    async fn run(&self, steps: &[EnsembleStep], request: InferRequest) -> Result<ModelAnswer, RequestError> {
+        let InferRequest { inputs, outputs, parameters, max_answer } = request;
+        let wanted: Vec<&str> = if outputs.is_empty() {
+            self.config.output.iter().map(|output| output.name.as_str()).collect()
+        } else {
+            outputs.iter().map(String::as_str).collect()
         };
-        // All at once: a model's threads shall wait for what is still with the one before.
-        let coming: Vec<Option<Coming>> = steps.iter().map(|step| step.model.announce()).collect();
+        // Announce to all steps at once, so that each model waits for requests that are still in
+        // the step before.
+        let coming: Vec<Option<Announcement>> = steps.iter().map(|step| step.model.announce()).collect();
         let mut tensors: HashMap<String, Tensor> =
             inputs.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         for (number, (step, coming)) in steps.iter().zip(coming).enumerate() {
@@ -171,19 +176,17 @@ impl Model {
                 wanted.contains(&tensor)
                     || later.iter().any(|step| step.inputs.iter().any(|(_, input)| input == tensor))
             };
-            // What is optional may be absent; the step's model knows.
+            // Optional inputs may be absent; the step's model checks the others.
             let inputs = step.inputs.iter().filter_map(|(name, tensor)| {
-                let found = match is_used_later(tensor) {
-                    true => tensors.get(tensor).cloned(),
-                    false => tensors.remove(tensor),
-                };
+                let found =
+                    if is_used_later(tensor) { tensors.get(tensor).cloned() } else { tensors.remove(tensor) };
                 found.map(|found| Tensor { name: name.clone(), ..found })
             });
             let inputs = inputs.collect();
             let outputs = step.outputs.iter().filter(|(_, tensor)| is_used_later(tensor));
             let outputs = outputs.map(|(name, _)| name.clone()).collect();
-            let request = Request { inputs, outputs, parameters: parameters.clone(), max_answer };
-            // A step is rarely an ensemble itself; then its future must have a known size.
+            let request = InferRequest { inputs, outputs, parameters: parameters.clone(), max_answer };
+            // Boxed, because a step may be an ensemble, whose future would contain itself.
             for made in Box::pin(step.model.answer(request, coming)).await? {
                 let of_ensemble = step.outputs.iter().find(|(name, _)| *name == made.name);
                 if let Some((_, tensor)) = of_ensemble {
@@ -193,9 +196,9 @@ impl Model {
         }
         let outputs = wanted.iter().map(|name| {
             let found = tensors.remove(*name);
-            found.ok_or_else(|| Fault::internal(format!("no step made the output `{name}`")))
+            found.ok_or_else(|| RequestError::internal(format!("no step made the output `{name}`")))
         });
-        Ok(Answer {
+        Ok(ModelAnswer {
             outputs: outputs.collect::<Result<_, _>>()?,
             queued: Duration::ZERO,
             computed: Duration::ZERO,
@@ -203,12 +206,12 @@ impl Model {
     }
 }
 
-/// Checks, before anything is computed, that an answer is not larger than allowed.
-fn check_answer(config: &ModelConfig, n_rows: usize, request: &Request) -> Result<(), Fault> {
+/// Refuses, before anything is computed, a request whose outputs would be larger than allowed.
+fn check_answer(config: &ModelConfig, n_rows: usize, request: &InferRequest) -> Result<(), RequestError> {
     let Some(max) = request.max_answer.filter(|_| config.max_batch_size > 0) else { return Ok(()) };
     let is_wanted = |name: &String| request.outputs.is_empty() || request.outputs.contains(name);
     let outputs = config.output.iter().filter(|output| is_wanted(&output.name));
-    // What depends on the request is small.
+    // Dimensions that depend on the request (−1) are small.
     let of_row = outputs.map(|output| output.dims.iter().map(|&dim| dim.max(1) as usize).product::<usize>());
     let n_bytes = of_row.sum::<usize>().saturating_mul(4).saturating_mul(n_rows);
     if n_bytes <= max {
@@ -219,21 +222,21 @@ fn check_answer(config: &ModelConfig, n_rows: usize, request: &Request) -> Resul
         n_bytes >> 20,
         max >> 20
     );
-    Err(Fault::new(Kind::TooLarge, message))
+    Err(RequestError::new(RequestErrorKind::TooLarge, message))
 }
 
-/// How a configuration wants its requests brought together.
-fn policy(config: &ModelConfig) -> Policy {
+/// The batching that a configuration asks for.
+fn policy(config: &ModelConfig) -> BatchPolicy {
     let batching = match &config.scheduling_choice {
         Some(SchedulingChoice::DynamicBatching(batching)) => Some(batching),
         _ => None,
     };
-    // In larger batches than are preferred, those who came first would wait for the last.
+    // Batches larger than preferred would make the first requests wait for the last.
     let preferred = batching.and_then(|batching| batching.preferred_batch_size.iter().max().copied());
     let max_batch = batching.map_or(0, |_| preferred.unwrap_or(config.max_batch_size).max(0) as usize);
     let queue = batching.and_then(|batching| batching.default_queue_policy.as_ref());
     let delay = batching.map_or(0, |batching| batching.max_queue_delay_microseconds);
-    Policy {
+    BatchPolicy {
         max_batch,
         max_delay: Duration::from_micros(delay),
         n_instances: config
@@ -247,30 +250,34 @@ fn policy(config: &ModelConfig) -> Policy {
 }
 
 impl Executor for Preprocessor {
-    fn execute(&self, requests: &[&Request]) -> Vec<Result<Vec<Tensor>, String>> {
-        let answer = |request: &&Request| self.apply(&views(request), &request.parameters);
+    fn execute(&self, requests: &[&InferRequest]) -> Vec<Result<Vec<Tensor>, String>> {
+        let answer = |request: &&InferRequest| self.apply(&views(request), &request.parameters);
         requests.iter().map(answer).collect()
     }
 }
 
-impl Executor for Module {
-    fn execute(&self, requests: &[&Request]) -> Vec<Result<Vec<Tensor>, String>> {
-        let calls = requests.iter().map(|&request| Call { inputs: views(request), wanted: &request.outputs });
+impl Executor for ScriptModule {
+    fn execute(&self, requests: &[&InferRequest]) -> Vec<Result<Vec<Tensor>, String>> {
+        let calls =
+            requests.iter().map(|&request| ModuleCall { inputs: views(request), wanted: &request.outputs });
         Self::execute(self, &calls.collect::<Vec<_>>())
     }
 }
 
-fn views(request: &Request) -> Vec<TensorView<'_>> {
+fn views(request: &InferRequest) -> Vec<TensorView<'_>> {
     request.inputs.iter().map(Tensor::view).collect()
 }
 
-impl std::fmt::Debug for Model {
+impl std::fmt::Debug for ServedModel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} version {}", self.config.name, self.version)
     }
 }
 
-/// A fault about a model that is not there.
-pub(crate) fn not_ready(name: &str, reason: &str) -> Fault {
-    Fault::new(Kind::NotFound, format!("model {} is not ready: {reason}", bireme_base::message::quoted(name)))
+/// The error for a model that is not loaded.
+pub(crate) fn not_ready(name: &str, reason: &str) -> RequestError {
+    RequestError::new(
+        RequestErrorKind::NotFound,
+        format!("model {} is not ready: {reason}", bireme_base::message::quoted(name)),
+    )
 }

@@ -1,16 +1,16 @@
-//! A model's configuration: `config.pbtxt` in protobuf's text format, and the JSON that servers show.
+//! A model's configuration: `config.pbtxt` in protobuf's text format, and the JSON that servers
+//! show.
 
 use std::sync::LazyLock;
 
-use bireme_etl::tensor::DataType as Type;
 use bireme_protocol::text::{self, Ignored, Parsed};
 use prost::Message;
 use prost_reflect::prost_types::FileDescriptorSet;
 use prost_reflect::text_format::FormatOptions;
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
+use crate::protocol::ModelConfig;
 use crate::protocol::model_config::SchedulingChoice;
-use crate::protocol::{DataType, ModelConfig};
 
 /// The file's name in a model's folder.
 pub const CONFIG: &str = "config.pbtxt";
@@ -19,7 +19,7 @@ static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor
 
 static DESCRIPTOR: LazyLock<MessageDescriptor> = LazyLock::new(|| descriptor(|_| {}));
 
-/// A map is what it is on the wire here, a list of entries, so that a text keeps their order.
+/// Maps as lists of entries, as on the wire, so that a text keeps their order.
 static ORDERED: LazyLock<MessageDescriptor> = LazyLock::new(|| {
     descriptor(|files| {
         for message in files.file.iter_mut().flat_map(|file| &mut file.message_type) {
@@ -39,38 +39,12 @@ fn descriptor(change: impl FnOnce(&mut FileDescriptorSet)) -> MessageDescriptor 
     pool.get_message_by_name("inference.ModelConfig").expect("it is in proto/model_config.proto")
 }
 
-/// The protocol's number of a type.
-pub fn number(datatype: Type) -> i32 {
-    let number = match datatype {
-        Type::Bool => DataType::TypeBool,
-        Type::Uint8 => DataType::TypeUint8,
-        Type::Uint16 => DataType::TypeUint16,
-        Type::Uint32 => DataType::TypeUint32,
-        Type::Uint64 => DataType::TypeUint64,
-        Type::Int8 => DataType::TypeInt8,
-        Type::Int16 => DataType::TypeInt16,
-        Type::Int32 => DataType::TypeInt32,
-        Type::Int64 => DataType::TypeInt64,
-        Type::Fp16 => DataType::TypeFp16,
-        Type::Bf16 => DataType::TypeBf16,
-        Type::Fp32 => DataType::TypeFp32,
-        Type::Fp64 => DataType::TypeFp64,
-        Type::Bytes => DataType::TypeString,
-    };
-    number.into()
-}
-
-/// The type of a number.
-pub fn datatype(of: i32) -> Option<Type> {
-    Type::ALL.into_iter().find(|&datatype| number(datatype) == of)
-}
-
 fn dynamic(config: &ModelConfig, descriptor: &MessageDescriptor) -> DynamicMessage {
     let message = DynamicMessage::decode(descriptor.clone(), config.encode_to_vec().as_slice());
     message.expect("both are of the same descriptor")
 }
 
-/// The configuration as JSON, with the names of the text.
+/// The configuration as JSON, with the field names of `config.pbtxt`.
 pub fn to_json(config: &ModelConfig) -> serde_json::Value {
     let options = SerializeOptions::new().use_proto_field_name(true).stringify_64_bit_integers(false);
     let message = dynamic(config, &DESCRIPTOR);
@@ -79,32 +53,30 @@ pub fn to_json(config: &ModelConfig) -> serde_json::Value {
     json.expect("names and numbers only")
 }
 
-/// The configuration as text.
 pub fn to_text(config: &ModelConfig) -> String {
     dynamic(config, &ORDERED).to_text_format_with_options(&FormatOptions::new().pretty(true)) + "\n"
 }
 
-/// A configuration that was read.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Read {
-    /// What this server implements.
+pub struct ParsedConfig {
+    /// The fields that this server implements.
     pub config: ModelConfig,
-    /// What it does not: names and lines.
+    /// The other fields.
     pub ignored: Vec<Ignored>,
 }
 
-/// Reads a configuration. Fields that this server does not implement are ignored, unless results
-/// depend on them.
+/// Reads a configuration. Fields that this server does not implement are ignored, unless they
+/// change results.
 ///
 /// # Errors
-/// Says what is wrong where.
-pub fn from_text(text: &str) -> Result<Read, String> {
+/// Text that cannot be parsed, with the place, or a field that this server would need.
+pub fn from_text(text: &str) -> Result<ParsedConfig, String> {
     let Parsed { message, ignored, .. } = text::parse(&ORDERED, text).map_err(|error| error.to_string())?;
     let config =
         ModelConfig::decode(message.encode_to_vec().as_slice()).map_err(|error| error.to_string())?;
     match unsupported(&config) {
         Some(field) => Err(format!("this server does not implement `{field}`, on which results depend")),
-        None => Ok(Read { config, ignored }),
+        None => Ok(ParsedConfig { config, ignored }),
     }
 }
 
@@ -127,8 +99,19 @@ fn unsupported(config: &ModelConfig) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bireme_protocol::DataType;
+
     use crate::protocol::model_ensembling::Step;
-    use crate::protocol::{ModelEnsembling, ModelInput};
+    use crate::protocol::{DataType as MessageDataType, ModelEnsembling, ModelInput};
+
+    #[test]
+    fn types_have_the_numbers_of_the_messages() {
+        for datatype in DataType::all() {
+            let number = MessageDataType::try_from(datatype.number()).unwrap();
+            let name = number.as_str_name().replace("STRING", "BYTES");
+            assert_eq!(name, format!("TYPE_{datatype}"));
+        }
+    }
 
     #[test]
     fn a_configuration_survives_its_text() {
@@ -139,7 +122,7 @@ mod tests {
             name: "n".into(),
             input: vec![ModelInput {
                 name: "x".into(),
-                data_type: DataType::TypeString.into(),
+                data_type: DataType::Bytes.number(),
                 dims: vec![-1, 1],
                 optional: true,
                 ..ModelInput::default()
@@ -150,7 +133,7 @@ mod tests {
             ..ModelConfig::default()
         };
         let text = to_text(&config);
-        assert_eq!(from_text(&text).unwrap(), Read { config: config.clone(), ignored: Vec::new() });
+        assert_eq!(from_text(&text).unwrap(), ParsedConfig { config: config.clone(), ignored: Vec::new() });
         assert_eq!(to_text(&config), text, "the same bytes each time");
         let json = to_json(&config);
         let step = &json["ensemble_scheduling"]["step"][0];
@@ -174,7 +157,7 @@ mod tests {
             model_transaction_policy { decoupled: false }
             version_policy: { all { } }
             parameters: { key: "INFERENCE_MODE" value: { string_value: 'true' } }"#;
-        let Read { config, ignored } = from_text(text).unwrap();
+        let ParsedConfig { config, ignored } = from_text(text).unwrap();
         assert_eq!((config.instance_group[0].count, config.input[0].dims.as_slice()), (3, &[-1, 1][..]));
         let ignored: Vec<&str> = ignored.iter().map(|field| field.path.as_str()).collect();
         let expected = [

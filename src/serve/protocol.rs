@@ -1,5 +1,6 @@
-//! Messages of the KServe v2 protocol and of Triton's model configuration, made from the files in `proto/`.
+//! Messages of the KServe v2 protocol and of Triton's model configuration, made from the files in
+//! `proto/`.
 
-#![allow(missing_docs, unused_qualifications, clippy::all)]
+#![allow(unused_qualifications, clippy::all)]
 
 tonic::include_proto!("inference");

@@ -1,8 +1,9 @@
-//! A model repository on disk, and the models of it that are loaded.
+//! A model repository on disk, and its loaded models.
 //!
-//! Loading builds what is new beside what serves, and puts it in its place at once: requests under way end with the
-//! models that they began with. An ensemble keeps the very versions of its steps that it was loaded with, so that a
-//! request never meets the preprocessing of one version and the network of another.
+//! A model is loaded beside the one that serves, and then replaces it at once: requests in
+//! execution finish with the models that they began with. An ensemble keeps the versions of its
+//! steps that it was loaded with, so that no request meets the preprocessing of one version and the
+//! network of another.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,116 +16,107 @@ use bireme_etl::serving::Preprocessor;
 use bireme_protocol::text;
 use tch::Device;
 
-use crate::fault::{self, Fault};
-use crate::model::{Model, not_ready};
-use crate::model_config::{CONFIG, Read, from_text};
+use crate::model::{ServedModel, not_ready};
+use crate::model_config::{CONFIG, ParsedConfig, from_text};
 use crate::protocol::model_config::SchedulingChoice;
 use crate::protocol::model_instance_group::Kind;
 use crate::protocol::model_version_policy::PolicyChoice;
 use crate::protocol::{ModelConfig, ModelInstanceGroup, ModelVersionPolicy};
+use crate::request_error::{RequestError, RequestErrorKind};
 use crate::statistics::Metrics;
-use crate::torchscript::Module;
+use crate::torchscript::ScriptModule;
 
-/// A repository cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum RepositoryError {
-    /// It cannot be read.
     #[error("cannot read the model repository `{path}`")]
     Io {
-        /// The repository, or something in it.
+        /// The repository, or an entry in it.
         path: PathBuf,
-        /// Why not.
         source: std::io::Error,
     },
-    /// There is no model in it.
     #[error("`{0}` holds no model: none of its folders has a `{CONFIG}`")]
     Empty(PathBuf),
-    /// A model cannot be loaded.
     #[error("cannot load model `{model}`: {problem}")]
-    Model {
-        /// Which.
-        model: String,
-        /// Why not.
-        problem: String,
-    },
+    Model { model: String, problem: String },
 }
 
-impl From<RepositoryError> for Fault {
+impl From<RepositoryError> for RequestError {
     fn from(error: RepositoryError) -> Self {
         let kind = if matches!(error, RepositoryError::Model { .. }) {
-            fault::Kind::Invalid
+            RequestErrorKind::Invalid
         } else {
-            fault::Kind::Internal
+            RequestErrorKind::Internal
         };
         Self::new(kind, chain(&error))
     }
 }
 
-/// A model of the repository, as its index shows it.
+/// An entry of the repository's index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Indexed {
-    /// Its name.
     pub name: String,
-    /// The version that is loaded.
+    /// The newest loaded version.
     pub version: Option<u64>,
-    /// Why none is.
+    /// The reason why no version is loaded.
     pub reason: String,
 }
 
-/// The loaded versions of a model.
 type Versions = BTreeMap<u64, Loaded>;
 
 #[derive(Clone)]
 struct Loaded {
-    model: Arc<Model>,
+    model: Arc<ServedModel>,
     files: Files,
 }
 
-/// What a version was loaded from: a version whose files are the same need not be loaded again.
+/// Paths, sizes and times of a version's files; a version whose files are the same is not loaded
+/// again.
 type Files = Vec<(PathBuf, u64, Option<SystemTime>)>;
 
-/// A model repository.
+/// Where models run.
+#[derive(Clone, Copy, Debug)]
+pub struct Compute {
+    /// Of networks; preprocessing runs on the CPU.
+    pub device: Device,
+    /// Threads of a model on the CPU, each of which runs a batch.
+    pub n_threads: usize,
+}
+
 pub struct Repository {
     dir: PathBuf,
-    device: Device,
-    n_threads: usize,
+    compute: Compute,
     metrics: Arc<Metrics>,
     models: RwLock<BTreeMap<String, Versions>>,
-    /// Why models that somebody tried to load are not.
+    /// The reasons for which models are not loaded.
     reasons: Mutex<BTreeMap<String, String>>,
-    /// Warnings that were logged, once each.
+    /// Warnings that were logged, so that each is logged once.
     warned: Mutex<BTreeSet<String>>,
-    /// One change at a time.
+    /// Held while models are loaded or unloaded.
     changing: Mutex<()>,
 }
 
 impl Repository {
-    /// A repository, with nothing loaded. What runs on the CPU runs on `n_threads` threads, a batch on each.
+    /// Opens a repository without loading a model.
     ///
     /// # Errors
     /// The folder cannot be read, or holds no model.
-    pub fn open(
-        dir: &Path,
-        (device, n_threads): (Device, usize),
-        metrics: Arc<Metrics>,
-    ) -> Result<Self, RepositoryError> {
+    pub fn open(dir: &Path, compute: Compute, metrics: Arc<Metrics>) -> Result<Self, RepositoryError> {
         let repository = Self {
             dir: dir.to_owned(),
-            device,
-            n_threads,
+            compute,
             metrics,
             models: RwLock::default(),
             reasons: Mutex::default(),
             warned: Mutex::default(),
             changing: Mutex::default(),
         };
-        match repository.names()?.is_empty() {
-            true => Err(RepositoryError::Empty(dir.to_owned())),
-            false => Ok(repository),
+        if repository.names()?.is_empty() {
+            return Err(RepositoryError::Empty(dir.to_owned()));
         }
+        Ok(repository)
     }
 
-    /// The names of its models, loaded or not.
+    /// The names of all models, loaded or not.
     ///
     /// # Errors
     /// The folder cannot be read.
@@ -144,7 +136,7 @@ impl Repository {
         Ok(names)
     }
 
-    /// Its models.
+    /// All models, loaded or not.
     ///
     /// # Errors
     /// The folder cannot be read.
@@ -152,7 +144,7 @@ impl Repository {
         let names = self.names()?;
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         let reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
-        // A model whose folder is gone may still be loaded.
+        // A model whose folder was removed may still be loaded.
         let all: BTreeSet<&String> = names.iter().chain(models.keys()).collect();
         let indexed = |name: &String| {
             let version = models.get(name).and_then(|versions| versions.keys().next_back().copied());
@@ -162,17 +154,17 @@ impl Repository {
         Ok(all.into_iter().map(indexed).collect())
     }
 
-    /// All loaded versions, by name and number.
-    pub fn loaded(&self) -> Vec<Arc<Model>> {
+    /// All loaded versions, sorted by name and number.
+    pub fn loaded(&self) -> Vec<Arc<ServedModel>> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         models.values().flat_map(BTreeMap::values).map(|loaded| loaded.model.clone()).collect()
     }
 
-    /// A loaded model: a version of it, or the newest if `version` is empty.
+    /// A loaded version of a model; the newest if `version` is empty.
     ///
     /// # Errors
-    /// There is none.
-    pub fn model(&self, name: &str, version: &str) -> Result<Arc<Model>, Fault> {
+    /// The model or the version is not loaded.
+    pub fn model(&self, name: &str, version: &str) -> Result<Arc<ServedModel>, RequestError> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         let Some(versions) = models.get(name) else {
             drop(models);
@@ -181,9 +173,9 @@ impl Repository {
         let found = if version.is_empty() {
             versions.values().next_back()
         } else {
-            let number: u64 = version
-                .parse()
-                .map_err(|_| Fault::invalid(format!("a version is a number, not {}", quoted(version))))?;
+            let number: u64 = version.parse().map_err(|_| {
+                RequestError::invalid(format!("a version is a number, not {}", quoted(version)))
+            })?;
             versions.get(&number)
         };
         found.map(|loaded| loaded.model.clone()).ok_or_else(|| {
@@ -192,22 +184,22 @@ impl Repository {
         })
     }
 
-    fn why_not(&self, name: &str) -> Fault {
+    fn why_not(&self, name: &str) -> RequestError {
         let reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(reason) = reasons.get(name) {
             return not_ready(name, reason);
         }
         match self.names() {
             Ok(names) if names.iter().any(|known| known == name) => not_ready(name, "it has not been loaded"),
-            _ => Fault::new(fault::Kind::NotFound, format!("there is no model {}", quoted(name))),
+            _ => RequestError::new(RequestErrorKind::NotFound, format!("unknown model {}", quoted(name))),
         }
     }
 
-    /// Loads a model, the steps of an ensemble with it, or loads it again if its files have changed. What else is
-    /// loaded and made of the same steps follows.
+    /// Loads a model, and with an ensemble its steps, unless its files are unchanged. Loaded
+    /// ensembles that share its steps are loaded again.
     ///
     /// # Errors
-    /// Says what is wrong; what was loaded before goes on serving.
+    /// A model that cannot be loaded. The loaded version continues to serve.
     pub fn load(&self, name: &str) -> Result<(), RepositoryError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut fresh = BTreeMap::new();
@@ -226,12 +218,12 @@ impl Repository {
             let put = |(name, versions)| models.insert(name, versions);
             fresh.into_iter().filter_map(put).collect::<Vec<_>>()
         };
-        // Outside of the lock: a large model takes its time to go.
+        // Dropped without the lock, because freeing a large model takes time.
         drop(replaced);
         Ok(())
     }
 
-    /// Ensembles that are loaded, and made of what has just been loaded.
+    /// Loaded ensembles with a step that was just loaded.
     fn dependents(&self, fresh: &BTreeMap<String, Versions>) -> Vec<String> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         let is_made_of_fresh =
@@ -288,8 +280,13 @@ impl Repository {
                         let found = found.map(|loaded| loaded.model.clone());
                         found.ok_or(format!("step `{name}` has no version {version}"))
                     };
-                    let model =
-                        Model::ensemble(config.clone(), version, scheduling, find, self.metrics.clone());
+                    let model = ServedModel::ensemble(
+                        config.clone(),
+                        version,
+                        scheduling,
+                        find,
+                        self.metrics.clone(),
+                    );
                     Loaded { model: Arc::new(model.map_err(problem)?), files: Files::new() }
                 }
                 _ => self.load_version(&config, version, &version_dir).map_err(problem)?,
@@ -300,8 +297,8 @@ impl Repository {
         Ok(())
     }
 
-    /// Logs what a configuration asks for in vain, once.
-    fn warn_of(&self, Read { config, ignored }: &Read, path: &Path) {
+    /// Logs the settings that this server ignores, once each.
+    fn warn_of(&self, ParsedConfig { config, ignored }: &ParsedConfig, path: &Path) {
         let path = path.display();
         let mut warnings = Vec::new();
         if !ignored.is_empty() {
@@ -310,8 +307,11 @@ impl Repository {
         }
         let asks_for_gpu = |group: &ModelInstanceGroup| group.kind() == Kind::Gpu || !group.gpus.is_empty();
         if config.instance_group.iter().any(asks_for_gpu) {
-            let device =
-                if self.device.is_cuda() { "the GPU that the server was started with" } else { "the CPU" };
+            let device = if self.compute.device.is_cuda() {
+                "the GPU that the server was started with"
+            } else {
+                "the CPU"
+            };
             warnings.push(format!("`{path}`: `instance_group` asks for GPUs; the model runs on {device}"));
         }
         let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -323,7 +323,7 @@ impl Repository {
         }
     }
 
-    /// A version of a model that runs.
+    /// Loads a version of a model with an executor.
     fn load_version(&self, config: &ModelConfig, version: u64, dir: &Path) -> Result<Loaded, String> {
         let mut files = Files::new();
         list_files(dir, &mut files).map_err(|error| error.to_string())?;
@@ -339,7 +339,8 @@ impl Repository {
         let executor: Arc<dyn crate::batcher::Executor> =
             match (config.backend.as_str(), config.platform.as_str()) {
                 ("bireme", _) => Arc::new(Preprocessor::load(dir).map_err(|error| chain(&error))?),
-                // Preprocessing that was exported for Python lies beside what this program reads.
+                // Versions up to 0.1 could export preprocessing for Triton's Python backend; beside
+                // it they wrote what this program reads.
                 ("python", _) if dir.join("serving.json").is_file() => {
                     Arc::new(Preprocessor::load(dir).map_err(|error| chain(&error))?)
                 }
@@ -349,25 +350,26 @@ impl Repository {
                     } else {
                         &config.default_model_filename
                     };
-                    Arc::new(Module::load(&dir.join(file), config, self.device)?)
+                    Arc::new(ScriptModule::load(&dir.join(file), config, self.compute.device)?)
                 }
                 (backend, platform) => {
                     let (backend, platform) = (quoted(backend), quoted(platform));
                     return Err(format!("this server has no backend {backend} for the platform {platform}"));
                 }
             };
-        // A GPU runs one batch after the other anyway.
-        let n_threads = if is_network && self.device.is_cuda() { 1 } else { self.n_threads };
-        let model = Model::that_runs(config.clone(), version, executor, n_threads, self.metrics.clone())?;
+        // A GPU runs its batches one by one.
+        let n_threads = if is_network && self.compute.device.is_cuda() { 1 } else { self.compute.n_threads };
+        let model =
+            ServedModel::that_runs(config.clone(), version, executor, n_threads, self.metrics.clone())?;
         Ok(Loaded { model: Arc::new(model), files })
     }
 
-    /// Forgets a model; ensembles that it is a step of go with it, and `with_steps` its own steps too. Requests under
-    /// way are answered.
+    /// Unloads a model and the ensembles that it is a step of; `with_steps` its own steps too.
+    /// Requests in execution finish.
     ///
     /// # Errors
-    /// It is not loaded.
-    pub fn unload(&self, name: &str, with_steps: bool) -> Result<(), Fault> {
+    /// The model is not loaded.
+    pub fn unload(&self, name: &str, with_steps: bool) -> Result<(), RequestError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         let Some(versions) = models.get(name) else {
@@ -398,7 +400,7 @@ impl Repository {
     }
 }
 
-/// The versions in a model's folder that its policy chooses: the newest, if it does not say.
+/// The versions that the policy chooses in a model's folder; the newest without a policy.
 fn chosen_versions(policy: Option<&ModelVersionPolicy>, dir: &Path) -> Result<Vec<u64>, String> {
     let entries = fs::read_dir(dir).map_err(|error| format!("`{}`: {error}", dir.display()))?;
     let number = |entry: std::io::Result<fs::DirEntry>| {
@@ -426,9 +428,10 @@ fn list_files(dir: &Path, files: &mut Files) -> std::io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let about = entry.metadata()?;
-        match about.is_dir() {
-            true => list_files(&entry.path(), files)?,
-            false => files.push((entry.path(), about.len(), about.modified().ok())),
+        if about.is_dir() {
+            list_files(&entry.path(), files)?;
+        } else {
+            files.push((entry.path(), about.len(), about.modified().ok()));
         }
     }
     Ok(())

@@ -1,34 +1,34 @@
-//! What both protocols call: a repository with limits around it.
+//! A model repository with limits, which both protocols call.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bireme_etl::tensor::Tensor;
+use bireme_protocol::Tensor;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::fault::{Fault, Kind};
-use crate::model::Model;
+use crate::model::ServedModel;
 use crate::repository::{Repository, RepositoryError};
-use crate::request::Request;
+use crate::request::InferRequest;
+use crate::request_error::{RequestError, RequestErrorKind};
 use crate::statistics::Metrics;
 
-/// What a request may cost.
+/// The resources that requests may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of a request's body.
     pub body: usize,
-    /// Bytes of all bodies that are held at a time, of requests and of answers.
+    /// Bytes of all bodies in memory, of requests and of responses.
     pub bodies: usize,
     /// Rows of an input.
     pub rows: usize,
-    /// Requests that wait or are being answered; more are told to come again.
+    /// Requests in the queues and in execution. Further ones are refused with a time to retry.
     pub requests: usize,
-    /// Open connections; more are closed at once.
+    /// Open connections. Further ones are closed at once.
     pub connections: usize,
-    /// How long a request may take, from its first byte on.
+    /// The time of a request, from its first byte.
     pub time: Duration,
-    /// How long a connection may say nothing.
+    /// The time that a connection may be silent.
     pub idle: Duration,
 }
 
@@ -46,35 +46,28 @@ impl Default for Limits {
     }
 }
 
-/// A repository in service.
 pub struct Service {
-    /// Its models.
     pub repository: Repository,
-    /// What Prometheus collects.
     pub metrics: Arc<Metrics>,
-    /// What a request may cost.
     pub limits: Limits,
-    /// Bytes that bodies may still take.
+    /// One permit per byte that bodies may still take.
     pub memory: Arc<Semaphore>,
     admitted: Semaphore,
     is_ending: AtomicBool,
 }
 
-/// An answer, and the memory that is kept for its body until this is dropped.
 pub struct Answered {
-    /// Who answered.
-    pub model: Arc<Model>,
-    /// The outputs.
+    pub model: Arc<ServedModel>,
     pub outputs: Vec<Tensor>,
-    /// What is kept.
+    /// Reserves memory for the body of the response until it is dropped.
     pub held: Held,
 }
 
-/// Memory that is kept for a body.
+/// Memory that is reserved for a body.
 #[derive(Clone)]
-pub struct Held(#[expect(dead_code, reason = "dropping it is what it is for")] Arc<OwnedSemaphorePermit>);
+pub struct Held(#[expect(dead_code, reason = "held to be dropped")] Arc<OwnedSemaphorePermit>);
 
-/// As text a tensor takes up to so many times its bytes.
+/// The largest ratio of a tensor's size as JSON text to its size in bytes.
 const TEXT: usize = 4;
 
 /// The extensions of the protocol that this server has.
@@ -87,43 +80,53 @@ pub const EXTENSIONS: [&str; 6] = [
     "parameters",
 ];
 
-/// What to wait before trying again, in seconds, when too many requests are waiting.
+/// A model as a request names it.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelRef<'a> {
+    pub name: &'a str,
+    /// Empty: the newest.
+    pub version: &'a str,
+}
+
+/// Seconds after which a client should retry a request that was refused for its number.
 pub const RETRY_AFTER: &str = "1";
 
 impl Service {
-    /// A service of a repository.
     pub fn new(repository: Repository, metrics: Arc<Metrics>, limits: Limits) -> Self {
         let admitted = Semaphore::new(limits.requests);
         let memory = Arc::new(Semaphore::new(limits.bodies.min(Semaphore::MAX_PERMITS)));
         Self { repository, metrics, limits, memory, admitted, is_ending: AtomicBool::new(false) }
     }
 
-    /// Whether requests will be answered: not while the server is ending.
+    /// False while the server shuts down.
     pub fn is_ready(&self) -> bool {
         !self.is_ending.load(Ordering::Relaxed)
     }
 
-    /// From now on the server says that it is not ready.
+    /// Makes the server report that it is not ready.
     pub fn end(&self) {
         self.is_ending.store(true, Ordering::Relaxed);
     }
 
-    /// Answers a request.
+    /// Runs a request on a model.
     ///
     /// # Errors
-    /// What is wrong with the request or the server.
+    /// A request that is refused, or a failure of the model.
     pub async fn infer(
         &self,
-        (name, version): (&str, &str),
-        mut request: Request,
+        of: ModelRef<'_>,
+        mut request: InferRequest,
         timeout: Option<Duration>,
-    ) -> Result<Answered, Fault> {
+    ) -> Result<Answered, RequestError> {
         let full = || {
             let n = self.limits.requests;
-            Fault::new(Kind::Full, format!("{n} requests are waiting already: try again in {RETRY_AFTER} s"))
+            RequestError::new(
+                RequestErrorKind::Full,
+                format!("{n} requests are waiting already: try again in {RETRY_AFTER} s"),
+            )
         };
         let _admitted = self.admitted.try_acquire().map_err(|_| full())?;
-        let model = self.repository.model(name, version)?;
+        let model = self.repository.model(of.name, of.version)?;
         request.check(&model.config, self.limits.rows)?;
         request.max_answer = Some(self.limits.bodies / TEXT);
         let _in_flight = InFlight::new(&self.metrics);
@@ -131,20 +134,17 @@ impl Service {
         let begun = Instant::now();
         let answer = tokio::time::timeout(time, model.infer(request)).await;
         let outputs = answer.map_err(|_| timed_out(time))??;
-        // The runtime's clock counts in milliseconds.
+        // tokio's clock counts in milliseconds, so that a shorter limit needs a check of its own.
         if begun.elapsed() > time {
             return Err(timed_out(time));
         }
         let n_bytes = TEXT * outputs.iter().map(|tensor| tensor.data.len()).sum::<usize>();
-        let held = Held(Arc::new(take(&self.memory, n_bytes)?));
+        let held = Held(Arc::new(reserve(&self.memory, n_bytes)?));
         Ok(Answered { model, outputs, held })
     }
 
-    /// Loads a model; see [`Repository::load`].
-    ///
-    /// # Errors
-    /// Says why not.
-    pub async fn load(self: &Arc<Self>, name: String) -> Result<(), Fault> {
+    /// Loads a model in a thread of its own. Errors as [`Repository::load`].
+    pub async fn load(self: &Arc<Self>, name: String) -> Result<(), RequestError> {
         let service = self.clone();
         let loading = tokio::task::spawn_blocking(move || {
             let begun = Instant::now();
@@ -155,36 +155,37 @@ impl Service {
             }
             loaded
         });
-        loading.await.map_err(Fault::internal)?.map_err(|error: RepositoryError| error.into())
+        loading.await.map_err(RequestError::internal)?.map_err(|error: RepositoryError| error.into())
     }
 
-    /// Forgets a model; see [`Repository::unload`].
-    ///
-    /// # Errors
-    /// It is not loaded.
-    pub async fn unload(self: &Arc<Self>, name: String, with_steps: bool) -> Result<(), Fault> {
+    /// Unloads a model in a thread of its own. Errors as [`Repository::unload`].
+    pub async fn unload(self: &Arc<Self>, name: String, with_steps: bool) -> Result<(), RequestError> {
         let service = self.clone();
         let unloading = tokio::task::spawn_blocking(move || {
             let unloaded = service.repository.unload(&name, with_steps);
             unloaded.inspect(|()| tracing::info!(model = name, "unloaded"))
         });
-        unloading.await.map_err(Fault::internal)?
+        unloading.await.map_err(RequestError::internal)?
     }
 }
 
-/// Takes memory for a body, or a part of it.
+/// Reserves memory for a body, or for a part of it.
 ///
 /// # Errors
-/// Other bodies have it.
-pub fn take(memory: &Arc<Semaphore>, n_bytes: usize) -> Result<OwnedSemaphorePermit, Fault> {
+/// Other bodies take the memory.
+pub fn reserve(memory: &Arc<Semaphore>, n_bytes: usize) -> Result<OwnedSemaphorePermit, RequestError> {
     let permit = u32::try_from(n_bytes).ok().and_then(|n| memory.clone().try_acquire_many_owned(n).ok());
-    let full = || Fault::new(Kind::Full, "other requests take all of the memory for bodies: try again");
+    let full = || {
+        RequestError::new(
+            RequestErrorKind::Full,
+            "other requests take all of the memory for bodies: try again",
+        )
+    };
     permit.ok_or_else(full)
 }
 
-/// A request that took too long.
-pub fn timed_out(time: Duration) -> Fault {
-    Fault::new(Kind::Timeout, format!("the request took longer than {time:?}"))
+pub fn timed_out(time: Duration) -> RequestError {
+    RequestError::new(RequestErrorKind::Timeout, format!("the request took longer than {time:?}"))
 }
 
 struct InFlight<'a>(&'a Metrics);

@@ -1,4 +1,4 @@
-//! What a model has done: the numbers of the protocol's statistics, and those that Prometheus collects.
+//! Counts of requests and batches: the protocol's statistics, and metrics for Prometheus.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -11,9 +11,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::batcher::Answer;
-use crate::fault::Fault;
+use crate::batcher::ModelAnswer;
 use crate::protocol;
+use crate::request_error::RequestError;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfModel {
@@ -28,18 +28,16 @@ struct OfOutcome {
 
 type Histograms = Family<OfModel, Histogram, fn() -> Histogram>;
 
-/// What Prometheus collects.
 pub struct Metrics {
     registry: Registry,
     requests: Family<OfOutcome, Counter>,
     seconds: Histograms,
     queued: Histograms,
     batches: Histograms,
-    /// Requests that are being answered.
+    /// Requests in execution.
     pub in_flight: Gauge,
-    /// Open connections.
     pub connections: Gauge,
-    /// Connections that were closed at once, because there were too many.
+    /// Connections closed at once because of their number.
     pub connections_refused: Counter,
 }
 
@@ -83,7 +81,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// All of them, in the text format of OpenMetrics.
+    /// All metrics in the text format of OpenMetrics.
     pub fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a String cannot fail.
@@ -91,15 +89,13 @@ impl Metrics {
         text
     }
 
-    /// Counts an answered request.
-    pub fn answered(&self, model: &str, took: Duration, fault: Option<&Fault>) {
+    pub fn answered(&self, model: &str, took: Duration, fault: Option<&RequestError>) {
         let outcome = fault.map_or("success", |fault| fault.kind.name());
         let model = model.to_owned();
         self.seconds.get_or_create(&OfModel { model: model.clone() }).observe(took.as_secs_f64());
         self.requests.get_or_create(&OfOutcome { model, outcome }).inc();
     }
 
-    /// Counts a batch that a model ran.
     pub fn ran(&self, model: &str, queued: &[Duration], n_rows: usize) {
         let of_model = OfModel { model: model.to_owned() };
         self.batches.get_or_create(&of_model).observe(n_rows as f64);
@@ -108,7 +104,7 @@ impl Metrics {
     }
 }
 
-/// How often, and how long in all.
+/// A count and the total time.
 #[derive(Clone, Copy, Debug, Default)]
 struct Times(u64, Duration);
 
@@ -124,7 +120,7 @@ impl Times {
 }
 
 #[derive(Debug, Default)]
-struct Counts {
+struct ModelCounts {
     /// Milliseconds since 1970.
     last: u64,
     n_rows: u64,
@@ -136,17 +132,15 @@ struct Counts {
     batches: BTreeMap<u64, Times>,
 }
 
-/// The counts of a version of a model.
 #[derive(Debug, Default)]
-pub struct Statistics(Mutex<Counts>);
+pub struct Statistics(Mutex<ModelCounts>);
 
 impl Statistics {
-    fn with<T>(&self, change: impl FnOnce(&mut Counts) -> T) -> T {
+    fn with<T>(&self, change: impl FnOnce(&mut ModelCounts) -> T) -> T {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Counts an answered request.
-    pub fn answered(&self, took: Duration, answer: Result<&Answer, &Fault>, n_rows: usize) {
+    pub fn answered(&self, took: Duration, answer: Result<&ModelAnswer, &RequestError>, n_rows: usize) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.with(|counts| match answer {
             Ok(answer) => {
@@ -160,7 +154,6 @@ impl Statistics {
         });
     }
 
-    /// Counts a batch.
     pub fn ran(&self, n_rows: usize, took: Duration) {
         self.with(|counts| {
             counts.n_executions += 1;
@@ -168,7 +161,6 @@ impl Statistics {
         });
     }
 
-    /// The protocol's message.
     pub fn message(&self, name: &str, version: u64) -> protocol::ModelStatistics {
         self.with(|counts| {
             let none = Times::default();

@@ -1,11 +1,11 @@
-//! The functions of Triton's C interface that are used here, as `tritonbackend.h` 1.19 and `tritonserver.h` declare
-//! them.
+//! The functions of Triton's C interface that this package uses, as `tritonbackend.h` 1.19 and
+//! `tritonserver.h` declare them.
 //!
-//! Whoever links this finds none of them: they are looked up in the server when it opens the finished library.
+//! The linker does not find them: they are resolved in the server when it loads the library.
 
 use std::ffi::{c_char, c_int, c_void};
 
-/// Declares types that only the server sees into.
+/// Declares types whose contents only the server knows.
 macro_rules! opaque {
     ($($(#[$doc:meta])* $name:ident;)*) => {
         $($(#[$doc])*

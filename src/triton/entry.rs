@@ -1,21 +1,21 @@
-//! What the server calls, for the backend that [`export_backend`](crate::export_backend) names.
+//! The entry points of the backend that [`export_backend`](crate::export_backend) exports.
 
 use std::ffi::c_void;
 use std::path::PathBuf;
 use std::{ptr, slice};
 
-use crate::fault::{Fault, answer, check, guarded, text};
+use crate::backend_error::{BackendError, answer, check, guarded, text};
 use crate::request::Incoming;
 use crate::{Backend, ModelFiles, api};
 
-/// A loaded model, which the server keeps between the calls.
+/// A loaded model, which the server stores between calls.
 struct Loaded<B> {
     backend: B,
-    /// Whether the tensors have a batch dimension in front.
+    /// Whether the first dimension of tensors is the batch.
     has_batch_dimension: bool,
 }
 
-/// `TRITONBACKEND_Initialize`: refuses a server with another interface.
+/// `TRITONBACKEND_Initialize`: refuses a server with another version of the interface.
 ///
 /// # Safety
 /// The server calls it.
@@ -27,7 +27,9 @@ pub unsafe fn initialize(_backend: *mut api::Backend) -> *mut api::Error {
         if major == 1 {
             return Ok(());
         }
-        Err(Fault::unsupported(format!("the server's backend API is {major}.{minor}, and 1.x is needed")))
+        Err(BackendError::unsupported(format!(
+            "the server's backend API is {major}.{minor}, and 1.x is needed"
+        )))
     })
 }
 
@@ -39,7 +41,7 @@ pub unsafe fn model_initialize<B: Backend>(model: *mut api::Model) -> *mut api::
     answer(|| {
         // SAFETY: the model is alive.
         let files = unsafe { files(model) }?;
-        let backend = B::load(&files).map_err(|error| Fault::of(error.as_ref()))?;
+        let backend = B::load(&files).map_err(|error| BackendError::of(error.as_ref()))?;
         let has_batch_dimension = files.config["max_batch_size"].as_i64().is_some_and(|size| size > 0);
         let state = Box::into_raw(Box::new(Loaded { backend, has_batch_dimension }));
         // SAFETY: the model is alive, and from here on owns the box, up to `model_finalize`.
@@ -60,8 +62,8 @@ pub unsafe fn model_finalize<B: Backend>(model: *mut api::Model) -> *mut api::Er
         }
         // SAFETY: the model is alive.
         unsafe { check(api::TRITONBACKEND_ModelSetState(model, ptr::null_mut())) }?;
-        // SAFETY: the state comes from `Box::into_raw` in `model_initialize`, the model has forgotten it, and the
-        // server executes nothing any more.
+        // SAFETY: the state comes from `Box::into_raw` in `model_initialize`, the model has
+        // forgotten it, and the server executes nothing any more.
         drop(unsafe { Box::from_raw(state.cast::<Loaded<B>>()) });
         Ok(())
     })
@@ -70,8 +72,8 @@ pub unsafe fn model_finalize<B: Backend>(model: *mut api::Model) -> *mut api::Er
 /// `TRITONBACKEND_ModelInstanceExecute`: answers the requests of a batch.
 ///
 /// # Safety
-/// The server calls it, with an instance of a model that it gave to [`model_initialize`] of the same `B`, and with
-/// `n_requests` requests.
+/// The server calls it, with an instance of a model that it gave to [`model_initialize`] of the
+/// same `B`, and with `n_requests` requests.
 pub unsafe fn execute<B: Backend>(
     instance: *mut api::Instance,
     requests: *mut *mut api::Request,
@@ -85,14 +87,15 @@ pub unsafe fn execute<B: Backend>(
             check(api::TRITONBACKEND_ModelInstanceModel(instance, &mut model))?;
             state_of(model)?
         };
-        // SAFETY: the state is null or comes from `model_initialize`; it is dropped when nothing is executed any more,
-        // and until then only borrowed, by as many threads as the model has instances (`B: Sync`).
+        // SAFETY: the state is null or comes from `model_initialize`; it is dropped when nothing is
+        // executed any more, and until then only borrowed, by as many threads as the model has
+        // instances (`B: Sync`).
         let loaded = unsafe { state.cast::<Loaded<B>>().as_ref() };
-        let loaded = loaded.ok_or_else(|| Fault::internal("the model was not loaded"))?;
+        let loaded = loaded.ok_or_else(|| BackendError::internal("the model was not loaded"))?;
         // SAFETY: the server's array, of that many requests, lasts as long as the call.
         let requests = unsafe { slice::from_raw_parts(requests, n_requests as usize) };
-        // An error above leaves the requests with the server. From here on they are ours: whatever happens, the server
-        // must be told that all is well, or it would release them once more.
+        // An error above leaves the requests with the server. From here on the backend owns them:
+        // this function must return success, or the server would release them a second time.
         // SAFETY: the server gives each request once, and takes none back when success is returned.
         let requests = requests.iter().map(|&request| unsafe { Incoming::take(request) }).collect();
         // SAFETY: the instance is alive.
@@ -103,8 +106,8 @@ pub unsafe fn execute<B: Backend>(
     })
 }
 
-/// Answers requests, and says how long that took. Each is answered by itself: one that cannot be read, or whose answer
-/// is an error, leaves the others alone.
+/// Answers requests and reports their times. Each is answered independently: an invalid request, or
+/// an error of the model, does not affect the others.
 ///
 /// # Safety
 /// `instance` is alive.
@@ -113,7 +116,7 @@ unsafe fn serve<B: Backend>(
     instance: *mut api::Instance,
     incoming: Vec<Incoming>,
     start: u64,
-) -> Result<(), Fault> {
+) -> Result<(), BackendError> {
     let (mut requests, mut unread) = (Vec::new(), Vec::new());
     for request in &incoming {
         match guarded(|| request.read()) {
@@ -130,7 +133,11 @@ unsafe fn serve<B: Backend>(
         if outcomes.len() == requests.len() {
             return Ok(outcomes);
         }
-        Err(Fault::internal(format!("{} answers came for {} requests", outcomes.len(), requests.len())))
+        Err(BackendError::internal(format!(
+            "the backend returned {} answers to {} requests",
+            outcomes.len(),
+            requests.len()
+        )))
     });
     let compute_end = now();
     let rows = |request| if loaded.has_batch_dimension { crate::Request::n_rows(request) } else { 1 };
@@ -138,11 +145,11 @@ unsafe fn serve<B: Backend>(
     drop(requests);
 
     let mut outcomes = match outcomes {
-        Ok(outcomes) => outcomes.into_iter().map(|outcome| outcome.map_err(Fault::invalid)).collect(),
+        Ok(outcomes) => outcomes.into_iter().map(|outcome| outcome.map_err(BackendError::invalid)).collect(),
         Err(fault) => vec![Err(fault); incoming.len()],
     }
     .into_iter();
-    let respond = |(request, unread): (&Incoming, Option<Fault>)| {
+    let respond = |(request, unread): (&Incoming, Option<BackendError>)| {
         let outcome = unread.map_or_else(|| outcomes.next().expect("as many as were read"), Err);
         request.respond(outcome)
     };
@@ -178,7 +185,7 @@ unsafe fn serve<B: Backend>(
 
 /// # Safety
 /// `model` is alive.
-unsafe fn state_of(model: *mut api::Model) -> Result<*mut c_void, Fault> {
+unsafe fn state_of(model: *mut api::Model) -> Result<*mut c_void, BackendError> {
     let mut state = ptr::null_mut();
     // SAFETY: the model is alive, and the pointer leads to a variable.
     unsafe { check(api::TRITONBACKEND_ModelState(model, &mut state)) }?;
@@ -187,11 +194,12 @@ unsafe fn state_of(model: *mut api::Model) -> Result<*mut c_void, Fault> {
 
 /// # Safety
 /// `model` is alive.
-unsafe fn files(model: *mut api::Model) -> Result<ModelFiles, Fault> {
+unsafe fn files(model: *mut api::Model) -> Result<ModelFiles, BackendError> {
     let (mut name, mut version) = (ptr::null(), 0);
     let (mut artifact, mut location) = (0, ptr::null());
     let mut message = ptr::null_mut();
-    // SAFETY: the model is alive, the texts are its own and copied at once, and every pointer leads to a variable.
+    // SAFETY: the model is alive, the texts are its own and copied at once, and every pointer leads
+    // to a variable.
     let (name, dir) = unsafe {
         check(api::TRITONBACKEND_ModelName(model, &mut name))?;
         check(api::TRITONBACKEND_ModelVersion(model, &mut version))?;
@@ -205,7 +213,7 @@ unsafe fn files(model: *mut api::Model) -> Result<ModelFiles, Fault> {
         let config = check(api::TRITONSERVER_MessageSerializeToJson(message, &mut json, &mut n_bytes))
             .and_then(|()| {
                 serde_json::from_slice(slice::from_raw_parts(json.cast(), n_bytes))
-                    .map_err(|error| Fault::of(&error))
+                    .map_err(|error| BackendError::of(&error))
             });
         check(api::TRITONSERVER_MessageDelete(message))?;
         config?
@@ -213,7 +221,7 @@ unsafe fn files(model: *mut api::Model) -> Result<ModelFiles, Fault> {
     Ok(ModelFiles { version_dir: dir.join(version.to_string()), name, version, dir, config })
 }
 
-/// Nanoseconds of the clock that the server reads, which is C++'s `steady_clock`.
+/// Nanoseconds of the server's clock, C++'s `steady_clock`.
 fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer leads to a variable. The call fails for unknown clocks only.

@@ -1,42 +1,23 @@
-//! Requests: what the server hands over, read and answered.
+//! Requests of the server, read and answered.
 
 use std::borrow::Cow;
 use std::ffi::{c_char, c_int, c_void};
 use std::{ptr, slice};
 
-use bireme_etl::serving::Parameter;
-use bireme_etl::tensor::{DataType, Tensor, TensorView};
+use bireme_protocol::{DataType, Parameter, Tensor, TensorView};
 
 use crate::api;
-use crate::fault::{Fault, c_text, check, text};
-
-/// The server's numbers of the element types, from 1.
-const DATA_TYPES: [DataType; 14] = [
-    DataType::Bool,
-    DataType::Uint8,
-    DataType::Uint16,
-    DataType::Uint32,
-    DataType::Uint64,
-    DataType::Int8,
-    DataType::Int16,
-    DataType::Int32,
-    DataType::Int64,
-    DataType::Fp16,
-    DataType::Fp32,
-    DataType::Fp64,
-    DataType::Bytes,
-    DataType::Bf16,
-];
+use crate::backend_error::{BackendError, c_text, check, text};
 
 /// A request: named tensors, and parameters beside them.
 #[derive(Debug)]
 pub struct Request<'r> {
-    inputs: Vec<Input<'r>>,
+    inputs: Vec<RequestInput<'r>>,
     parameters: Vec<(String, Parameter)>,
 }
 
 #[derive(Debug)]
-struct Input<'r> {
+struct RequestInput<'r> {
     name: &'r str,
     datatype: DataType,
     shape: &'r [i64],
@@ -44,11 +25,14 @@ struct Input<'r> {
 }
 
 impl Request<'_> {
-    /// The tensors. They hold what the client sent: use the accessors of [`TensorView`], which compare shapes and sizes.
+    /// The tensors as the client sent them: use the accessors of [`TensorView`], which check shapes
+    /// and sizes.
     ///
-    /// With a `max_batch_size` above 0 in its configuration, a model's tensors have a batch dimension in front.
+    /// If the configuration has a `max_batch_size` above 0, the first dimension of tensors is the
+    /// batch.
     pub fn inputs(&self) -> Vec<TensorView<'_>> {
-        let view = |&Input { name, datatype, shape, ref data }| TensorView { name, datatype, shape, data };
+        let view =
+            |&RequestInput { name, datatype, shape, ref data }| TensorView { name, datatype, shape, data };
         self.inputs.iter().map(view).collect()
     }
 
@@ -57,13 +41,13 @@ impl Request<'_> {
         &self.parameters
     }
 
-    /// How many of the rows of a batch are this request's.
+    /// The request's share of the rows of a batch.
     pub(crate) fn n_rows(&self) -> u64 {
         self.inputs.first().and_then(|input| input.shape.first()).map_or(1, |&rows| rows.max(1) as u64)
     }
 }
 
-/// A request that the server has handed over. Dropping it gives it back, once and in any case.
+/// A request owned by the backend. Dropping it releases it to the server, exactly once.
 #[derive(Debug)]
 pub(crate) struct Incoming(*mut api::Request);
 
@@ -78,9 +62,10 @@ impl Incoming {
         self.0
     }
 
-    /// Reads the tensors, without copying those that lie in one piece.
-    pub fn read(&self) -> Result<Request<'_>, Fault> {
-        // SAFETY: the request is alive until `self` is dropped, and writes a number of its inputs below.
+    /// Reads the tensors. Those in one buffer are not copied.
+    pub fn read(&self) -> Result<Request<'_>, BackendError> {
+        // SAFETY: the request is alive until `self` is dropped, and writes a number of its inputs
+        // below.
         let n_inputs = unsafe { count(|n| api::TRITONBACKEND_RequestInputCount(self.0, n)) }?;
         // SAFETY: as above.
         let n_parameters = unsafe { count(|n| api::TRITONBACKEND_RequestParameterCount(self.0, n)) }?;
@@ -90,12 +75,12 @@ impl Incoming {
         })
     }
 
-    fn input(&self, index: u32) -> Result<Input<'_>, Fault> {
+    fn input(&self, index: u32) -> Result<RequestInput<'_>, BackendError> {
         let mut input = ptr::null_mut();
         let (mut name, mut datatype, mut shape) = (ptr::null(), 0, ptr::null());
         let (mut n_dims, mut n_bytes, mut n_buffers) = (0, 0, 0);
-        // SAFETY: the request is alive, and every pointer leads to a variable of its own. An input lives as long as its
-        // request, which `self` keeps.
+        // SAFETY: the request is alive, and every pointer leads to a variable of its own. An input
+        // lives as long as its request, which `self` keeps.
         unsafe {
             check(api::TRITONBACKEND_RequestInputByIndex(self.0, index, &mut input))?;
             check(api::TRITONBACKEND_InputProperties(
@@ -112,13 +97,14 @@ impl Incoming {
         let name = unsafe { text(name) }?;
         // SAFETY: `shape` leads to `n_dims` sizes of the input, which lives as long as `self`.
         let shape = unsafe { elements(shape, n_dims as usize) };
-        let known = usize::try_from(datatype).ok().and_then(|n| DATA_TYPES.get(n.wrapping_sub(1)).copied());
-        let datatype = known
-            .ok_or_else(|| Fault::invalid(format!("input `{name}` is of the unknown type {datatype}")))?;
+        let datatype = DataType::from_number(datatype).ok_or_else(|| {
+            BackendError::invalid(format!("input `{name}` is of the unknown type {datatype}"))
+        })?;
         let chunk = |index| {
             let (mut buffer, mut n_bytes) = (ptr::null(), 0);
             let (mut memory, mut memory_id) = (api::MEMORY_CPU, 0);
-            // SAFETY: the input lives as long as `self`, and every pointer leads to a variable of its own.
+            // SAFETY: the input lives as long as `self`, and every pointer leads to a variable of
+            // its own.
             unsafe {
                 check(api::TRITONBACKEND_InputBuffer(
                     input,
@@ -130,9 +116,10 @@ impl Incoming {
                 ))?;
             }
             if memory == api::MEMORY_GPU {
-                return Err(Fault::unsupported(format!("input `{name}` lies in the memory of a GPU")));
+                return Err(BackendError::unsupported(format!("input `{name}` is in the memory of a GPU")));
             }
-            // SAFETY: the buffer holds `n_bytes` bytes in the host's memory and lives as long as the input.
+            // SAFETY: the buffer holds `n_bytes` bytes in the host's memory and lives as long as
+            // the input.
             Ok(unsafe { elements::<u8>(buffer.cast(), n_bytes as usize) })
         };
         let data = match n_buffers {
@@ -140,21 +127,22 @@ impl Incoming {
             1 => Cow::Borrowed(chunk(0)?),
             _ => Cow::Owned((0..n_buffers).map(chunk).collect::<Result<Vec<_>, _>>()?.concat()),
         };
-        Ok(Input { name, datatype, shape, data })
+        Ok(RequestInput { name, datatype, shape, data })
     }
 
-    fn parameter(&self, index: u32) -> Result<(String, Parameter), Fault> {
+    fn parameter(&self, index: u32) -> Result<(String, Parameter), BackendError> {
         let (mut key, mut kind, mut value) = (ptr::null(), 0, ptr::null());
         // SAFETY: the request is alive, and every pointer leads to a variable of its own.
         unsafe {
             check(api::TRITONBACKEND_RequestParameter(self.0, index, &mut key, &mut kind, &mut value))
         }?;
-        // SAFETY: the key belongs to the request, and `value` leads to a value of its kind; both are copied.
+        // SAFETY: the key belongs to the request, and `value` leads to a value of its kind; both
+        // are copied.
         unsafe { Ok((text(key)?.to_owned(), parameter(kind, value)?)) }
     }
 
-    /// The names of the outputs that the client wants.
-    fn wanted(&self) -> Result<Vec<&str>, Fault> {
+    /// The names of the wanted outputs.
+    fn wanted(&self) -> Result<Vec<&str>, BackendError> {
         // SAFETY: the request is alive until `self` is dropped.
         let n_outputs = unsafe { count(|n| api::TRITONBACKEND_RequestOutputCount(self.0, n)) }?;
         let name = |index| {
@@ -168,9 +156,9 @@ impl Incoming {
         (0..n_outputs).map(name).collect()
     }
 
-    /// Sends the one response to the request: those of the tensors that are wanted, or what is wrong. Returns whether
-    /// the tensors went out.
-    pub fn respond(&self, outcome: Result<Vec<Tensor>, Fault>) -> bool {
+    /// Sends the only response to the request: the wanted tensors, or the error. Returns whether
+    /// the tensors were sent.
+    pub fn respond(&self, outcome: Result<Vec<Tensor>, BackendError>) -> bool {
         let response = match Response::new(self) {
             Ok(response) => response,
             Err(fault) => {
@@ -181,9 +169,9 @@ impl Incoming {
         let filled = outcome.and_then(|tensors| {
             for name in self.wanted()? {
                 let tensor = tensors.iter().find(|tensor| tensor.name == name);
-                response.add(
-                    tensor.ok_or_else(|| Fault::internal(format!("the model gave no output `{name}`")))?,
-                )?;
+                response.add(tensor.ok_or_else(|| {
+                    BackendError::internal(format!("the model returned no output `{name}`"))
+                })?)?;
             }
             Ok(())
         });
@@ -195,37 +183,37 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        // SAFETY: the request belongs to `self`, and whatever was read of it borrows `self` and is gone.
+        // SAFETY: the request belongs to `self`, and whatever was read of it borrows `self` and is
+        // gone.
         if let Err(fault) = unsafe { check(api::TRITONBACKEND_RequestRelease(self.0, api::RELEASE_ALL)) } {
             fault.log();
         }
     }
 }
 
-/// A response that has not been sent yet.
+/// A response that was not sent yet.
 struct Response(*mut api::Response);
 
 impl Response {
-    fn new(request: &Incoming) -> Result<Self, Fault> {
+    fn new(request: &Incoming) -> Result<Self, BackendError> {
         let mut response = ptr::null_mut();
         // SAFETY: the request is alive.
         unsafe { check(api::TRITONBACKEND_ResponseNew(&mut response, request.0)) }?;
         Ok(Self(response))
     }
 
-    fn add(&self, Tensor { name, datatype, shape, data }: &Tensor) -> Result<(), Fault> {
-        let number = DATA_TYPES.iter().position(|known| known == datatype).map_or(0, |at| at as c_int + 1);
+    fn add(&self, Tensor { name, datatype, shape, data }: &Tensor) -> Result<(), BackendError> {
         let c_name = c_text(name);
         let (mut output, mut buffer) = (ptr::null_mut(), ptr::null_mut());
         let (mut memory, mut memory_id) = (api::MEMORY_CPU, 0);
-        // SAFETY: the response has not been sent; name and shape are copied by the function; every other pointer leads
-        // to a variable of its own.
+        // SAFETY: the response has not been sent; name and shape are copied by the function; every
+        // other pointer leads to a variable of its own.
         unsafe {
             check(api::TRITONBACKEND_ResponseOutput(
                 self.0,
                 &mut output,
                 c_name.as_ptr(),
-                number,
+                datatype.number(),
                 shape.as_ptr(),
                 shape.len() as u32,
             ))?;
@@ -238,19 +226,22 @@ impl Response {
             ))?;
         }
         if memory == api::MEMORY_GPU {
-            return Err(Fault::unsupported(format!("output `{name}` is wanted in the memory of a GPU")));
+            return Err(BackendError::unsupported(format!(
+                "output `{name}` is wanted in the memory of a GPU"
+            )));
         }
         if !data.is_empty() {
-            // SAFETY: the buffer was made for as many bytes, in the host's memory, and overlaps nothing of ours.
+            // SAFETY: the buffer was made for as many bytes, in the host's memory, and overlaps
+            // nothing of ours.
             unsafe { ptr::copy_nonoverlapping(data.as_ptr(), buffer.cast(), data.len()) };
         }
         Ok(())
     }
 
-    fn send(self, fault: Option<Fault>) {
-        let error = fault.map_or(ptr::null_mut(), Fault::into_raw);
-        // SAFETY: the response has not been sent, and `forget` below keeps it from being deleted; the error stays ours
-        // to delete.
+    fn send(self, fault: Option<BackendError>) {
+        let error = fault.map_or(ptr::null_mut(), BackendError::into_raw);
+        // SAFETY: the response has not been sent, and `forget` below keeps it from being deleted;
+        // the error stays ours to delete.
         unsafe {
             let sent = check(api::TRITONBACKEND_ResponseSend(self.0, api::COMPLETE_FINAL, error));
             if !error.is_null() {
@@ -274,15 +265,16 @@ impl Drop for Response {
 }
 
 /// # Safety
-/// `ask` calls a function of the server that writes a number or returns an error that is the caller's.
-unsafe fn count(ask: impl FnOnce(&mut u32) -> *mut api::Error) -> Result<u32, Fault> {
+/// `ask` calls a function of the server that writes a number or returns an error that is the
+/// caller's.
+unsafe fn count(ask: impl FnOnce(&mut u32) -> *mut api::Error) -> Result<u32, BackendError> {
     let mut n = 0;
     // SAFETY: the error is the caller's.
     unsafe { check(ask(&mut n)) }?;
     Ok(n)
 }
 
-/// A slice of the server's; null is empty.
+/// A slice of the server; empty if the pointer is null.
 ///
 /// # Safety
 /// `first` is null or leads to `n` elements that live, unchanged, as long as `'a`.
@@ -294,12 +286,13 @@ unsafe fn elements<'a, T>(first: *const T, n: usize) -> &'a [T] {
     unsafe { slice::from_raw_parts(first, n) }
 }
 
-/// A parameter's value. Of other kinds than these there is only a word, which satisfies no one who looks for a value.
+/// The value of a parameter. A kind that is not supported becomes a text that no reader accepts.
 ///
 /// # Safety
 /// `value` leads to a value of the kind that the server says.
-unsafe fn parameter(kind: c_int, value: *const c_void) -> Result<Parameter, Fault> {
-    // SAFETY: the server keeps an `int64_t` or a `bool` in the place, or a terminated text begins there.
+unsafe fn parameter(kind: c_int, value: *const c_void) -> Result<Parameter, BackendError> {
+    // SAFETY: the server keeps an `int64_t` or a `bool` in the place, or a terminated text begins
+    // there.
     unsafe {
         Ok(match kind {
             api::PARAMETER_BOOL => Parameter::Bool(*value.cast()),

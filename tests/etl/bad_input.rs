@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use bireme_etl::{BadRows, Coded, Error, Options, preprocess};
+use bireme_etl::{BadRows, Coded, Error, PreprocessOptions, preprocess};
 
 use crate::support::{HEADER, bytes, rows, run, scratch};
 
@@ -28,18 +28,18 @@ fn refused(csv: &str) -> String {
 #[test]
 fn a_bad_cell_is_named_with_line_and_column() {
     let cases = [
-        ("2020-01-01 00:00:61 UTC,view,1,10,,,1,7,s1", "event_time", "is no time like"),
-        ("yesterday,view,1,10,,,1,7,s1", "event_time", "`yesterday` is no time like"),
+        ("2020-01-01 00:00:61 UTC,view,1,10,,,1,7,s1", "event_time", "is not a timestamp"),
+        ("yesterday,view,1,10,,,1,7,s1", "event_time", "`yesterday` is not a timestamp"),
         (",view,1,10,,,1,7,s1", "event_time", "the cell is empty"),
-        ("2020-01-01 00:00:00 UTC,view,one,10,,,1,7,s1", "product_id", "`one` is no integer"),
+        ("2020-01-01 00:00:00 UTC,view,one,10,,,1,7,s1", "product_id", "`one` is not an integer"),
         ("2020-01-01 00:00:00 UTC,view,,10,,,1,7,s1", "product_id", "the cell is empty"),
-        ("2020-01-01 00:00:00 UTC,view,1,1.5,,,1,7,s1", "category_id", "`1.5` is no integer"),
-        ("2020-01-01 00:00:00 UTC,view,1,10,,,-0.5,7,s1", "price", "`-0.5` is no price: it is below zero"),
+        ("2020-01-01 00:00:00 UTC,view,1,1.5,,,1,7,s1", "category_id", "`1.5` is not an integer"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,-0.5,7,s1", "price", "`-0.5` is not a price: it is below zero"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,inf,7,s1", "price", "not finite"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,NaN,7,s1", "price", "not finite"),
-        ("2020-01-01 00:00:00 UTC,view,1,10,,,cheap,7,s1", "price", "`cheap` is no number"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,cheap,7,s1", "price", "`cheap` is not a number"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,,7,s1", "price", "the cell is empty"),
-        ("2020-01-01 00:00:00 UTC,view,1,10,,,1,me,s1", "user_id", "`me` is no integer"),
+        ("2020-01-01 00:00:00 UTC,view,1,10,,,1,me,s1", "user_id", "`me` is not an integer"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,1,7", "user_session", "the row has 8 fields instead of 9"),
         ("2020-01-01 00:00:00 UTC,view,1,1", "category_code", "the row has 4 fields instead of 9"),
         (
@@ -198,9 +198,9 @@ fn numbers_are_refused_by_what_they_are() {
     for (id, problem) in [
         ("9223372036854775808", "is too large for a 64-bit integer"),
         ("-9223372036854775809", "is too small for a 64-bit integer"),
-        ("12.0", "is no integer"),
-        ("1e5", "is no integer"),
-        (" 5", "is no integer"),
+        ("12.0", "is not an integer"),
+        ("1e5", "is not an integer"),
+        (" 5", "is not an integer"),
     ] {
         let text = refused(&row(id));
         assert!(text.ends_with(&format!("line 4, column `product_id`: `{id}` {problem}")), "{text}");
@@ -208,7 +208,7 @@ fn numbers_are_refused_by_what_they_are() {
     // Long and hostile values are cut and escaped.
     let text = refused(&row(&format!("\u{1b}[31m{}", "9".repeat(10_000))));
     assert!(
-        text.chars().count() < 300 && text.contains("`\\u{1b}[31m999") && text.ends_with("is no integer")
+        text.chars().count() < 300 && text.contains("`\\u{1b}[31m999") && text.ends_with("is not an integer")
     );
 }
 
@@ -219,7 +219,7 @@ fn odd_bytes_are_characters_of_their_cells() {
     let report = report.unwrap();
     assert_eq!((report.rows.read, report.n_values[Coded::Brand as usize]), (5, 5));
     let text = refused(&with_brands(&["a"]).replace(",view,1,", ",view,1\0,"));
-    assert!(text.ends_with("`1\\u{0}` is no integer"), "{text}");
+    assert!(text.ends_with("`1\\u{0}` is not an integer"), "{text}");
     // Zeros where a disk was full.
     assert_eq!(skipped(&(with_brands(&["a", "b"]) + &"\0".repeat(5000))), (Some(4), 3, 1));
     // Cells of other columns are not looked at.
@@ -228,7 +228,7 @@ fn odd_bytes_are_characters_of_their_cells() {
     let at = csv.windows(3).position(|bytes| bytes == b",a,").unwrap();
     csv[at + 1] = 0xff;
     fs::write(dir.path().join("events.csv"), csv).unwrap();
-    let options = Options::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
+    let options = PreprocessOptions::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
     assert_eq!(preprocess(&options, &mut |_| {}).unwrap().rows.read, 2);
 }
 
@@ -248,7 +248,7 @@ fn bytes_that_are_no_text_are_named() {
     let mut csv = format!("{HEADER}\n{GOOD}").into_bytes();
     csv.extend_from_slice(b"2020-01-01 00:00:00 UTC,view,1,10,,\xff\xfe,1,7,s1\n");
     fs::write(dir.path().join("events.csv"), csv).unwrap();
-    let options = Options::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
+    let options = PreprocessOptions::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
     let error = preprocess(&options, &mut |_| {}).unwrap_err();
     assert!(error.to_string().ends_with("line 4, column `brand`: the cell is not UTF-8"), "{error}");
     assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0));
@@ -296,7 +296,7 @@ fn files_that_cannot_be_read_are_named() {
         if let Some(content) = content {
             fs::write(&path, content).unwrap();
         }
-        let error = preprocess(&Options::new(vec![path], out.clone()), &mut |_| {}).unwrap_err();
+        let error = preprocess(&PreprocessOptions::new(vec![path], out.clone()), &mut |_| {}).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0), "{error}");
     }
@@ -311,7 +311,8 @@ fn a_truncated_gzip_file_is_refused() {
     let bytes = gz.finish().unwrap();
     let path = dir.path().join("events.csv.gz");
     fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-    let error = preprocess(&Options::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
+    let error =
+        preprocess(&PreprocessOptions::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
     assert!(error.to_string().contains("events.csv.gz"), "{error}");
     assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0), "{error}");
 }
@@ -338,7 +339,7 @@ fn a_parquet_column_of_the_wrong_type_and_a_bad_row_are_named() {
     };
     let run = |prices: Column, bad_rows: BadRows| {
         ParquetWriter::new(fs::File::create(&path).unwrap()).finish(&mut table(prices)).unwrap();
-        let mut options = Options::new(vec![path.clone()], dir.path().join("out"));
+        let mut options = PreprocessOptions::new(vec![path.clone()], dir.path().join("out"));
         options.bad_rows = bad_rows;
         options.settings.min_length = 1;
         preprocess(&options, &mut |_| {})
@@ -350,7 +351,7 @@ fn a_parquet_column_of_the_wrong_type_and_a_bad_row_are_named() {
     );
     let negative = || Column::new("price".into(), [-1.0, 2.0, -3.0]);
     let bad = run(negative(), BadRows::Refuse).unwrap_err();
-    assert!(bad.to_string().ends_with("row 3, column `price`: -3 is no price: it is below zero"), "{bad}");
+    assert!(bad.to_string().ends_with("row 3, column `price`: -3 is not a price: it is below zero"), "{bad}");
     assert_eq!((bad.exit_code(), left_behind(dir.path()).len()), (2, 0));
     let report = run(negative(), BadRows::Skip).unwrap();
     assert_eq!(
@@ -403,7 +404,7 @@ fn sessions_that_are_there_are_kept_unless_told_otherwise() {
 }
 
 /// Spoils the options.
-type Change = fn(&mut Options);
+type Change = fn(&mut PreprocessOptions);
 
 #[test]
 fn settings_that_make_no_sense_are_refused() {
@@ -454,7 +455,7 @@ fn rows_that_are_left_out_are_named_by_their_lines() {
         let mut brands = vec!["\"LG\" 24\""; n_bad];
         brands.extend(["acme"; 20]);
         fs::write(&events, with_brands(&brands)).unwrap();
-        let mut options = Options::new(vec![events.clone()], dir.path().join("out"));
+        let mut options = PreprocessOptions::new(vec![events.clone()], dir.path().join("out"));
         (options.bad_rows, options.overwrite) = (BadRows::Skip, true);
         let mut lines = Vec::new();
         preprocess(&options, &mut |line| lines.push(line.to_owned())).unwrap();

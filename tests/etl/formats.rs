@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use bireme_etl::{Options, preprocess};
+use bireme_etl::{PreprocessOptions, preprocess};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use polars::prelude::*;
@@ -12,7 +12,7 @@ use polars::prelude::*;
 use crate::support::{bytes, run, scratch, shop};
 
 fn output(dir: &Path, events: Vec<PathBuf>) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
-    let mut options = Options::new(events, dir.join("other"));
+    let mut options = PreprocessOptions::new(events, dir.join("other"));
     options.n_buckets = Some(2);
     preprocess(&options, &mut |_| {}).unwrap();
     bytes(&options.out)
@@ -141,7 +141,7 @@ fn a_header_alone_in_one_of_two_files_does_no_harm() {
 fn read(dir: &Path, name: &str, bytes: &[u8]) -> Result<u64, (u8, String)> {
     let path = dir.join(name);
     fs::write(&path, bytes).unwrap();
-    let mut options = Options::new(vec![path], dir.join("out"));
+    let mut options = PreprocessOptions::new(vec![path], dir.join("out"));
     options.overwrite = true;
     let report = preprocess(&options, &mut |_| {});
     report
@@ -269,7 +269,7 @@ fn other_formats_are_refused_by_their_kind() {
         let (code, text) = read(dir.path(), "events.csv", bytes).unwrap_err();
         assert!(code == 2 && text.ends_with(&format!("events.csv`: it is {kind}")), "{text}");
     }
-    let mut options = Options::new(vec![dir.path().into()], dir.path().join("out"));
+    let mut options = PreprocessOptions::new(vec![dir.path().into()], dir.path().join("out"));
     let error = preprocess(&options, &mut |_| {}).unwrap_err();
     assert!(error.to_string().ends_with("it is a directory"), "{error}");
     assert_eq!((error.exit_code(), error.hint()), (2, Some("name the files in it")));

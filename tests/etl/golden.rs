@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bireme_etl::{Coded, Options, SESSIONS_BY_DAY, WORKFLOW, Workflow, preprocess};
+use bireme_etl::{Coded, PreprocessOptions, SESSIONS_BY_DAY, WORKFLOW, Workflow, preprocess};
 use serde_json::Value;
 
 use crate::support::{Row, days, decoded, read, rows, scratch};
@@ -35,7 +35,7 @@ fn the_golden_events_give_the_golden_sessions() {
         serde_json::from_slice(&std::fs::read(folder.join("etl_golden.json")).unwrap()).unwrap();
     let dir = scratch();
     let out = dir.path().join("out");
-    let mut options = Options::new(vec![events], out.clone());
+    let mut options = PreprocessOptions::new(vec![events], out.clone());
     options.days = Some(1..=7);
     let report = preprocess(&options, &mut |_| {}).unwrap();
 

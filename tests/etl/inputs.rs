@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use bireme_etl::{BadRows, Error, Options, first_events, preprocess};
+use bireme_etl::{BadRows, Error, PreprocessOptions, first_events, preprocess};
 
 use crate::support::{HEADER, run, scratch};
 
@@ -20,7 +20,8 @@ fn a_file_that_is_given_twice_is_refused() {
     symlink(".", path("here")).unwrap();
     for again in ["x.csv", "./x.csv", "hard.csv", "soft.csv", "here/x.csv"] {
         let files = ["x.csv", "y.csv", again].map(path).to_vec();
-        let refused = preprocess(&Options::new(files.clone(), path("out")), &mut |_| {}).unwrap_err();
+        let refused =
+            preprocess(&PreprocessOptions::new(files.clone(), path("out")), &mut |_| {}).unwrap_err();
         assert!(matches!(refused, Error::SameInput { .. }) && refused.exit_code() == 2, "{refused}");
         assert!(refused.to_string().contains(&path(again).display().to_string()), "{refused}");
         let refused = first_events(&files, 10, BadRows::Refuse).unwrap_err();
@@ -28,15 +29,15 @@ fn a_file_that_is_given_twice_is_refused() {
     }
     assert!(!path("out").exists());
     let twice = vec!["-".into(), "-".into()];
-    let refused = preprocess(&Options::new(twice, path("out")), &mut |_| {}).unwrap_err();
+    let refused = preprocess(&PreprocessOptions::new(twice, path("out")), &mut |_| {}).unwrap_err();
     assert!(matches!(refused, Error::SameInput { .. }), "{refused}");
 }
 
-fn warnings(csv: &str, change: impl FnOnce(&mut Options)) -> Vec<String> {
+fn warnings(csv: &str, change: impl FnOnce(&mut PreprocessOptions)) -> Vec<String> {
     let dir = scratch();
     let events = dir.path().join("events.csv");
     fs::write(&events, csv).unwrap();
-    let mut options = Options::new(vec![events], dir.path().join("out"));
+    let mut options = PreprocessOptions::new(vec![events], dir.path().join("out"));
     change(&mut options);
     let mut warnings = Vec::new();
     preprocess(&options, &mut |line| {
@@ -81,7 +82,7 @@ fn an_extension_is_compared_with_what_it_extends() {
     let next = ROWS.replace("10-01", "10-02").replace(",s", ",t");
     let events = dir.path().join("events.csv");
     fs::write(&events, format!("{HEADER}\n{early}{next}")).unwrap();
-    let mut options = Options::new(vec![events], dir.path().join("out"));
+    let mut options = PreprocessOptions::new(vec![events], dir.path().join("out"));
     options.extend = true;
     preprocess(&options, &mut |line| assert!(!line.contains("warning"), "{line}")).unwrap();
 }

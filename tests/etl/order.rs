@@ -5,8 +5,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use bireme_etl::serving::{ModelColumn, Preprocessor, ServingSettings};
-use bireme_etl::tensor::{DataType as Type, Tensor};
-use bireme_etl::{BadRows, Options, WORKFLOW, Workflow, first_events, preprocess};
+use bireme_etl::{BadRows, PreprocessOptions, WORKFLOW, Workflow, first_events, preprocess};
+use bireme_protocol::{DataType as Type, Tensor};
 use polars::prelude::*;
 use rayon::ThreadPoolBuilder;
 
@@ -51,7 +51,7 @@ fn the_order_of_rows_files_and_threads_leave_no_trace() {
         let dir = scratch();
         let files = rows.chunks(rows.len() / n_files + 1).enumerate();
         let files = files.map(|(i, rows)| write(dir.path().join(format!("{i}.csv")), rows));
-        let mut options = Options::new(files.collect(), dir.path().join("out"));
+        let mut options = PreprocessOptions::new(files.collect(), dir.path().join("out"));
         options.n_buckets = Some(n_files);
         let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| preprocess(&options, &mut |_| {})).unwrap();
@@ -80,7 +80,7 @@ fn equal_times_keep_the_order_of_the_files() {
     for threads in [1, 2, 8] {
         let out = dir.path().join(threads.to_string());
         let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let options = Options::new(files.to_vec(), out.clone());
+        let options = PreprocessOptions::new(files.to_vec(), out.clone());
         pool.install(|| preprocess(&options, &mut |_| {})).unwrap();
         assert_eq!(products(&out), [[2, 6, 5, 3, 4, 1]]);
     }
@@ -123,7 +123,7 @@ fn resolutions_may_be_mixed() {
         ParquetWriter::new(File::create(&path).unwrap()).finish(&mut table).unwrap();
         files.push(path);
     }
-    let options = Options::new(files.clone(), dir.path().join("out"));
+    let options = PreprocessOptions::new(files.clone(), dir.path().join("out"));
     preprocess(&options, &mut |_| {}).unwrap();
     let expected = [100, 101, 1, 2, 3, 4, 5, 6, 8, 7, 9, 10];
     assert_eq!(products(&options.out), [expected]);
@@ -181,7 +181,7 @@ fn requests_in_service_are_ordered_alike() {
     run(dir.path(), &format!("{HEADER}\n{}", rows.collect::<String>()), |_| {}).unwrap();
     let workflow = Workflow::load(&dir.path().join("out").join(WORKFLOW)).unwrap();
     let id = |product: i64| {
-        i64::from(workflow.vocabulary(bireme_etl::Coded::Product).id(bireme_etl::Value::Int(product)))
+        i64::from(workflow.vocabulary(bireme_etl::Coded::Product).id(bireme_etl::ColumnValue::Int(product)))
     };
     let expected: Vec<i64> = [4, 3, 2, 1].map(id).to_vec();
     let settings = ServingSettings {

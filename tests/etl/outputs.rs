@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use bireme_etl::{Error, Options, Report, preprocess};
+use bireme_etl::{Error, PreprocessOptions, PreprocessReport, preprocess};
 
 use crate::support::{HEADER, bytes, run, scratch, shop};
 
@@ -17,10 +17,14 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-fn into(dir: &Path, out: &str, change: impl FnOnce(&mut Options)) -> Result<Report, Error> {
+fn into(
+    dir: &Path,
+    out: &str,
+    change: impl FnOnce(&mut PreprocessOptions),
+) -> Result<PreprocessReport, Error> {
     let events = dir.join("events.csv");
     fs::write(&events, format!("{HEADER}\n{ROWS}")).unwrap();
-    let mut options = Options::new(vec![events], dir.join(out));
+    let mut options = PreprocessOptions::new(vec![events], dir.join(out));
     change(&mut options);
     preprocess(&options, &mut |_| {})
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bireme_etl::{BadRows, EventTime, Options, RawEvent, RowCounts, first_events, preprocess};
+use bireme_etl::{BadRows, EventTime, PreprocessOptions, RawEvent, RowCounts, first_events, preprocess};
 use parquet::basic::{Compression, Encoding};
 use parquet::column::writer::ColumnWriter;
 use parquet::data_type::{ByteArray, FixedLenByteArray, Int96};
@@ -212,7 +212,10 @@ fn prices_of_every_number_are_read() {
         let column = with((kind, "price", annotation, values));
         if expected[1] < 0.0 {
             let (_, text) = read(&column, BadRows::Refuse).unwrap_err();
-            assert!(text.ends_with("row 2, column `price`: -0.06 is no price: it is below zero"), "{text}");
+            assert!(
+                text.ends_with("row 2, column `price`: -0.06 is not a price: it is below zero"),
+                "{text}"
+            );
             continue;
         }
         let prices: Vec<f64> = events(&column).iter().map(|event| event.price).collect();
@@ -379,7 +382,7 @@ fn broken_files_are_refused() {
     for length in (4..bytes.len()).step_by(7).chain(bytes.len() - 12..bytes.len()) {
         fs::write(&path, &bytes[..length]).unwrap();
         survives(&path);
-        let options = Options::new(vec![path.clone()], dir.path().join("out"));
+        let options = PreprocessOptions::new(vec![path.clone()], dir.path().join("out"));
         assert_eq!(preprocess(&options, &mut |_| {}).unwrap_err().exit_code(), 2, "{length} bytes");
     }
     let mut random = Random(22);

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-use bireme_etl::{BadRows, Coded, Error, Options, Report, WORKFLOW, Workflow, preprocess};
+use bireme_etl::{
+    BadRows, Coded, Error, PreprocessOptions, PreprocessReport, WORKFLOW, Workflow, preprocess,
+};
 use chrono::NaiveDateTime;
 
 use crate::support::{days, decoded, rows, scratch, shared};
@@ -68,9 +70,9 @@ fn recount(path: &Path) -> Recount {
     found
 }
 
-fn check(path: &Path, bad_rows: BadRows) -> (Report, Recount) {
+fn check(path: &Path, bad_rows: BadRows) -> (PreprocessReport, Recount) {
     let dir = scratch();
-    let mut options = Options::new(vec![path.to_owned()], dir.path().join("out"));
+    let mut options = PreprocessOptions::new(vec![path.to_owned()], dir.path().join("out"));
     options.bad_rows = bad_rows;
     options.n_buckets = Some(3);
     let report = preprocess(&options, &mut |_| {}).unwrap();
@@ -133,7 +135,8 @@ fn the_cut_row_at_the_end_of_october_is_named() {
     let Some(path) = shared("data/rees46-head/2019-Oct.head.csv") else { return };
     let lines = std::fs::read_to_string(&path).unwrap().lines().count() as u64;
     let dir = scratch();
-    let error = preprocess(&Options::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
+    let error =
+        preprocess(&PreprocessOptions::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
     let Error::BadRow { number, column, problem, place, .. } = &error else { panic!("{error}") };
     assert_eq!((*place, *number, column.as_str()), ("line", lines, "user_session"));
     assert!(problem.contains("8 fields instead of 9"), "{problem}");

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use bireme_etl::serving::{ModelColumn, Parameter, Preprocessor, ServingSettings};
-use bireme_etl::tensor::{DataType as Type, Tensor};
-use bireme_etl::{Coded, ProductInWords, Value, WORKFLOW, Workflow};
+use bireme_etl::serving::{ModelColumn, Preprocessor, ServingSettings};
+use bireme_etl::{Coded, ColumnValue, ProductInWords, WORKFLOW, Workflow};
+use bireme_protocol::{DataType as Type, Parameter, Tensor};
 use polars::prelude::*;
 
 use crate::support::{HEADER, bytes, rows, run, scratch, shop, table_rows};
@@ -138,7 +138,7 @@ fn a_request_becomes_padded_rows_in_its_own_order() {
     let dir = scratch();
     let preprocessor = preprocessor(dir.path(), 3);
     let known = |id: u32| match preprocessor.workflow().vocabulary(Coded::Product).value(id) {
-        Some(Value::Int(product)) => product,
+        Some(ColumnValue::Int(product)) => product,
         other => panic!("{other:?}"),
     };
     let (a, b, c, d) = (known(2), known(3), known(4), known(5));
@@ -203,7 +203,7 @@ fn requests_that_make_no_sense_get_one_line() {
             refused(&set("price", Tensor::ints("price", &[1, 1], [1]))),
             "`price` must be of type FP64, not INT64",
         ),
-        (refused(&set("price", nan)), "row 1, column `price`: NaN is no price"),
+        (refused(&set("price", nan)), "row 1, column `price`: NaN is not a price"),
         (
             refused(&set("event_time", Tensor::texts("event_time", &[1, 1], ["noon"]))),
             "column `event_time`: `noon`",

@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use bireme_etl::{
-    Coded, Error, Options, Report, SESSIONS_BY_DAY, Split, Value, WORKFLOW, Workflow, preprocess,
+    Coded, ColumnValue, Error, PreprocessOptions, PreprocessReport, SESSIONS_BY_DAY, Split, WORKFLOW,
+    Workflow, preprocess,
 };
 use polars::prelude::*;
 use tempfile::TempDir;
@@ -29,10 +30,14 @@ pub fn scratch() -> TempDir {
 }
 
 /// Writes events and makes sessions of them in the same folder.
-pub fn run(dir: &Path, csv: &str, change: impl FnOnce(&mut Options)) -> Result<Report, Error> {
+pub fn run(
+    dir: &Path,
+    csv: &str,
+    change: impl FnOnce(&mut PreprocessOptions),
+) -> Result<PreprocessReport, Error> {
     let events = dir.join("events.csv");
     fs::write(&events, csv).expect("events are written");
-    let mut options = Options::new(vec![events], dir.join("out"));
+    let mut options = PreprocessOptions::new(vec![events], dir.join("out"));
     change(&mut options);
     preprocess(&options, &mut |_| {})
 }
@@ -153,8 +158,8 @@ pub fn table_rows(table: &DataFrame, workflow: &Workflow) -> Vec<Row> {
 
 pub fn decoded(workflow: &Workflow, column: Coded, id: i64) -> Option<String> {
     workflow.vocabulary(column).value(id as u32).map(|value| match value {
-        Value::Int(value) => value.to_string(),
-        Value::Text(value) => value.to_owned(),
+        ColumnValue::Int(value) => value.to_string(),
+        ColumnValue::Text(value) => value.to_owned(),
     })
 }
 

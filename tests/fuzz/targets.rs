@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use bireme_etl::serving::{INPUTS, ModelColumn, Preprocessor, ServingSettings};
-use bireme_etl::tensor::TensorView;
-use bireme_etl::{BadRows, Options, Schema, WORKFLOW, Workflow, first_events, preprocess};
-use bireme_serve::model_config::{Read, from_text, number, to_text};
+use bireme_etl::{BadRows, PreprocessOptions, Schema, WORKFLOW, Workflow, first_events, preprocess};
+use bireme_protocol::TensorView;
+use bireme_serve::model_config::{ParsedConfig, from_text, to_text};
 use bireme_serve::protocol::{ModelConfig, ModelInferRequest, ModelInput};
-use bireme_serve::request::Request;
+use bireme_serve::request::InferRequest;
 use bireme_serve::{grpc, json};
 use prost::Message;
 use tempfile::TempDir;
@@ -33,7 +33,7 @@ static SHOP: LazyLock<TempDir> = LazyLock::new(|| {
     let dir = scratch();
     let events = dir.path().join("events.csv");
     fs::write(&events, EVENTS).expect("events are written");
-    let options = Options::new(vec![events], dir.path().join("out"));
+    let options = PreprocessOptions::new(vec![events], dir.path().join("out"));
     preprocess(&options, &mut |_| {}).expect("these events are in order");
     dir
 });
@@ -57,7 +57,7 @@ static PREPROCESSOR: LazyLock<Preprocessor> = LazyLock::new(|| {
 static CONFIG: LazyLock<ModelConfig> = LazyLock::new(|| {
     let input = INPUTS.iter().map(|of| ModelInput {
         name: of.name.into(),
-        data_type: number(of.datatype),
+        data_type: of.datatype.number(),
         dims: of.dims.into(),
         optional: of.optional,
         ..ModelInput::default()
@@ -93,7 +93,7 @@ pub fn request(bytes: &[u8]) {
     }
 }
 
-fn serve(preprocessor: &Preprocessor, request: &Request) {
+fn serve(preprocessor: &Preprocessor, request: &InferRequest) {
     let views: Vec<TensorView<'_>> = request.inputs.iter().map(|tensor| tensor.view()).collect();
     if let Ok(outputs) = preprocessor.apply(&views, &request.parameters) {
         for output in outputs {
@@ -113,7 +113,7 @@ pub fn schema(bytes: &[u8]) {
         assert_eq!(again.to_string(), schema.to_string());
     }
     if let Ok(text) = std::str::from_utf8(bytes)
-        && let Ok(Read { config, .. }) = from_text(text)
+        && let Ok(ParsedConfig { config, .. }) = from_text(text)
     {
         let again = from_text(&to_text(&config)).expect("it was written").config;
         assert_eq!(to_text(&again), to_text(&config));
@@ -134,7 +134,7 @@ pub fn workflow(bytes: &[u8]) {
     fs::write(&events, EVENTS).expect("events are written");
     let (events, _) = first_events(&[events], 10, BadRows::Refuse).expect("these events are in order");
     let inputs = bireme_etl::serving::request(&events, 5, true);
-    serve(&Preprocessor::new(workflow, settings), &Request { inputs, ..Request::default() });
+    serve(&Preprocessor::new(workflow, settings), &InferRequest { inputs, ..InferRequest::default() });
 }
 
 fn copy(from: &Path, to: &Path, files: &mut Vec<std::path::PathBuf>) {
@@ -158,7 +158,7 @@ pub fn events(bytes: &[u8]) {
     fs::write(&path, bytes).expect("a file is written");
     let refused = first_events(std::slice::from_ref(&path), 4, BadRows::Refuse).is_err();
     if first_events(std::slice::from_ref(&path), 4, BadRows::Skip).is_ok() {
-        let mut options = Options::new(vec![path], dir.path().join("out"));
+        let mut options = PreprocessOptions::new(vec![path], dir.path().join("out"));
         options.bad_rows = if refused { BadRows::Skip } else { BadRows::Refuse };
         options.n_buckets = Some(2);
         if preprocess(&options, &mut |_| {}).is_ok() {

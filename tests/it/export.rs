@@ -8,10 +8,11 @@ use std::process::Command;
 use bireme::checkpoint::Checkpoints;
 use bireme::config::Config;
 use bireme::data::{Batch, Days, Split};
-use bireme::etl::serving::{Parameter, Preprocessor};
-use bireme::etl::{Coded, Value, Workflow};
+use bireme::etl::serving::Preprocessor;
+use bireme::etl::{Coded, ColumnValue, Workflow};
 use bireme::export::ScriptedModel;
 use bireme::model::{Network, Recommender};
+use bireme_protocol::{DataType, Parameter, Tensor as Column};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde_json::{Value as Json, json};
@@ -188,7 +189,7 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
             let of_items = expected.narrow(1, 2, n_items - 2);
             let (best, _) = of_items.topk(20, 1, true, true);
             assert!(distance(&best, &outputs[2]) < 1e-5);
-            let index = |id: i64| i64::from(workflow.vocabulary(Coded::Product).id(Value::Int(id)));
+            let index = |id: i64| i64::from(workflow.vocabulary(Coded::Product).id(ColumnValue::Int(id)));
             let ids: Vec<i64> = outputs[1].flatten(0, -1).try_into().unwrap();
             let items = Tensor::from_slice(&ids.into_iter().map(index).collect::<Vec<_>>()).view([-1, 20]);
             assert!(distance(&expected.gather(1, &items, false), &best) < 1e-5);
@@ -206,8 +207,8 @@ fn session_names(shop: &EventShop, day: i64, workflow: &Workflow) -> Vec<String>
         let (_, id) = row.get_column_iter().find(|(column, _)| *column == "user_session").unwrap();
         let Field::Long(id) = id else { panic!("{id}") };
         match workflow.vocabulary(Coded::Session).value(*id as u32) {
-            Some(Value::Text(text)) => text.to_owned(),
-            Some(Value::Int(int)) => int.to_string(),
+            Some(ColumnValue::Text(text)) => text.to_owned(),
+            Some(ColumnValue::Int(int)) => int.to_string(),
             None => panic!("session {id} has no name"),
         }
     };
@@ -239,7 +240,7 @@ fn hidden_and_unknown_items_leave_the_rest_to_recommend() {
         cells.into_iter().collect()
     };
     let known: Vec<i64> = (2..n_items as u32)
-        .map(|item| if let Some(Value::Int(id)) = products.value(item) { id } else { panic!("{item}") })
+        .map(|item| if let Some(ColumnValue::Int(id)) = products.value(item) { id } else { panic!("{item}") })
         .collect();
     // One session of unknown items, one of a single known item, one of all but three of the
     // catalogue.
@@ -294,15 +295,20 @@ fn exports_are_versions_and_what_cannot_be_exported_is_refused() {
     let run = shop.path("model");
     fs::rename(shop.path("model/etl/workflow"), shop.path("model/etl/moved")).unwrap();
     let out = shop.path("elsewhere");
-    let cases: [(&[&str], &str); 5] = [
-        (&["--run-dir", &shop.path("counts"), "--python-backend"], "a Markov model, which only counts"),
-        (&["--run-dir", &run, "--python-backend"], "etl/workflow` is missing"),
-        (&["--run-dir", &run, "--python-backend", "--name", "../x"], "`../x` cannot be a model's name"),
-        (&["--run-dir", &run, "--backend-library", "/nowhere.so"], "there is no `/nowhere.so`"),
-        (&["--run-dir", "/nowhere", "--python-backend"], "/nowhere/config.toml"),
+    let library = shop.library();
+    let library = library.to_str().unwrap();
+    let counts = shop.path("counts");
+    let cases: [(&str, &str, &[&str], &str); 6] = [
+        (&counts, library, &[], "a Markov model, which only counts"),
+        (&run, library, &[], "etl/workflow` is missing"),
+        (&run, library, &["--name", "../x"], "`../x` cannot be a model's name"),
+        (&run, "/nowhere.so", &[], "`/nowhere.so` does not exist"),
+        ("/nowhere", library, &[], "/nowhere/config.toml"),
+        (&run, library, &["--python-backend"], "the Rust backend `libtriton_bireme.so`"),
     ];
-    for (arguments, message) in cases {
-        let finished = shop.run(&[&["export", "--out", &out], arguments].concat());
+    for (run, library, more, message) in cases {
+        let arguments = ["export", "--out", &out, "--run-dir", run, "--backend-library", library];
+        let finished = shop.run(&[&arguments[..], more].concat());
         assert_eq!(finished.code, Some(2), "{finished:#?}");
         assert!(finished.stderr.contains(message), "{finished:#?}");
     }

@@ -126,7 +126,7 @@ fn shops_of_few_items_recommend_all_of_them() {
     for n_items in [2, 3] {
         let shop = EventShop::tiny(n_items);
         shop.train("run", MODELS[0].1);
-        shop.export_with("run", &["--python-backend"]).success();
+        shop.export("run", &[]).success();
         let ask = |more: &[&str]| {
             let more = [&["--name", "run", "--format", "json", "--top", "100"], more].concat();
             objects(&recommend(&shop, "events.csv", &more).success().stdout)

@@ -213,6 +213,8 @@ fn a_run_resumes_after_later_days_added_items() {
     let after = state(2);
     assert!(after["n_items"].as_i64().unwrap() > before + 100, "{before} and {after}");
     // What serving needs of the data has grown too.
-    let exported = shop.run(&["export", "--run-dir", &run, "--out", &out, "--python-backend"]).success();
+    let library = shop.library();
+    let export = ["export", "--run-dir", &run, "--out", &out, "--backend-library", library.to_str().unwrap()];
+    let exported = shop.run(&export).success();
     assert!(exported.stdout.contains(&format!("{} items", after["n_items"])), "{exported:#?}");
 }

@@ -46,7 +46,7 @@ const INFER: &str = "POST /v2/models/gru/infer";
 fn exported() -> (EventShop, PathBuf, String) {
     let shop = EventShop::small();
     shop.train("gru", MODELS[0].1);
-    shop.export_with("gru", &["--python-backend"]).success();
+    shop.export("gru", &[]).success();
     let (events, _) = shop.first_events(5);
     let (repository, request) = (PathBuf::from(shop.path("repository")), request(&events));
     (shop, repository, request)
@@ -75,7 +75,7 @@ fn a_new_version_takes_over_and_the_server_ends_without_a_lost_request() {
             }
         };
         let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
-        shop.export_with("gru", &["--python-backend"]).success();
+        shop.export("gru", &[]).success();
         for _ in 0..20 {
             let loaded = ask(&server.http, "POST /v2/repository/models/gru/load", "", "");
             assert_eq!(loaded.status, 200, "{loaded:?}");
@@ -151,10 +151,10 @@ fn requests_have_bounded_cost() {
         (INFER, "", "", 400, "the body is not JSON: it ends early"),
         (INFER, "", "{\"inputs\":[]}", 400, "input `event_time` is missing"),
         (INFER, "Inference-Header-Content-Length: 7\r\n", "{}", 400, "has 2 bytes"),
-        ("POST /v2/models/other/infer", "", &request, 404, "no model `other`"),
+        ("POST /v2/models/other/infer", "", &request, 404, "unknown model `other`"),
         ("POST /v2/models/gru/versions/7/infer", "", &request, 404, "version 7"),
         ("POST /v2/models/gru/versions/x/infer", "", &request, 400, "`x`"),
-        ("GET /v2/nothing", "", "", 404, "no such page"),
+        ("GET /v2/nothing", "", "", 404, "unknown endpoint"),
         ("POST /v2/repository/models/..%2Fgru/load", "", "", 400, "no model `../gru`"),
         ("POST /v2/repository/models/gru/load", "", "{\"parameters\":{\"config\":\"{}\"}}", 400, "`config`"),
     ];

@@ -7,22 +7,22 @@
 use std::error::Error;
 use std::fs;
 
-use bireme_etl::tensor::Tensor;
+use bireme_protocol::Tensor;
 use bireme_serve::model_config::{CONFIG, from_text};
-use bireme_serve::torchscript::{Call, Module};
+use bireme_serve::torchscript::{ModuleCall, ScriptModule};
 use bireme_triton::{Backend, ModelFiles, Request, export_backend};
 use tch::Device;
 
-struct StandIn(Module);
+struct StandIn(ScriptModule);
 
 impl Backend for StandIn {
     fn load(model: &ModelFiles) -> Result<Self, Box<dyn Error>> {
         let config = from_text(&fs::read_to_string(model.dir.join(CONFIG))?)?.config;
-        Ok(Self(Module::load(&model.version_dir.join("model.pt"), &config, Device::Cpu)?))
+        Ok(Self(ScriptModule::load(&model.version_dir.join("model.pt"), &config, Device::Cpu)?))
     }
 
     fn execute(&self, requests: &[Request<'_>]) -> Vec<Result<Vec<Tensor>, String>> {
-        let calls = requests.iter().map(|request| Call { inputs: request.inputs(), wanted: &[] });
+        let calls = requests.iter().map(|request| ModuleCall { inputs: request.inputs(), wanted: &[] });
         self.0.execute(&calls.collect::<Vec<_>>())
     }
 }

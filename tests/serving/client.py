@@ -3,10 +3,13 @@
 
 usage: client.py HTTP GRPC CASES [KEY]
 
-KEY is the API key of a server that wants one. CASES is a JSON file: `models`, the ensembles to be asked; `events`, columns of event rows; and what is expected of them:
-`sessions`, `item_ids` and `item_scores` by model. Prints a line for each check; exit code 1 if one fails.
+KEY is the API key of a server that wants one. CASES is a JSON file: `models`, the ensembles to be
+asked; `preprocessing`, a model that preprocesses; `configs`, the paths of all `config.pbtxt`;
+`events`, columns of event rows; and what is expected of them: `sessions`, and `item_ids` and
+`item_scores` by model. Prints a line for each check; exit code 1 if one fails.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -235,7 +238,7 @@ class Checks:
         model, module = self.cases["models"][0], self.module
         one = rows(self.events, [0])
         self.refused("has a session", lambda: self.infer(model, rows(self.events, [])))
-        self.refused("NaN is no price", lambda: self.infer(model, one | {"price": [float("nan")]}))
+        self.refused("NaN is not a price", lambda: self.infer(model, one | {"price": [float("nan")]}))
         self.refused("`top_k` is 101", lambda: self.infer(model, one, 101))
         self.refused("column `event_time`", lambda: self.infer(model, one | {"event_time": ["noon"]}))
 
@@ -265,7 +268,7 @@ class Checks:
             print(f"{self.module.__name__} {name.removeprefix('check_')}: ok", flush=True)
 
 
-def nasty(random, events):
+def random_events(random, events):
     """Rows of events, some of which are as no shop should write them."""
     n = random.choice([1, 2, 3, 10, 60])
     chosen = rows(events, [random.randrange(len(events["price"])) for _ in range(n)])
@@ -289,38 +292,32 @@ def nasty(random, events):
     return chosen
 
 
-def check_alike(client, cases):
-    """Preprocessing by the library and by Python gives the same, also for what makes no sense."""
+def check_random(client, cases):
+    """Preprocessing answers random events, or refuses them as invalid. The digest of all answers
+    is printed, so that servers can be compared."""
     generator = random.Random(7)
+    digest = hashlib.sha256()
     answered = refused = 0
     for number in range(400):
-        events = nasty(generator, cases["events"])
+        events = random_events(generator, cases["events"])
         asked = inputs(tritonclient.grpc, events, generator.choice([None, 1, 20]))
         if generator.random() < 0.3:
             asked = [given for given in asked if given.name() not in ("category_code", "brand")]
         exclude = {"exclude_seen": generator.random() < 0.5}
-        answers = []
-        for model in cases["alike"]:
-            try:
-                answers.append(client.infer(model, asked, parameters=exclude))
-            except InferenceServerException as error:
-                assert error.status() == "StatusCode.INVALID_ARGUMENT" or "INVALID_ARGUMENT" in error.status(), error
-                answers.append(None)
-        one, other = answers
-        assert (one is None) == (other is None), (number, events, answers)
-        if one is None:
+        try:
+            answer = client.infer(cases["preprocessing"], asked, parameters=exclude)
+        except InferenceServerException as error:
+            assert "INVALID_ARGUMENT" in error.status(), (number, events, error)
             refused += 1
+            digest.update(b"refused")
             continue
         answered += 1
-        names = [output.name for output in one.get_response().outputs]
-        assert sorted(names) == sorted(output.name for output in other.get_response().outputs)
-        for name in names:
-            a, b = one.as_numpy(name), other.as_numpy(name)
-            assert a.shape == b.shape, (number, name, a.shape, b.shape, events)
-            alike = np.allclose(a, b, rtol=1e-5, atol=1e-6) if a.dtype == np.float32 else (a == b).all()
-            assert alike, (number, name, a, b, events)
+        for name in sorted(output.name for output in answer.get_response().outputs):
+            values = answer.as_numpy(name)
+            assert values.dtype != np.float32 or np.isfinite(values).all(), (number, name, values, events)
+            digest.update(repr((name, values.shape, values.tolist())).encode())
     assert answered > 100 and refused > 20, (answered, refused)
-    print(f"preprocessing in Rust and in Python: {answered} answered alike, {refused} refused alike", flush=True)
+    print(f"random events: {answered} answered, {refused} refused, {digest.hexdigest()}", flush=True)
 
 
 def check_concurrent(address, cases, key):
@@ -367,9 +364,8 @@ def main():
     try:
         Checks(tritonclient.http, of_http, cases).run()
         Checks(tritonclient.grpc, of_grpc, cases).run()
-        for model in cases["alike"]:
-            of_grpc.load_model(model)
-        check_alike(of_grpc, cases)
+        of_grpc.load_model(cases["preprocessing"])
+        check_random(of_grpc, cases)
         check_concurrent(grpc, cases, key)
     finally:
         # A server that is told to stop waits for connections that are kept.

@@ -21,10 +21,7 @@ rm -rf .triton
 python3 -m venv .triton || { echo "serving tests: python3 cannot make virtual environments" >&2; exit 2; }
 pip=(.triton/bin/pip --quiet --disable-pip-version-check install)
 "${pip[@]}" --no-deps nvidia-pytriton==0.7.0
-# The server's Python backend returns nothing with numpy 2, which a newer pyarrow asks for.
 "${pip[@]}" 'tritonclient[http,grpc]==2.73.0' 'numpy==1.26.4' 'pyarrow==20.0.0'
 server=$(echo .triton/lib/python*/site-packages/pytriton/tritonserver)
-stub=$server/python_backend_stubs/$python/triton_python_backend_stub
-cp "$stub" "$server/backends/python/"
 ln -s "$(realpath "$server")" .triton/server
 echo "$STAMP" >.triton/VERSION

@@ -1,4 +1,4 @@
-//! What a cell may hold: the same rules for every format.
+//! The rules for cells, the same for all formats.
 
 use bireme_base::message::quoted;
 
@@ -6,14 +6,14 @@ use crate::schema::event;
 use crate::time::EventTime;
 use crate::vocab::Coded;
 
-/// What makes a row bad.
+/// A cell that makes its row bad.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Fault {
+pub(crate) struct CellError {
     pub column: String,
     pub problem: String,
 }
 
-impl Fault {
+impl CellError {
     pub fn new(column: &str, problem: impl Into<String>) -> Self {
         Self { column: column.into(), problem: problem.into() }
     }
@@ -23,7 +23,7 @@ pub(super) const MISSING: &str = "the cell is empty";
 pub(super) const NOT_UTF8: &str = "the cell is not UTF-8";
 pub(super) const TOO_LARGE: &str = "is too large for a 64-bit integer";
 
-/// How the cells of a column are read.
+/// The type of a column's cells.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Target {
     Time,
@@ -33,7 +33,7 @@ pub(super) enum Target {
 }
 
 impl Target {
-    /// `None` for columns that are not read.
+    /// `None` for a column that is not used.
     pub fn of(name: &str) -> Option<Self> {
         Some(match name {
             event::TIME => Self::Time,
@@ -54,7 +54,7 @@ pub(super) fn read_int(text: &str) -> Result<i64, String> {
         };
         let is_integer = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
         match sign {
-            _ if !is_integer => format!("{} is no integer", quoted(text)),
+            _ if !is_integer => format!("{} is not an integer", quoted(text)),
             b'-' => format!("{} is too small for a 64-bit integer", quoted(text)),
             _ => format!("{} {TOO_LARGE}", quoted(text)),
         }
@@ -66,19 +66,19 @@ pub(super) fn read_price(text: &str) -> Result<f64, String> {
         _ if text.is_empty() => Err(MISSING.into()),
         Ok(price) => match price_fault(price) {
             None => Ok(price),
-            Some(fault) => Err(format!("{} is no price: it is {fault}", quoted(text))),
+            Some(fault) => Err(format!("{} is not a price: it is {fault}", quoted(text))),
         },
-        Err(_) => Err(format!("{} is no number", quoted(text))),
+        Err(_) => Err(format!("{} is not a number", quoted(text))),
     }
 }
 
 pub(super) fn check_price(price: f64) -> Result<f64, String> {
-    price_fault(price).map_or(Ok(price), |fault| Err(format!("{price} is no price: it is {fault}")))
+    price_fault(price).map_or(Ok(price), |fault| Err(format!("{price} is not a price: it is {fault}")))
 }
 
 fn price_fault(price: f64) -> Option<&'static str> {
     match price {
-        // The logarithm is taken in float32.
+        // The price must be finite in float32, in which its logarithm is computed.
         0.0.. if (price as f32).is_finite() => None,
         _ if !price.is_finite() => Some("not finite"),
         0.0.. => Some("too large for float32"),
@@ -89,11 +89,11 @@ fn price_fault(price: f64) -> Option<&'static str> {
 pub(super) fn read_time(text: &str) -> Result<EventTime, String> {
     EventTime::parse(text.as_bytes()).ok_or_else(|| match text {
         "" => MISSING.into(),
-        _ => format!("{} is no time like `2019-10-01 00:00:00 UTC`", quoted(text)),
+        _ => format!("{} is not a timestamp; expected `2019-10-01 00:00:00 UTC`", quoted(text)),
     })
 }
 
-/// Text cells of a column, `[rows]`; an empty one is a null.
+/// Text cells of a column, `[rows]`; an empty cell is null.
 #[derive(Debug, Default)]
 pub(crate) struct Texts {
     joined: String,
@@ -145,12 +145,12 @@ mod tests {
             ("9223372036854775808", "is too large for a 64-bit integer"),
             ("+18446744073709551616", "is too large for a 64-bit integer"),
             ("-9223372036854775809", "is too small for a 64-bit integer"),
-            ("12.0", "is no integer"),
-            ("1e5", "is no integer"),
-            ("0x1f", "is no integer"),
-            (" 1", "is no integer"),
-            ("-", "is no integer"),
-            ("１", "is no integer"),
+            ("12.0", "is not an integer"),
+            ("1e5", "is not an integer"),
+            ("0x1f", "is not an integer"),
+            (" 1", "is not an integer"),
+            ("-", "is not an integer"),
+            ("１", "is not an integer"),
         ] {
             assert_eq!(read_int(text), Err(format!("`{text}` {problem}")));
         }

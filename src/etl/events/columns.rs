@@ -1,8 +1,8 @@
-//! Parquet to batches.
+//! Reads parquet.
 //!
-//! Types are checked in the footer's schema before anything is decoded, and only the columns that
-//! are needed are decoded, some rows of all of them at a time. One thread decodes, by all threads
-//! of rayon, while the caller takes the batches.
+//! The types are checked in the footer's schema first. Only the columns that are used are decoded,
+//! a range of rows at a time: one thread decodes with all threads of rayon while the caller takes
+//! the batches.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -25,11 +25,11 @@ use parquet::schema::types::{ColumnDescPtr, Type};
 use rayon::prelude::*;
 
 use super::cells::{
-    Fault, MISSING, NOT_UTF8, TOO_LARGE, Target, Texts, check_price, read_int, read_price, read_time,
+    CellError, MISSING, NOT_UTF8, TOO_LARGE, Target, Texts, check_price, read_int, read_price, read_time,
 };
 use super::guard::guarded;
 use super::table::Table;
-use super::{BadRows, Batch, Cells, Each, RowCounts, listed, missing_column};
+use super::{BadRows, Cells, Each, EventBatch, RowCounts, listed, missing_column};
 use crate::error::Error;
 use crate::schema::event;
 use crate::time::EventTime;
@@ -38,7 +38,7 @@ use crate::vocab::Coded;
 /// Rows of a batch.
 const ROWS: usize = 1 << 15;
 
-/// Reads the events of a file that has been opened.
+/// Reads the events of an open file.
 pub(super) fn read(
     path: &Path,
     file: File,
@@ -63,7 +63,7 @@ pub(super) fn read(
     Err(Error::unreadable(path)("its reader ended early".into()))
 }
 
-/// Reads at offsets, so that many columns can be read at once.
+/// Reads at offsets, so that columns can be read in parallel.
 struct Chunks {
     file: Arc<File>,
     length: u64,
@@ -96,7 +96,7 @@ impl ChunkReader for Chunks {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<bytes::Bytes, ParquetError> {
-        // Before memory is taken for what a broken file promises.
+        // A damaged file must not cause a large allocation.
         if start.checked_add(length as u64).is_none_or(|end| end > self.length) {
             return Err(ParquetError::EOF(format!("{length} bytes at {start} are beyond the file's end")));
         }
@@ -106,7 +106,7 @@ impl ChunkReader for Chunks {
     }
 }
 
-/// Pages whose sizes are possible, so that no decoder takes memory for what is not there.
+/// Checks the sizes of pages, so that a damaged file causes no large allocation in a decoder.
 struct Pages {
     pages: SerializedPageReader<Chunks>,
     physical: Physical,
@@ -144,7 +144,7 @@ impl Pages {
     }
 }
 
-/// Whether the header of a delta encoding agrees with the page's; others have none.
+/// Whether the header of a delta encoding agrees with that of the page; true for other encodings.
 fn delta_is_possible(encoding: Encoding, values: &[u8], n_values: usize) -> bool {
     let is_delta = matches!(
         encoding,
@@ -201,17 +201,17 @@ struct Reader<'a> {
     columns: Vec<Column>,
 }
 
-/// A column that is needed.
+/// A column that is used.
 struct Column {
     name: &'static str,
-    /// Its number among the leaves of the schema.
+    /// The index among the leaves of the schema.
     leaf: usize,
     target: Target,
     stored: Stored,
     description: ColumnDescPtr,
 }
 
-/// What the values of a physical type mean.
+/// The meaning of a column's values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stored {
     Signed,
@@ -222,10 +222,10 @@ enum Stored {
     Float,
     Float16,
     Text,
-    /// So many a second.
+    /// Times in ticks, with the number of ticks per second.
     Ticks(u32),
     Int96,
-    /// The column has no values.
+    /// All values are null.
     Null,
 }
 
@@ -251,7 +251,7 @@ impl Target {
 }
 
 impl Stored {
-    /// `None` for types that no column of events has.
+    /// `None` for types that no column of events may have.
     fn of(field: &Type) -> Option<Self> {
         if !field.is_primitive() || field.get_basic_info().repetition() == Repetition::REPEATED {
             return None;
@@ -314,7 +314,7 @@ impl Stored {
     }
 }
 
-/// A type in the words of the format.
+/// A type as parquet names it.
 fn type_name(field: &Type) -> String {
     let info = field.get_basic_info();
     let logical = info.logical_type_ref();
@@ -372,7 +372,7 @@ impl<'a> Reader<'a> {
         Error::unreadable(self.path)(problem.into())
     }
 
-    /// Hands on the rows until the caller wants no more.
+    /// Sends tables until the receiver is dropped.
     fn each_table(&self, send: &SyncSender<Result<Option<Table>, Error>>) -> Result<(), Error> {
         let n_rows = self.metadata.file_metadata().num_rows();
         let in_groups: i128 =
@@ -423,7 +423,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The needed columns of a file, refused if one has a type that is not read.
+/// The columns that are used. A column of an unsupported type is refused.
 fn columns(path: &Path, metadata: &ParquetMetaData) -> Result<Vec<Column>, Error> {
     let schema = metadata.file_metadata().schema_descr();
     let fields = schema.root_schema().get_fields();
@@ -462,7 +462,7 @@ enum Cell<'a> {
         unscaled: i128,
         scale: i32,
     },
-    /// One of more than 38 digits.
+    /// A decimal of more than 38 digits.
     LongDecimal(f64),
     Float(f64),
     Text(&'a [u8]),
@@ -517,14 +517,14 @@ impl Cell<'_> {
     }
 }
 
-/// For cells that [`Target::takes`] excludes.
+/// For types that [`Target::takes`] excludes.
 const TYPE: &str = "the cell is of another type";
 
 fn utf8(text: &[u8]) -> Result<&str, String> {
     std::str::from_utf8(text).map_err(|_| NOT_UTF8.into())
 }
 
-/// The nearest number to `unscaled` · 10^-`scale`, which is that of its digits in CSV.
+/// The nearest float to `unscaled` · 10^-`scale`, as if parsed from its digits.
 fn decimal(unscaled: i128, scale: i32) -> f64 {
     format!("{unscaled}e-{scale}").parse().unwrap_or(f64::NAN)
 }
@@ -551,23 +551,23 @@ fn time(int96: &Int96) -> EventTime {
     let &[low, high, day] = int96.data().first_chunk().unwrap_or(&[0; 3]);
     let nanos = ((u64::from(high) << 32) | u64::from(low)).cast_signed();
     let of_day = EventTime::from_ticks(nanos, 1_000_000_000);
-    // As a day is 32 bits wide, no sum overflows.
+    // Cannot overflow, because days have 32 bits.
     let seconds = (i64::from(day.cast_signed()) - EPOCH) * 86_400 + of_day.seconds;
     EventTime { seconds, ..of_day }
 }
 
-/// Rows of a table and what makes them bad.
-type Faults = Vec<(usize, Fault)>;
+/// Errors, each with the index of its row.
+type CellErrors = Vec<(usize, CellError)>;
 
 /// Some rows of a column.
 enum Decoded {
-    Time(Vec<EventTime>, Faults),
-    Price(Vec<f64>, Faults),
-    Cells(Coded, Cells, Faults),
+    Time(Vec<EventTime>, CellErrors),
+    Price(Vec<f64>, CellErrors),
+    Cells(Coded, Cells, CellErrors),
 }
 
 fn table(decoded: Vec<Decoded>) -> Table {
-    let mut table = Table { batch: Batch::default(), faults: Vec::new() };
+    let mut table = Table { batch: EventBatch::default(), faults: Vec::new() };
     for column in decoded {
         let faults = match column {
             Decoded::Time(time, faults) => {
@@ -615,7 +615,7 @@ impl Column {
                         texts.push("");
                         Ok(())
                     }
-                    // An empty text would say that the row has no session, so a bad cell leaves another one.
+                    // An empty text would mean a row without a session; a bad cell must not.
                     Some(cell) => cell.push(&mut texts).inspect_err(|_| texts.push("\u{fffd}")),
                 })?;
                 Ok(Decoded::Cells(column, Cells::Text(texts), faults))
@@ -623,24 +623,24 @@ impl Column {
         }
     }
 
-    /// Reads the next `n` rows. A bad cell leaves the default of `T` in its row, and a fault.
+    /// Reads the next `n` rows. A bad cell leaves the default of `T` and an error.
     fn values<T: Default>(
         &self,
         reader: &mut ColumnReader,
         n: usize,
         mut value: impl FnMut(Option<&Cell<'_>>) -> Result<T, String>,
-    ) -> Result<(Vec<T>, Faults), ParquetError> {
+    ) -> Result<(Vec<T>, CellErrors), ParquetError> {
         let (mut values, mut faults) = (Vec::with_capacity(n), Vec::new());
         self.each(reader, n, |row, cell| {
             values.push(value(cell).unwrap_or_else(|problem| {
-                faults.push((row, Fault::new(self.name, problem)));
+                faults.push((row, CellError::new(self.name, problem)));
                 T::default()
             }));
         })?;
         Ok((values, faults))
     }
 
-    /// Hands on the next cells, nulls included.
+    /// Calls `each` with the next cells, nulls included.
     fn each(
         &self,
         reader: &mut ColumnReader,

@@ -1,8 +1,8 @@
-//! CSV to batches.
+//! Reads CSV.
 //!
-//! One thread reads, decompresses and splits into records, a second has the records of a block
-//! parsed by all threads of rayon, and the caller takes the batches in the file's order. A few
-//! blocks are in memory at a time.
+//! One thread reads, decompresses and splits into records, a second lets all threads of rayon parse
+//! the records of a block, and the caller receives the batches in the file's order. A few blocks
+//! are in memory at a time.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -14,17 +14,17 @@ use bireme_base::message::quoted;
 use memchr::memchr;
 use rayon::prelude::*;
 
-use super::cells::{Fault, MISSING, NOT_UTF8, Target, Texts, read_int, read_price, read_time};
+use super::cells::{CellError, MISSING, NOT_UTF8, Target, Texts, read_int, read_price, read_time};
 use super::guard::guarded;
 use super::input::{Text, text_kind};
-use super::records::{Block, Columns, Record, Shape, Splitter, Unknown, quoted_fields};
-use super::{BadRows, Batch, Cells, Each, RowCounts, listed, missing_column};
+use super::records::{Block, Columns, CsvRecord, RecordShape, Splitter, Unknown, quoted_fields};
+use super::{BadRows, Cells, Each, EventBatch, RowCounts, listed, missing_column};
 use crate::error::Error;
 use crate::schema::event;
 use crate::time::EventTime;
 use crate::vocab::Coded;
 
-/// Reads the events of a file that has been opened.
+/// Reads the events of an open file.
 pub(super) fn read(
     path: &Path,
     text: Text,
@@ -58,33 +58,33 @@ pub(super) fn read(
     Err(Error::unreadable(path)("its reader ended early".into()))
 }
 
-fn bad_row(path: &Path, line: u64, Fault { column, problem }: Fault) -> Error {
+fn bad_row(path: &Path, line: u64, CellError { column, problem }: CellError) -> Error {
     Error::BadRow { path: path.into(), place: "line", number: line, column, problem }
 }
 
-/// A step of the thread that reads.
+/// A message from the thread that reads.
 enum Read {
     Plan(Arc<Plan>),
     Block(Block),
     End(Lines),
 }
 
-/// A step of the thread that has blocks parsed.
+/// A message from the thread that parses.
 enum Parsed {
     Rows(Vec<Part>),
     End(Lines),
 }
 
-/// Two counts of a file's lines.
+/// Counts of a file's lines.
 #[derive(Clone, Copy, Default)]
 struct Lines {
-    /// By the line ends among its bytes, whatever the records.
+    /// All lines, counted by line ends.
     in_file: u64,
-    /// Of the header and blank ones.
+    /// Lines of the header and blank lines.
     outside_rows: u64,
 }
 
-/// Starts both threads. Neither is waited for: a pipe may have no end.
+/// Starts both threads. They are not joined, because a pipe may have no end.
 fn start(path: PathBuf, text: Text, bad_rows: BadRows) -> Receiver<Result<Parsed, Error>> {
     let (send_read, read) = sync_channel(1);
     let (send_parsed, parsed) = sync_channel(1);
@@ -120,7 +120,7 @@ fn start(path: PathBuf, text: Text, bad_rows: BadRows) -> Receiver<Result<Parsed
     parsed
 }
 
-/// Hands on the blocks of a stream until the caller wants no more.
+/// Sends the blocks of a stream until the receiver is dropped.
 fn split(
     path: &Path,
     source: &mut dyn std::io::Read,
@@ -162,20 +162,20 @@ fn no_header(path: &Path) -> Error {
     Error::MissingColumn { path: path.into(), column: event::TIME, found: "the file is empty".into() }
 }
 
-/// Columns by their names in the header, and how each is read.
+/// The columns of the header and their types.
 struct Plan {
     names: Vec<String>,
-    /// Fields that are used, in the header's order.
+    /// The fields that are used, in the header's order.
     used: Vec<(usize, Target)>,
     session: usize,
     has: [bool; 7],
 }
 
 impl Plan {
-    /// Reads the header; also returns the lines that it takes.
-    fn of_header(path: &Path, text: &[u8], record: &Record, head: &[u8]) -> Result<(Self, u64), Error> {
+    /// Reads the header, and returns the number of its lines too.
+    fn of_header(path: &Path, text: &[u8], record: &CsvRecord, head: &[u8]) -> Result<(Self, u64), Error> {
         let refused = |problem: String| Error::Header { path: path.into(), line: record.line, problem };
-        if let Shape::Wrong { problem, .. } = record.shape {
+        if let RecordShape::Wrong { problem, .. } = record.shape {
             return Err(text_kind(path, head).unwrap_or_else(|| refused(problem.into())));
         }
         let (fields, n_breaks) = quoted_fields(text);
@@ -214,12 +214,12 @@ impl Plan {
         Ok((plan, 1 + n_breaks))
     }
 
-    fn fault(&self, field: usize, problem: impl Into<String>) -> Fault {
+    fn fault(&self, field: usize, problem: impl Into<String>) -> CellError {
         let name = self.names.get(field).or(self.names.last()).map_or("", String::as_str);
-        Fault::new(name, problem)
+        CellError::new(name, problem)
     }
 
-    /// The values of a row with these many fields; `None` if it has no session.
+    /// The values of a row with `n_fields` fields; `None` if it has no session.
     ///
     /// `field` returns `None` for bytes that are not UTF-8.
     fn row<'a>(
@@ -227,7 +227,7 @@ impl Plan {
         n_fields: usize,
         field: impl Fn(usize) -> Option<&'a str>,
         without_session: WithoutSession,
-    ) -> Result<Option<Row<'a>>, Fault> {
+    ) -> Result<Option<Row<'a>>, CellError> {
         let n_needed = self.names.len();
         if n_fields != n_needed {
             let fields = if n_fields == 1 { "field" } else { "fields" };
@@ -274,13 +274,13 @@ impl Columns for Plan {
     }
 }
 
-/// A name that is there twice. A column without a name is not used, and may be there many times.
+/// A name that occurs twice. Columns without a name are not used, and may be many.
 fn twice<'a>(names: &[&'a str]) -> Option<&'a str> {
     let repeats = |(i, name): &(usize, &&str)| !name.is_empty() && names[..*i].contains(name);
     names.iter().enumerate().find(repeats).map(|(_, name)| *name)
 }
 
-/// What separates the fields of a header that has the required columns, but no commas.
+/// The separator of a header that has the required columns, but no commas.
 fn separator(header: &[u8]) -> Option<&'static str> {
     let text = std::str::from_utf8(header).ok()?;
     [";", "\t", "|"].into_iter().find(|separator| {
@@ -297,20 +297,20 @@ struct Row<'a> {
     texts: [&'a str; 7],
 }
 
-/// What became of some records.
+/// The result of parsing some records.
 #[derive(Default)]
 struct Part {
-    batch: Batch,
+    batch: EventBatch,
     counts: RowCounts,
-    /// Lines that the records take.
+    /// The number of lines of the records.
     n_lines: u64,
-    /// The first bad row, if it ends the reading, and its line.
-    fault: Option<(u64, Fault)>,
+    /// The first bad row and its line, if bad rows are refused.
+    fault: Option<(u64, CellError)>,
 }
 
-/// Parses the records of a block, those of a part after another part's.
+/// Parses the records of a block in parallel parts, and appends the results in their order.
 fn parse(path: &Path, block: &Block, plan: &Plan, bad_rows: BadRows) -> Result<Vec<Part>, Error> {
-    /// Coding a batch of fewer is not worth many threads.
+    /// Fewer records are not worth several threads.
     const FEWEST: usize = 1 << 12;
     let n_rows = block.records.len().div_ceil(rayon::current_num_threads()).max(FEWEST);
     let parts = block
@@ -320,22 +320,22 @@ fn parse(path: &Path, block: &Block, plan: &Plan, bad_rows: BadRows) -> Result<V
     parts.collect()
 }
 
-fn parse_part(bytes: &[u8], records: &[Record], plan: &Plan, bad_rows: BadRows) -> Part {
+fn parse_part(bytes: &[u8], records: &[CsvRecord], plan: &Plan, bad_rows: BadRows) -> Part {
     let mut part = Part::default();
     let mut columns = Builder::new(plan, records.len());
     let (Some(first), Some(last)) = (records.first(), records.last()) else { return part };
     let origin = first.start;
-    // One check for all cells, unless it fails.
+    // Check all cells at once, and one by one only if that fails.
     let utf8 = std::str::from_utf8(&bytes[origin..last.end]).ok();
     let mut ends = Vec::with_capacity(plan.names.len());
-    for &Record { start, end, line, ref shape } in records {
+    for &CsvRecord { start, end, line, ref shape } in records {
         let record = &bytes[start..end];
         part.counts.read += 1;
         part.n_lines += 1;
         let unescaped;
         let row = match *shape {
-            Shape::Wrong { field, problem } => Err(plan.fault(field, problem)),
-            Shape::Plain => {
+            RecordShape::Wrong { field, problem } => Err(plan.fault(field, problem)),
+            RecordShape::Plain => {
                 ends.clear();
                 let mut at = 0;
                 while let Some(length) = memchr(b',', &record[at..]) {
@@ -352,7 +352,7 @@ fn parse_part(bytes: &[u8], records: &[Record], plan: &Plan, bad_rows: BadRows) 
                 };
                 plan.row(ends.len(), field, WithoutSession::LeftOut)
             }
-            Shape::Quoted => {
+            RecordShape::Quoted => {
                 let (fields, n_breaks) = quoted_fields(record);
                 part.n_lines += n_breaks;
                 unescaped = fields;
@@ -380,7 +380,7 @@ fn parse_part(bytes: &[u8], records: &[Record], plan: &Plan, bad_rows: BadRows) 
 
 /// Appends rows to the columns of a batch.
 struct Builder {
-    batch: Batch,
+    batch: EventBatch,
 }
 
 impl Builder {
@@ -394,7 +394,7 @@ impl Builder {
         let price = Vec::with_capacity(n_rows);
         let number = Vec::with_capacity(n_rows);
         let cells = Coded::ALL.map(cells);
-        Self { batch: Batch { time, price, cells, number, unit: "line", bad: Vec::new() } }
+        Self { batch: EventBatch { time, price, cells, number, unit: "line", bad: Vec::new() } }
     }
 
     fn push(&mut self, row: &Row<'_>, line: u64) {

@@ -1,4 +1,4 @@
-//! The boundary to libraries that decode files: no panic crosses it.
+//! Turns panics of libraries that decode files into errors.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -10,12 +10,12 @@ use bireme_base::console::panic_text;
 use crate::error::Error;
 
 thread_local! {
-    /// Whether this thread is inside the boundary.
+    /// Whether this thread runs guarded code.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `decode` on this thread and turns a panic into an error that names the file. Nothing is
-/// printed: the message of the panic is in the error.
+/// Runs `decode` on this thread and turns a panic into an error that names the file. The panic is
+/// not printed; its message is in the error.
 pub(super) fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -27,7 +27,7 @@ pub(super) fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Error>)
         }));
     });
     let was_inside = INSIDE.replace(true);
-    // What `decode` has borrowed is dropped with the error.
+    // All that `decode` borrows is dropped with the error.
     let decoded = catch_unwind(AssertUnwindSafe(decode));
     INSIDE.set(was_inside);
     decoded.unwrap_or_else(|panic| {

@@ -1,4 +1,4 @@
-//! Files, pipes and standard input; their format, by their first bytes; decompression.
+//! Opens files, pipes and stdin; detects formats by the first bytes; decompresses.
 
 use std::borrow::Cow;
 use std::fs::{self, File};
@@ -12,27 +12,25 @@ use zip::ZipArchive;
 
 use crate::error::Error;
 
-/// The name of standard input.
 const STDIN: &str = "-";
-/// Bytes that say what a file is.
+/// The first bytes, from which the format is detected.
 const HEAD: u64 = 1 << 12;
 
-/// Events in one of the formats.
 pub(super) enum Content {
     Parquet(File),
     Text(Text),
 }
 
-/// A stream of text, compressed or not.
+/// A stream of text, possibly compressed.
 pub(super) enum Text {
     Plain(Box<dyn Read + Send>),
     Compressed { decoder: Box<dyn Read + Send>, outside: &'static str },
     Zip(Box<ZipArchive<BufReader<File>>>),
 }
 
-/// What the first bytes of a file say.
+/// The format of a stream, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
+enum StreamKind {
     Gzip,
     Zstd,
     Zip,
@@ -40,7 +38,7 @@ enum Kind {
     Other { what: &'static str, hint: &'static str },
 }
 
-/// Formats that are not read, by their first bytes.
+/// Formats that are refused, by their first bytes.
 const OTHERS: [(&[u8], &str, &str); 23] = [
     (b"PARE", "an encrypted parquet file", DECRYPT),
     (b"BZh", "a bzip2 file", "decompress it first: `bzip2 -d`"),
@@ -61,7 +59,7 @@ const OTHERS: [(&[u8], &str, &str); 23] = [
     (b"%PDF-", "a PDF document", CONVERT),
     (b"\x93NUMPY", "a NumPy array", PANDAS),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file: `git lfs pull`"),
-    // Before those of UTF-16, which they begin with.
+    // Before UTF-16, whose mark is a prefix of this one.
     (b"\xff\xfe\0\0", "UTF-32 text", "convert it: `iconv -f UTF-32 -t UTF-8`"),
     (b"\0\0\xfe\xff", "UTF-32 text", "convert it: `iconv -f UTF-32 -t UTF-8`"),
     (b"\xff\xfe", "UTF-16 text", UTF16),
@@ -73,32 +71,32 @@ const DECRYPT: &str = "write it without encryption";
 const PANDAS: &str = "convert it to CSV or parquet, for instance with pandas";
 const UTF16: &str = "convert it: `iconv -f UTF-16 -t UTF-8`";
 
-fn kind(head: &[u8]) -> Option<Kind> {
-    // A frame of zstd, or one that its readers skip.
+fn kind(head: &[u8]) -> Option<StreamKind> {
+    // A frame of zstd, or a skippable frame.
     let zstd = matches!(head, [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
     match head {
-        [b'P', b'A', b'R', b'1', ..] => Some(Kind::Parquet),
-        [0x1f, 0x8b, ..] => Some(Kind::Gzip),
-        [b'P', b'K', 3 | 5, 4 | 6, ..] => Some(Kind::Zip),
-        _ if zstd => Some(Kind::Zstd),
+        [b'P', b'A', b'R', b'1', ..] => Some(StreamKind::Parquet),
+        [0x1f, 0x8b, ..] => Some(StreamKind::Gzip),
+        [b'P', b'K', 3 | 5, 4 | 6, ..] => Some(StreamKind::Zip),
+        _ if zstd => Some(StreamKind::Zstd),
         _ if head.get(257..262) == Some(b"ustar") => {
-            Some(Kind::Other { what: "a tar archive", hint: "unpack it first: `tar -xf`" })
+            Some(StreamKind::Other { what: "a tar archive", hint: "unpack it first: `tar -xf`" })
         }
         _ => {
             let other = OTHERS.into_iter().find(|(start, ..)| head.starts_with(start));
-            other.map(|(_, what, hint)| Kind::Other { what, hint })
+            other.map(|(_, what, hint)| StreamKind::Other { what, hint })
         }
     }
 }
 
-/// Why a text has no header of events: what it is instead.
+/// What a text without a header of events is instead.
 pub(super) fn text_kind(path: &Path, head: &[u8]) -> Option<Error> {
     let text = String::from_utf8_lossy(head);
     let text = text.trim_start().to_lowercase();
     let n_zeros = head.iter().filter(|byte| **byte == 0).count();
     let is_control = |byte: &&u8| **byte < b' ' && !matches!(**byte, b'\t' | b'\n' | b'\r');
     let (what, hint) = match text.chars().next()? {
-        // Half of its bytes are zeros where the letters are Latin.
+        // In UTF-16, every other byte of Latin text is zero.
         _ if n_zeros * 3 > head.len() && n_zeros * 3 < head.len() * 2 => ("UTF-16 text", UTF16),
         _ if head.iter().filter(is_control).count() * 20 > head.len() => {
             ("no text, but binary data of an unknown kind", CONVERT)
@@ -117,8 +115,8 @@ fn refused(path: &Path, what: impl Into<String>, hint: &'static str) -> Error {
     Error::Format { path: path.into(), what: what.into(), hint }
 }
 
-/// Opens events and finds their format. A stream in a format that needs its end first is copied to
-/// `scratch`.
+/// Opens events and detects their format. A stream in a format that needs random access is copied
+/// to `scratch`.
 pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
     let cannot_open = |source| Error::Open { path: path.into(), source };
     let is_stdin = path == Path::new(STDIN);
@@ -136,7 +134,7 @@ pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
     file.by_ref().take(HEAD).read_to_end(&mut head).map_err(unreadable)?;
     let kind = kind(&head);
     let has_its_end = |file: File, head: Vec<u8>| -> Result<File, Error> {
-        // Another process may have read a part of a regular file that is standard input.
+        // If stdin is a regular file, another process may have read a part of it.
         if metadata.is_file() && !is_stdin {
             return Ok(file);
         }
@@ -147,9 +145,9 @@ pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
     };
     let stream = |file, head| Cursor::new(head).chain(file);
     let text = match kind {
-        Some(Kind::Parquet) => return Ok(Content::Parquet(has_its_end(file, head)?)),
-        Some(Kind::Other { what, hint }) => return Err(refused(path, what, hint)),
-        Some(Kind::Zip) => {
+        Some(StreamKind::Parquet) => return Ok(Content::Parquet(has_its_end(file, head)?)),
+        Some(StreamKind::Other { what, hint }) => return Err(refused(path, what, hint)),
+        Some(StreamKind::Zip) => {
             let mut file = has_its_end(file, head)?;
             file.rewind().map_err(unreadable)?;
             let archive = super::guard::guarded(path, || {
@@ -158,12 +156,12 @@ pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
             check_members(path, &archive)?;
             Text::Zip(Box::new(archive))
         }
-        Some(Kind::Gzip) => {
+        Some(StreamKind::Gzip) => {
             let file = BufReader::with_capacity(1 << 18, stream(file, head));
             let decoder = Box::new(Gzip { member: Some(GzDecoder::new(file)) });
             Text::Compressed { decoder, outside: "a gzip file" }
         }
-        Some(Kind::Zstd) => {
+        Some(StreamKind::Zstd) => {
             let decoder = zstd::Decoder::new(stream(file, head)).map_err(unreadable)?;
             Text::Compressed { decoder: Box::new(decoder), outside: "a zstd file" }
         }
@@ -172,7 +170,7 @@ pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
     Ok(Content::Text(text))
 }
 
-/// The files in an archive, without what macOS adds.
+/// The files in an archive, without those that macOS adds.
 fn members(archive: &ZipArchive<BufReader<File>>) -> Vec<(usize, String)> {
     let is_file = |name: &str| {
         !(name.ends_with(['/', '\\']) || name.starts_with("__MACOSX/") || name.ends_with(".DS_Store"))
@@ -225,7 +223,7 @@ impl Text {
     }
 }
 
-/// Runs `read` on what a decoder gives, unless that is no text.
+/// Runs `read` on the decompressed stream, unless it is not text.
 fn decoded<T>(
     path: &Path,
     decoder: &mut dyn Read,
@@ -236,17 +234,19 @@ fn decoded<T>(
     (&mut *decoder).take(HEAD).read_to_end(&mut head).map_err(|e| Error::unreadable(path)(e.into()))?;
     let (what, hint) = match kind(&head) {
         None => return read(&mut Cursor::new(head).chain(decoder)),
-        Some(Kind::Other { what, hint }) => (what, hint),
-        Some(Kind::Parquet) => ("a parquet file", "parquet is compressed by itself: decompress it first"),
-        Some(Kind::Gzip) => ("a gzip file", "decompress it first"),
-        Some(Kind::Zstd) => ("a zstd file", "decompress it first"),
-        Some(Kind::Zip) => ("a zip archive", "decompress it first"),
+        Some(StreamKind::Other { what, hint }) => (what, hint),
+        Some(StreamKind::Parquet) => {
+            ("a parquet file", "parquet is compressed by itself: decompress it first")
+        }
+        Some(StreamKind::Gzip) => ("a gzip file", "decompress it first"),
+        Some(StreamKind::Zstd) => ("a zstd file", "decompress it first"),
+        Some(StreamKind::Zip) => ("a zip archive", "decompress it first"),
     };
     Err(refused(path, format!("{outside} with {what} in it"), hint))
 }
 
-/// Members of gzip one after the other, with zeros after each, as tapes and object stores leave
-/// them. Anything else after a member is an error.
+/// Concatenated gzip members, which zeros may follow, as on tapes and in object stores. Anything
+/// else after a member is an error.
 struct Gzip<R> {
     member: Option<GzDecoder<R>>,
 }
@@ -286,17 +286,16 @@ impl<R: BufRead> Read for Gzip<R> {
     }
 }
 
-/// Bytes of files of events.
+/// The size of an input in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ExpectedBytes {
-    /// Of text as it is.
+    /// Of uncompressed text.
     pub plain: u64,
-    /// Of text or columns that are compressed.
+    /// Of compressed text or parquet.
     pub compressed: u64,
 }
 
-/// The size of a file of events. A pipe's is unknown, and nothing is read from it: a few gigabytes
-/// are assumed.
+/// The size of a file of events. That of a pipe is unknown: a few gigabytes are assumed.
 pub(crate) fn expected_bytes(path: &Path) -> Result<ExpectedBytes, Error> {
     let stream = ExpectedBytes { plain: 4 << 30, compressed: 0 };
     if path == Path::new(STDIN) {
@@ -323,7 +322,7 @@ mod tests {
     #[test]
     fn formats_are_known_by_their_first_bytes() {
         let what = |head: &[u8]| match kind(head) {
-            Some(Kind::Other { what, .. }) => what,
+            Some(StreamKind::Other { what, .. }) => what,
             _ => "",
         };
         assert_eq!(what(b"\xff\xfee\0v\0"), "UTF-16 text");
@@ -334,8 +333,8 @@ mod tests {
         assert_eq!(what(&tar), "a tar archive");
         assert_eq!(kind(b"event_time,"), None);
         assert_eq!(kind(b""), None);
-        assert_eq!(kind(b"PK\x05\x06"), Some(Kind::Zip));
-        assert_eq!(kind(&[0x5a, 0x2a, 0x4d, 0x18, 0]), Some(Kind::Zstd));
+        assert_eq!(kind(b"PK\x05\x06"), Some(StreamKind::Zip));
+        assert_eq!(kind(&[0x5a, 0x2a, 0x4d, 0x18, 0]), Some(StreamKind::Zstd));
     }
 
     #[test]

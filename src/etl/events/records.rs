@@ -1,4 +1,4 @@
-//! CSV into records and fields, in the dialect of `docs/data.md`.
+//! Splits CSV into records and fields, in the dialect of `docs/data.md`.
 //!
 //! A line without a quote is a record. A line with one is scanned field by field, over further
 //! lines where a quoted field holds line breaks. If the quotes are wrong, only the first line is
@@ -11,12 +11,12 @@ use std::ops::Range;
 
 use memchr::{memchr, memchr_iter, memchr2};
 
-/// Bytes of a record over several lines, and of a quoted field. A quote that is not closed within
-/// these is not closed at all, so that a stray one costs neither memory nor time.
+/// The most bytes of a record over several lines and of a quoted field. A quote that is not closed
+/// within them counts as not closed, so that a stray quote costs neither memory nor time.
 const QUOTED: usize = 1 << 20;
-/// Bytes of a line.
+/// The most bytes of a line.
 const LINE: usize = 16 << 20;
-/// Bytes that are read at once.
+/// Bytes per read.
 const BLOCK: usize = 2 << 20;
 
 const NOT_CLOSED: &str = "the quote that opens this field is not closed";
@@ -25,25 +25,25 @@ const LONG_QUOTED: &str = "the quoted field is longer than 1 MiB, or its quote i
 const SWALLOWED: &str = "the quote that opens this field is not closed before the next row";
 const LONG_LINE: &str = "the line is longer than 16 MiB";
 
-/// Where a record ends.
+/// The end of a record.
 #[derive(Debug, PartialEq)]
 enum Scan {
-    Record {
+    CsvRecord {
         end: usize,
         next: usize,
     },
-    /// The quotes are wrong in the field of this number.
+    /// The quotes are wrong in the field of this index.
     Wrong {
         field: usize,
         problem: &'static str,
     },
-    /// The end is not in the buffer.
+    /// The end is beyond the buffer.
     More,
 }
 
 /// Scans the record at `start`, whose first line has a quote and ends at `line_end`.
 fn scan(buffer: &[u8], start: usize, line_end: usize, is_last: bool, n_columns: usize) -> Scan {
-    // Beyond these many fields a record over several lines is a chain of stray quotes.
+    // A record over several lines with more fields than this is a chain of stray quotes.
     let most_fields = n_columns.saturating_add(100);
     let (mut at, mut field) = (start, 0);
     loop {
@@ -62,9 +62,9 @@ fn scan(buffer: &[u8], start: usize, line_end: usize, is_last: bool, n_columns: 
                 // The next byte may be the second half of an escaped quote.
                 [] | [b'\r'] if !is_last => return Scan::More,
                 [b',', ..] => at += 1,
-                [b'\n', ..] => return Scan::Record { end: at, next: at + 1 },
-                [b'\r', b'\n', ..] => return Scan::Record { end: at, next: at + 2 },
-                [] | [b'\r'] => return Scan::Record { end: at, next: buffer.len() },
+                [b'\n', ..] => return Scan::CsvRecord { end: at, next: at + 1 },
+                [b'\r', b'\n', ..] => return Scan::CsvRecord { end: at, next: at + 2 },
+                [] | [b'\r'] => return Scan::CsvRecord { end: at, next: buffer.len() },
                 _ => return Scan::Wrong { field, problem: AFTER_QUOTE },
             }
         } else {
@@ -72,10 +72,10 @@ fn scan(buffer: &[u8], start: usize, line_end: usize, is_last: bool, n_columns: 
                 Some(length) if buffer[at + length] == b',' => at += length + 1,
                 Some(length) => {
                     let end = at + length;
-                    return Scan::Record { end: without_cr(buffer, at, end), next: end + 1 };
+                    return Scan::CsvRecord { end: without_cr(buffer, at, end), next: end + 1 };
                 }
                 None if is_last => {
-                    return Scan::Record { end: without_cr(buffer, at, buffer.len()), next: buffer.len() };
+                    return Scan::CsvRecord { end: without_cr(buffer, at, buffer.len()), next: buffer.len() };
                 }
                 None if buffer.len() - start > QUOTED => {
                     return Scan::Wrong { field, problem: LONG_QUOTED };
@@ -87,7 +87,7 @@ fn scan(buffer: &[u8], start: usize, line_end: usize, is_last: bool, n_columns: 
     }
 }
 
-/// Where the quote lies that closes a field whose opening quote is before `text`.
+/// The offset of the quote that closes a field; `text` follows its opening quote.
 fn closing_quote(text: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
@@ -99,7 +99,7 @@ fn closing_quote(text: &[u8]) -> Option<usize> {
     }
 }
 
-/// The end of a line without the first half of Windows' line end.
+/// The end of a line without the CR of a CRLF.
 fn without_cr(buffer: &[u8], start: usize, end: usize) -> usize {
     if end > start && buffer[end - 1] == b'\r' { end - 1 } else { end }
 }
@@ -108,7 +108,7 @@ fn is_blank(line: &[u8]) -> bool {
     line.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r'))
 }
 
-/// The fields of a record with quotes that are in order, and the line breaks in quoted fields.
+/// The fields of a record with valid quotes, and the number of line breaks in quoted fields.
 pub(super) fn quoted_fields(record: &[u8]) -> (Vec<Cow<'_, [u8]>>, u64) {
     let (mut fields, mut n_breaks) = (Vec::new(), 0);
     let mut rest = record;
@@ -148,38 +148,38 @@ fn unescaped(text: &[u8]) -> Cow<'_, [u8]> {
 
 /// A record of a block.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct CsvRecord {
     pub start: usize,
     /// Without the line end.
     pub end: usize,
-    /// Number of its first line, from 1.
+    /// The number of the first line, from 1.
     pub line: u64,
-    pub shape: Shape,
+    pub shape: RecordShape,
 }
 
 #[derive(Debug, PartialEq)]
-pub(super) enum Shape {
+pub(super) enum RecordShape {
     /// A line without quotes.
     Plain,
-    /// Quotes are in order.
+    /// A record with valid quotes.
     Quoted,
-    /// A line that is no record, with the number of the field at fault.
+    /// A line that is not a record, with the index of the field in error.
     Wrong { field: usize, problem: &'static str },
 }
 
-/// Some whole records.
+/// A block of whole records.
 #[derive(Debug, Default)]
 pub(super) struct Block {
     pub bytes: Vec<u8>,
-    pub records: Vec<Record>,
+    pub records: Vec<CsvRecord>,
     pub n_blank: u64,
 }
 
-/// What the splitter has to know of the columns.
+/// The splitter's knowledge of the columns.
 pub(super) trait Columns {
     fn n_columns(&self) -> usize;
 
-    /// Whether a record whose quotes are in order is a good row.
+    /// Whether a record with valid quotes is a good row.
     fn is_row(&self, record: &[u8]) -> bool;
 }
 
@@ -188,7 +188,7 @@ pub(super) struct Unknown;
 
 impl Columns for Unknown {
     fn n_columns(&self) -> usize {
-        // A header of several lines has as many names as it has.
+        // Any number of names is allowed in a header of several lines.
         usize::MAX
     }
 
@@ -197,15 +197,14 @@ impl Columns for Unknown {
     }
 }
 
-/// Splits a stream.
 pub(super) struct Splitter<'a> {
     source: &'a mut dyn Read,
-    /// Bytes that belong to no record so far.
+    /// Bytes that were not yet assigned to records.
     buffer: Vec<u8>,
     is_last: bool,
     /// Whether the buffer begins inside a line that is too long.
     in_long_line: bool,
-    /// Number of the line that the buffer begins with.
+    /// The number of the buffer's first line.
     line: u64,
     n_newlines: u64,
     ends_in_newline: bool,
@@ -231,12 +230,12 @@ impl<'a> Splitter<'a> {
         Ok(splitter)
     }
 
-    /// The bytes that are read next, as far as they are there.
+    /// The buffered bytes that follow.
     pub fn head(&self) -> &[u8] {
         &self.buffer
     }
 
-    /// Lines so far, by the line ends among the bytes alone.
+    /// The number of lines so far, counted by line ends.
     pub fn n_lines(&self) -> u64 {
         self.n_newlines + u64::from(!self.ends_in_newline)
     }
@@ -278,7 +277,7 @@ impl<'a> Splitter<'a> {
         }
     }
 
-    /// Finds the records in the buffer, and returns where the last of them ends.
+    /// Finds the records in the buffer, and returns the end of the last.
     fn split(&mut self, columns: &dyn Columns, most: usize, block: &mut Block) -> usize {
         let buffer = &self.buffer[..];
         let mut start = 0;
@@ -297,8 +296,8 @@ impl<'a> Splitter<'a> {
                 None if buffer.len() - start < LINE => return start,
                 None => {
                     self.in_long_line = true;
-                    let shape = Shape::Wrong { field: 0, problem: LONG_LINE };
-                    block.records.push(Record { start, end: start, line, shape });
+                    let shape = RecordShape::Wrong { field: 0, problem: LONG_LINE };
+                    block.records.push(CsvRecord { start, end: start, line, shape });
                     return buffer.len();
                 }
             };
@@ -312,23 +311,27 @@ impl<'a> Splitter<'a> {
                 start = next;
                 continue;
             }
-            let mut record = Record { start, end, line, shape: Shape::Plain };
+            let mut record = CsvRecord { start, end, line, shape: RecordShape::Plain };
             if quote < end {
                 match scan(buffer, start, line_end, self.is_last, columns.n_columns()) {
-                    Scan::Record { end, next: after } => {
+                    Scan::CsvRecord { end, next: after } => {
                         match swallowed(buffer, start..end, self.is_last, columns) {
                             None => return start,
-                            Some(Some(field)) => record.shape = Shape::Wrong { field, problem: SWALLOWED },
-                            Some(None) => (record.end, next, record.shape) = (end, after, Shape::Quoted),
+                            Some(Some(field)) => {
+                                record.shape = RecordShape::Wrong { field, problem: SWALLOWED }
+                            }
+                            Some(None) => {
+                                (record.end, next, record.shape) = (end, after, RecordShape::Quoted)
+                            }
                         }
                     }
-                    Scan::Wrong { field, problem } => record.shape = Shape::Wrong { field, problem },
+                    Scan::Wrong { field, problem } => record.shape = RecordShape::Wrong { field, problem },
                     Scan::More => return start,
                 }
             }
-            // A record over several lines has as many line ends as bytes of that kind.
+            // Count the lines of a record over several lines by its line ends.
             self.line += match record.shape {
-                Shape::Quoted => 1 + memchr_iter(b'\n', &buffer[start..record.end]).count() as u64,
+                RecordShape::Quoted => 1 + memchr_iter(b'\n', &buffer[start..record.end]).count() as u64,
                 _ => 1,
             };
             block.records.push(record);
@@ -338,11 +341,12 @@ impl<'a> Splitter<'a> {
     }
 }
 
-/// The field of a record's first line whose quote was not meant to open it, if there is one.
+/// The field of a record's first line whose quote was a character, and not meant to open it; `None`
+/// if there is none.
 ///
-/// Such a quote joins rows: a row that begins with a line inside the record, or, where two rows in a
-/// row are joined, a last line with as many fields as the first has if the quote is a character. The
-/// outer `None` says that a line's end is not in the buffer.
+/// Such a quote joins rows. It is detected by a complete row inside the record, or, where two rows
+/// are joined, by a last line that has the right number of fields if the quote is a character. The
+/// outer `None` means that the end of a line is beyond the buffer.
 fn swallowed(
     buffer: &[u8],
     record: Range<usize>,
@@ -361,10 +365,10 @@ fn swallowed(
         let joins = match scan(buffer, start, line_end, is_last, n_columns) {
             Scan::More => return None,
             Scan::Wrong { .. } => false,
-            Scan::Record { end, .. } if at == last => {
+            Scan::CsvRecord { end, .. } if at == last => {
                 of_first == n_columns && quoted_fields(&buffer[start..end]).0.len() == n_columns
             }
-            Scan::Record { end, .. } => columns.is_row(&buffer[start..end]),
+            Scan::CsvRecord { end, .. } => columns.is_row(&buffer[start..end]),
         };
         if joins {
             return Some(Some(field));
@@ -373,7 +377,7 @@ fn swallowed(
     Some(None)
 }
 
-/// The number of the quoted field that a line opens and does not close, and the text in it.
+/// The index of the quoted field that a line opens and does not close, and its text.
 fn open_field(line: &[u8]) -> Option<(usize, &[u8])> {
     let (mut field, mut rest) = (0, line);
     loop {
@@ -406,7 +410,7 @@ mod tests {
         }
     }
 
-    /// Gives a byte at a time.
+    /// Reads one byte at a time.
     struct Slow<'a>(&'a [u8]);
 
     impl Read for Slow<'_> {
@@ -418,25 +422,26 @@ mod tests {
         }
     }
 
-    /// The field at fault, and what is wrong.
+    /// The index of the field in error, and the problem.
     type Wrong = (usize, &'static str);
 
-    /// A record by its line.
+    /// The line of a record and its fields.
     type Found = (u64, Result<Vec<String>, Wrong>);
 
-    /// All records, and the lines that they and the blank ones take beside those that were counted.
+    /// All records; the number of lines by records and blank lines; the number of lines by line
+    /// ends.
     fn split(source: &mut dyn Read, most: usize) -> (Vec<Found>, u64, u64) {
         let mut splitter = Splitter::new(source).unwrap();
         let (mut found, mut n_lines) = (Vec::new(), 0);
         while let Some(block) = splitter.next_block(&Two, most).unwrap() {
             n_lines += block.n_blank;
-            for Record { start, end, line, shape } in block.records {
+            for CsvRecord { start, end, line, shape } in block.records {
                 n_lines += 1;
                 let text = &block.bytes[start..end];
                 let fields = match shape {
-                    Shape::Wrong { field, problem } => Err((field, problem)),
-                    Shape::Plain => Ok(text.split(|byte| *byte == b',').map(<[u8]>::to_vec).collect()),
-                    Shape::Quoted => {
+                    RecordShape::Wrong { field, problem } => Err((field, problem)),
+                    RecordShape::Plain => Ok(text.split(|byte| *byte == b',').map(<[u8]>::to_vec).collect()),
+                    RecordShape::Quoted => {
                         let (fields, n_breaks) = quoted_fields(text);
                         n_lines += n_breaks;
                         Ok(fields.into_iter().map(Cow::into_owned).collect::<Vec<_>>())
@@ -539,8 +544,8 @@ mod tests {
             assert!(block.bytes.len() <= LINE + BLOCK);
             lines.extend(block.records.into_iter().map(|record| (record.line, record.shape)));
         }
-        let wrong = Shape::Wrong { field: 0, problem: LONG_LINE };
-        assert_eq!(lines, [(1, wrong), (2, Shape::Plain)]);
+        let wrong = RecordShape::Wrong { field: 0, problem: LONG_LINE };
+        assert_eq!(lines, [(1, wrong), (2, RecordShape::Plain)]);
         assert_eq!(splitter.n_lines(), 2);
     }
 

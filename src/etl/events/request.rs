@@ -1,25 +1,25 @@
-//! The events of a table in memory: a request's.
+//! Reads the events of a table in memory, which is an inference request.
 
 use std::path::Path;
 
 use polars::prelude::*;
 use rayon::prelude::*;
 
-use super::cells::{Fault, MISSING, check_price, read_int, read_price, read_time};
+use super::cells::{CellError, MISSING, check_price, read_int, read_price, read_time};
 use super::table::Table;
-use super::{BadRows, Batch, Cells, RowCounts, columns_at_once, listed, missing_column};
+use super::{BadRows, Cells, EventBatch, RowCounts, columns_at_once, listed, missing_column};
 use crate::error::Error;
 use crate::schema::event;
 use crate::time::EventTime;
 use crate::vocab::Coded;
 
-/// Drops the rows without a session and reads the cells of the others.
+/// Reads the cells, and drops the rows without a session.
 pub(crate) fn clean(
     frame: &DataFrame,
     path: &Path,
     bad_rows: BadRows,
     counts: &mut RowCounts,
-) -> Result<Batch, Error> {
+) -> Result<EventBatch, Error> {
     let found: Vec<&str> = frame.get_column_names().into_iter().map(|name| name.as_str()).collect();
     if let Some(column) = missing_column(&found) {
         let found = format!("it has {}", listed(&found));
@@ -28,19 +28,19 @@ pub(crate) fn clean(
     read_cells(Frame { frame, path })?.clean(path, bad_rows, counts)
 }
 
-/// Faults and the rows that have them.
-type Faults = Vec<(usize, Fault)>;
+/// Errors, each with the index of its row.
+type CellErrors = Vec<(usize, CellError)>;
 
 fn read_cells(table: Frame<'_>) -> Result<Table, Error> {
     let cells = |column: &Coded| match column {
-        _ if table.frame.column(column.name()).is_err() => Ok((None, Faults::new())),
+        _ if table.frame.column(column.name()).is_err() => Ok((None, CellErrors::new())),
         Coded::Product => {
             table.ints(column.name(), true).map(|(ints, faults)| (Some(Cells::Int(ints)), faults))
         }
         _ if column.is_int() => {
             table.ints(column.name(), false).map(|(ints, faults)| (Some(Cells::Int(ints)), faults))
         }
-        _ => table.text(column.name()).map(|cells| (Some(cells), Faults::new())),
+        _ => table.text(column.name()).map(|cells| (Some(cells), CellErrors::new())),
     };
     let at_once = columns_at_once(table.frame.height());
     let all = || Coded::ALL.par_iter().with_min_len(at_once).map(cells).collect::<Result<Vec<_>, _>>();
@@ -50,7 +50,7 @@ fn read_cells(table: Frame<'_>) -> Result<Table, Error> {
     };
     let ((time, mut faults), (price, price_faults), cells) = (time?, price?, cells?);
     faults.extend(price_faults);
-    let mut batch = Batch { time, price, ..Batch::default() };
+    let mut batch = EventBatch { time, price, ..EventBatch::default() };
     for (place, (column, column_faults)) in batch.cells.iter_mut().zip(cells) {
         *place = column;
         faults.extend(column_faults);
@@ -58,7 +58,7 @@ fn read_cells(table: Frame<'_>) -> Result<Table, Error> {
     Ok(Table { batch, faults })
 }
 
-/// Columns of text, or of types of their own.
+/// Columns of text, or of the types of their values.
 #[derive(Clone, Copy)]
 struct Frame<'a> {
     frame: &'a DataFrame,
@@ -66,7 +66,7 @@ struct Frame<'a> {
 }
 
 impl Frame<'_> {
-    /// The values that `read` gets out of a column; `None` is a column of another type.
+    /// Applies `read` to a column; `None` refuses the column's type.
     fn typed<T>(
         self,
         name: &'static str,
@@ -92,15 +92,15 @@ impl Frame<'_> {
         })
     }
 
-    fn ints(self, name: &'static str, required: bool) -> Result<(Vec<Option<i64>>, Faults), Error> {
-        let mut faults = Faults::new();
+    fn ints(self, name: &'static str, required: bool) -> Result<(Vec<Option<i64>>, CellErrors), Error> {
+        let mut faults = CellErrors::new();
         let values = self.typed(name, "an integer", |column| match column.dtype() {
             DataType::String => {
                 let cells = column.str()?.iter().enumerate().map(|(row, cell)| match cell {
                     None | Some("") => None,
-                    Some(cell) => {
-                        read_int(cell).map_err(|problem| faults.push((row, Fault::new(name, problem)))).ok()
-                    }
+                    Some(cell) => read_int(cell)
+                        .map_err(|problem| faults.push((row, CellError::new(name, problem))))
+                        .ok(),
                 });
                 Ok(Some(cells.collect::<Vec<_>>()))
             }
@@ -111,14 +111,14 @@ impl Frame<'_> {
         })?;
         if required {
             let missing = values.iter().enumerate().filter(|(_, value)| value.is_none());
-            faults.extend(missing.map(|(row, _)| (row, Fault::new(name, MISSING))));
-            // A cell that cannot be read is null, too: its own fault comes first.
+            faults.extend(missing.map(|(row, _)| (row, CellError::new(name, MISSING))));
+            // An unreadable cell is null too; the error about its content comes first.
             faults.sort_by_key(|(row, _)| *row);
         }
         Ok((values, faults))
     }
 
-    fn times(self) -> Result<(Vec<EventTime>, Faults), Error> {
+    fn times(self) -> Result<(Vec<EventTime>, CellErrors), Error> {
         self.typed(event::TIME, "text or a datetime", |column| match column.dtype() {
             DataType::String => Ok(Some(checked(column.str()?.iter(), event::TIME, read_time))),
             DataType::Datetime(unit, _) => {
@@ -135,7 +135,7 @@ impl Frame<'_> {
         })
     }
 
-    fn prices(self) -> Result<(Vec<f64>, Faults), Error> {
+    fn prices(self) -> Result<(Vec<f64>, CellErrors), Error> {
         self.typed(event::PRICE, "a number", |column| match column.dtype() {
             DataType::String => Ok(Some(checked(column.str()?.iter(), event::PRICE, read_price))),
             dtype if dtype.is_primitive_numeric() || dtype.is_null() => {
@@ -147,16 +147,16 @@ impl Frame<'_> {
     }
 }
 
-/// Reads every cell of a column that allows no null, and notes those that cannot be read.
+/// Reads the cells of a column without null, and collects the errors.
 fn checked<T: Default, C>(
     cells: impl Iterator<Item = Option<C>>,
     name: &str,
     read: impl Fn(C) -> Result<T, String>,
-) -> (Vec<T>, Faults) {
-    let mut faults = Faults::new();
+) -> (Vec<T>, CellErrors) {
+    let mut faults = CellErrors::new();
     let values = cells.enumerate().map(|(row, cell)| {
         cell.map_or_else(|| Err(MISSING.into()), &read).unwrap_or_else(|problem| {
-            faults.push((row, Fault::new(name, problem)));
+            faults.push((row, CellError::new(name, problem)));
             T::default()
         })
     });

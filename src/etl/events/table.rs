@@ -1,23 +1,23 @@
-//! A table of typed columns to a batch.
+//! Drops rows of a table that cannot be used.
 
 use std::path::Path;
 
-use super::cells::{Fault, Texts};
-use super::{BadRows, Batch, Cells, RowCounts};
+use super::cells::{CellError, Texts};
+use super::{BadRows, Cells, EventBatch, RowCounts};
 use crate::error::Error;
 use crate::vocab::Coded;
 
-/// The cells of some rows of which some may be bad or without a session.
+/// Cells of rows, some of which may be bad or without a session.
 #[derive(Debug, Default)]
 pub(super) struct Table {
-    pub batch: Batch,
-    /// By row; cells with a fault hold a default.
-    pub faults: Vec<(usize, Fault)>,
+    pub batch: EventBatch,
+    /// With the index of the row; such a cell holds a default value.
+    pub faults: Vec<(usize, CellError)>,
 }
 
 impl Table {
-    /// Drops the rows without a session and, if they are to be skipped, the bad ones.
-    pub fn clean(self, path: &Path, bad_rows: BadRows, counts: &mut RowCounts) -> Result<Batch, Error> {
+    /// Drops the rows without a session. Bad rows are dropped or refused.
+    pub fn clean(self, path: &Path, bad_rows: BadRows, counts: &mut RowCounts) -> Result<EventBatch, Error> {
         let Self { mut batch, faults } = self;
         let n_rows = batch.time.len();
         let first_row = counts.read + 1;
@@ -32,14 +32,14 @@ impl Table {
         let bad = faults.into_iter().filter(|(row, _)| keep[*row]);
         match bad_rows {
             BadRows::Refuse => {
-                if let Some((row, Fault { column, problem })) = bad.min_by_key(|(row, _)| *row) {
+                if let Some((row, CellError { column, problem })) = bad.min_by_key(|(row, _)| *row) {
                     let number = first_row + row as u64;
                     return Err(Error::BadRow { path: path.into(), place: "row", number, column, problem });
                 }
             }
             BadRows::Skip => {
                 let mut bad: Vec<usize> = bad.map(|(row, _)| row).collect();
-                // A row may have several faults.
+                // A row may have several bad cells.
                 bad.sort_unstable();
                 bad.dedup();
                 counts.bad += bad.len() as u64;
@@ -53,7 +53,7 @@ impl Table {
     }
 }
 
-impl Batch {
+impl EventBatch {
     fn filter(self, keep: &[bool]) -> Self {
         fn kept<T>(values: Vec<T>, keep: &[bool]) -> Vec<T> {
             values.into_iter().zip(keep).filter(|(_, keep)| **keep).map(|(value, _)| value).collect()

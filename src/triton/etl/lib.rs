@@ -1,14 +1,14 @@
-//! `libtriton_bireme.so`: the backend of Triton Inference Server that turns the events of a request into the inputs of
-//! a model, by the transforms that the model was trained with.
+//! `libtriton_bireme.so`: the backend of Triton Inference Server that turns the events of a request
+//! into the inputs of a model, with the transforms of the model's training data.
 //!
-//! A model of it is a version folder that [`Preprocessor::save`] wrote, and a `config.pbtxt` with `backend: "bireme"`
-//! and `max_batch_size: 0`, because the events of a request make fewer sessions than there are rows. The library lies
-//! in the model's folder, or with the server's other backends.
+//! A model consists of a version folder that [`Preprocessor::save`] wrote, and a `config.pbtxt`
+//! with `backend: "bireme"` and `max_batch_size: 0`, because a request has fewer sessions than rows
+//! of events. The library lies in the model's folder, or with the server's other backends.
 
 use std::error::Error;
 
 use bireme_etl::serving::Preprocessor;
-use bireme_etl::tensor::Tensor;
+use bireme_protocol::Tensor;
 use bireme_triton::{Backend, ModelFiles, Request, export_backend};
 
 struct Events(Preprocessor);

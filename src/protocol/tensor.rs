@@ -1,134 +1,41 @@
-//! Named tensors as the KServe v2 protocol carries them: row-major, little endian, texts with their lengths in front.
+//! Named tensors as the KServe v2 protocol carries them: row-major and little endian; each text is
+//! preceded by its length.
 
-use std::fmt;
+use crate::data_type::DataType;
 
-/// The element type of a [`Tensor`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum DataType {
-    Bool,
-    Uint8,
-    Uint16,
-    Uint32,
-    Uint64,
-    Int8,
-    Int16,
-    Int32,
-    Int64,
-    Fp16,
-    Bf16,
-    Fp32,
-    Fp64,
-    Bytes,
-}
-
-impl DataType {
-    /// All of them.
-    pub const ALL: [Self; 14] = [
-        Self::Bool,
-        Self::Uint8,
-        Self::Uint16,
-        Self::Uint32,
-        Self::Uint64,
-        Self::Int8,
-        Self::Int16,
-        Self::Int32,
-        Self::Int64,
-        Self::Fp16,
-        Self::Bf16,
-        Self::Fp32,
-        Self::Fp64,
-        Self::Bytes,
-    ];
-
-    /// Its name in the protocol.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bool => "BOOL",
-            Self::Uint8 => "UINT8",
-            Self::Uint16 => "UINT16",
-            Self::Uint32 => "UINT32",
-            Self::Uint64 => "UINT64",
-            Self::Int8 => "INT8",
-            Self::Int16 => "INT16",
-            Self::Int32 => "INT32",
-            Self::Int64 => "INT64",
-            Self::Fp16 => "FP16",
-            Self::Bf16 => "BF16",
-            Self::Fp32 => "FP32",
-            Self::Fp64 => "FP64",
-            Self::Bytes => "BYTES",
-        }
-    }
-
-    /// The type of a name.
-    pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|datatype| datatype.name() == name)
-    }
-
-    /// All names, for messages.
-    pub fn names() -> String {
-        Self::ALL.map(Self::name).join(", ")
-    }
-
-    /// Bytes of an element; none for [`DataType::Bytes`], whose elements differ.
-    pub fn size(self) -> Option<usize> {
-        match self {
-            Self::Bool | Self::Uint8 | Self::Int8 => Some(1),
-            Self::Uint16 | Self::Int16 | Self::Fp16 | Self::Bf16 => Some(2),
-            Self::Uint32 | Self::Int32 | Self::Fp32 => Some(4),
-            Self::Uint64 | Self::Int64 | Self::Fp64 => Some(8),
-            Self::Bytes => None,
-        }
-    }
-}
-
-impl fmt::Display for DataType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// A tensor that lies elsewhere.
+/// A borrowed [`Tensor`].
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
-    /// Its name.
     pub name: &'a str,
-    /// Of its elements.
     pub datatype: DataType,
-    /// Sizes, the outermost first.
     pub shape: &'a [i64],
-    /// Its elements.
     pub data: &'a [u8],
 }
 
-/// A tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tensor {
-    /// Its name.
     pub name: String,
-    /// Of its elements.
     pub datatype: DataType,
     /// Sizes, the outermost first.
     pub shape: Vec<i64>,
-    /// Its elements.
+    /// The elements, one after the other.
     pub data: Vec<u8>,
 }
 
 impl Tensor {
-    /// Of int64.
+    /// An INT64 tensor.
     pub fn ints(name: &str, shape: &[i64], values: impl IntoIterator<Item = i64>) -> Self {
         let data = values.into_iter().flat_map(i64::to_le_bytes).collect();
         Self { name: name.to_owned(), datatype: DataType::Int64, shape: shape.to_vec(), data }
     }
 
-    /// Of float32.
+    /// An FP32 tensor.
     pub fn floats(name: &str, shape: &[i64], values: impl IntoIterator<Item = f32>) -> Self {
         let data = values.into_iter().flat_map(f32::to_le_bytes).collect();
         Self { name: name.to_owned(), datatype: DataType::Fp32, shape: shape.to_vec(), data }
     }
 
-    /// Of texts.
+    /// A BYTES tensor.
     pub fn texts<'t>(name: &str, shape: &[i64], texts: impl IntoIterator<Item = &'t str>) -> Self {
         let mut data = Vec::new();
         for text in texts {
@@ -138,17 +45,17 @@ impl Tensor {
         Self { name: name.to_owned(), datatype: DataType::Bytes, shape: shape.to_vec(), data }
     }
 
-    /// The same, borrowed.
     pub fn view(&self) -> TensorView<'_> {
-        TensorView { name: &self.name, datatype: self.datatype, shape: &self.shape, data: &self.data }
+        let Self { name, datatype, shape, data } = self;
+        TensorView { name, datatype: *datatype, shape, data }
     }
 }
 
 impl<'a> TensorView<'a> {
-    /// How many elements the shape says there are.
+    /// The number of elements by the shape.
     ///
     /// # Errors
-    /// A negative size, or more elements than can be counted.
+    /// A negative size, or a product that overflows.
     pub fn n_elements(&self) -> Result<usize, String> {
         let Self { name, shape, .. } = self;
         if let Some(number) = shape.iter().position(|&size| size < 0) {
@@ -158,10 +65,10 @@ impl<'a> TensorView<'a> {
         product.ok_or_else(|| format!("input `{name}` has the shape {shape:?}: too many elements to count"))
     }
 
-    /// Checks that there are as many elements as the shape says.
+    /// Checks that the data holds as many elements as the shape requires.
     ///
     /// # Errors
-    /// Too few or too many bytes, or texts whose lengths do not add up.
+    /// Too few or too many bytes, or lengths of texts that do not add up.
     pub fn check(&self) -> Result<(), String> {
         let n = self.n_elements()?;
         let Some(size) = self.datatype.size() else { return self.split_texts().map(drop) };
@@ -169,78 +76,67 @@ impl<'a> TensorView<'a> {
             return Ok(());
         }
         let Self { name, datatype, shape, data } = self;
-        let holds = match data.len() % size {
-            0 => format!("{} elements", data.len() / size),
-            _ => format!("{} bytes", data.len()),
+        let holds = if data.len() % size == 0 {
+            format!("{} elements", data.len() / size)
+        } else {
+            format!("{} bytes", data.len())
         };
         Err(format!("input `{name}` of shape {shape:?} must hold {n} elements of {datatype}, not {holds}"))
     }
 
-    /// Elements of a type of `N` bytes, which was checked to be the tensor's.
-    fn elements<const N: usize>(&self) -> impl Iterator<Item = [u8; N]> + use<'a, N> {
-        self.data.chunks_exact(N).map(|bytes| bytes.try_into().expect("chunks of N bytes"))
-    }
-
-    fn expect(&self, datatype: DataType) -> Result<(), String> {
-        if self.datatype != datatype {
-            return Err(format!("input `{}` must be of type {datatype}, not {}", self.name, self.datatype));
+    fn check_type(&self, datatype: DataType) -> Result<(), String> {
+        if self.datatype == datatype {
+            return Ok(());
         }
-        self.check()
+        Err(format!("input `{}` must be of type {datatype}, not {}", self.name, self.datatype))
     }
 
-    /// Elements of an INT64 tensor.
+    /// The elements of a tensor that must be of the type `datatype`, of `N` bytes each.
+    fn numbers<T, const N: usize>(
+        &self,
+        datatype: DataType,
+        from_bytes: fn([u8; N]) -> T,
+    ) -> Result<Vec<T>, String> {
+        self.check_type(datatype)?;
+        self.check()?;
+        let (elements, _) = self.data.as_chunks();
+        Ok(elements.iter().map(|&bytes| from_bytes(bytes)).collect())
+    }
+
+    /// The elements of an INT64 tensor.
     ///
     /// # Errors
-    /// Another type, or see [`TensorView::check`].
+    /// Another type, or data that [`TensorView::check`] refuses.
     pub fn i64s(&self) -> Result<Vec<i64>, String> {
-        self.expect(DataType::Int64)?;
-        Ok(self.elements().map(i64::from_le_bytes).collect())
+        self.numbers(DataType::Int64, i64::from_le_bytes)
     }
 
-    /// Elements of an INT32 tensor.
-    ///
-    /// # Errors
-    /// Another type, or see [`TensorView::check`].
+    /// The elements of an INT32 tensor. Errors as [`TensorView::i64s`].
     pub fn i32s(&self) -> Result<Vec<i32>, String> {
-        self.expect(DataType::Int32)?;
-        Ok(self.elements().map(i32::from_le_bytes).collect())
+        self.numbers(DataType::Int32, i32::from_le_bytes)
     }
 
-    /// Elements of an FP64 tensor.
-    ///
-    /// # Errors
-    /// Another type, or see [`TensorView::check`].
+    /// The elements of an FP64 tensor. Errors as [`TensorView::i64s`].
     pub fn f64s(&self) -> Result<Vec<f64>, String> {
-        self.expect(DataType::Fp64)?;
-        Ok(self.elements().map(f64::from_le_bytes).collect())
+        self.numbers(DataType::Fp64, f64::from_le_bytes)
     }
 
-    /// Elements of an FP32 tensor.
-    ///
-    /// # Errors
-    /// Another type, or see [`TensorView::check`].
+    /// The elements of an FP32 tensor. Errors as [`TensorView::i64s`].
     pub fn f32s(&self) -> Result<Vec<f32>, String> {
-        self.expect(DataType::Fp32)?;
-        Ok(self.elements().map(f32::from_le_bytes).collect())
+        self.numbers(DataType::Fp32, f32::from_le_bytes)
     }
 
-    /// Elements of a BOOL tensor.
-    ///
-    /// # Errors
-    /// Another type, or see [`TensorView::check`].
+    /// The elements of a BOOL tensor. Errors as [`TensorView::i64s`].
     pub fn bools(&self) -> Result<Vec<bool>, String> {
-        self.expect(DataType::Bool)?;
-        Ok(self.data.iter().map(|&byte| byte != 0).collect())
+        self.numbers(DataType::Bool, |[byte]| byte != 0)
     }
 
-    /// Elements of a BYTES tensor.
+    /// The elements of a BYTES tensor.
     ///
     /// # Errors
     /// Another type, lengths that do not add up, or bytes that are not UTF-8.
     pub fn texts(&self) -> Result<Vec<&'a str>, String> {
-        if self.datatype != DataType::Bytes {
-            return self.expect(DataType::Bytes).map(|()| Vec::new());
-        }
+        self.check_type(DataType::Bytes)?;
         let text = |(number, bytes)| {
             std::str::from_utf8(bytes)
                 .map_err(|_| format!("input `{}`, element {number}: not UTF-8", self.name))
@@ -250,7 +146,8 @@ impl<'a> TensorView<'a> {
 
     fn split_texts(&self) -> Result<Vec<&'a [u8]>, String> {
         let n = self.n_elements()?;
-        // Every element takes at least the bytes of its length, so that no shape alone takes memory.
+        // Every text takes at least the 4 bytes of its length: a shape without data allocates
+        // nothing.
         let mut texts = Vec::with_capacity(n.min(self.data.len() / 4));
         let mut rest = self.data;
         let take = |rest: &mut &'a [u8], n: usize| {
@@ -269,7 +166,7 @@ impl<'a> TensorView<'a> {
             })?);
         }
         if !rest.is_empty() {
-            return Err(format!("input `{}` has {} bytes behind its {n} elements", self.name, rest.len()));
+            return Err(format!("input `{}` has {} bytes after its {n} elements", self.name, rest.len()));
         }
         Ok(texts)
     }
@@ -286,17 +183,17 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_lie_are_refused() {
+    fn wrong_lengths_are_refused() {
         let good = Tensor::texts("t", &[2], ["ab", "c"]);
-        let faults: [(&[i64], Vec<u8>, &str); 6] = [
+        let cases: [(&[i64], Vec<u8>, &str); 6] = [
             (&[2], good.data[..10].to_vec(), "element 1: its length goes past the end"),
             (&[3], good.data.clone(), "element 2: its length goes past the end"),
-            (&[1], good.data.clone(), "5 bytes behind its 1 elements"),
+            (&[1], good.data.clone(), "5 bytes after its 1 elements"),
             (&[1], vec![0xff, 0xff, 0xff, 0xff, 0], "element 0: its length goes past the end"),
             (&[-1], good.data.clone(), "has the shape [-1]: dimension 0 is negative"),
             (&[i64::MAX, 4], good.data.clone(), "too many elements"),
         ];
-        for (shape, data, message) in faults {
+        for (shape, data, message) in cases {
             let tensor = Tensor { shape: shape.to_vec(), data, ..good.clone() };
             let error = tensor.view().texts().unwrap_err();
             assert!(error.contains(message), "{error}");

@@ -1,36 +1,31 @@
-//! Why a request is not answered as it wishes.
+//! Errors that clients of the server receive.
 
 use std::fmt;
 
 use bireme_base::message::single_line;
 
-/// Kinds of faults, each with a status of HTTP and of gRPC.
+/// Each kind has a status of HTTP and one of gRPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// The request makes no sense.
+pub enum RequestErrorKind {
     Invalid,
-    /// The API key is missing or wrong.
     Unauthorized,
-    /// There is no such model, version or page.
+    /// The model, the version or the endpoint does not exist.
     NotFound,
-    /// The body is longer than allowed.
+    /// The body, or the response to it, is larger than allowed.
     TooLarge,
-    /// The body is compressed in a way that this server does not read.
+    /// The body has a compression that this server does not read.
     Encoding,
-    /// This server cannot do that.
+    /// The server does not implement it.
     Unsupported,
-    /// More requests are waiting than allowed: try again.
+    /// Too many requests: try again later.
     Full,
-    /// The server is ending, or the model is gone.
+    /// The server is ending, or the model was unloaded.
     Unavailable,
-    /// It took longer than allowed.
     Timeout,
-    /// The server's own fault.
     Internal,
 }
 
-impl Kind {
-    /// All of them.
+impl RequestErrorKind {
     pub const ALL: [Self; 10] = [
         Self::Invalid,
         Self::Unauthorized,
@@ -44,7 +39,6 @@ impl Kind {
         Self::Internal,
     ];
 
-    /// The status code of HTTP.
     pub fn http(self) -> u16 {
         match self {
             Self::Invalid => 400,
@@ -59,7 +53,6 @@ impl Kind {
         }
     }
 
-    /// The status code of gRPC.
     pub fn grpc(self) -> tonic::Code {
         match self {
             Self::Invalid => tonic::Code::InvalidArgument,
@@ -73,7 +66,7 @@ impl Kind {
         }
     }
 
-    /// A word for logs and metrics.
+    /// The name in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Invalid => "invalid",
@@ -90,37 +83,32 @@ impl Kind {
     }
 }
 
-/// A kind and one line for whoever asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub struct Fault {
-    /// What kind of fault.
-    pub kind: Kind,
-    /// One line.
+pub struct RequestError {
+    pub kind: RequestErrorKind,
+    /// One line for the client.
     pub message: String,
 }
 
-impl Fault {
-    /// A fault of a kind.
-    pub fn new(kind: Kind, message: impl fmt::Display) -> Self {
-        // Messages of libraries may bring their stack along.
+impl RequestError {
+    pub fn new(kind: RequestErrorKind, message: impl fmt::Display) -> Self {
+        // Only the first line: messages of libtorch contain a stack trace.
         let message = message.to_string();
         Self { kind, message: single_line(message.lines().next().unwrap_or_default()) }
     }
 
-    /// The request makes no sense.
     pub fn invalid(message: impl fmt::Display) -> Self {
-        Self::new(Kind::Invalid, message)
+        Self::new(RequestErrorKind::Invalid, message)
     }
 
-    /// The server's own fault.
     pub fn internal(message: impl fmt::Display) -> Self {
-        Self::new(Kind::Internal, message)
+        Self::new(RequestErrorKind::Internal, message)
     }
 }
 
-impl From<Fault> for tonic::Status {
-    fn from(Fault { kind, message }: Fault) -> Self {
+impl From<RequestError> for tonic::Status {
+    fn from(RequestError { kind, message }: RequestError) -> Self {
         Self::new(kind.grpc(), message)
     }
 }
