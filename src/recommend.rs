@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bireme_base::output::OutputError;
+use bireme_protocol::Tensor;
 use bireme_serve::RequestError;
 use bireme_serve::repository::{Compute, Repository, RepositoryError};
 use bireme_serve::request::InferRequest;

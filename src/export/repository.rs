@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use bireme_protocol::DataType;
 use bireme_serve::protocol::model_config::SchedulingChoice;
 use bireme_serve::protocol::model_ensembling::Step;
 use bireme_serve::protocol::model_instance_group::Kind;
@@ -19,7 +20,6 @@ use bireme_serve::protocol::{
 
 use super::script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
 use crate::etl::serving::{INPUTS, Preprocessor, SESSION};
-use bireme_protocol::DataType;
 
 /// The names of the four models in the repository.
 #[derive(Clone, Debug)]

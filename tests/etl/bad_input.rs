@@ -1,4 +1,5 @@
-//! Bad input gets one message that says where, exit code 2, and leaves nothing behind.
+//! Bad input is refused with one message that names the place and exit code 2, and leaves nothing
+//! behind.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +10,7 @@ use crate::support::{HEADER, bytes, rows, run, scratch};
 
 const GOOD: &str = "2020-01-01 00:00:00 UTC,view,1,10,a.b,acme,1.5,7,s1\n2020-01-01 00:00:01 UTC,view,2,10,a.b,acme,2.5,7,s1\n";
 
-/// What is in a folder beside the events.
+/// The entries of a folder beside the events.
 fn left_behind(dir: &Path) -> Vec<String> {
     let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| !name.starts_with("events.")).collect()
@@ -49,7 +50,7 @@ fn a_bad_cell_is_named_with_line_and_column() {
         ),
     ];
     for (row, column, problem) in cases {
-        // In the middle, with Windows' line ends, and at the end without a line end.
+        // In the middle, with CRLF, and at the end without a line end.
         let csv = format!("{HEADER}\n{GOOD}{row}\n{GOOD}");
         for csv in [csv.clone(), csv.replace('\n', "\r\n"), format!("{HEADER}\n{GOOD}{row}")] {
             let text = refused(&csv);
@@ -79,7 +80,7 @@ fn quoted_separators_do_not_hide_a_short_row() {
     assert!(text.contains("line 7, column `user_session`: the row has 8 fields instead of 9"), "{text}");
 }
 
-/// Rows of one product each, a second apart, with these texts in the column `brand` as they are.
+/// Rows of one product each, a second apart, with these texts verbatim in the column `brand`.
 fn with_brands(brands: &[&str]) -> String {
     let rows = brands.iter().enumerate().map(|(i, brand)| {
         format!("2020-01-01 00:00:{:02} UTC,view,{},10,,{brand},1.5,7,s{}\n", i % 60, i + 1, i / 2)
@@ -87,7 +88,7 @@ fn with_brands(brands: &[&str]) -> String {
     format!("{HEADER}\n") + &rows.collect::<String>()
 }
 
-/// Reads with bad rows left out: the line of the first one, and how many rows were read and left
+/// Reads with bad rows left out: the line of the first one, and the numbers of rows read and left
 /// out.
 fn skipped(csv: &str) -> (Option<u64>, u64, u64) {
     let refused = run(scratch().path(), csv, |options| options.settings.min_length = 1);
@@ -115,7 +116,7 @@ fn a_wrong_quote_costs_its_own_line_and_no_other() {
     );
     assert_eq!(skipped(&csv), (Some(101), 300, 2));
     let cases: &[(&[&str], u64)] = &[
-        // A quote that opens a field and is closed by that of a later row, by none, and at once.
+        // A quote that opens a field and is closed by one of a later row, by none, and at once.
         (&["\"24 inch", "a", "b", "24\""], 1),
         (&["\"24 inch", "24\""], 1),
         (&["\"24 inch", "\"24 inch", "a"], 2),
@@ -125,7 +126,7 @@ fn a_wrong_quote_costs_its_own_line_and_no_other() {
         (&["a", "\"b\"c"], 1),
         (&["a", "\"b\" ", "c"], 1),
         (&["a", "\"b,c\"\"", "c", "d"], 1),
-        // Not wrong.
+        // Valid quotes.
         (&["24\" tv", "a \"b\"", "24\"", "\"\"", "\"a \"\"b\"\"\"", "\"a,b\""], 0),
         (&["\"two\nlines\"", "\"a\n\nb,,,,,,,,\n\"", "a"], 0),
     ];
@@ -383,7 +384,7 @@ fn sessions_that_are_there_are_kept_unless_told_otherwise() {
     let before = bytes(&dir.path().join("out"));
     let error = run(dir.path(), &csv, |_| {}).unwrap_err();
     assert!(matches!(error, Error::OutputExists { .. }) && error.exit_code() == 2, "{error}");
-    // A failure on the way leaves them as they were, too.
+    // A failure during the work leaves them unchanged, too.
     let broken = format!("{csv}never,view,9,10,,,1,7,s1\n");
     run(dir.path(), &broken, |options| options.overwrite = true).unwrap_err();
     assert!(bytes(&dir.path().join("out")) == before);
@@ -392,7 +393,7 @@ fn sessions_that_are_there_are_kept_unless_told_otherwise() {
     assert_eq!(rows(&dir.path().join("out")).len(), 2);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 
-    // An empty folder is as good as none; one with something else in it is never replaced.
+    // An empty folder may be used; one with other contents is never replaced.
     let other = scratch();
     fs::create_dir(other.path().join("out")).unwrap();
     run(other.path(), &csv, |_| {}).unwrap();
@@ -403,7 +404,7 @@ fn sessions_that_are_there_are_kept_unless_told_otherwise() {
     assert!(matches!(error, Error::OutputExists { .. }), "{error}");
 }
 
-/// Spoils the options.
+/// Makes the options invalid.
 type Change = fn(&mut PreprocessOptions);
 
 #[test]
@@ -436,7 +437,7 @@ fn missing_parents_of_the_output_come_with_it_and_only_with_it() {
 
 #[test]
 fn an_output_that_cannot_be_written_is_refused() {
-    // Nobody may make folders there, the superuser included.
+    // Not even the superuser can create folders there.
     let out = Path::new("/proc/bireme-test");
     if !Path::new("/proc").is_dir() {
         println!("skipped: there is no /proc here");

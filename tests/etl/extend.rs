@@ -1,4 +1,5 @@
-//! Later days are added to a fitted workflow: what was there stays, and what is new follows.
+//! `--extend` adds later days to a fitted workflow: existing ids and statistics stay, and new
+//! values get the next ids.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,7 +54,7 @@ fn ids_and_statistics_stay_and_new_values_follow() {
             assert_eq!(old.value(id), new.value(id), "{column:?}");
             assert!(old.count(id) <= new.count(id), "{column:?}");
         }
-        // New ones by how often they were seen, then by value.
+        // New values by descending count, then by value.
         let added: Vec<_> = (old.cardinality() as u32..new.cardinality() as u32)
             .map(|id| (std::cmp::Reverse(new.count(id).unwrap()), new.value(id).unwrap()))
             .collect();
@@ -103,7 +104,7 @@ fn sessions_that_are_there_are_left_out_and_nothing_new_is_refused() {
     let error = run(dir.path(), &csv, |options| options.extend = true).unwrap_err();
     assert!(matches!(&error, Error::Nothing(text) if text.contains("begins after day 10")), "{error}");
     assert!(bytes(&dir.path().join("out")) == a);
-    // Of a day that is closed, and not there: told, not added.
+    // A session of an existing day that the folder lacks is reported, not added.
     let late = "2019-10-02 10:00:00 UTC,view,1001,1,,,1.5,1,late\n2019-10-02 10:00:01 UTC,view,1002,1,,,1.5,1,late\n";
     let fresh = scratch();
     run(fresh.path(), &early, |_| {}).unwrap();

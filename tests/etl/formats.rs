@@ -1,4 +1,4 @@
-//! One shop, in every form in which it may come.
+//! One shop in every format that events may have.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -18,7 +18,7 @@ fn output(dir: &Path, events: Vec<PathBuf>) -> std::collections::BTreeMap<PathBu
     bytes(&options.out)
 }
 
-/// The shop, and what its plain file gives.
+/// The shop, and the output for its plain file.
 fn plain(dir: &Path) -> (String, std::collections::BTreeMap<PathBuf, Vec<u8>>) {
     let csv = shop(500);
     run(dir, &csv, |_| {}).unwrap();
@@ -46,7 +46,7 @@ fn several_files_with_columns_in_any_order_give_the_same() {
     for (i, rows) in rows.chunks(rows.len() / 3 + 1).enumerate() {
         let mut text = String::new();
         for row in std::iter::once(header).chain(rows) {
-            // The second file has its columns backwards and one more, and Windows' line ends.
+            // The second file has its columns in reverse order and one more, and CRLF.
             let mut row = row.clone();
             if i == 1 {
                 row.reverse();
@@ -137,7 +137,7 @@ fn a_header_alone_in_one_of_two_files_does_no_harm() {
     assert!(output(dir.path(), vec![empty, full]) == expected);
 }
 
-/// Writes a file and reads it; `Err` has the exit code and the text of the refusal.
+/// Writes a file and reads it; `Err` holds the exit code and the message.
 fn read(dir: &Path, name: &str, bytes: &[u8]) -> Result<u64, (u8, String)> {
     let path = dir.join(name);
     fs::write(&path, bytes).unwrap();
@@ -199,7 +199,7 @@ fn zstd_is_read_whatever_its_frames() {
     let n_rows = csv.lines().count() as u64 - 1;
     let (start, end) = csv.as_bytes().split_at(csv.len() / 2);
     let frames = [zstd::encode_all(start, 3).unwrap(), zstd::encode_all(end, 3).unwrap()];
-    // A frame that its readers skip, as pzstd writes it.
+    // A skippable frame, as pzstd writes it.
     let skipped = [0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4];
     let read = |bytes: &[u8]| read(dir.path(), "events.csv", bytes);
     assert_eq!(read(&frames.concat()), Ok(n_rows));

@@ -1,4 +1,4 @@
-//! Two hundred events come out as NVTabular 0.7 makes them.
+//! Two hundred events are encoded as by NVTabular 0.7.
 
 use std::path::Path;
 
@@ -108,7 +108,8 @@ fn check_vocabularies(workflow: &Workflow, golden: &Value) {
             assert_eq!(found, count.as_u64().unwrap(), "{} {id}", column.name());
         }
     }
-    // The original encodes sessions twice and breaks ties by its first code: here they are told by their ids.
+    // The original encodes sessions twice and breaks ties by the first code: here sessions are
+    // identified by their ids.
     let wanted = &golden["canonical_mappings"]["user_session"];
     let (values, counts) = (wanted["values"].as_array().unwrap(), wanted["count"].as_array().unwrap());
     let vocabulary = workflow.vocabulary(Coded::Session);

@@ -64,7 +64,7 @@ fn few_events_far_from_all_others_are_named() {
         ("9999-12-31 23:59:59", "days after all others: its `day_index` is 2914"),
         ("2021-10-01 00:00:00", "days after all others: its `day_index` is 731"),
     ] {
-        // Behind a row without a session, which is counted too.
+        // After a row without a session, which counts as a row too.
         let csv =
             format!("{HEADER}\n{ROWS}{}{time} UTC,view,1,7,,,1,1,bot\n{usual}", ROWS.replace(",s", ","));
         let warnings = warnings(&csv, |_| {});

@@ -1,7 +1,7 @@
-//! What `bireme-etl` promises, a module for each promise.
+//! The promises of `bireme-etl`, one module for each.
 //!
-//! Tests that need the shared data say `skipped: ...` and pass where it is absent: it lies in `../shared` beside
-//! the checkout, or where `BIREME_SHARED` says.
+//! Tests that need the shared data print `skipped: ...` and pass where it is absent. It is looked
+//! for in `../shared` beside the checkout, or in `BIREME_SHARED`.
 
 #![allow(clippy::print_stdout, reason = "a skipped test says so")]
 

@@ -12,7 +12,7 @@ use rayon::ThreadPoolBuilder;
 
 use crate::support::{HEADER, Random, bytes, rows, run, scratch};
 
-/// The products of sessions, as they are given.
+/// The products of each session in their order.
 fn products(out: &Path) -> Vec<Vec<i64>> {
     let mut rows = rows(out);
     rows.sort_by(|a, b| a.session.cmp(&b.session));

@@ -1,4 +1,4 @@
-//! Where sessions may be written, and what is there afterwards.
+//! The folders to which sessions may be written, and their contents afterwards.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -60,7 +60,7 @@ fn places_that_cannot_be_written_to_are_refused() {
         assert!(refused.to_string().contains(missing), "{refused}");
     }
     assert_eq!(names(dir.path()), ["events.csv", "file"]);
-    // The events are never moved away with the sessions that they lie among.
+    // Events in the same folder as the sessions are never moved.
     into(dir.path(), "data", |_| {}).unwrap();
     let events = dir.path().join("data/sessions_by_day/events.csv");
     fs::write(&events, format!("{HEADER}\n{ROWS}")).unwrap();

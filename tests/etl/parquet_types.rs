@@ -1,4 +1,4 @@
-//! Parquet files of every type that a column of events may have, and of those that it may not.
+//! Parquet files of every type that a column of events may have, and of types that it may not have.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -122,7 +122,7 @@ fn write(path: &Path, columns: &Columns, properties: WriterProperties) {
     writer.close().unwrap();
 }
 
-/// The events of a file, and the exit code and text of its refusal.
+/// The events of a file, or the exit code and message of its refusal.
 fn read(columns: &Columns, bad_rows: BadRows) -> Result<(Vec<RawEvent>, RowCounts), (u8, String)> {
     let dir = scratch();
     let path = dir.path().join("events.parquet");
@@ -318,7 +318,7 @@ fn other_types_are_refused_by_column_and_type_and_not_looked_at_beside() {
         let expected = format!("column `product_id`: an integer is needed, and the column holds {name}");
         assert!(text.ends_with(&expected), "{kind}: {text}");
         assert_eq!(code, 2);
-        // In a column of another name it does no harm.
+        // A column that is not used may have any type.
         let found = events(&with((kind, "colour", annotation, values)));
         assert_eq!(found, events(&good()), "{kind} {annotation}");
     }
@@ -363,7 +363,7 @@ fn every_codec_and_encoding_gives_the_same() {
     }
 }
 
-/// Reads a spoiled file, which must be refused in one line or read.
+/// Reads a damaged file, which must be refused in one line or read.
 fn survives(path: &Path) {
     let outcome = first_events(&[PathBuf::from(path)], 10, BadRows::Skip);
     if let Err(error) = outcome {

@@ -1,4 +1,5 @@
-//! Real files: days, sessions and catalogues agree with a count that shares no code with the crate.
+//! On real files, days, sessions and catalogues agree with a count that shares no code with the
+//! crate.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
@@ -10,14 +11,14 @@ use chrono::NaiveDateTime;
 
 use crate::support::{days, decoded, rows, scratch, shared};
 
-/// What a plain walk over a file finds.
+/// The result of an independent count of a file.
 struct Recount {
     n_rows: u64,
     n_repeats: u64,
     /// Sessions of two events or more, by day.
     sessions: BTreeMap<i64, BTreeSet<String>>,
     n_sessions: u64,
-    /// Distinct non-null values after the repeats have gone, by column, with their counts.
+    /// Distinct non-null values without repeats, by column, with their counts.
     values: HashMap<String, HashMap<String, u64>>,
     products_of: HashMap<String, Vec<i64>>,
 }

@@ -10,7 +10,7 @@ use polars::prelude::*;
 
 use crate::support::{HEADER, bytes, rows, run, scratch, shop, table_rows};
 
-/// A table of text, as it would come out of a CSV file.
+/// A table of text, as from a CSV file.
 fn table(csv: &str) -> DataFrame {
     let mut lines = csv.lines().map(|line| line.split(',').collect::<Vec<_>>());
     let header = lines.next().unwrap();
@@ -249,7 +249,7 @@ fn a_table_with_another_byte_is_refused() {
     assert_eq!(files.len(), 10);
     for (path, content) in files {
         let path = workflow.join(path);
-        // The middle of a table holds values, its end says where they are.
+        // The middle of a file holds values, its end the metadata.
         for place in [content.len() / 2, content.len() - 6] {
             let mut changed = content.clone();
             changed[place] ^= 4;

@@ -1,4 +1,4 @@
-//! Sessions are dealt to train, valid and test by their ids and the seed alone.
+//! Sessions are assigned to train, valid and test by their ids and the seed alone.
 
 use std::collections::BTreeMap;
 

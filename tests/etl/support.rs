@@ -1,4 +1,4 @@
-//! A small shop, and what was written of it, decoded.
+//! A small shop, and its output, decoded.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 pub const HEADER: &str =
     "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session";
 
-/// A file of the shared data, or a word that the test is skipped.
+/// A file of the shared data; prints that the test is skipped where it is absent.
 pub fn shared(path: &str) -> Option<PathBuf> {
     let beside = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
     let found = std::env::var_os("BIREME_SHARED").map_or_else(beside, PathBuf::from).join(path);
@@ -29,7 +29,7 @@ pub fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary folder")
 }
 
-/// Writes events and makes sessions of them in the same folder.
+/// Writes events and preprocesses them in the same folder.
 pub fn run(
     dir: &Path,
     csv: &str,
@@ -98,7 +98,7 @@ impl Random {
     }
 }
 
-/// A session as it was written, its ids decoded where that makes sense.
+/// A session of the output, with ids decoded where possible.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
     pub day_index: i64,
@@ -106,7 +106,7 @@ pub struct Row {
     pub session: String,
     pub count: i64,
     pub products: Vec<i64>,
-    /// By column name, ids as they are.
+    /// By column name, with ids not decoded.
     pub lists: BTreeMap<String, Vec<f64>>,
 }
 
@@ -125,7 +125,7 @@ pub fn rows(out: &Path) -> Vec<Row> {
     rows
 }
 
-/// The rows of a table, said to be in train of day 0.
+/// The rows of a table, as if in train of day 0.
 pub fn table_rows(table: &DataFrame, workflow: &Workflow) -> Vec<Row> {
     let ints =
         |name: &str| -> Vec<i64> { table.column(name).unwrap().i64().unwrap().into_no_null_iter().collect() };

@@ -18,7 +18,7 @@ use bireme_serve::{grpc, json};
 use prost::Message;
 use tempfile::TempDir;
 
-/// Days of a shop with three products.
+/// Three days of a shop with three products.
 const EVENTS: &str = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session
 2019-10-01 00:00:00 UTC,view,1003461,2053013555631882655,electronics.smartphone,xiaomi,489.07,520088904,aa
 2019-10-01 00:00:05 UTC,cart,1003462,2053013555631882655,,,1.5,520088904,aa
@@ -53,7 +53,7 @@ static PREPROCESSOR: LazyLock<Preprocessor> = LazyLock::new(|| {
     Preprocessor::new(workflow, settings)
 });
 
-/// What the server checks requests against.
+/// The configuration that requests are checked against.
 static CONFIG: LazyLock<ModelConfig> = LazyLock::new(|| {
     let input = INPUTS.iter().map(|of| ModelInput {
         name: of.name.into(),
@@ -65,14 +65,14 @@ static CONFIG: LazyLock<ModelConfig> = LazyLock::new(|| {
     ModelConfig { input: input.collect(), ..ModelConfig::default() }
 });
 
-/// In memory, where there is such a place: thousands of files a second are written.
+/// In memory where possible, because thousands of files are written per second.
 fn scratch() -> TempDir {
     let memory = Path::new("/dev/shm");
     let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
     dir.expect("a temporary folder")
 }
 
-/// A request over HTTP (with the length of its JSON in front) or gRPC, up to the model's inputs.
+/// A request over HTTP (with the length of its JSON before it) or gRPC, up to the model's inputs.
 pub fn request(bytes: &[u8]) {
     let read = match bytes {
         [0, rest @ ..] => json::read(rest, None).map(|asked| asked.request),
@@ -102,7 +102,8 @@ fn serve(preprocessor: &Preprocessor, request: &InferRequest) {
     }
 }
 
-/// Protobuf text: of a schema, and of a model's configuration. What is read is written such that it is read again.
+/// Protobuf text of a schema or a model's configuration. What was read must survive being written
+/// and read again.
 pub fn schema(bytes: &[u8]) {
     let dir = scratch();
     let path = dir.path().join("schema.pbtxt");
@@ -120,7 +121,7 @@ pub fn schema(bytes: &[u8]) {
     }
 }
 
-/// The files of a workflow; the first byte says which of them the rest takes the place of.
+/// A workflow with one file replaced; the first byte chooses the file.
 pub fn workflow(bytes: &[u8]) {
     let Some((number, bytes)) = bytes.split_first() else { return };
     let dir = scratch();
@@ -151,7 +152,7 @@ fn copy(from: &Path, to: &Path, files: &mut Vec<std::path::PathBuf>) {
     }
 }
 
-/// A file of events, as it is looked at first and as it is preprocessed.
+/// A file of events, read by `first_events` and by `preprocess`.
 pub fn events(bytes: &[u8]) {
     let dir = scratch();
     let path = dir.path().join("events.csv");

@@ -72,7 +72,7 @@ impl Exported {
         Self { shop, repository, cases }
     }
 
-    /// Has the client ask all that it can. Returns the line that sums up its random requests.
+    /// Runs all checks of the client. Returns its line about random requests.
     fn ask(&self, triton: &Path, server: &Server, key: &[&str]) -> String {
         let client = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/serving/client.py");
         let mut command = Command::new(triton.join("bin/python"));
@@ -83,7 +83,7 @@ impl Exported {
         random.unwrap().to_owned()
     }
 
-    /// Has the example for clients ask, and counts what it tells.
+    /// Runs the example client, and counts its lines.
     fn ask_for_names(&self, triton: &Path, server: &Server) {
         let mut command = Command::new(triton.join("bin/python"));
         command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/ask.py"));

@@ -1,10 +1,10 @@
 //! A shop that starts at events: preprocesses them, trains, exports and evaluates.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use bireme::etl::serving::{INPUTS, Input};
-use bireme::etl::tensor::DataType;
+use bireme::etl::serving::{INPUTS, RequestInput};
+use bireme_protocol::DataType;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -74,7 +74,7 @@ impl EventShop {
         let key = |event: &Event| (event["event_time"].clone(), event["user_session"].clone());
         events.sort_by_cached_key(key);
         events.truncate(n);
-        let column = |input: &Input| {
+        let column = |input: &RequestInput| {
             let cells = events.iter().map(|event| &event[input.name]);
             let values: Vec<Value> = match input.datatype {
                 DataType::Bytes => cells.map(|cell| cell.as_str().into()).collect(),
@@ -98,16 +98,25 @@ impl EventShop {
         self.run(&["train", "--config", &file, "--data", &data, "--run-dir", &run]).success();
     }
 
-    /// Exports run `name` to `repository`, with preprocessing in Python.
-    pub fn export(&self, name: &str, more: &[&str]) -> Finished {
-        self.export_with(name, &[&["--python-backend"], more].concat())
+    /// A placeholder for the library that preprocesses in Triton, which not every test run builds.
+    /// `bireme export` only copies it; `bireme serve` and `bireme recommend` preprocess themselves.
+    pub fn library(&self) -> PathBuf {
+        let path = PathBuf::from(self.path(bireme::export::LIBRARY));
+        fs::write(&path, "a placeholder").unwrap();
+        path
     }
 
     /// Exports run `name` to `repository`.
-    pub fn export_with(&self, name: &str, more: &[&str]) -> Finished {
+    pub fn export(&self, name: &str, more: &[&str]) -> Finished {
+        self.export_with_library(name, &self.library(), more)
+    }
+
+    /// Exports run `name` to `repository` with this library for Triton.
+    pub fn export_with_library(&self, name: &str, library: &Path, more: &[&str]) -> Finished {
         let (run, out) = (self.path(name), self.path("repository"));
+        let library = library.to_str().unwrap();
         let arguments = ["export", "--run-dir", &run, "--out", &out, "--name", name];
-        self.run(&[&arguments[..], more].concat())
+        self.run(&[&arguments[..], &["--backend-library", library], more].concat())
     }
 
     /// Evaluates run `name` and returns the record.

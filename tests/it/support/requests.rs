@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use bireme::etl::serving::{INPUTS, Parameter, Preprocessor};
-use bireme::etl::tensor::{DataType, Tensor as Column};
+use bireme::etl::serving::{INPUTS, Preprocessor};
+use bireme_protocol::{DataType, Parameter, Tensor as Column};
 use tch::Tensor;
 
 /// A row of a file of events, by column.

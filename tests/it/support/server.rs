@@ -48,7 +48,6 @@ impl Server {
         let server = triton.join("server");
         let backends = scratch.join("backends");
         fs::create_dir_all(backends.join("pytorch")).unwrap();
-        symlink(server.join("backends/python"), backends.join("python")).unwrap();
         let stand_in = Path::new(PROGRAM).with_file_name("libtriton_pytorch.so");
         fs::copy(stand_in, backends.join("pytorch/libtriton_pytorch.so")).unwrap();
         let ports = [free_port(), free_port()];
