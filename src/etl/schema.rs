@@ -494,7 +494,7 @@ feature { type: FLOAT }
 feature { name: "new" type: QUATERNION invented: 1 }"#;
         let schema = parse(text).unwrap();
         assert_eq!(schema.item_id().unwrap().cardinality(), Some(101));
-        let expected = "schema `s`: ignored what this version does not know: \
+        let expected = "schema `s`: ignored unknown fields: \
                         `feature.type` (line 16), `feature.invented` (line 16)";
         assert_eq!(schema.warnings, [expected]);
         for (name, problem) in [
