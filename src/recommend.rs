@@ -20,7 +20,6 @@ use tch::Device;
 use crate::etl::serving::{self, Preprocessor, SESSION};
 use crate::etl::{self, BadRows, ProductInWords, RawEvent, RowCounts, Workflow};
 use crate::export::{FALLBACK, ITEM_IDS, ITEM_SCORES, ModelNames, N_ITEMS};
-use bireme_protocol::Tensor;
 
 pub use write::{RecommendationFormat, RecommendationWriter};
 

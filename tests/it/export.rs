@@ -12,7 +12,7 @@ use bireme::etl::serving::Preprocessor;
 use bireme::etl::{Coded, ColumnValue, Workflow};
 use bireme::export::ScriptedModel;
 use bireme::model::{Network, Recommender};
-use bireme_protocol::{DataType, Parameter, Tensor as Column};
+use bireme_protocol::Parameter;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde_json::{Value as Json, json};

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -51,10 +50,8 @@ impl Server {
         let stand_in = Path::new(PROGRAM).with_file_name("libtriton_pytorch.so");
         fs::copy(stand_in, backends.join("pytorch/libtriton_pytorch.so")).unwrap();
         let ports = [free_port(), free_port()];
-        let path = format!("{}:{}", triton.join("bin").display(), std::env::var("PATH").unwrap());
         let mut command = Command::new(server.join("bin/tritonserver"));
         command
-            .env("PATH", path)
             .arg(format!("--model-repository={}", repository.display()))
             .arg(format!("--backend-directory={}", backends.display()))
             .args(["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--allow-metrics=false"])
