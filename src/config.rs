@@ -3,9 +3,14 @@
 //! Each component owns its section and the defaults of its fields; here they are gathered, and every key that no
 //! component knows is refused with the nearest that one does.
 
+mod checkpoint;
+mod data;
+mod evaluate;
+mod model;
 #[cfg(test)]
 mod page;
 mod problem;
+mod run;
 mod train;
 
 use std::collections::BTreeMap;
@@ -16,14 +21,17 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::device::{DeviceChoice, Precision};
-pub use train::{NonFinite, ParallelConfig, Reduction, TableLayout, TrainConfig};
-
-pub use crate::checkpoint::CheckpointConfig;
-pub use crate::data::DataConfig;
-pub use crate::metrics::EvaluateConfig;
-pub use crate::model::{LossConfig, ModelConfig};
-pub use crate::optim::{Schedule, TableOptimizer};
+pub use checkpoint::CheckpointConfig;
+pub use data::DataConfig;
+pub use evaluate::{EvaluateConfig, Measure, Reminders};
+pub use model::{
+    Aggregation, Continuous, Decay, GruConfig, HeadConfig, InputConfig, ModelConfig, NeighboursConfig,
+    Neural, Objective, XlnetConfig,
+};
+pub use run::{DeviceChoice, Precision};
+pub use train::{
+    LossConfig, NonFinite, ParallelConfig, Reduction, Schedule, TableLayout, TableOptimizer, TrainConfig,
+};
 
 /// Section `[run]`: where a run computes and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -24,7 +24,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tch::Kind;
 
-use crate::checkpoint::{Position, SharedCheckpoint};
+use crate::checkpoint::{CheckpointError, Position, SharedCheckpoint};
 use crate::collective::topology;
 use crate::collective::{self, Collective, CollectiveError, Reduce};
 use crate::config::{Config, ConfigError, Reduction};
@@ -32,7 +32,7 @@ use crate::data::{Days, Split};
 use crate::device::{self, DeviceChoice, memory};
 use crate::doctor;
 use crate::etl;
-use crate::export::{self, ExportError, Exported};
+use crate::export::{self, ExportError, Exported, ScriptedModel};
 use crate::recommend;
 use crate::report::{Report, evaluations};
 use crate::train::{
@@ -912,7 +912,11 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let _lock = agree(collective, lock.transpose(), |_| None)?;
     let opened = TrainedRun::open(&args.run_dir, &args.data, &job.config, which, job.place());
     let opened = match &args.exported {
-        Some(repository) => opened.and_then(|run| run.with_exported(repository, &args.name, device)),
+        Some(repository) => opened.and_then(|run| {
+            let exported = ScriptedModel::load(repository, &args.name, run.n_items(), device);
+            let mismatch = |problem| CheckpointError::Mismatch { path: repository.clone(), problem };
+            Ok(run.with_recommender(Box::new(exported.map_err(mismatch)?)))
+        }),
         None => opened,
     };
     let run = agree(collective, opened, TrainError::hint)?;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{LossConfig, Schedule, TableOptimizer, check_count, check_finite};
+use super::{check_count, check_finite};
 
 /// Section `[train]`: steps, optimizers and the loss. Ignored by baselines.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -173,4 +173,135 @@ pub enum Reduction {
     /// Fixed-point sums, one pass for each micro-batch: bitwise equal weights on any number of
     /// CPU ranks with equally many threads.
     Reproducible,
+}
+
+/// `train.loss`: the loss of a target.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum LossConfig {
+    /// Full softmax: cross entropy over the whole catalogue.
+    Softmax {
+        /// Share of the target's probability that is spread evenly over the catalogue (Szegedy et
+        /// al. 2016); 0 <= share < 1.
+        #[serde(default)]
+        label_smoothing: f64,
+    },
+    /// Sampled softmax: cross entropy over the target and negatives sampled by popularity, with
+    /// logQ correction (Bengio and Senécal 2008). All targets of a step share the negatives.
+    Sampled {
+        /// Negatives of a step; at least 1, at most the catalogue.
+        n_negatives: i64,
+        /// An item with n occurrences is sampled in proportion to `(n + 1)^power`; -10 to 10.
+        #[serde(default = "default_power")]
+        power: f64,
+    },
+    /// gBCE (Petrov and Macdonald 2023, gSASRec): binary cross entropy of the target and of
+    /// uniformly sampled negatives, calibrated for the sampling rate. All targets of a step share
+    /// the negatives.
+    Gbce {
+        /// Negatives of a step; at least 1, at most the catalogue.
+        n_negatives: i64,
+        /// From 0, plain binary cross entropy, to 1, probabilities as if no item were left out.
+        #[serde(default = "default_calibration")]
+        calibration: f64,
+    },
+}
+
+fn default_calibration() -> f64 {
+    0.75
+}
+
+fn default_power() -> f64 {
+    0.75
+}
+
+impl Default for LossConfig {
+    fn default() -> Self {
+        Self::Softmax { label_smoothing: 0.0 }
+    }
+}
+
+impl LossConfig {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Says which key is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        match *self {
+            Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => {
+                Err(format!("`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"))
+            }
+            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. } if n_negatives < 1 => {
+                Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
+            }
+            // Beyond, a power of an occurrence is infinite or 0.
+            Self::Sampled { power, .. } if !(-10.0..=10.0).contains(&power) => {
+                Err(format!("`loss.power` cannot be {power:?}"))
+            }
+            Self::Gbce { calibration, .. } if !(0.0..=1.0).contains(&calibration) => {
+                Err(format!("`loss.calibration` {calibration:?} is not within 0 to 1"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks what depends on the rows of the item table.
+    ///
+    /// # Errors
+    /// Says which key is wrong.
+    pub fn check_items(&self, n_items: i64) -> Result<(), String> {
+        let n_recommendable = (n_items - 2).max(0);
+        match *self {
+            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. }
+                if n_negatives > n_recommendable =>
+            {
+                Err(format!(
+                    "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of the catalogue"
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// `train.tables`: the optimizer of embedding tables. All other parameters use AdamW.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TableOptimizer {
+    /// AdamW (Loshchilov and Hutter 2019), as for all other parameters.
+    #[default]
+    Adamw,
+    /// AdamW that leaves rows without a gradient, and their moments, unchanged (TensorFlow's
+    /// LazyAdam). Results differ from `adamw`; saves time with sampled losses only, because a full
+    /// softmax has gradients for every row.
+    LazyAdamw,
+    /// Adagrad (Duchi et al. 2011): the steps of a row shrink with its past gradients.
+    Adagrad {
+        /// Learning rate at the start of each day; it follows `train.schedule`.
+        learning_rate: f64,
+    },
+}
+
+/// `train.schedule`: the course of the learning rate over a day.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Falls linearly to zero.
+    #[default]
+    Linear,
+    /// Stays constant.
+    Constant,
+}
+
+impl Schedule {
+    /// Factor of the learning rate at step `step` (from 0) of `n_steps`.
+    pub fn factor(self, step: usize, n_steps: usize) -> f64 {
+        match self {
+            Schedule::Linear => (n_steps - step) as f64 / n_steps as f64,
+            Schedule::Constant => 1.0,
+        }
+    }
 }

@@ -13,15 +13,14 @@ mod measure;
 mod outcomes;
 mod ranking;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
-use crate::config::check_count;
+pub use crate::config::{EvaluateConfig, Measure, Reminders};
 use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
 use crate::model::{ItemTable, Recommender};
 
-pub use measure::Measure;
 use outcomes::Outcomes;
 pub use outcomes::{Outcome, deciles};
 pub(crate) use ranking::FIRST_ITEM;
@@ -33,43 +32,6 @@ pub const K_MAX: usize = 20;
 /// Losses are summed in fixed point, in units of 2⁻³⁰, so that their order does not matter. An i64
 /// has room for the losses of 10⁸ sessions.
 const LOSS_UNIT: f64 = (1u64 << 30) as f64;
-
-/// Section `[evaluate]`: ranking of the held-out item.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct EvaluateConfig {
-    /// Sessions that are scored together; at least 1.
-    pub block: usize,
-    /// Memory for their scores, in MiB: the catalogue is scored in chunks that fit.
-    pub scores_mib: usize,
-    /// Which items of a session may be recommended to the same session again.
-    pub reminders: Reminders,
-}
-
-impl EvaluateConfig {
-    /// Checks the ranges of the values.
-    ///
-    /// # Errors
-    /// Returns the first invalid key.
-    pub fn check(&self) -> Result<(), String> {
-        check_count("block", self.block, 1 << 20)?;
-        check_count("scores_mib", self.scores_mib, 1 << 24)
-    }
-}
-
-/// `evaluate.reminders`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
-pub enum Reminders {
-    /// All items.
-    All,
-    /// All but the last, which never follows itself after preprocessing.
-    Earlier,
-    /// No item.
-    None,
-}
 
 impl Reminders {
     /// Items that are not recommended to each session: i64 `[B, E]`, padded with −1.
@@ -88,12 +50,6 @@ impl Reminders {
         Tensor::from_slice(&rows)
             .view([known.n_sessions() as i64, max_hidden as i64])
             .to_device(known.items().device())
-    }
-}
-
-impl Default for EvaluateConfig {
-    fn default() -> Self {
-        Self { block: 256, scores_mib: 64, reminders: Reminders::All }
     }
 }
 

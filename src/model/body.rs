@@ -3,7 +3,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::objective::{AttentionMask, Objective, Plan, PositionInput};
+use super::Objective;
+use super::objective::{AttentionMask, Plan, PositionInput};
 use super::rows::take_rows;
 use super::{Gru, Parameters, Xlnet};
 use crate::data::{Batch, DropoutGenerator};

@@ -2,9 +2,10 @@
 
 use tch::{Kind, Tensor};
 
+use super::Objective;
 use super::body::{Body, Layout};
 use super::input::{Input, Lookup};
-use super::objective::{Objective, Plan};
+use super::objective::Plan;
 use super::parameters::{Linear, ParameterBuilder};
 use super::{Gru, Neural, Parameters, Xlnet};
 use crate::data::{Batch, DropoutGenerator, Features};

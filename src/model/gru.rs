@@ -1,55 +1,15 @@
 //! A GRU over the events of a session (Hidasi et al. 2016, "Session-based recommendations with
 //! recurrent neural networks").
 
-use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+use super::Parameters;
 use super::body::Layout;
 use super::parameters::ParameterBuilder;
 use super::recurrence::gru_layer;
 use super::rows::take_rows;
-use super::{HeadConfig, InputConfig, MAX_LAYERS, Objective, Parameters};
-use crate::config::{MOST_WIDTH, check_width};
+use crate::config::GruConfig;
 use crate::data::DropoutGenerator;
-
-/// `[model]` with `kind = "gru"`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct GruConfig {
-    /// Width of the recurrent state.
-    pub hidden_width: i64,
-    /// Number of layers.
-    pub n_layers: i64,
-    /// Dropout before and after the recurrence; 0 <= p < 1.
-    pub dropout: f64,
-    /// Input block.
-    pub input: InputConfig,
-    /// Training objective.
-    pub objective: Objective,
-    /// Scoring of the catalogue.
-    pub head: HeadConfig,
-}
-
-impl Default for GruConfig {
-    fn default() -> Self {
-        Self {
-            hidden_width: 128,
-            n_layers: 1,
-            dropout: 0.0,
-            input: InputConfig::default(),
-            objective: Objective::causal(),
-            head: HeadConfig::default(),
-        }
-    }
-}
-
-impl GruConfig {
-    pub(super) fn check(&self) -> Result<(), String> {
-        check_width("hidden_width", self.hidden_width, MOST_WIDTH)?;
-        check_width("n_layers", self.n_layers, MAX_LAYERS)
-    }
-}
 
 /// A GRU of `n_layers` layers with four parameters each.
 pub struct Gru {

@@ -3,7 +3,6 @@
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::item_table::RowRequest;
@@ -11,109 +10,12 @@ use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
 use super::{ITEM_TABLE, ItemTable, Parameters};
 use crate::collective::CollectiveError;
-use crate::config::{MOST_WIDTH, check_finite, check_width};
+use crate::config::{Aggregation, Continuous, InputConfig};
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features};
 use crate::device::send;
 
-/// `[model.input]`: one vector for each event, from its columns.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct InputConfig {
-    /// Width of an item's vector, at the input and in the softmax.
-    pub item_width: i64,
-    /// Width of the vectors of other categorical features.
-    pub feature_width: i64,
-    /// Standard deviation of the initial vectors.
-    pub init_std: f64,
-    /// How the features of an event are combined.
-    pub aggregation: Aggregation,
-    /// How continuous features are represented.
-    pub continuous: Continuous,
-    /// Whether each feature's vector has a layer norm (Ba et al. 2016).
-    pub layer_norm: bool,
-    /// Width of a linear layer with a ReLU behind the aggregation; absent: no such layer, but 192
-    /// for an XLNet without `[model.input]`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub projection_width: Option<i64>,
-    /// Probability of taking a value from another event of the micro-batch in training: stochastic
-    /// swap noise (de Souza Pereira Moreira et al. 2021); 0 <= p < 1.
-    pub swap_noise: f64,
-}
-
-impl Default for InputConfig {
-    fn default() -> Self {
-        Self {
-            item_width: 64,
-            feature_width: 64,
-            init_std: 0.05,
-            aggregation: Aggregation::Concat,
-            continuous: Continuous::Raw {},
-            layer_norm: false,
-            projection_width: None,
-            swap_noise: 0.0,
-        }
-    }
-}
-
-/// `model.input.aggregation`: how the features of an event are combined.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "snake_case")]
-pub enum Aggregation {
-    /// Concatenated, sorted by feature name.
-    Concat,
-    /// Added; all features must have the item's width.
-    Sum,
-}
-
-/// `model.input.continuous`: how continuous features are represented.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Continuous {
-    /// One number for each feature.
-    Raw {},
-    /// All features together one vector, from a linear layer with a ReLU.
-    Projected {
-        /// Width of that vector.
-        width: i64,
-    },
-    /// Soft one-hot encoding (de Souza Pereira Moreira et al. 2021): each feature a vector, mixed
-    /// from learnt ones by a softmax over linear functions of the value.
-    SoftOneHot {
-        /// Number of learnt vectors.
-        n_vectors: i64,
-        /// Width of the learnt vectors.
-        width: i64,
-    },
-}
-
 impl InputConfig {
-    pub(super) fn check(&self) -> Result<(), String> {
-        let (n_vectors, width) = match self.continuous {
-            Continuous::Raw {} => (1, 1),
-            Continuous::Projected { width } => (1, width),
-            Continuous::SoftOneHot { n_vectors, width } => (n_vectors, width),
-        };
-        let widths = [
-            ("input.item_width", self.item_width),
-            ("input.feature_width", self.feature_width),
-            ("input.projection_width", self.projection_width.unwrap_or(1)),
-            ("input.continuous.n_vectors", n_vectors),
-            ("input.continuous.width", width),
-        ];
-        for (key, value) in widths {
-            check_width(key, value, MOST_WIDTH)?;
-        }
-        check_finite("input.init_std", self.init_std, 0.0)?;
-        if !(0.0..1.0).contains(&self.swap_noise) {
-            return Err(format!("`input.swap_noise` {:?} is not within 0 <= p < 1", self.swap_noise));
-        }
-        Ok(())
-    }
-
     /// Width of a column's channel; `None` if the column shares a projection with others.
     fn column_width(&self, features: &Features, column: usize) -> Option<i64> {
         match (column, features.columns()[column].is_categorical(), self.continuous) {

@@ -20,99 +20,10 @@
 //! Items of the session itself are scored like all others. Sessions are ordered by day and, as they
 //! have no times within a day, by row.
 
-use serde::{Deserialize, Serialize};
+use crate::config::NeighboursConfig;
 
 /// First index of an item: 0 is padding, 1 is unknown.
 const FIRST_ITEM: i64 = 2;
-
-/// `model.weighting` and `model.score_weighting`: how a weight falls with the distance from the
-/// session's end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
-pub enum Decay {
-    /// No decay.
-    Same,
-    /// A tenth for each item, to 0: `w = 1 − (n − p) / 10`, `v = 1 − d / 10`.
-    Linear,
-    /// `w = p / n`, `v = 1 / d`.
-    Div,
-    /// The square of `div`.
-    Quadratic,
-    /// `w = 1 / log₁₀(n − p + 1.7)`, `v = 1 / log₁₀(d + 1.7)`.
-    Log,
-}
-
-impl Decay {
-    /// `w(p, n)`: weight of position `p` (from 1) of `n`.
-    pub fn of_position(self, p: usize, n: usize) -> f64 {
-        let distance = (n - p) as f64;
-        match self {
-            Decay::Same => 1.0,
-            Decay::Linear => (1.0 - distance / 10.0).max(0.0),
-            Decay::Div => p as f64 / n as f64,
-            Decay::Quadratic => (p as f64 / n as f64).powi(2),
-            Decay::Log => 1.0 / (distance + 1.7).log10(),
-        }
-    }
-
-    /// `v(d)`: weight of a neighbour whose last shared item is number `d` (from 1) from the end.
-    pub fn of_distance(self, d: usize) -> f64 {
-        let d = d as f64;
-        match self {
-            Decay::Same => 1.0,
-            Decay::Linear => (1.0 - d / 10.0).max(0.0),
-            Decay::Div => 1.0 / d,
-            Decay::Quadratic => 1.0 / (d * d),
-            Decay::Log => 1.0 / (d + 1.7).log10(),
-        }
-    }
-}
-
-/// Parameters of V-SkNN.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct NeighboursConfig {
-    /// Number of neighbours; at least 1.
-    pub k: usize,
-    /// Most recent sessions with a shared item, among which neighbours are chosen; at least `k`.
-    pub sample_size: usize,
-    /// Decay `w` of an item's weight in the similarity.
-    pub weighting: Decay,
-    /// Decay `v` of a neighbour's weight with the place of the last shared item.
-    pub score_weighting: Decay,
-    /// Weight of the inverse document frequency, which prefers rare items; 0 disables it.
-    pub idf_weight: f64,
-}
-
-impl Default for NeighboursConfig {
-    fn default() -> Self {
-        Self {
-            k: 500,
-            sample_size: 2500,
-            weighting: Decay::Linear,
-            score_weighting: Decay::Div,
-            idf_weight: 5.0,
-        }
-    }
-}
-
-impl NeighboursConfig {
-    pub(super) fn check(&self) -> Result<(), String> {
-        let Self { k, sample_size, idf_weight, .. } = *self;
-        if k == 0 {
-            return Err("`k` must be at least 1".to_owned());
-        }
-        if sample_size < k {
-            return Err(format!("`sample_size` {sample_size} is less than `k` {k}"));
-        }
-        if !(idf_weight.is_finite() && idf_weight >= 0.0) {
-            return Err(format!("`idf_weight` cannot be {idf_weight:?}"));
-        }
-        Ok(())
-    }
-}
 
 /// Past sessions, indexed by session and by item.
 pub struct Neighbours {

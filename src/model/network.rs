@@ -6,10 +6,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
+use super::Objective;
 use super::encoder::{Encoder, EncoderInput};
 use super::head::{CrossEntropy, Negatives, ScoringTable, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
-use super::objective::{AttentionMask, Objective, Plan};
+use super::objective::{AttentionMask, Plan};
 use super::parameters::{Gradients, Linear, ParameterBuilder};
 use super::rows::{add_rows, add_rows_deterministically};
 use super::{GradientHooks, ItemTable, Neural, Parameters, Recommender, View};

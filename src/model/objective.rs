@@ -6,71 +6,9 @@
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
-use crate::config::check_finite;
+use crate::config::Objective;
 use crate::data::Batch;
-
-/// `[model.objective]`: which events are hidden, and which are predicted.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Objective {
-    /// Every event is predicted from the events before it.
-    Causal {
-        /// Probability that an event is left out of a session in an epoch (Tan et al. 2016).
-        #[serde(default)]
-        drop: f64,
-        /// Probability that a session is reversed in an epoch.
-        #[serde(default)]
-        reverse: f64,
-    },
-    /// Masked item modelling: hidden events are replaced by a learnt vector and predicted from all
-    /// others (Devlin et al. 2019, Sun et al. 2019).
-    Masked {
-        /// Probability that an event is hidden.
-        #[serde(default = "mask_probability")]
-        probability: f64,
-    },
-    /// Permutation: spans of events are predicted in a random order, each event from those outside
-    /// the spans and those earlier in that order (Yang et al. 2019). A GRU reads the events in that
-    /// order.
-    Permutation {
-        /// Approximate share of the events that are predicted.
-        #[serde(default = "permutation_probability")]
-        probability: f64,
-        /// Longest span, in events.
-        #[serde(default = "max_span")]
-        max_span: usize,
-    },
-    /// Replaced-item detection on top of masked item modelling: hidden events are filled with the
-    /// model's own predictions, and each event is classified as original or replaced (Clark et al.
-    /// 2020, with one network as generator and discriminator).
-    Replaced {
-        /// Probability that an event is hidden.
-        #[serde(default = "mask_probability")]
-        probability: f64,
-        /// Weight of an event's detection loss relative to a hidden event's prediction loss.
-        #[serde(default = "detection_weight")]
-        weight: f64,
-    },
-}
-
-fn mask_probability() -> f64 {
-    0.15
-}
-
-fn permutation_probability() -> f64 {
-    1.0 / 6.0
-}
-
-fn max_span() -> usize {
-    5
-}
-
-fn detection_weight() -> f64 {
-    1.0
-}
 
 /// The inputs of all positions, the attention mask, the output positions, and their targets.
 ///
@@ -115,69 +53,6 @@ pub enum AttentionMask {
 }
 
 impl Objective {
-    /// Causal, without data augmentation.
-    pub fn causal() -> Self {
-        Objective::Causal { drop: 0.0, reverse: 0.0 }
-    }
-
-    /// Checks the ranges of the values.
-    ///
-    /// # Errors
-    /// Returns the first invalid key.
-    pub fn check(&self) -> Result<(), String> {
-        let probability = match *self {
-            Objective::Causal { drop, reverse } => {
-                let shares = [("drop", drop), ("reverse", reverse)];
-                return match shares.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
-                    Some((key, p)) => Err(format!("`objective.{key}` {p:?} is not within 0 <= p < 1")),
-                    None => Ok(()),
-                };
-            }
-            Objective::Permutation { max_span: max_span @ (0 | 65_537..), .. } => {
-                return Err(format!("`objective.max_span` must be 1 to 65536, not {max_span}"));
-            }
-            Objective::Replaced { weight, .. } if check_finite("", weight, 0.0).is_err() => {
-                return Err(format!("`objective.weight` cannot be {weight:?}"));
-            }
-            Objective::Masked { probability }
-            | Objective::Permutation { probability, .. }
-            | Objective::Replaced { probability, .. } => probability,
-        };
-        if (f64::MIN_POSITIVE..1e-6).contains(&probability) {
-            return Err(format!("`objective.probability` {probability:?} is less than 0.000001"));
-        }
-        if !(probability > 0.0 && probability < 1.0) {
-            return Err(format!("`objective.probability` {probability:?} is not within 0 < p < 1"));
-        }
-        Ok(())
-    }
-
-    /// Abbreviation in the literature.
-    pub fn short_name(&self) -> &'static str {
-        match self {
-            Objective::Causal { .. } => "CLM",
-            Objective::Masked { .. } => "MLM",
-            Objective::Permutation { .. } => "PLM",
-            Objective::Replaced { .. } => "RTD",
-        }
-    }
-
-    /// Whether some positions have the mask vector as input. `attends`: whether the body is an
-    /// attention model, which is independent of the order of positions, or a recurrence.
-    pub fn masks(&self, attends: bool) -> bool {
-        match self {
-            Objective::Causal { .. } => false,
-            Objective::Permutation { .. } => attends,
-            Objective::Masked { .. } | Objective::Replaced { .. } => true,
-        }
-    }
-
-    /// Whether attention needs a second stream of states, which do not depend on their own event
-    /// while the states of the first stream do.
-    pub fn two_streams(&self) -> bool {
-        matches!(self, Objective::Permutation { .. })
-    }
-
     /// The plan of a training batch.
     pub fn training(&self, batch: &Batch, attends: bool) -> Plan {
         let sessions = batch.lengths.iter().zip(&batch.session_seeds);

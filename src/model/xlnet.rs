@@ -15,93 +15,14 @@
 //! stream of the paper, whose states do not depend on their own events. The position table has no
 //! dropout; the original draws a dropout mask of it for every session.
 
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::Parameters;
 use super::body::Layout;
 use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
-use super::{HeadConfig, InputConfig, MAX_LAYERS, Objective, Parameters};
-use crate::config::{MOST_WIDTH, check_finite, check_width};
+use crate::config::XlnetConfig;
 use crate::data::DropoutGenerator;
-
-/// `[model]` with `kind = "xlnet"`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct XlnetConfig {
-    /// Width of the states; even, and a multiple of `n_heads`.
-    pub width: i64,
-    /// Number of attention heads.
-    pub n_heads: i64,
-    /// Number of layers.
-    pub n_layers: i64,
-    /// Dropout, everywhere the original has it except on the table of positions; 0 <= p < 1.
-    pub dropout: f64,
-    /// Standard deviation of the initial weights.
-    pub init_std: f64,
-    /// Epsilon of the layer norms.
-    pub layer_norm_epsilon: f64,
-    /// Whether sessions are padded to `data.max_length` and the padding is attended to, as
-    /// Transformers4Rec does: for comparisons only.
-    pub attend_to_padding: bool,
-    /// Input block.
-    pub input: InputConfig,
-    /// Training objective.
-    pub objective: Objective,
-    /// Scoring of the catalogue.
-    pub head: HeadConfig,
-}
-
-impl Default for XlnetConfig {
-    fn default() -> Self {
-        Self {
-            width: 192,
-            n_heads: 4,
-            n_layers: 2,
-            dropout: 0.3,
-            init_std: 0.01,
-            layer_norm_epsilon: 0.03,
-            attend_to_padding: false,
-            input: InputConfig { projection_width: Some(192), ..InputConfig::default() },
-            objective: Objective::Masked { probability: 0.15 },
-            head: HeadConfig::default(),
-        }
-    }
-}
-
-/// Largest number of attention weights of a session for which a dropout mask is drawn: a GiB.
-const MAX_WEIGHTS: u128 = 1 << 28;
-
-impl XlnetConfig {
-    pub(super) fn check(&self) -> Result<(), String> {
-        check_width("width", self.width, MOST_WIDTH)?;
-        check_width("n_heads", self.n_heads, MOST_WIDTH)?;
-        check_width("n_layers", self.n_layers, MAX_LAYERS)?;
-        if self.width % self.n_heads != 0 || self.width % 2 != 0 {
-            return Err(format!(
-                "`width` {} is not an even number divisible by `n_heads` {}",
-                self.width, self.n_heads
-            ));
-        }
-        check_finite("init_std", self.init_std, f32::MIN_POSITIVE)?;
-        check_finite("layer_norm_epsilon", self.layer_norm_epsilon, f32::MIN_POSITIVE)
-    }
-
-    /// Checks the size of the dropout mask of attention weights, `[H, L, L]` for the longest
-    /// session.
-    pub(super) fn check_length(&self, max_length: usize) -> Result<(), String> {
-        let n_weights = self.n_heads.max(1) as u128 * (max_length as u128).pow(2);
-        if self.dropout == 0.0 || n_weights <= MAX_WEIGHTS {
-            return Ok(());
-        }
-        Err(format!(
-            "`dropout` of attention needs a mask of {n_weights} weights for `data.max_length` \
-             {max_length} events and `n_heads` {}: at most {MAX_WEIGHTS}",
-            self.n_heads
-        ))
-    }
-}
 
 /// The layers, and their common shape.
 pub struct Xlnet {

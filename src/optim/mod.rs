@@ -2,52 +2,11 @@
 
 mod fused;
 
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+pub use crate::config::{Schedule, TableOptimizer};
 use crate::device::host::{in_parallel, numbers, part_len};
 use crate::model::View;
-
-/// `train.tables`: the optimizer of embedding tables. All other parameters use AdamW.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum TableOptimizer {
-    /// AdamW (Loshchilov and Hutter 2019), as for all other parameters.
-    #[default]
-    Adamw,
-    /// AdamW that leaves rows without a gradient, and their moments, unchanged (TensorFlow's
-    /// LazyAdam). Results differ from `adamw`; saves time with sampled losses only, because a full
-    /// softmax has gradients for every row.
-    LazyAdamw,
-    /// Adagrad (Duchi et al. 2011): the steps of a row shrink with its past gradients.
-    Adagrad {
-        /// Learning rate at the start of each day; it follows `train.schedule`.
-        learning_rate: f64,
-    },
-}
-
-/// `train.schedule`: the course of the learning rate over a day.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// Falls linearly to zero.
-    #[default]
-    Linear,
-    /// Stays constant.
-    Constant,
-}
-
-impl Schedule {
-    /// Factor of the learning rate at step `step` (from 0) of `n_steps`.
-    pub fn factor(self, step: usize, n_steps: usize) -> f64 {
-        match self {
-            Schedule::Linear => (n_steps - step) as f64 / n_steps as f64,
-            Schedule::Constant => 1.0,
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 pub struct OptimizerConfig {

@@ -3,8 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tch::Device;
-
 use super::dataset::check_shards;
 use super::evaluation::EvaluationTask;
 use super::{Learner, RankContext, TrainError, item_table, learner};
@@ -13,7 +11,6 @@ use crate::collective::Collective;
 use crate::config::Config;
 use crate::data::{Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split};
 use crate::device::memory::set_phase;
-use crate::export::ScriptedModel;
 use crate::model::{ItemTable, Recommender};
 use crate::report::Record;
 use crate::report::evaluations;
@@ -22,7 +19,7 @@ use crate::report::evaluations;
 pub struct TrainedRun<'a> {
     learner: Box<dyn Learner + 'a>,
     /// The exported model that is evaluated instead of the learner.
-    exported: Option<ScriptedModel>,
+    exported: Option<Box<dyn Recommender>>,
     skipped: Vec<String>,
     features: Features,
     file: Arc<SessionFile>,
@@ -65,21 +62,15 @@ impl<'a> TrainedRun<'a> {
         Ok(Self { learner, exported: None, skipped, features, file, occurrences, train_day, eval_day, split })
     }
 
-    /// Replaces the checkpoint by the newest version of the model `name` in a repository.
-    ///
-    /// # Errors
-    /// The model cannot be loaded, or it has another catalogue.
-    pub fn with_exported(
-        mut self,
-        repository: &Path,
-        name: &str,
-        device: Device,
-    ) -> Result<Self, TrainError> {
-        let n_items = self.features.n_items();
-        let loaded = ScriptedModel::load(repository, name, n_items, device);
-        let mismatch = |problem| CheckpointError::Mismatch { path: repository.to_owned(), problem };
-        self.exported = Some(loaded.map_err(mismatch)?);
-        Ok(self)
+    /// Rows of the catalogue `V`.
+    pub fn n_items(&self) -> i64 {
+        self.features.n_items()
+    }
+
+    /// Evaluates `recommender`, a model of the same catalogue, instead of the checkpoint.
+    #[must_use]
+    pub fn with_recommender(self, recommender: Box<dyn Recommender>) -> Self {
+        Self { exported: Some(recommender), ..self }
     }
 
     /// The problems of newer, incomplete checkpoints.
@@ -105,7 +96,7 @@ impl<'a> TrainedRun<'a> {
         let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } = *self;
         let task = EvaluationTask { file, features, occurrences, train_day, eval_day, split };
         let (recommender, item_table): (&dyn Recommender, _) = match &self.exported {
-            Some(exported) => (exported, ItemTable::replicated(exported.n_items())),
+            Some(exported) => (&**exported, ItemTable::replicated(exported.n_items())),
             None => (self.learner.recommender(), self.learner.item_table()),
         };
         let (record, evaluation) = task.evaluate(recommender, &item_table, config, collective)?;

@@ -13,24 +13,10 @@ use crate::support::files::{files_below, root};
 use crate::support::source::{Source, sources};
 
 /// Modules of the main package that use one which `src/lib.rs` lists after them.
-const AGAINST_THE_ORDER: &[(&str, &str)] = &[
-    ("config", "checkpoint"),
-    ("config", "data"),
-    ("config", "device"),
-    ("config", "metrics"),
-    ("config", "model"),
-    ("config", "train"),
-    ("device", "collective"),
-    ("model", "optim"),
-    ("recommend", "sink"),
-    ("train", "export"),
-];
+const AGAINST_THE_ORDER: &[(&str, &str)] = &[];
 
 /// Modules of the main package that depend on each other.
-const CIRCLES: &[&[&str]] = &[
-    &["checkpoint", "config", "data", "export", "metrics", "model", "optim", "report", "train"],
-    &["collective", "device"],
-];
+const CIRCLES: &[&[&str]] = &[];
 
 /// Files and folders with `unsafe`, each with its reason.
 const UNSAFE: &[(&str, &str)] = &[

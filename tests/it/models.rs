@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::Config;
+use bireme::config::{Aggregation, Continuous};
 use bireme::data::plan::StepShape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
 use bireme::model::head::{
     ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace, cross_entropy,
 };
-use bireme::model::input::{Aggregation, Continuous};
 use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::{
     self, GruConfig, InputConfig, ItemTable, LossConfig, Network, Neural, NoHooks, Objective, Recommender,

@@ -13,129 +13,18 @@ mod softmax;
 
 use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::ItemTable;
 use super::rows::add_rows;
 use crate::collective::CollectiveError;
+use crate::config::LossConfig;
 use crate::device::send;
 
 use full::FullSoftmax;
 pub use full::Workspace;
 use sampled::sampled;
 pub(crate) use softmax::logsumexp_rows;
-
-/// `[model.head]`: scores of the catalogue from the states of the body.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct HeadConfig {
-    /// Whether a ReLU is applied to states before they are scored, as in Transformers4Rec.
-    pub relu: bool,
-    /// Whether items are scored with their input vectors; otherwise with a table of its own.
-    pub tied: bool,
-    /// Divisor of the scores: `h · e / temperature + b`; above 0.
-    pub temperature: f64,
-}
-
-impl Default for HeadConfig {
-    fn default() -> Self {
-        Self { relu: true, tied: true, temperature: 1.0 }
-    }
-}
-
-/// `train.loss`: the loss of a target.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum LossConfig {
-    /// Full softmax: cross entropy over the whole catalogue.
-    Softmax {
-        /// Share of the target's probability that is spread evenly over the catalogue (Szegedy et
-        /// al. 2016); 0 <= share < 1.
-        #[serde(default)]
-        label_smoothing: f64,
-    },
-    /// Sampled softmax: cross entropy over the target and negatives sampled by popularity, with
-    /// logQ correction (Bengio and Senécal 2008). All targets of a step share the negatives.
-    Sampled {
-        /// Negatives of a step; at least 1, at most the catalogue.
-        n_negatives: i64,
-        /// An item with n occurrences is sampled in proportion to `(n + 1)^power`; -10 to 10.
-        #[serde(default = "default_power")]
-        power: f64,
-    },
-    /// gBCE (Petrov and Macdonald 2023, gSASRec): binary cross entropy of the target and of
-    /// uniformly sampled negatives, calibrated for the sampling rate. All targets of a step share
-    /// the negatives.
-    Gbce {
-        /// Negatives of a step; at least 1, at most the catalogue.
-        n_negatives: i64,
-        /// From 0, plain binary cross entropy, to 1, probabilities as if no item were left out.
-        #[serde(default = "default_calibration")]
-        calibration: f64,
-    },
-}
-
-fn default_calibration() -> f64 {
-    0.75
-}
-
-fn default_power() -> f64 {
-    0.75
-}
-
-impl Default for LossConfig {
-    fn default() -> Self {
-        Self::Softmax { label_smoothing: 0.0 }
-    }
-}
-
-impl LossConfig {
-    /// Checks what the types leave open.
-    ///
-    /// # Errors
-    /// Says which key is wrong.
-    pub fn check(&self) -> Result<(), String> {
-        match *self {
-            Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => {
-                Err(format!("`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"))
-            }
-            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. } if n_negatives < 1 => {
-                Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
-            }
-            // Beyond, a power of an occurrence is infinite or 0.
-            Self::Sampled { power, .. } if !(-10.0..=10.0).contains(&power) => {
-                Err(format!("`loss.power` cannot be {power:?}"))
-            }
-            Self::Gbce { calibration, .. } if !(0.0..=1.0).contains(&calibration) => {
-                Err(format!("`loss.calibration` {calibration:?} is not within 0 to 1"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl LossConfig {
-    /// Checks what depends on the rows of the item table.
-    ///
-    /// # Errors
-    /// Says which key is wrong.
-    pub fn check_items(&self, n_items: i64) -> Result<(), String> {
-        let n_recommendable = (n_items - 2).max(0);
-        match *self {
-            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. }
-                if n_negatives > n_recommendable =>
-            {
-                Err(format!(
-                    "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of the catalogue"
-                ))
-            }
-            _ => Ok(()),
-        }
-    }
-}
 
 /// Type and memory of the logits of the whole catalogue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
