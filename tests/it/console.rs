@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::compare::assert_identical;
 use crate::support::configs::REPRODUCIBLE;
-use crate::support::process::{Finished, PROGRAM, exit_status_within, kill, run_within, wait_until};
+use crate::support::process::{
+    Finished, PROGRAM, exit_status_within, kill, run_within, wait_until, with_default_signals,
+};
 use crate::support::requirements::has_mpirun;
 use crate::support::session_shop::SessionShop;
 
@@ -118,7 +120,8 @@ fn end(mut child: Child) -> ExitStatus {
 /// A training that is long enough to be met by a signal.
 fn long_training(shop: &SessionShop, run: &str) -> Command {
     let set = [&REPRODUCIBLE[..], &["--set", "train.epochs_per_day=30"]].concat();
-    let mut command = shop.train_command(run, &set);
+    let mut command = with_default_signals();
+    command.args(shop.arguments(run, &set));
     command.stdout(Stdio::null()).stderr(Stdio::null());
     command
 }
@@ -170,8 +173,10 @@ fn ignored_signals_stay_ignored() {
         let metrics = shop.run_dir(run).join("metrics.jsonl");
         let train = long_training(&shop, run);
         let mut ignoring = Command::new("bash");
-        ignoring.args(["-c", &format!("trap '' {signal}; exec \"$0\" \"$@\"")]).arg(train.get_program());
-        ignoring.args(train.get_args()).stdout(Stdio::null()).stderr(Stdio::null());
+        ignoring.args(["-c", &format!("trap '' {signal}; exec \"$0\" \"$@\"")]);
+        // Without `env`, which would reset the handling.
+        ignoring.args(train.get_args().skip_while(|argument| *argument != PROGRAM));
+        ignoring.stdout(Stdio::null()).stderr(Stdio::null());
         let child = start_until(&mut ignoring, &metrics, 2);
         kill(signal, child.id());
         let status = end(child);

@@ -11,7 +11,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::support::files::names;
-use crate::support::process::{Finished, LIMIT, PROGRAM, kill, run_within};
+use crate::support::process::{Finished, LIMIT, PROGRAM, kill, run_within, with_default_signals};
 
 const SMALL: [&str; 6] = ["--events", "2000", "--items", "100", "--days", "2"];
 
@@ -84,7 +84,7 @@ fn sessions_are_written_into_the_current_folder() {
 
 /// A command that is at work on its output until its input ends.
 fn at_work(dir: &Path, staging: &str) -> (Child, fs::File) {
-    let mut command = Command::new(PROGRAM);
+    let mut command = with_default_signals();
     command.args(["preprocess", "--events", "pipe", "--out", "data"]).current_dir(dir);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     // Opened for both, so that it opens at once and the other end waits.

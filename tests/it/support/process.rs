@@ -40,6 +40,14 @@ impl Finished {
     }
 }
 
+/// `bireme` with the default handling of signals: under `nohup`, tests inherit that SIGHUP is
+/// ignored, and pass it on to the programs that they start.
+pub fn with_default_signals() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP,INT", PROGRAM]);
+    command
+}
+
 /// Runs `bireme` with these arguments.
 pub fn bireme(arguments: &[&str]) -> Finished {
     run_within(Command::new(PROGRAM).args(arguments), LIMIT)
