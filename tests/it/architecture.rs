@@ -34,8 +34,8 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/export/trace.rs", "traces a module in C++"),
     ("src/main.rs", "the global allocator, and a start before the libraries'"),
     ("src/optim/fused.rs", "fused optimizers in C++"),
-    ("src/scaling/launch.rs", "libc: ends a launcher with its parent"),
     ("src/serve/server.rs", "libc: sets the allocator's threshold"),
+    ("src/tools/launch.rs", "libc: ends a launcher with its parent"),
     ("src/triton/", "the C interface of Triton"),
 ];
 
