@@ -1,5 +1,6 @@
-//! Bireme trains session-based recommenders on many GPUs: raw shop events in, a next-item model and honest figures
-//! out. MPI carries the ranks, NCCL carries their tensors.
+//! Bireme trains session-based recommenders on many GPUs: it reads raw shop events and outputs a
+//! served next-item model and its metrics over the whole catalogue. MPI starts the ranks, NCCL
+//! moves their tensors.
 //!
 //! The modules, in the order in which data meets them:
 //!

@@ -51,14 +51,19 @@ pub enum Reminders {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Measure {
+    /// NDCG@10.
     #[serde(rename = "ndcg_at_10")]
     NdcgAt10,
+    /// NDCG@20.
     #[serde(rename = "ndcg_at_20")]
     NdcgAt20,
+    /// Recall@10.
     #[serde(rename = "recall_at_10")]
     RecallAt10,
+    /// Recall@20.
     #[serde(rename = "recall_at_20")]
     RecallAt20,
+    /// MRR@20.
     #[serde(rename = "mrr_at_20")]
     MrrAt20,
 }
