@@ -304,7 +304,7 @@ fn clients_are_answered_as_by_triton() {
         ("[5]", "`event_time` must have the shape [any, 1], not [5]"),
         ("[1,5]", "`event_time` must have the shape [any, 1], not [1, 5]"),
         ("[4611686018427387904,4]", "too many elements to count"),
-        ("[4,1]", "bytes behind its 4 elements"),
+        ("[4,1]", "bytes after its 4 elements"),
     ] {
         let answer = ask(http, INFER, "", &request.replacen("[5,1]", shape, 1));
         assert_eq!(answer.status, 400, "{shape}: {answer:?}");
