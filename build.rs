@@ -1,5 +1,6 @@
-//! Writes where libtorch lies into the binary, so that it starts without `LD_LIBRARY_PATH`, shows libtorch what it has to say
-//! about the CPU, and compiles what tch leaves out of libtorch's autograd, optimizers and tracer.
+//! Writes the folder of libtorch into the binary, so that it starts without `LD_LIBRARY_PATH`,
+//! exports the function that MKL asks about the CPU, and compiles what tch leaves out of libtorch's
+//! autograd, optimizers and tracer.
 
 use std::path::Path;
 
@@ -12,7 +13,7 @@ fn main() {
         .for_each(|source| println!("cargo::rerun-if-changed={source}"));
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
-    // See src/device/host.rs.
+    // See src/device/mkl.rs.
     let answer = "mkl_serv_intel_cpu_true";
     println!("cargo::rustc-link-arg=-Wl,--undefined={answer},--export-dynamic-symbol={answer}");
     let include = Path::new(&lib).with_file_name("include");

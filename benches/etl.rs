@@ -4,6 +4,7 @@
 
 use std::process::ExitCode;
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{PreprocessOptions, preprocess};
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
+            std::process::exit(error.exit_code())
         }
     }
 }

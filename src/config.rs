@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bireme_base::message::{quoted, single_line};
+use bireme_base::user_error::{REFUSED, UserError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -152,6 +153,12 @@ pub enum ConfigError {
     /// `--set` without `section.key=value`.
     #[error("{} is not of the form `section.key=value`", set_option(.0))]
     Set(String),
+}
+
+impl UserError for ConfigError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
 }
 
 impl ConfigError {

@@ -6,6 +6,7 @@
 //!
 //! | module | from | to |
 //! | --- | --- | --- |
+//! | [`env`] | the environment | names of variables |
 //! | [`etl`] | events | `sessions_by_day/<day_index>/{train,valid,test}.parquet`, a workflow, a schema |
 //! | [`config`] | a TOML file and `--set` | a run as resolved |
 //! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
@@ -18,6 +19,7 @@
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
 //! | [`recommend`] | a model repository, events | recommendations with brand, category and price |
+//! | `resume` | a run directory, a configuration | a run to start, to resume or to refuse |
 //! | [`doctor`] | a job as it was started | measurements of its environment, suggested fixes |
 //! | `scaling` | a configuration, numbers of ranks | step times, measured and predicted |
 //! | [`cli`] | arguments | an exit code |
@@ -73,6 +75,7 @@
 //!
 //! 0 done; 1 the run failed; 2 refused before starting; 3 stopped on request after a checkpoint.
 
+pub mod env;
 pub use bireme_etl as etl;
 pub mod config;
 pub mod device;
@@ -87,5 +90,6 @@ pub mod train;
 pub mod export;
 pub mod recommend;
 pub mod doctor;
+mod resume;
 mod scaling;
 pub mod cli;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bireme_base::output::OutputError;
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 use bireme_protocol::Tensor;
 use bireme_serve::RequestError;
 use bireme_serve::repository::{Compute, Repository, RepositoryError};
@@ -103,13 +104,12 @@ pub enum RecommendError {
     },
 }
 
-impl RecommendError {
-    /// 1 where the writing failed, 2 otherwise.
-    pub fn exit_code(&self) -> i32 {
+impl UserError for RecommendError {
+    fn exit_code(&self) -> i32 {
         match self {
-            Self::Output(error) => error.exit_code().into(),
-            Self::Write { .. } => 1,
-            _ => 2,
+            Self::Output(error) => error.exit_code(),
+            Self::Write { .. } => FAILED,
+            _ => REFUSED,
         }
     }
 }

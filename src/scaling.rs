@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use bireme_base::output::{self, FolderKind, OutputError, OutputFolder};
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 use bireme_tools::findings::Findings;
 use bireme_tools::launch::{Launch, LaunchError, Launcher};
+use bireme_tools::run_dir::{CHECKPOINTS, METRICS};
 use bireme_tools::scaling::measured::{StepMeasurement, WARM_UP_STEPS};
 use bireme_tools::scaling::predict::{
     Calibration, Link, ParameterCounts, PredictedJob, Prediction, StepModel,
@@ -24,7 +26,6 @@ use crate::config::TableLayout;
 use crate::config::{Config, ConfigError};
 use crate::data::{self, DataError, Days, SessionFile, Split};
 use crate::model::ItemTable;
-use crate::report::METRICS;
 
 const PREDICTED_RANKS: [usize; 3] = [8, 64, 512];
 
@@ -88,31 +89,25 @@ pub enum ScalingError {
     Write(#[from] scaling::ScalingWriteError),
 }
 
-impl ScalingError {
-    /// What to look at.
-    pub fn hint(&self) -> Option<String> {
+impl UserError for ScalingError {
+    fn exit_code(&self) -> i32 {
         match self {
-            Self::Launch(error) => error.hint(),
-            _ => None,
-        }
-    }
-
-    /// 2 where nothing was begun, 1 otherwise.
-    pub fn exit_code(&self) -> i32 {
-        match self {
-            Self::Output(error) => error.exit_code().into(),
+            Self::Output(error) => error.exit_code(),
+            Self::Launch(error) => error.exit_code(),
             Self::Config(_)
             | Self::Data(_)
             | Self::Ranks { .. }
             | Self::Counts
             | Self::Launched
-            | Self::Taken(_) => 2,
-            Self::Launch(error) if error.is_refusal() => 2,
-            Self::Launch(_)
-            | Self::Record { .. }
-            | Self::Checkpoint(_)
-            | Self::Io { .. }
-            | Self::Write(_) => 1,
+            | Self::Taken(_) => REFUSED,
+            Self::Record { .. } | Self::Checkpoint(_) | Self::Io { .. } | Self::Write(_) => FAILED,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Launch(error) => error.hint(),
+            _ => None,
         }
     }
 }
@@ -407,7 +402,7 @@ impl<'a> Experiment<'a> {
     fn take_parameters(&self, run: ScalingRun) -> Result<ParameterCounts, ScalingError> {
         let run_dir = self.run_dir(run);
         let (checkpoint, _) = Checkpoints::of(&run_dir).newest()?;
-        let checkpoints = run_dir.join("checkpoints");
+        let checkpoints = run_dir.join(CHECKPOINTS);
         io_at(&checkpoints, fs::remove_dir_all(&checkpoints))?;
         let count = |of_items: bool| {
             let weights = checkpoint.tensors.weights.iter();

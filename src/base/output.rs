@@ -21,6 +21,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use crate::lock::{Lock, LockError};
+use crate::user_error::{FAILED, REFUSED, UserError};
 
 /// Why an output was not written. What was there before is unchanged.
 #[derive(Debug, Error)]
@@ -61,12 +62,13 @@ pub enum OutputError {
     },
 }
 
-impl OutputError {
-    /// The process's exit code: 1 where writing failed, 2 where it was refused.
-    pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Io { .. }) { 1 } else { 2 }
+impl UserError for OutputError {
+    fn exit_code(&self) -> i32 {
+        if matches!(self, Self::Io { .. }) { FAILED } else { REFUSED }
     }
+}
 
+impl OutputError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.into(), source }
     }

@@ -15,6 +15,13 @@ pub fn is_ignored(signal: i32) -> bool {
     unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
+/// Lets a write beyond a limit on the size of files (`ulimit -f`) fail with an error, as on a full
+/// disk, instead of ending the process. Rust's runtime does the same for closed pipes.
+pub fn ignore_file_size_limit() {
+    // SAFETY: no handler is installed, and the call may be made at any time.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

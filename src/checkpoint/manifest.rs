@@ -7,10 +7,8 @@ use std::path::Path;
 
 use bireme_base::digest::xxh3_of_file;
 use bireme_base::message;
+use bireme_tools::run_dir::MANIFEST;
 use serde::{Deserialize, Serialize};
-
-/// The file that is written last.
-pub(super) const MANIFEST: &str = "manifest.json";
 
 /// `manifest.json`: size and hash of the other files, by name.
 #[derive(Serialize, Deserialize)]

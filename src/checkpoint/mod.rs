@@ -24,6 +24,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
+use bireme_tools::run_dir::{CHECKPOINTS, MANIFEST, OCCURRENCES, OPTIMIZER, STATE, WEIGHTS};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -32,16 +34,11 @@ pub use crate::config::CheckpointConfig;
 use crate::config::Config;
 use crate::model::ItemTable;
 
-use manifest::{MANIFEST, Manifest};
+use manifest::Manifest;
 use retention::{CheckpointId, superseded};
 pub use saver::Saver;
 pub use shared::SharedCheckpoint;
 use tensor_file::{TensorFile, stream};
-
-const WEIGHTS: &str = "weights.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
-const OCCURRENCES: &str = "occurrences.safetensors";
-const STATE: &str = "state.json";
 
 /// Suffix of the staging folder of a checkpoint.
 const STAGING_SUFFIX: &str = ".partial";
@@ -187,6 +184,15 @@ pub enum CheckpointError {
     Background(String),
 }
 
+impl UserError for CheckpointError {
+    fn exit_code(&self) -> i32 {
+        match self {
+            Self::Io { .. } | Self::Tensors { .. } | Self::Background(_) => FAILED,
+            Self::State { .. } | Self::None { .. } | Self::Unknown { .. } | Self::Mismatch { .. } => REFUSED,
+        }
+    }
+}
+
 /// The checkpoints of a run.
 #[derive(Clone)]
 pub struct Checkpoints {
@@ -196,7 +202,7 @@ pub struct Checkpoints {
 impl Checkpoints {
     /// The checkpoints under `run_dir`.
     pub fn of(run_dir: &Path) -> Self {
-        Self { dir: run_dir.join("checkpoints") }
+        Self { dir: run_dir.join(CHECKPOINTS) }
     }
 
     /// Writes a checkpoint and then removes those that are no longer kept.

@@ -6,11 +6,15 @@ use bireme_base::console;
 use bireme_tools::launch::{Launch, Launcher};
 use bireme_tools::scaling::TABLE;
 use bireme_tools::scaling::predict::Link;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
-use super::{Failure, explain};
+use super::args::by_name;
+use super::failure::{Failure, SystemError};
+use super::interrupt::clean_up_on_signals;
 use crate::config::TableLayout;
-use crate::scaling::{self, ScalingError, ScalingOptions};
+use crate::scaling::{self, ScalingOptions};
+
+const ITEM_TABLES: [TableLayout; 2] = [TableLayout::Replicated, TableLayout::Sharded];
 
 #[derive(Args)]
 pub(super) struct BenchArgs {
@@ -20,8 +24,9 @@ pub(super) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum Bench {
-    /// Run training on several numbers of ranks, with the ranks sharing a step's sessions (strong scaling) and with as many
-    /// sessions for each (weak scaling), and predict more ranks and larger catalogues; not under `mpirun`, which it starts
+    /// Run training on several numbers of ranks, with the ranks sharing a step's sessions (strong
+    /// scaling) and with as many sessions for each (weak scaling), and predict more ranks and
+    /// larger catalogues; not under `mpirun`, which it starts
     Scaling(ScalingArgs),
 }
 
@@ -40,11 +45,16 @@ struct ScalingArgs {
     #[arg(long, value_name = "N,N...", value_delimiter = ',', default_value = "1,2")]
     ranks: Vec<usize>,
     /// Who holds the item table
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [TableArg::Replicated, TableArg::Sharded])]
-    item_tables: Vec<TableArg>,
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values = ITEM_TABLES.map(TableLayout::name),
+        value_parser = by_name(ITEM_TABLES, TableLayout::name)
+    )]
+    item_tables: Vec<TableLayout>,
     /// What starts the ranks
-    #[arg(long, value_enum, default_value_t = LauncherArg::Mpirun)]
-    launcher: LauncherArg,
+    #[arg(long, value_enum, default_value_t = Launcher::Mpirun)]
+    launcher: Launcher,
     /// The hosts to start them on, as `mpirun --hostfile` takes them
     #[arg(long, value_name = "FILE", conflicts_with_all = ["across_gbps", "across_us"])]
     hosts: Option<PathBuf>,
@@ -54,29 +64,16 @@ struct ScalingArgs {
     /// In predictions: ranks of a node
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     ranks_per_node: u32,
-    /// In predictions: what a rank says to another node, in GB/s [default: as measured between the ranks]
+    /// In predictions: bandwidth of a rank to another node, in GB/s [default: as measured between
+    /// the ranks]
     #[arg(long, value_name = "GB/S", requires = "across_us", value_parser = positive)]
     across_gbps: Option<f64>,
-    /// In predictions: until another node hears it, in microseconds
+    /// In predictions: latency to another node, in microseconds
     #[arg(long, value_name = "US", requires = "across_gbps", value_parser = positive)]
     across_us: Option<f64>,
     /// The folder to write
     #[arg(long, value_name = "DIR", default_value = "scaling")]
     out: PathBuf,
-}
-
-/// As [`TableLayout`], on the command line.
-#[derive(Clone, Copy, ValueEnum)]
-enum TableArg {
-    Replicated,
-    Sharded,
-}
-
-/// As [`Launcher`], on the command line.
-#[derive(Clone, Copy, ValueEnum)]
-enum LauncherArg {
-    Mpirun,
-    Srun,
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -85,26 +82,15 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 impl ScalingArgs {
-    fn options(&self) -> Result<ScalingOptions, std::io::Error> {
+    fn options(&self) -> Result<ScalingOptions, SystemError> {
+        let program = std::env::current_exe().map_err(SystemError::refused("find this program"))?;
         Ok(ScalingOptions {
             config: self.config.clone(),
             data: self.data.clone(),
             set: self.set.clone(),
             ranks: self.ranks.clone(),
-            item_tables: (self.item_tables.iter())
-                .map(|table| match table {
-                    TableArg::Replicated => TableLayout::Replicated,
-                    TableArg::Sharded => TableLayout::Sharded,
-                })
-                .collect(),
-            launch: Launch {
-                launcher: match self.launcher {
-                    LauncherArg::Mpirun => Launcher::Mpirun,
-                    LauncherArg::Srun => Launcher::Srun,
-                },
-                hosts: self.hosts.clone(),
-                program: std::env::current_exe()?,
-            },
+            item_tables: self.item_tables.clone(),
+            launch: Launch { launcher: self.launcher, hosts: self.hosts.clone(), program },
             steps: self.steps as usize,
             ranks_per_node: self.ranks_per_node as usize,
             across: (self.across_gbps.zip(self.across_us))
@@ -114,15 +100,11 @@ impl ScalingArgs {
     }
 }
 
-pub(super) fn bench(args: &BenchArgs) -> Result<(), Failure> {
-    super::clean_up_on_signals()?;
+pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    clean_up_on_signals()?;
     let Bench::Scaling(args) = &args.bench;
-    let options = args.options().map_err(|error| Failure::refused(&error, None))?;
-    let failed = |error: ScalingError| Failure {
-        exit_code: error.exit_code(),
-        message: Some(explain(&error, error.hint().as_deref())),
-    };
-    scaling::scaling(&options, &mut console::log).map_err(failed)?;
+    let options = args.options()?;
+    scaling::scaling(&options, &mut console::log)?;
     console::note(&options.out.join(TABLE).display().to_string());
     Ok(())
 }

@@ -8,8 +8,14 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
+use super::failure::SystemError;
+
 /// From now on, a signal that ends the process removes what the command has written aside first.
-pub(super) fn clean_up_on_signals() -> io::Result<()> {
+pub(super) fn clean_up_on_signals() -> Result<(), SystemError> {
+    start().map_err(SystemError::refused("listen to signals"))
+}
+
+fn start() -> io::Result<()> {
     let signals = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !signal::is_ignored(signal));
     let mut signals = Signals::new(signals)?;
     let wait = move || {

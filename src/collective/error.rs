@@ -1,5 +1,6 @@
 //! Errors of collective calls.
 
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 use thiserror::Error;
 
 /// A failed collective call.
@@ -60,11 +61,17 @@ pub enum CollectiveError {
     },
 }
 
-impl CollectiveError {
-    /// A remedy, if one is known.
-    pub fn hint(&self) -> Option<&'static str> {
+impl UserError for CollectiveError {
+    fn exit_code(&self) -> i32 {
         match self {
-            Self::Launch { hint, .. } => Some(hint),
+            Self::Launch { .. } | Self::NcclMissing { .. } => REFUSED,
+            _ => FAILED,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Launch { hint, .. } => Some((*hint).to_owned()),
             _ => None,
         }
     }

@@ -14,6 +14,8 @@ pub mod plan;
 
 use std::path::{Path, PathBuf};
 
+use bireme_base::user_error::{REFUSED, UserError};
+
 pub use crate::config::DataConfig;
 
 pub use batch::{Batch, DropoutGenerator, Segment, with_seed};
@@ -126,11 +128,16 @@ pub enum DataError {
     },
 }
 
-impl DataError {
-    /// How to correct the error, if known.
-    pub fn hint(&self) -> Option<&'static str> {
+impl UserError for DataError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
+
+    fn hint(&self) -> Option<String> {
         match self {
-            Self::ShortSession { .. } => Some("`bireme preprocess --min-length 2` leaves such sessions out"),
+            Self::ShortSession { .. } => {
+                Some("`bireme preprocess --min-length 2` leaves such sessions out".to_owned())
+            }
             _ => None,
         }
     }

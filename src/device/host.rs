@@ -6,14 +6,6 @@ use std::thread;
 use tch::kind::Element;
 use tch::{Device, Tensor};
 
-/// What Intel's MKL, which libtorch multiplies matrices with, asks before it chooses its instructions. By its own answer a CPU
-/// of another maker gets those of older ones, which costs an AMD EPYC with AVX-512 a fifth of its speed; it looks at what the CPU
-/// can do in any case.
-#[unsafe(no_mangle)]
-extern "C" fn mkl_serv_intel_cpu_true() -> i32 {
-    1
-}
-
 /// The elements of a contiguous tensor on the CPU as a slice.
 ///
 /// # Panics

@@ -7,12 +7,15 @@
 pub(crate) mod guarded;
 pub mod host;
 pub mod memory;
+#[cfg(target_arch = "x86_64")]
+mod mkl;
 pub mod operation;
 pub mod vectors;
 
 use std::fs;
 use std::thread::available_parallelism;
 
+use bireme_base::user_error::{REFUSED, UserError};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Device, Tensor};
 use thiserror::Error;
@@ -29,10 +32,13 @@ pub struct NoGpu {
     reason: String,
 }
 
-impl NoGpu {
-    /// A remedy.
-    pub fn hint(&self) -> &'static str {
-        "use `--set run.device=cpu`, or run `./launch/setup.sh` again on the GPU host"
+impl UserError for NoGpu {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some("use `--set run.device=cpu`, or run `./launch/setup.sh` again on the GPU host".to_owned())
     }
 }
 

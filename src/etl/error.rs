@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bireme_base::output::OutputError;
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 use polars::prelude::PolarsError;
 use thiserror::Error;
 
@@ -79,31 +80,31 @@ pub enum Error {
     Table(#[from] PolarsError),
 }
 
-impl Error {
-    /// The process's exit code: 2 where the input or the settings are refused, 1 where the work
-    /// failed.
-    pub fn exit_code(&self) -> u8 {
+impl UserError for Error {
+    fn exit_code(&self) -> i32 {
         match self {
             Self::Output(error) => error.exit_code(),
             Self::Schema(_)
             | Self::Io { .. }
             | Self::Miscounted { .. }
             | Self::Parquet { .. }
-            | Self::Table(_) => 1,
-            _ => 2,
+            | Self::Table(_) => FAILED,
+            _ => REFUSED,
         }
     }
 
-    /// What to do about it, where that can be said.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Self::OutputExists { .. } => Some("name another folder, or replace this one with `--overwrite`"),
-            Self::Format { hint, .. } => Some(hint),
-            Self::BadRow { .. } => Some("`--skip-bad-rows` leaves such rows out, and counts them"),
-            _ => None,
-        }
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::OutputExists { .. } => "name another folder, or replace this one with `--overwrite`",
+            Self::Format { hint, .. } => hint,
+            Self::BadRow { .. } => "`--skip-bad-rows` leaves such rows out, and counts them",
+            _ => return None,
+        };
+        Some(hint.to_owned())
     }
+}
 
+impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { action, path: path.into(), source }
     }

@@ -108,6 +108,7 @@ pub(crate) fn sessions(events: &[Event]) -> impl Iterator<Item = &[Event]> {
 /// The events that are kept of a session longer than the limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Keep {
     /// The first events, as in the tutorial.
     #[default]

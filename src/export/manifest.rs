@@ -6,13 +6,13 @@ use std::io;
 use std::path::Path;
 
 use bireme_base::digest::sha256_of_file;
+use bireme_tools::run_dir::METRICS;
 use serde_json::{Value, json};
 use tch::Kind;
 
 use crate::checkpoint::State;
 use crate::config::Config;
 use crate::device::LIBTORCH;
-use crate::report::METRICS;
 
 /// The manifest, in the version folder of the ensemble.
 pub const FILE: &str = "manifest.json";

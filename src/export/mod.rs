@@ -18,7 +18,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bireme_base::output::{self, OutputEntries, OutputError};
-use bireme_tools::run_dir::CONFIG;
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
+use bireme_tools::run_dir::{CONFIG, DATA};
 use tch::{Device, Kind};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Checkpoints, State};
@@ -36,9 +37,6 @@ use script::Script;
 
 /// The library that preprocesses in Triton, in the folder of `<name>_etl`.
 pub const LIBRARY: &str = "libtriton_bireme.so";
-
-/// The folder of a run with the schema and the workflow, for serving.
-pub const DATA: &str = "etl";
 
 #[derive(Clone, Debug)]
 pub struct ExportOptions {
@@ -108,25 +106,24 @@ pub enum ExportError {
     Io { action: &'static str, path: PathBuf, source: io::Error },
 }
 
-impl ExportError {
-    /// 2 where nothing was begun, 1 otherwise.
-    pub fn exit_code(&self) -> i32 {
+impl UserError for ExportError {
+    fn exit_code(&self) -> i32 {
         match self {
-            Self::Output(error) => error.exit_code().into(),
-            Self::Script { .. } | Self::Io { .. } => 1,
-            _ => 2,
+            Self::Output(error) => error.exit_code(),
+            Self::Script { .. } | Self::Io { .. } => FAILED,
+            _ => REFUSED,
         }
     }
 
-    /// What to do about it, where that can be said.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
             Self::NoLibrary(_) => {
-                Some("`cargo build` makes it beside `bireme`, and `--backend-library` names another place")
+                "`cargo build` makes it beside `bireme`, and `--backend-library` names another place"
             }
-            Self::NoWorkflow(_) => Some("train on what `bireme preprocess` wrote"),
-            _ => None,
-        }
+            Self::NoWorkflow(_) => "train on what `bireme preprocess` wrote",
+            _ => return None,
+        };
+        Some(hint.to_owned())
     }
 }
 

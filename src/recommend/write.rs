@@ -16,7 +16,7 @@ use super::{Recommendation, Session};
 use crate::etl::ProductInWords;
 
 /// How recommendations are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum RecommendationFormat {
     /// For people: a block per session.
     Table,
@@ -24,7 +24,7 @@ pub enum RecommendationFormat {
     Json,
     /// A row per product seen or recommended.
     Csv,
-    /// The rows of [`RecommendationFormat::Csv`].
+    /// The rows of csv.
     Parquet,
 }
 

@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 use bireme_base::console;
 use bireme_base::output::OutputFile;
 use bireme_tools::report::evaluation_file::{self, EvaluationFacts, SessionOutcome};
+use bireme_tools::run_dir::EVALUATIONS;
 
 use super::ReportError;
 use crate::collective::Root;
 use crate::data::Split;
 use crate::metrics::{Evaluation, Outcome};
-
-pub(crate) use bireme_tools::run_dir::EVALUATIONS;
 
 /// The footer of a saved evaluation.
 pub struct Facts(EvaluationFacts);

@@ -9,16 +9,16 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bireme_base::user_error::{FAILED, UserError};
 use bireme_base::{console, output};
 use bireme_tools::report::results_text;
+use bireme_tools::run_dir::{METRICS, RESULTS};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::collective::Root;
 use crate::data::Split;
 use crate::metrics::Metrics;
-
-pub(crate) use bireme_tools::run_dir::{METRICS, RESULTS};
 
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, Serialize)]
@@ -106,6 +106,12 @@ pub enum Record {
 pub struct ReportError {
     pub(crate) path: PathBuf,
     pub(crate) source: io::Error,
+}
+
+impl UserError for ReportError {
+    fn exit_code(&self) -> i32 {
+        FAILED
+    }
 }
 
 /// The log of a run: active on the root, silent elsewhere.

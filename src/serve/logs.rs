@@ -5,7 +5,9 @@ use std::io::stderr;
 use tracing_subscriber::EnvFilter;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum LogFormat {
+    /// For people.
     Text,
     /// One JSON object per line.
     Json,

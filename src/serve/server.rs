@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use bireme_base::message::quoted;
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -61,10 +62,9 @@ pub enum ServeError {
     Drain(i64),
 }
 
-impl ServeError {
-    /// 2 where nothing was served, 1 otherwise.
-    pub fn exit_code(&self) -> i32 {
-        if matches!(self, Self::System(_) | Self::Drain(_)) { 1 } else { 2 }
+impl UserError for ServeError {
+    fn exit_code(&self) -> i32 {
+        if matches!(self, Self::System(_) | Self::Drain(_)) { FAILED } else { REFUSED }
     }
 }
 

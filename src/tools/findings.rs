@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use bireme_base::user_error::{REFUSED, UserError};
 use serde::{Deserialize, Serialize};
 
 /// Bytes written to and read from the file system.
@@ -49,6 +50,12 @@ pub enum FolderError {
     NotAFolder(PathBuf),
     #[error("cannot write to the folder `{path}`")]
     Write { path: PathBuf, source: io::Error },
+}
+
+impl UserError for FolderError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
 }
 
 /// Checks that `dir` is a folder and can be written to.

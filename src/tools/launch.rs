@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bireme_base::message::single_line;
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 
 use crate::shell;
 
 /// The program that starts ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Launcher {
     /// On this host, on those of a host file, or in a Slurm allocation.
     Mpirun,
@@ -55,14 +57,16 @@ pub enum LaunchError {
     },
 }
 
-impl LaunchError {
-    /// Whether nothing was started.
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Missing(_) | Self::NoAllocation | Self::HostsOfSrun | Self::Hosts { .. })
+impl UserError for LaunchError {
+    fn exit_code(&self) -> i32 {
+        match self {
+            Self::Missing(_) | Self::NoAllocation | Self::HostsOfSrun | Self::Hosts { .. } => REFUSED,
+            Self::Start { .. } | Self::Failed { .. } => FAILED,
+        }
     }
 
     /// The command that reproduces the failure.
-    pub fn hint(&self) -> Option<String> {
+    fn hint(&self) -> Option<String> {
         match self {
             Self::Failed { command, status, .. } => Some(format!("{status} of `{command}`")),
             _ => None,

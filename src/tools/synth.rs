@@ -55,6 +55,7 @@ use std::collections::BinaryHeap;
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -102,6 +103,15 @@ pub enum SynthError {
     /// The events could not be written.
     #[error("cannot write the events")]
     Write(#[from] io::Error),
+}
+
+impl UserError for SynthError {
+    fn exit_code(&self) -> i32 {
+        match self {
+            Self::Option { .. } => REFUSED,
+            Self::Write(_) => FAILED,
+        }
+    }
 }
 
 /// Size of the generated file, and the Recall@20 that can be reached on it.

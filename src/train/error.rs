@@ -1,5 +1,7 @@
 //! Errors of a run.
 
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
+
 use super::memory::NotEnoughMemory;
 use super::weights_file::WeightsError;
 use crate::checkpoint::CheckpointError;
@@ -75,12 +77,23 @@ pub enum TrainError {
     Memory(#[from] NotEnoughMemory),
 }
 
-impl TrainError {
-    /// How to correct the error, if known.
-    pub fn hint(&self) -> Option<&'static str> {
+impl UserError for TrainError {
+    fn exit_code(&self) -> i32 {
+        match self {
+            Self::Data(error) => error.exit_code(),
+            Self::Collective(error) => error.exit_code(),
+            Self::Checkpoint(error) => error.exit_code(),
+            Self::OtherData { .. } | Self::Model(_) | Self::Loss(_) => REFUSED,
+            Self::Weights(error) => error.exit_code(),
+            Self::Memory(error) => error.exit_code(),
+            Self::Evaluate(_) | Self::Report(_) | Self::NotFinite { .. } | Self::Desync { .. } => FAILED,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
         match self {
             Self::Data(error) => error.hint(),
-            Self::Memory(error) => Some(error.hint()),
+            Self::Memory(error) => error.hint(),
             Self::Weights(error) => error.hint(),
             _ => None,
         }

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use bireme_base::user_error::{REFUSED, UserError};
 use tch::Device;
 
 use super::{RankContext, TrainError, item_table};
@@ -41,10 +42,13 @@ pub struct NotEnoughMemory {
     hint: &'static str,
 }
 
-impl NotEnoughMemory {
-    /// How to reduce the memory.
-    pub fn hint(&self) -> &'static str {
-        self.hint
+impl UserError for NotEnoughMemory {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(self.hint.to_owned())
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use bireme_base::user_error::{REFUSED, UserError};
 use tch::{Kind, Tensor};
 
 use crate::checkpoint::{CheckpointError, read_tensors};
@@ -29,11 +30,14 @@ pub enum WeightsError {
     Unreadable(#[from] CheckpointError),
 }
 
-impl WeightsError {
-    /// How to correct the error, if known.
-    pub fn hint(&self) -> Option<&'static str> {
+impl UserError for WeightsError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
+
+    fn hint(&self) -> Option<String> {
         match self {
-            Self::Kind { hint, .. } => Some(hint),
+            Self::Kind { hint, .. } => Some((*hint).to_owned()),
             _ => None,
         }
     }
@@ -141,7 +145,7 @@ fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
 mod tests {
     use super::*;
 
-    fn message(bytes: &[u8]) -> (String, Option<&'static str>) {
+    fn message(bytes: &[u8]) -> (String, Option<String>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weights");
         fs::write(&path, bytes).unwrap();
@@ -171,7 +175,7 @@ mod tests {
         ] {
             let (text, found) = message(&bytes);
             assert!(text.starts_with(&format!("`FILE` is {kind}")), "{text}");
-            assert_eq!(found, Some(hint), "{text}");
+            assert_eq!(found.as_deref(), Some(hint), "{text}");
         }
         let (text, _) = message(b"no tensors");
         assert!(text.starts_with("cannot read `FILE`"), "{text}");

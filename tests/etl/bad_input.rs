@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{BadRows, Coded, Error, PreprocessOptions, preprocess};
 
 use crate::support::{HEADER, bytes, rows, run, scratch};

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{PreprocessOptions, preprocess};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -138,7 +139,7 @@ fn a_header_alone_in_one_of_two_files_does_no_harm() {
 }
 
 /// Writes a file and reads it; `Err` holds the exit code and the message.
-fn read(dir: &Path, name: &str, bytes: &[u8]) -> Result<u64, (u8, String)> {
+fn read(dir: &Path, name: &str, bytes: &[u8]) -> Result<u64, (i32, String)> {
     let path = dir.join(name);
     fs::write(&path, bytes).unwrap();
     let mut options = PreprocessOptions::new(vec![path], dir.join("out"));
@@ -272,7 +273,7 @@ fn other_formats_are_refused_by_their_kind() {
     let mut options = PreprocessOptions::new(vec![dir.path().into()], dir.path().join("out"));
     let error = preprocess(&options, &mut |_| {}).unwrap_err();
     assert!(error.to_string().ends_with("it is a directory"), "{error}");
-    assert_eq!((error.exit_code(), error.hint()), (2, Some("name the files in it")));
+    assert_eq!((error.exit_code(), error.hint()), (2, Some("name the files in it".to_owned())));
     options.events = vec![dir.path().join("missing")];
     assert_eq!(preprocess(&options, &mut |_| {}).unwrap_err().exit_code(), 2);
 }

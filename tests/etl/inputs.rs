@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{BadRows, Error, PreprocessOptions, first_events, preprocess};
 
 use crate::support::{HEADER, run, scratch};

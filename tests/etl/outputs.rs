@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{Error, PreprocessOptions, PreprocessReport, preprocess};
 
 use crate::support::{HEADER, bytes, run, scratch, shop};

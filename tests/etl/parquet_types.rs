@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{BadRows, EventTime, PreprocessOptions, RawEvent, RowCounts, first_events, preprocess};
 use parquet::basic::{Compression, Encoding};
 use parquet::column::writer::ColumnWriter;
@@ -123,7 +124,7 @@ fn write(path: &Path, columns: &Columns, properties: WriterProperties) {
 }
 
 /// The events of a file, or the exit code and message of its refusal.
-fn read(columns: &Columns, bad_rows: BadRows) -> Result<(Vec<RawEvent>, RowCounts), (u8, String)> {
+fn read(columns: &Columns, bad_rows: BadRows) -> Result<(Vec<RawEvent>, RowCounts), (i32, String)> {
     let dir = scratch();
     let path = dir.path().join("events.parquet");
     write(&path, columns, WriterProperties::default());

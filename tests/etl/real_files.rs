@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
+use bireme_base::user_error::UserError;
 use bireme_etl::{
     BadRows, Coded, Error, PreprocessOptions, PreprocessReport, WORKFLOW, Workflow, preprocess,
 };

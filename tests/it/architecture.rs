@@ -20,19 +20,20 @@ const CIRCLES: &[&[&str]] = &[];
 
 /// Files and folders with `unsafe`, each with its reason.
 const UNSAFE: &[(&str, &str)] = &[
+    ("src/allocator.rs", "the global allocator"),
     ("src/base/lock.rs", "libc: the host's name"),
     ("src/base/output.rs", "libc: duplicates a descriptor, asks for permissions"),
-    ("src/base/signal.rs", "libc: asks whether a signal is ignored"),
+    ("src/base/signal.rs", "libc: asks whether a signal is ignored, ignores one"),
     ("src/collective/bf16.rs", "a reduction that MPI calls with raw buffers"),
     ("src/collective/mpi.rs", "lends memory of tensors to MPI"),
     ("src/collective/nccl/", "loads NCCL and lends memory of tensors to it"),
     ("src/device/host.rs", "views host tensors as slices, sets the allocator's thresholds"),
     ("src/device/memory.rs", "reads the environment and exits where memory has run out"),
+    ("src/device/mkl.rs", "a function that MKL calls"),
     ("src/device/mod.rs", "loads the CUDA half of libtorch and sets its flags"),
     ("src/device/operation.rs", "an autograd node in C++"),
     ("src/device/vectors.rs", "compiles loops for AVX-512 and AVX2"),
     ("src/export/trace.rs", "traces a module in C++"),
-    ("src/main.rs", "the global allocator, and a start before the libraries'"),
     ("src/optim/fused.rs", "fused optimizers in C++"),
     ("src/serve/server.rs", "libc: sets the allocator's threshold"),
     ("src/tools/launch.rs", "libc: ends a launcher with its parent"),

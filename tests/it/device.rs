@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use bireme::device::{DeviceChoice, place};
+use bireme_base::user_error::UserError;
 use tch::Device;
 
 use crate::support::mpirun::mpirun;
@@ -20,7 +21,7 @@ fn a_host_without_a_gpu_refuses_cuda_and_takes_the_cpu_otherwise() {
         refused.to_string().starts_with("`run.device` is `cuda`, but there is no NVIDIA driver"),
         "{refused}"
     );
-    assert!(refused.hint().contains("--set run.device=cpu"));
+    assert!(refused.hint().unwrap().contains("--set run.device=cpu"));
     for choice in [DeviceChoice::Auto, DeviceChoice::Cpu] {
         let here = place(choice, 0, 0, 1).unwrap();
         assert_eq!((here.device, here.warnings.as_slice()), (Device::Cpu, [].as_slice()));

@@ -38,6 +38,8 @@ pub(super) fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Error>)
 
 #[cfg(test)]
 mod tests {
+    use bireme_base::user_error::UserError;
+
     use super::*;
 
     #[test]

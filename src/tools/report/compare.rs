@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use bireme_base::user_error::{REFUSED, UserError};
 use serde::{Serialize, Serializer};
 
 use super::bootstrap::{CONFIDENCE, Estimate, bootstrap};
@@ -184,6 +185,12 @@ pub struct CompareError {
     /// ` on day 3 (valid)`.
     on: Option<String>,
     problem: String,
+}
+
+impl UserError for CompareError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
 }
 
 /// Compares runs that evaluated the same sessions.

@@ -1,5 +1,6 @@
 //! Reads the directories of finished runs.
 
+use bireme_base::user_error::{REFUSED, UserError};
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::io;
@@ -61,6 +62,12 @@ pub enum RunError {
     /// Content and name of the file of an evaluation differ.
     #[error("`{path}` holds the evaluation of day {} ({})", facts.eval_day, facts.split)]
     Misnamed { path: PathBuf, facts: Box<EvaluationFacts> },
+}
+
+impl UserError for RunError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
 }
 
 /// Reads finished runs and labels them.

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bireme_base::output::{self, FolderKind, OutputError, OutputFolder};
+use bireme_base::user_error::{FAILED, REFUSED, UserError};
 
 use super::charts::charts;
 use super::compare::Comparison;
@@ -33,13 +34,12 @@ pub enum WriteError {
     Chart(#[from] ChartError),
 }
 
-impl WriteError {
-    /// 2 where nothing was begun, 1 otherwise.
-    pub fn exit_code(&self) -> i32 {
+impl UserError for WriteError {
+    fn exit_code(&self) -> i32 {
         match self {
-            Self::Output(error) => error.exit_code().into(),
-            Self::Taken(_) | Self::Foreign(_) => 2,
-            Self::Io { .. } | Self::Chart(_) => 1,
+            Self::Output(error) => error.exit_code(),
+            Self::Taken(_) | Self::Foreign(_) => REFUSED,
+            Self::Io { .. } | Self::Chart(_) => FAILED,
         }
     }
 }
