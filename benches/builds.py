@@ -1,0 +1,127 @@
+"""Two builds of bireme beside each other, by turns, on the same data and cores.
+
+    . launch/env.sh oversubscribe
+    python benches/builds.py BIREME OTHER EVENTS.csv CONFIG... [--runs 5] [--steps 60] [--seconds 6]
+
+Measures with each build the seconds of `bireme preprocess`, the milliseconds of a session of the
+median training step of each configuration on day 1, and the milliseconds of a request to
+`bireme serve` with two clients in a closed loop, for a model of the first configuration. Prints a
+table of Markdown: medians of the runs, and the median, the smallest and the largest of the ratios
+of pairs. EVENTS.csv is also read compressed if EVENTS.csv.gz is beside it.
+"""
+
+import argparse
+import http.client
+import json
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from serve import sessions, triton_body
+
+WARM_UP_STEPS = 5
+N_CLIENTS = 2
+
+
+def run(*command):
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def train(bireme, config, data, run_dir, steps):
+    settings = ["data.last_day=2", "train.epochs_per_day=1", "train.log_every_steps=1"]
+    settings.append(f"train.max_steps_per_day={WARM_UP_STEPS + steps}")
+    sets = [word for assignment in settings for word in ("--set", assignment)]
+    run(bireme, "train", "--config", config, "--data", data, "--run-dir", run_dir, *sets)
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["sessions_per_s"] for record in records if record["kind"] == "step"]
+
+
+def preprocess_seconds(bireme, events, folder):
+    return run(bireme, "preprocess", "--events", events, "--out", folder / "data")
+
+
+def session_milliseconds(bireme, config, data, folder, steps):
+    rates = train(bireme, config, data, folder / "run", steps)
+    return 1000 / statistics.median(rates[WARM_UP_STEPS:])
+
+
+def request_milliseconds(bireme, repository, bodies, seconds):
+    command = [bireme, "serve", "--repository", repository, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    address = server.stdout.readline().split()[1]
+    counts, end = [0] * N_CLIENTS, time.perf_counter() + seconds
+
+    def ask(client):
+        connection = http.client.HTTPConnection(address)
+        while time.perf_counter() < end:
+            body = bodies[(counts[client] * N_CLIENTS + client) % len(bodies)]
+            connection.request("POST", "/v2/models/model/infer", body)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200, answer.status
+            counts[client] += 1
+
+    clients = [threading.Thread(target=ask, args=(client,)) for client in range(N_CLIENTS)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    server.terminate()
+    server.wait()
+    return 1000 * seconds / sum(counts)
+
+
+def compare(name, builds, runs, measure):
+    """Prints a row. The builds take turns, and so does the one that goes first."""
+    pairs = []
+    for number in range(runs):
+        pair = {}
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            with tempfile.TemporaryDirectory(dir=".") as folder:
+                pair[which] = measure(builds[which], which, Path(folder))
+        pairs.append((pair[0], pair[1]))
+    first, second = (statistics.median(values) for values in zip(*pairs))
+    ratios = sorted(one / other for one, other in pairs)
+    spread = f"{statistics.median(ratios):.0%} ({ratios[0]:.0%} to {ratios[-1]:.0%})"
+    print(f"| {name} | {first:.3f} | {second:.3f} | {spread} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bireme")
+    parser.add_argument("other")
+    parser.add_argument("events", type=Path)
+    parser.add_argument("configs", type=Path, nargs="+")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=6)
+    options = parser.parse_args()
+    builds = [options.bireme, options.other]
+    bodies = [json.dumps(triton_body(events)) for events in sessions(options.events)]
+    print("| | first | second | first of second |\n| --- | ---: | ---: | ---: |")
+    compressed = options.events.with_name(options.events.name + ".gz")
+    for events in [options.events, *([compressed] if compressed.exists() else [])]:
+        compare(f"preprocess `{events.name}`, s", builds, options.runs, lambda bireme, _, folder: preprocess_seconds(bireme, events, folder))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        folder = Path(folder)
+        for which, bireme in enumerate(builds):
+            data = folder / f"data-{which}"
+            run(bireme, "preprocess", "--events", options.events, "--out", data)
+            train(bireme, options.configs[0], data, folder / f"run-{which}", 1)
+            library = folder / "libtriton_bireme.so"
+            library.touch()
+            export = ["export", "--run-dir", folder / f"run-{which}", "--out", folder / f"models-{which}", "--name", "model"]
+            run(bireme, *export, "--backend-library", library)
+        for config in options.configs:
+            name = f"train `{config.stem}`, ms a session"
+            compare(name, builds, options.runs, lambda bireme, which, scratch: session_milliseconds(bireme, config, folder / f"data-{which}", scratch, options.steps))
+        compare("serve, ms a request", builds, options.runs, lambda bireme, which, _: request_milliseconds(bireme, folder / f"models-{which}", bodies, options.seconds))
+
+
+if __name__ == "__main__":
+    main()
