@@ -116,7 +116,8 @@ fn packages() -> Vec<PathBuf> {
     folders
 }
 
-/// Sources of the main package, each with its top-level module; `main.rs` and `lib.rs` have none.
+/// Sources of the main package, each with its top-level module; `main.rs` with its `allocator.rs`, and
+/// `lib.rs`, have none.
 fn main_package() -> Vec<(String, Source)> {
     let packages = packages();
     let mut sources = sources("src");
@@ -127,7 +128,7 @@ fn main_package() -> Vec<(String, Source)> {
         (first, source)
     };
     let with_module = sources.into_iter().map(module);
-    with_module.filter(|(module, _)| !["main", "lib"].contains(&module.as_str())).collect()
+    with_module.filter(|(module, _)| !["main", "allocator", "lib"].contains(&module.as_str())).collect()
 }
 
 /// Arrows between the top-level modules of the main package.
