@@ -6,7 +6,7 @@
 //!
 //! | module | from | to |
 //! | --- | --- | --- |
-//! | [`env`] | the environment | names of variables |
+//! | [`env`](mod@env) | the environment | names of variables |
 //! | [`etl`] | events | `sessions_by_day/<day_index>/{train,valid,test}.parquet`, a workflow, a schema |
 //! | [`config`] | a TOML file and `--set` | a run as resolved |
 //! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |

@@ -47,7 +47,7 @@ pub enum Reminders {
     None,
 }
 
-/// One of the ranking metrics in [`Metrics`].
+/// One of the ranking metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Measure {

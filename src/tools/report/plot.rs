@@ -1,6 +1,6 @@
-//! Draws a [`Plot`] as SVG.
+//! Draws a `Plot` as SVG.
 //!
-//! The drawing library knows whole pixels only, so a chart is drawn at [`SCALE`] times its size,
+//! The drawing library knows whole pixels only, so a chart is drawn at `SCALE` times its size,
 //! and the view box of the SVG scales it down. Text is in the viewer's sans-serif font. Colours are
 //! those of Okabe & Ito (2008), distinguishable by colour-blind readers; runs also differ in their
 //! markers, and lines of baselines are dashed.
