@@ -15,17 +15,48 @@
 
 use std::arch::x86_64::__cpuid;
 use std::env;
+use std::ffi::c_int;
+use std::sync::LazyLock;
 
 use crate::env::MKL_AVX512;
 
-/// MKL's question whether the CPU is Intel's.
+/// What MKL asks before it chooses its instructions.
 #[unsafe(no_mangle)]
-extern "C" fn mkl_serv_intel_cpu_true() -> i32 {
-    let by_maker = env::var_os(MKL_AVX512).is_some_and(|value| value == "0");
-    i32::from(!by_maker || is_by_intel())
+extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
+    // MKL asks more than once, and from any thread.
+    static ANSWER: LazyLock<bool> = LazyLock::new(|| !is_switched_off() || is_intel());
+    (*ANSWER).into()
 }
 
-fn is_by_intel() -> bool {
-    let id = __cpuid(0);
-    [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+fn is_switched_off() -> bool {
+    env::var_os(MKL_AVX512).is_some_and(|value| value == "0")
+}
+
+/// As MKL's own function answers.
+fn is_intel() -> bool {
+    let vendor = __cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use libloading::os::unix::Library;
+
+    use super::*;
+
+    #[test]
+    fn the_maker_of_the_cpu_is_the_one_that_linux_names() {
+        let cpus = fs::read_to_string("/proc/cpuinfo").unwrap();
+        assert_eq!(is_intel(), cpus.contains("GenuineIntel"));
+    }
+
+    #[test]
+    fn libraries_find_the_function_of_the_program() {
+        type Function = extern "C" fn() -> c_int;
+        // SAFETY: the type is that of the function here and in MKL.
+        let found = unsafe { Library::this().get::<Function>(b"mkl_serv_intel_cpu_true\0") };
+        assert_eq!(*found.unwrap() as usize, mkl_serv_intel_cpu_true as Function as usize);
+    }
 }
