@@ -382,10 +382,12 @@ def main():
     parser.add_argument("--bireme", default="target/debug/bireme")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--format", choices=["csv", "parquet"], help="only files of this format")
     parser.add_argument("--keep", type=pathlib.Path, default=pathlib.Path("differences"))
     options = parser.parse_args()
     began, seed, counts = time.monotonic(), options.seed, {"csv": 0, "parquet": 0, "broken": 0, "python": 0}
     n_different = 0
+    kinds = {"csv": ["csv"], "parquet": ["parquet", "broken"], None: ["csv", "csv", "parquet", "broken"]}
     while time.monotonic() - began < options.seconds and n_different < 10:
         seed += 1
         rng = random.Random(seed)
@@ -393,7 +395,7 @@ def main():
         next_product = lambda: next(number)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "events"
-            kind = rng.choice(["csv", "csv", "parquet", "broken"])
+            kind = rng.choice(kinds[options.format])
             try:
                 if kind == "csv":
                     data = csv_file(rng, next_product)

@@ -2,7 +2,7 @@
 # Fuzzes a target, or keeps the inputs that fuzzing found.
 #
 # usage: tests/fuzz/run.sh TARGET SECONDS   fuzz `request`, `schema`, `workflow` or `events`
-#        tests/fuzz/run.sh TARGET keep      replace the seeds in git by at most 30 that cover as much
+#        tests/fuzz/run.sh TARGET keep      replace the seeds in git by at most 15 that cover as much
 #
 # Needs `cargo install cargo-fuzz`. Found inputs wait in tests/fuzz/target/found/TARGET for `keep`, and
 # an input that fails is in tests/fuzz/artifacts/TARGET.
@@ -31,5 +31,5 @@ fi
 find "$found" -type f -exec cp -t "$seeds" {} +
 fuzz cmin "$seeds" -- -set_cover_merge=1
 # Short inputs say more to a reader.
-find "$seeds" -type f -printf '%s %p\n' | sort -n | tail -n +31 | cut -d' ' -f2- | xargs -r rm
+find "$seeds" -type f -printf '%s %p\n' | sort -n | tail -n +16 | cut -d' ' -f2- | xargs -r rm
 echo "$(find "$seeds" -type f | wc -l) seeds in tests/fuzz/$seeds"

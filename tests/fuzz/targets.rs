@@ -1,7 +1,7 @@
 //! Fuzz targets: any bytes are answered or refused, without a panic, an endless loop or unbounded
 //! memory.
 //!
-//! `tests/fuzz/run.sh request 600` fuzzes a target. `corpus/` holds at most 30 seeds a target, which
+//! `tests/fuzz/run.sh request 600` fuzzes a target. `corpus/` holds at most 15 seeds a target, which
 //! `tests/it/fuzz.rs` runs again.
 
 use std::fs;
