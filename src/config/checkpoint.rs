@@ -1,8 +1,9 @@
 //! Section `[checkpoint]`.
 
+use bireme_tools::measure::Measure;
 use serde::{Deserialize, Serialize};
 
-use super::{Measure, check_finite};
+use super::check_finite;
 
 /// Section `[checkpoint]`: when a checkpoint is written, besides the end of each day, and which are
 /// kept.
@@ -20,6 +21,7 @@ pub struct CheckpointConfig {
     pub keep_days: bool,
     /// Keep the checkpoint of the day after which this metric was best too; absent: it is not kept.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(schema_with = "super::page::measures"))]
     pub keep_best: Option<Measure>,
 }
 

@@ -1,4 +1,4 @@
-//! Section `[evaluate]`, and the metrics that a configuration can name.
+//! Section `[evaluate]`.
 
 use serde::{Deserialize, Serialize};
 
@@ -45,53 +45,4 @@ pub enum Reminders {
     Earlier,
     /// No item.
     None,
-}
-
-/// One of the ranking metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub enum Measure {
-    /// NDCG@10.
-    #[serde(rename = "ndcg_at_10")]
-    NdcgAt10,
-    /// NDCG@20.
-    #[serde(rename = "ndcg_at_20")]
-    NdcgAt20,
-    /// Recall@10.
-    #[serde(rename = "recall_at_10")]
-    RecallAt10,
-    /// Recall@20.
-    #[serde(rename = "recall_at_20")]
-    RecallAt20,
-    /// MRR@20.
-    #[serde(rename = "mrr_at_20")]
-    MrrAt20,
-}
-
-impl Measure {
-    /// All measures, in the order of tables.
-    pub const ALL: [Self; 5] =
-        [Self::NdcgAt10, Self::NdcgAt20, Self::RecallAt10, Self::RecallAt20, Self::MrrAt20];
-
-    /// JSON key, as in `metrics.jsonl`.
-    pub fn key(self) -> &'static str {
-        match self {
-            Self::NdcgAt10 => "ndcg_at_10",
-            Self::NdcgAt20 => "ndcg_at_20",
-            Self::RecallAt10 => "recall_at_10",
-            Self::RecallAt20 => "recall_at_20",
-            Self::MrrAt20 => "mrr_at_20",
-        }
-    }
-
-    /// Title in tables and charts.
-    pub fn title(self) -> &'static str {
-        match self {
-            Self::NdcgAt10 => "NDCG@10",
-            Self::NdcgAt20 => "NDCG@20",
-            Self::RecallAt10 => "Recall@10",
-            Self::RecallAt20 => "Recall@20",
-            Self::MrrAt20 => "MRR@20",
-        }
-    }
 }

@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use serde_json::{Map, Value};
+use bireme_tools::measure::Measure;
+use schemars::{Schema, SchemaGenerator, json_schema};
+use serde_json::{Map, Value, json};
 
 use super::{Config, SECTIONS};
 
@@ -186,6 +188,14 @@ fn section_doc(schema: &Value) -> String {
     let text = doc.split_once("`: ").filter(|_| named).map_or(doc.as_str(), |(_, text)| text);
     let (first, rest) = text.split_at(text.chars().next().map_or(0, char::len_utf8));
     format!("{}{rest}", first.to_uppercase())
+}
+
+/// The schema of a [`Measure`], which is of a package without schemars.
+pub(super) fn measures(_: &mut SchemaGenerator) -> Schema {
+    let values = Measure::ALL.map(|measure| {
+        json!({ "type": "string", "const": measure.key(), "description": format!("{}.", measure.title()) })
+    });
+    json_schema!({ "oneOf": values })
 }
 
 /// The values of an enum of names, as TOML, with their docs.

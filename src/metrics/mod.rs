@@ -9,25 +9,23 @@
 //! at least one session: 1 if every item is recommended to some session, near 0 if all sessions get
 //! the same items.
 
-mod measure;
 mod outcomes;
 mod ranking;
 
+use bireme_tools::measure::{K_MAX, Measure, RankCounts, rank_bin};
+use bireme_tools::report::evaluation_file::SessionOutcome;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
-pub use crate::config::{EvaluateConfig, Measure, Reminders};
+pub use crate::config::{EvaluateConfig, Reminders};
 use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
 use crate::model::{ItemTable, Recommender};
 
 use outcomes::Outcomes;
-pub use outcomes::{Outcome, deciles};
+pub use outcomes::deciles;
 pub(crate) use ranking::FIRST_ITEM;
 pub use ranking::{Ranking, rank_targets};
-
-/// Largest K of any metric.
-pub const K_MAX: usize = 20;
 
 /// Losses are summed in fixed point, in units of 2⁻³⁰, so that their order does not matter. An i64
 /// has room for the losses of 10⁸ sessions.
@@ -80,23 +78,29 @@ pub struct Metrics {
     pub mrr_at_20: f64,
 }
 
+impl Metrics {
+    pub fn get(&self, measure: Measure) -> f64 {
+        match measure {
+            Measure::NdcgAt10 => self.ndcg_at_10,
+            Measure::NdcgAt20 => self.ndcg_at_20,
+            Measure::RecallAt10 => self.recall_at_10,
+            Measure::RecallAt20 => self.recall_at_20,
+            Measure::MrrAt20 => self.mrr_at_20,
+        }
+    }
+}
+
 /// Number of sessions at each rank of their target.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// `at_rank[r]` for ranks 1 to [`K_MAX`]; `at_rank[0]` counts all worse ranks.
-    at_rank: [i64; K_MAX + 1],
+    at_rank: RankCounts,
     /// Summed loss in units of [`LOSS_UNIT`].
     loss: i64,
 }
 
-/// Index of a rank in a [`Tally`]: the rank itself up to [`K_MAX`], else 0.
-pub fn rank_bin(rank: i64) -> usize {
-    usize::try_from(rank).ok().filter(|&rank| rank <= K_MAX).unwrap_or(0)
-}
-
 impl Tally {
     /// `at_rank`: number of sessions at each [`rank_bin`]. The tally has no losses.
-    pub fn of_counts(at_rank: [i64; K_MAX + 1]) -> Self {
+    pub fn of_counts(at_rank: RankCounts) -> Self {
         Self { at_rank, loss: 0 }
     }
 
@@ -125,19 +129,14 @@ impl Tally {
     /// Divides the sums. `has_loss`: whether losses were added.
     pub fn metrics(&self, has_loss: bool) -> Metrics {
         let n_sessions: i64 = self.at_rank.iter().sum();
-        let mean = |k: usize, value: fn(f64) -> f64| {
-            (1..=k).map(|rank| self.at_rank[rank] as f64 * value(rank as f64)).sum::<f64>()
-                / n_sessions as f64
-        };
-        let ndcg = |rank: f64| 1.0 / (rank + 1.0).log2();
         Metrics {
             n_sessions,
             loss: if has_loss { self.loss as f64 / LOSS_UNIT / n_sessions as f64 } else { f64::NAN },
-            ndcg_at_10: mean(10, ndcg),
-            ndcg_at_20: mean(20, ndcg),
-            recall_at_10: mean(10, |_| 1.0),
-            recall_at_20: mean(20, |_| 1.0),
-            mrr_at_20: mean(20, |rank| 1.0 / rank),
+            ndcg_at_10: Measure::NdcgAt10.mean(&self.at_rank),
+            ndcg_at_20: Measure::NdcgAt20.mean(&self.at_rank),
+            recall_at_10: Measure::RecallAt10.mean(&self.at_rank),
+            recall_at_20: Measure::RecallAt20.mean(&self.at_rank),
+            mrr_at_20: Measure::MrrAt20.mean(&self.at_rank),
         }
     }
 }
@@ -150,7 +149,7 @@ pub struct Evaluation {
     /// Fraction of the recommendable items that are in the top 20 of at least one session.
     pub coverage_at_20: f64,
     /// On the root one for each session, in the order of the file; empty on other ranks.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Vec<SessionOutcome>,
 }
 
 /// *All ranks.* Evaluates a file: the last event of every session is predicted from the events

@@ -1,5 +1,6 @@
 //! Outcomes of single sessions, so that models can be compared session by session.
 
+use bireme_tools::report::evaluation_file::SessionOutcome;
 use tch::{Device, Tensor};
 
 use super::ranking::FIRST_ITEM;
@@ -7,20 +8,6 @@ use crate::collective::{Collective, CollectiveError};
 
 /// Number of popularity groups of the catalogue.
 const N_DECILES: usize = 10;
-
-/// The rank of a session's target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// Rank of the target among the recommendable items, from 1. A target that is not recommendable
-    /// ranks after all of them.
-    pub rank: i64,
-    /// Number of events before the target.
-    pub n_known: i64,
-    /// Item index.
-    pub target: i64,
-    /// Popularity of the target in training: see [`deciles`].
-    pub decile: i64,
-}
 
 /// Returns the popularity decile of every item, `[V]`: 1 for the most frequent tenth of the items,
 /// 10 for the least frequent tenth, and 0 for items that never occurred or are not recommendable.
@@ -63,7 +50,7 @@ impl Outcomes {
         self,
         occurrences: &[i64],
         collective: &dyn Collective,
-    ) -> Result<Vec<Outcome>, CollectiveError> {
+    ) -> Result<Vec<SessionOutcome>, CollectiveError> {
         let bytes: Vec<u8> = self.numbers.iter().flatten().flat_map(|number| number.to_le_bytes()).collect();
         let bytes = collective.gather_bytes(&bytes)?.concat();
         if collective.root().is_none() {
@@ -76,7 +63,7 @@ impl Outcomes {
             .collect();
         let outcomes = numbers.chunks_exact(3).map(|numbers| {
             let [rank, n_known, target] = numbers.try_into().expect("three numbers");
-            Outcome { rank, n_known, target, decile: deciles[target as usize] }
+            SessionOutcome { rank, n_known, target, decile: deciles[target as usize] }
         });
         Ok(outcomes.collect())
     }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`synth`] | synthetic events, and the Recall@20 that can be reached on them |
 //! | [`run_dir`], [`run_log`] | file names of a run directory, its `metrics.jsonl` |
+//! | [`measure`] | ranking metrics from the ranks of held-out items |
 //! | [`report`] | saved evaluations, and finished runs compared in tables, charts and pages |
 //! | [`findings`] | what `bireme doctor` finds |
 //! | [`launch`] | starts commands on several ranks |
@@ -17,6 +18,7 @@
 pub mod synth;
 pub mod run_dir;
 pub mod run_log;
+pub mod measure;
 pub mod report;
 pub mod findings;
 pub mod launch;

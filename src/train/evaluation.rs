@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
+use bireme_tools::report::evaluation_file::EvaluationFacts;
+
 use super::TrainError;
 use crate::collective::Collective;
 use crate::config::Config;
@@ -10,7 +12,7 @@ use crate::data::{Features, SessionFile, Split};
 use crate::metrics::{Evaluation, evaluate};
 use crate::model::{ItemTable, Recommender};
 use crate::report::Record;
-use crate::report::evaluations::{self, Facts};
+use crate::report::evaluations;
 
 /// The data of an evaluation.
 pub(super) struct EvaluationTask<'a> {
@@ -52,7 +54,16 @@ impl EvaluationTask<'_> {
     ) -> Result<(), TrainError> {
         let Some(root) = collective.root() else { return Ok(()) };
         let &Self { train_day, eval_day, split, .. } = self;
-        let facts = Facts::new(&config.title(), (train_day, eval_day, split), evaluation);
+        let finite = |value: f64| value.is_finite().then_some(value);
+        let facts = EvaluationFacts {
+            format: 1,
+            title: config.title(),
+            train_day,
+            eval_day,
+            split: split.name().to_owned(),
+            loss: finite(evaluation.metrics.loss),
+            coverage_at_20: finite(evaluation.coverage_at_20),
+        };
         Ok(evaluations::write(root, run_dir, &facts, &evaluation.outcomes)?)
     }
 }

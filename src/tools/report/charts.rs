@@ -2,11 +2,11 @@
 
 use super::bootstrap::Estimate;
 use super::compare::{Comparison, SessionGroup};
-use super::measure::ReportedMeasure;
 use super::plot::{
     Axis, COLOURS, Chart, ChartError, Mark, Plot, PlotPoint, Series, WIDTH, colour, highest, render,
     shortened,
 };
+use crate::measure::Measure;
 
 /// Width of a model's bars with their name, in pixels.
 const BARS_WIDTH: i32 = 190;
@@ -20,10 +20,10 @@ const BARS_LETTERS: usize = 22;
 /// Returns an error of the drawing library.
 pub(super) fn charts(comparison: &Comparison) -> Result<Vec<Chart>, ChartError> {
     let plots = [
-        bars(comparison, "ndcg", "NDCG", [ReportedMeasure::NdcgAt10, ReportedMeasure::NdcgAt20]),
-        bars(comparison, "recall", "Recall", [ReportedMeasure::RecallAt10, ReportedMeasure::RecallAt20]),
-        by_day(comparison, "ndcg_by_day", ReportedMeasure::NdcgAt20),
-        by_day(comparison, "recall_by_day", ReportedMeasure::RecallAt20),
+        bars(comparison, "ndcg", "NDCG", [Measure::NdcgAt10, Measure::NdcgAt20]),
+        bars(comparison, "recall", "Recall", [Measure::RecallAt10, Measure::RecallAt20]),
+        by_day(comparison, "ndcg_by_day", Measure::NdcgAt20),
+        by_day(comparison, "recall_by_day", Measure::RecallAt20),
         by_group(
             comparison,
             "recall_by_known_events",
@@ -43,7 +43,7 @@ pub(super) fn charts(comparison: &Comparison) -> Result<Vec<Chart>, ChartError> 
 }
 
 /// Two measures of every run on the last evaluation.
-fn bars(comparison: &Comparison, name: &'static str, of: &str, measures: [ReportedMeasure; 2]) -> Plot {
+fn bars(comparison: &Comparison, name: &'static str, of: &str, measures: [Measure; 2]) -> Plot {
     const BAR: f64 = 0.34;
     let last = comparison.last();
     let colours = [COLOURS[5], COLOURS[0]];
@@ -76,7 +76,7 @@ fn bars(comparison: &Comparison, name: &'static str, of: &str, measures: [Report
 }
 
 /// One measure of every run on the valid parts of all days.
-fn by_day(comparison: &Comparison, name: &'static str, measure: ReportedMeasure) -> Plot {
+fn by_day(comparison: &Comparison, name: &'static str, measure: Measure) -> Plot {
     let days: Vec<_> = comparison.evaluations.iter().filter(|part| part.split == "valid").collect();
     let series =
         lines(comparison, |run| days.iter().map(|day| day.runs[run].estimates.get(measure)).collect());
@@ -101,7 +101,7 @@ fn by_group(
     x_title: &str,
     groups: &[SessionGroup],
 ) -> Plot {
-    let measure = ReportedMeasure::RecallAt20;
+    let measure = Measure::RecallAt20;
     let series = lines(comparison, |run| groups.iter().map(|group| group.runs[run].get(measure)).collect());
     let last = comparison.last();
     Plot {

@@ -8,8 +8,8 @@ use serde::{Serialize, Serializer};
 
 use super::bootstrap::{CONFIDENCE, Estimate, bootstrap};
 use super::evaluation_file::{EvaluationFacts, SessionOutcome};
-use super::measure::{RankCounts, ReportedMeasure, rank_bin};
 use super::runs::FinishedRun;
+use crate::measure::{Measure, RankCounts, rank_bin};
 use crate::run_log::{LoggedStep, TrainedDay};
 
 /// Longer learning curves are averaged over neighbouring steps.
@@ -18,12 +18,12 @@ const MAX_CURVE_POINTS: usize = 400;
 /// Ranges of known events, both ends included, that sessions are grouped by.
 const LENGTHS: [(i64, i64); 6] = [(1, 1), (2, 2), (3, 3), (4, 5), (6, 10), (11, i64::MAX)];
 
-/// An estimate of each [`ReportedMeasure`].
+/// An estimate of each [`Measure`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimates([Estimate; 5]);
 
 impl Estimates {
-    pub fn get(&self, measure: ReportedMeasure) -> Estimate {
+    pub fn get(&self, measure: Measure) -> Estimate {
         self.0[measure as usize]
     }
 
@@ -54,12 +54,12 @@ impl Estimates {
 }
 
 fn means(counts: &RankCounts) -> [f64; 5] {
-    ReportedMeasure::ALL.map(|measure| measure.mean(counts))
+    Measure::ALL.map(|measure| measure.mean(counts))
 }
 
 impl Serialize for Estimates {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(ReportedMeasure::ALL.map(|measure| (measure.key(), self.get(measure))))
+        serializer.collect_map(Measure::ALL.map(|measure| (measure.key(), self.get(measure))))
     }
 }
 
@@ -155,7 +155,7 @@ pub struct EvaluatedRun {
 /// Each run minus the reference.
 #[derive(Clone, Debug, Serialize)]
 pub struct Differences {
-    /// Label of the baseline with the highest NDCG@20; of the first run where there is no baseline.
+    /// Label of the baseline with the highest NDCG@20; of the first run if no run is a baseline.
     pub reference: String,
     /// Without the reference.
     pub runs: Vec<Difference>,
@@ -359,7 +359,7 @@ fn evaluated_part(runs: &[FinishedRun], part: usize, n_resamples: u32) -> Evalua
 }
 
 fn differences(runs: &[FinishedRun], last: &EvaluatedPart, n_resamples: u32) -> Option<Differences> {
-    let ndcg = |run: usize| last.runs[run].estimates.get(ReportedMeasure::NdcgAt20).value;
+    let ndcg = |run: usize| last.runs[run].estimates.get(Measure::NdcgAt20).value;
     let baselines = (0..runs.len()).filter(|&run| runs[run].is_baseline());
     // `max_by` returns the last maximum: reversed, the first of equals.
     let reference = baselines.rev().max_by(|&a, &b| ndcg(a).total_cmp(&ndcg(b))).unwrap_or(0);

@@ -6,7 +6,6 @@
 pub mod evaluation_file;
 pub mod runs;
 pub mod bootstrap;
-pub mod measure;
 pub mod compare;
 pub mod plot;
 mod charts;

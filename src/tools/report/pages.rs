@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 use super::compare::Comparison;
-use super::measure::ReportedMeasure;
 use super::plot::Chart;
 use super::results_text;
 use super::tables::{self, CaptionedTable};
+use crate::measure::Measure;
 use crate::table::{self, Align, markdown_text};
 
 const STYLE: &str = include_str!("page.css");
@@ -15,12 +15,8 @@ const TITLE: &str = "Comparison of runs";
 
 /// `results.txt`: the metrics of the last evaluation, one block per run.
 pub(super) fn results_txt(comparison: &Comparison) -> String {
-    const MEASURES: [ReportedMeasure; 4] = [
-        ReportedMeasure::NdcgAt10,
-        ReportedMeasure::NdcgAt20,
-        ReportedMeasure::RecallAt10,
-        ReportedMeasure::RecallAt20,
-    ];
+    const MEASURES: [Measure; 4] =
+        [Measure::NdcgAt10, Measure::NdcgAt20, Measure::RecallAt10, Measure::RecallAt20];
     let blocks = comparison
         .last()
         .runs

@@ -2,7 +2,7 @@
 
 use super::bootstrap::Estimate;
 use super::compare::{Comparison, Estimates, EvaluatedPart, SessionGroup};
-use super::measure::ReportedMeasure;
+use crate::measure::Measure;
 
 /// A table whose first column names its rows.
 pub(super) struct CaptionedTable {
@@ -27,10 +27,7 @@ fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> CaptionedTable {
         "Day {} ({}), trained to day {}: {} sessions",
         part.eval_day, part.split, part.train_day, part.n_sessions
     );
-    let head = ["model"]
-        .into_iter()
-        .chain(ReportedMeasure::ALL.map(ReportedMeasure::title))
-        .chain(["coverage@20", "loss"]);
+    let head = ["model"].into_iter().chain(Measure::ALL.map(Measure::title)).chain(["coverage@20", "loss"]);
     let mut table = CaptionedTable::new(caption, head);
     for (run, evaluated) in comparison.runs.iter().zip(&part.runs) {
         let name = if run.is_baseline { format!("{}, baseline", run.label) } else { run.label.clone() };
@@ -54,12 +51,10 @@ pub(super) fn differences(comparison: &Comparison) -> Option<CaptionedTable> {
         differences.reference,
         last.name()
     );
-    let mut table = CaptionedTable::new(
-        caption,
-        ["model"].into_iter().chain(ReportedMeasure::ALL.map(ReportedMeasure::title)),
-    );
+    let mut table =
+        CaptionedTable::new(caption, ["model"].into_iter().chain(Measure::ALL.map(Measure::title)));
     for run in &differences.runs {
-        let signed = ReportedMeasure::ALL.map(|measure| estimate(run.estimates.get(measure), true));
+        let signed = Measure::ALL.map(|measure| estimate(run.estimates.get(measure), true));
         table.rows.push([run.label.clone()].into_iter().chain(signed).collect());
     }
     Some(table)
@@ -100,7 +95,7 @@ pub(super) fn by_popularity(comparison: &Comparison) -> Vec<CaptionedTable> {
 }
 
 fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[SessionGroup]) -> Vec<CaptionedTable> {
-    let of = |measure: ReportedMeasure| {
+    let of = |measure: Measure| {
         let caption = format!("{} by {by}", measure.title());
         let labels = comparison.runs.iter().map(|run| run.label.as_str());
         let mut table = CaptionedTable::new(caption, [column, "sessions"].into_iter().chain(labels));
@@ -111,11 +106,11 @@ fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[SessionGr
         }
         table
     };
-    [ReportedMeasure::RecallAt20, ReportedMeasure::NdcgAt20].map(of).into()
+    [Measure::RecallAt20, Measure::NdcgAt20].map(of).into()
 }
 
 fn all_estimates(estimates: &Estimates) -> [String; 5] {
-    ReportedMeasure::ALL.map(|measure| estimate(estimates.get(measure), false))
+    Measure::ALL.map(|measure| estimate(estimates.get(measure), false))
 }
 
 /// `0.1948 [0.1800, 0.2100]`.

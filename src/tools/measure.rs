@@ -1,7 +1,9 @@
-//! The ranking metrics of a report, as functions of how many sessions had which rank.
+//! The ranking metrics, as functions of how many sessions had which rank.
+
+use serde::{Deserialize, Serialize};
 
 /// Largest K of a metric.
-const K_MAX: usize = 20;
+pub const K_MAX: usize = 20;
 
 /// Sessions by the rank of their held-out item: ranks 1 to 20 at their index, all beyond at 0.
 pub type RankCounts = [i64; K_MAX + 1];
@@ -12,21 +14,26 @@ pub fn rank_bin(rank: i64) -> usize {
 }
 
 /// A ranking metric.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReportedMeasure {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Measure {
+    #[serde(rename = "ndcg_at_10")]
     NdcgAt10,
+    #[serde(rename = "ndcg_at_20")]
     NdcgAt20,
+    #[serde(rename = "recall_at_10")]
     RecallAt10,
+    #[serde(rename = "recall_at_20")]
     RecallAt20,
+    #[serde(rename = "mrr_at_20")]
     MrrAt20,
 }
 
-impl ReportedMeasure {
-    /// In the order of tables.
+impl Measure {
+    /// All measures, in the order of tables.
     pub const ALL: [Self; 5] =
         [Self::NdcgAt10, Self::NdcgAt20, Self::RecallAt10, Self::RecallAt20, Self::MrrAt20];
 
-    /// Its key in JSON.
+    /// JSON key, as in `metrics.jsonl`.
     pub fn key(self) -> &'static str {
         match self {
             Self::NdcgAt10 => "ndcg_at_10",
@@ -37,7 +44,7 @@ impl ReportedMeasure {
         }
     }
 
-    /// Its name for people.
+    /// Title in tables and charts.
     pub fn title(self) -> &'static str {
         match self {
             Self::NdcgAt10 => "NDCG@10",
