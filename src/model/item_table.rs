@@ -209,8 +209,8 @@ impl<'a> ItemTable<'a> {
     /// *All ranks.* Requests the rows of items `[N]`, `counts` of each rank.
     pub(super) fn request(&self, items: &Tensor, counts: &[i64]) -> Result<RowRequest<'a>, CollectiveError> {
         let Some(ranks) = self.ranks else { return Ok(RowRequest::replicated(items)) };
-        let LocalRows { rows, is_local } = self.locate(&ranks.gather_rows(items, counts)?);
-        Ok(RowRequest { rows, remote: Some(Remote { ranks, counts: counts.to_vec(), is_local }) })
+        let located = self.locate(&ranks.gather_rows(items, counts)?);
+        Ok(RowRequest { located, remote: Some(Remote { ranks, counts: counts.to_vec() }) })
     }
 }
 
@@ -225,22 +225,18 @@ pub struct LocalRows {
 impl LocalRows {
     /// `values: [N, ..]`, with zeros for items that another rank holds.
     pub fn mask(&self, values: Tensor) -> Tensor {
-        mask(values, self.is_local.as_ref())
-    }
-}
-
-fn mask(values: Tensor, is_local: Option<&Tensor>) -> Tensor {
-    match is_local {
-        Some(is_local) if values.dim() > 1 => values * is_local.unsqueeze(1),
-        Some(is_local) => values * is_local,
-        None => values,
+        match &self.is_local {
+            Some(is_local) if values.dim() > 1 => values * is_local.unsqueeze(1),
+            Some(is_local) => values * is_local,
+            None => values,
+        }
     }
 }
 
 /// Rows of an item table that ranks have requested from the ranks that hold them.
 pub(super) struct RowRequest<'a> {
-    /// The requested rows of all ranks, in rank order: i64. See [`LocalRows::rows`].
-    rows: Tensor,
+    /// The requested rows of all ranks, in rank order.
+    located: LocalRows,
     remote: Option<Remote<'a>>,
 }
 
@@ -248,24 +244,20 @@ struct Remote<'a> {
     ranks: &'a dyn Collective,
     /// Number of rows that each rank requested.
     counts: Vec<i64>,
-    /// See [`LocalRows`].
-    is_local: Option<Tensor>,
 }
 
 impl<'a> RowRequest<'a> {
     /// Rows of a table that every rank holds.
     pub fn replicated(rows: &Tensor) -> Self {
-        Self { rows: rows.shallow_clone(), remote: None }
+        Self { located: LocalRows { rows: rows.shallow_clone(), is_local: None }, remote: None }
     }
 
     /// *All ranks.* The values `[N, ..]` of the rows that this rank requested. `read` returns the
     /// values of the given local rows.
     pub fn fetch(&self, read: impl FnOnce(&Tensor) -> Tensor) -> Result<Tensor, CollectiveError> {
-        let values = read(&self.rows);
+        let values = self.located.mask(read(&self.located.rows));
         match &self.remote {
-            Some(Remote { ranks, counts, is_local }) => {
-                ranks.scatter_rows(&mask(values, is_local.as_ref()), counts)
-            }
+            Some(Remote { ranks, counts }) => ranks.scatter_rows(&values, counts),
             None => Ok(values),
         }
     }
@@ -279,13 +271,14 @@ impl<'a> RowRequest<'a> {
         gradients: &Tensor,
         mut add: impl FnMut(&Tensor, &Tensor),
     ) -> Result<(), CollectiveError> {
-        let Some(Remote { ranks, counts, is_local }) = &self.remote else {
-            add(&self.rows, gradients);
+        let rows = &self.located.rows;
+        let Some(Remote { ranks, counts }) = &self.remote else {
+            add(rows, gradients);
             return Ok(());
         };
-        let all = mask(ranks.gather_rows(gradients, counts)?, is_local.as_ref());
+        let all = self.located.mask(ranks.gather_rows(gradients, counts)?);
         for Range { start, end } in table.target_groups(counts) {
-            add(&self.rows.narrow(0, start, end - start), &all.narrow(0, start, end - start));
+            add(&rows.narrow(0, start, end - start), &all.narrow(0, start, end - start));
         }
         Ok(())
     }

@@ -557,7 +557,7 @@ mod tests {
             blocking(1228, 100_000, 16 << 20),
             Blocking { n_targets: 154, chunk_items: 4000, keeps_probabilities: true, kind }
         );
-        // One fits: all at once, twice.
+        // One fits: all at once, and probabilities are computed twice.
         assert_eq!(
             blocking(1228, 10_000_000, 16 << 20),
             Blocking { n_targets: 1228, chunk_items: 4096, keeps_probabilities: false, kind }
@@ -566,11 +566,11 @@ mod tests {
             blocking(10_000, 10_000_000, 16 << 20),
             Blocking { n_targets: 10_000, chunk_items: 1677, keeps_probabilities: false, kind }
         );
-        // Each of three threads has as many tiles, and its own room.
+        // Each of three threads has equally many chunks and its own memory.
         let on_three = |n, n_items, most| Blocking::new(n, n_items, Logits { kind, most }, Device::Cpu, 3);
         assert_eq!(on_three(100, 10_000, 1 << 20).chunk_items, 3344);
         assert_eq!(on_three(10_000, 10_000_000, 16 << 20).chunk_items, 559);
-        // No room at all, and still something is done.
+        // With memory for one logit, chunks have one item.
         assert_eq!(
             blocking(10, 1000, 1),
             Blocking { n_targets: 10, chunk_items: 1, keeps_probabilities: false, kind }
