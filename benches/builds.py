@@ -20,9 +20,9 @@ import threading
 import time
 from pathlib import Path
 
+from pairs import sessions_per_s
 from serve import sessions, triton_body
 
-WARM_UP_STEPS = 5
 N_CLIENTS = 2
 
 
@@ -32,22 +32,14 @@ def run(*command):
     return time.perf_counter() - began
 
 
-def train(bireme, config, data, run_dir, steps):
-    settings = ["data.last_day=2", "train.epochs_per_day=1", "train.log_every_steps=1"]
-    settings.append(f"train.max_steps_per_day={WARM_UP_STEPS + steps}")
-    sets = [word for assignment in settings for word in ("--set", assignment)]
-    run(bireme, "train", "--config", config, "--data", data, "--run-dir", run_dir, *sets)
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["sessions_per_s"] for record in records if record["kind"] == "step"]
+def preprocess_seconds(bireme, events):
+    with tempfile.TemporaryDirectory() as folder:
+        return run(bireme, "preprocess", "--events", events, "--out", Path(folder) / "data")
 
 
-def preprocess_seconds(bireme, events, folder):
-    return run(bireme, "preprocess", "--events", events, "--out", folder / "data")
-
-
-def session_milliseconds(bireme, config, data, folder, steps):
-    rates = train(bireme, config, data, folder / "run", steps)
-    return 1000 / statistics.median(rates[WARM_UP_STEPS:])
+def session_milliseconds(bireme, config, data, steps):
+    options = argparse.Namespace(bireme=bireme, data=data, steps=steps)
+    return 1000 / sessions_per_s(options, config, "1")
 
 
 def request_milliseconds(bireme, repository, bodies, seconds):
@@ -80,15 +72,26 @@ def compare(name, builds, runs, measure):
     """Prints a row. The builds take turns, and so does the one that goes first."""
     pairs = []
     for number in range(runs):
-        pair = {}
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            with tempfile.TemporaryDirectory(dir=".") as folder:
-                pair[which] = measure(builds[which], which, Path(folder))
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        pair = {which: measure(builds[which], which) for which in order}
         pairs.append((pair[0], pair[1]))
     first, second = (statistics.median(values) for values in zip(*pairs))
     ratios = sorted(one / other for one, other in pairs)
     spread = f"{statistics.median(ratios):.0%} ({ratios[0]:.0%} to {ratios[-1]:.0%})"
     print(f"| {name} | {first:.3f} | {second:.3f} | {spread} |", flush=True)
+
+
+def export(bireme, config, events, folder):
+    """A repository of a model that was trained for a few steps, and the data that it was trained on."""
+    data, trained, repository, library = (folder / name for name in ("data", "run", "repository", "libtriton_bireme.so"))
+    folder.mkdir()
+    # `bireme serve` does not load the library that preprocesses in Triton.
+    library.touch()
+    sets = ["--set", "data.last_day=2", "--set", "train.epochs_per_day=1", "--set", "train.max_steps_per_day=5"]
+    run(bireme, "preprocess", "--events", events, "--out", data)
+    run(bireme, "train", "--config", config, "--data", data, "--run-dir", trained, *sets)
+    run(bireme, "export", "--run-dir", trained, "--out", repository, "--name", "model", "--backend-library", library)
+    return data, repository
 
 
 def main():
@@ -106,21 +109,26 @@ def main():
     print("| | first | second | first of second |\n| --- | ---: | ---: | ---: |")
     compressed = options.events.with_name(options.events.name + ".gz")
     for events in [options.events, *([compressed] if compressed.exists() else [])]:
-        compare(f"preprocess `{events.name}`, s", builds, options.runs, lambda bireme, _, folder: preprocess_seconds(bireme, events, folder))
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        folder = Path(folder)
-        for which, bireme in enumerate(builds):
-            data = folder / f"data-{which}"
-            run(bireme, "preprocess", "--events", options.events, "--out", data)
-            train(bireme, options.configs[0], data, folder / f"run-{which}", 1)
-            library = folder / "libtriton_bireme.so"
-            library.touch()
-            export = ["export", "--run-dir", folder / f"run-{which}", "--out", folder / f"models-{which}", "--name", "model"]
-            run(bireme, *export, "--backend-library", library)
+        compare(f"preprocess `{events.name}`, s", builds, options.runs, lambda bireme, _: preprocess_seconds(bireme, events))
+    with tempfile.TemporaryDirectory() as folder:
+        exported = [
+            export(bireme, options.configs[0], options.events, Path(folder) / str(which))
+            for which, bireme in enumerate(builds)
+        ]
         for config in options.configs:
             name = f"train `{config.stem}`, ms a session"
-            compare(name, builds, options.runs, lambda bireme, which, scratch: session_milliseconds(bireme, config, folder / f"data-{which}", scratch, options.steps))
-        compare("serve, ms a request", builds, options.runs, lambda bireme, which, _: request_milliseconds(bireme, folder / f"models-{which}", bodies, options.seconds))
+            compare(
+                name,
+                builds,
+                options.runs,
+                lambda bireme, which: session_milliseconds(bireme, config, exported[which][0], options.steps),
+            )
+        compare(
+            "serve, ms a request",
+            builds,
+            options.runs,
+            lambda bireme, which: request_milliseconds(bireme, exported[which][1], bodies, options.seconds),
+        )
 
 
 if __name__ == "__main__":
