@@ -24,7 +24,7 @@ use toml::{Table, Value};
 
 pub use checkpoint::CheckpointConfig;
 pub use data::DataConfig;
-pub use evaluate::{EvaluateConfig, Measure, Reminders};
+pub use evaluate::{EvaluateConfig, Reminders};
 pub use model::{
     Aggregation, Continuous, Decay, GruConfig, HeadConfig, InputConfig, ModelConfig, NeighboursConfig,
     Neural, Objective, XlnetConfig,

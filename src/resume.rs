@@ -176,7 +176,7 @@ impl RunRequest<'_> {
         if is_new {
             return self.create(root);
         }
-        // The end that they describe is no longer the end.
+        // The results are those of a run that ended, and this one is resumed.
         remove(&self.run_dir.join(RESULTS)).map_err(|source| self.io_error(source))?;
         Checkpoints::of(self.run_dir).clear_partial(root)?;
         // The catalogue may have grown.

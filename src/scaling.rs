@@ -62,12 +62,12 @@ pub enum ScalingError {
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(
-        "{ranks} ranks cannot share {lanes} micro-batches of a step: set `train.global_batch` or `train.micro_batch`"
+        "{ranks} ranks cannot share {n_micro_batches} micro-batches of a step: set `train.global_batch` or `train.micro_batch`"
     )]
     Ranks {
         ranks: usize,
-        /// Micro-batches of a step.
-        lanes: usize,
+        /// Of a step.
+        n_micro_batches: usize,
     },
     #[error("`model.kind` is a counting model, which has no training steps to measure")]
     Counts,
@@ -232,9 +232,9 @@ impl<'a> Experiment<'a> {
         let train_file = days.file(first_day, Split::Train)?;
         let Some(neural) = config.model.neural() else { return Err(ScalingError::Counts) };
         let item_width = neural.input().item_width;
-        let lanes = config.train.global_batch / config.train.micro_batch;
-        if let Some(&ranks) = options.ranks.iter().find(|&&ranks| ranks > lanes || ranks == 0) {
-            return Err(ScalingError::Ranks { ranks, lanes });
+        let n_micro_batches = config.train.global_batch / config.train.micro_batch;
+        if let Some(&ranks) = options.ranks.iter().find(|&&ranks| ranks > n_micro_batches || ranks == 0) {
+            return Err(ScalingError::Ranks { ranks, n_micro_batches });
         }
         let mut ranks = options.ranks.clone();
         ranks.push(1);

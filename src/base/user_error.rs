@@ -1,6 +1,5 @@
 //! What the command line needs of an error besides its message.
 
-use std::convert::Infallible;
 use std::error::Error;
 
 /// Exit code of a run that failed.
@@ -20,11 +19,5 @@ pub trait UserError: Error {
     /// What the user can do about it.
     fn hint(&self) -> Option<String> {
         None
-    }
-}
-
-impl UserError for Infallible {
-    fn exit_code(&self) -> i32 {
-        match *self {}
     }
 }

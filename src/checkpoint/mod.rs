@@ -251,7 +251,7 @@ impl Checkpoints {
     /// ones.
     ///
     /// # Errors
-    /// There is no complete checkpoint, or it cannot be read.
+    /// No checkpoint is complete, or the newest complete one cannot be read.
     pub fn newest(&self) -> Result<(Checkpoint, Vec<String>), CheckpointError> {
         loop {
             let (mut skipped, mut is_outdated) = (Vec::new(), false);
@@ -277,7 +277,7 @@ impl Checkpoints {
     /// Reads the complete checkpoint whose folder has this name.
     ///
     /// # Errors
-    /// There is no such checkpoint, or it cannot be read.
+    /// The checkpoint does not exist or cannot be read.
     pub fn named(&self, name: &str) -> Result<Checkpoint, CheckpointError> {
         let folders = self.folders()?.into_iter().map(|(_, path)| path);
         let (matching, others): (Vec<_>, Vec<_>) =

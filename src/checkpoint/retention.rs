@@ -36,7 +36,7 @@ pub(super) fn superseded(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::Measure;
+    use bireme_tools::measure::Measure;
 
     const SAVED: [(i64, usize); 7] = [(1, 5), (1, 10), (2, 15), (2, 20), (3, 25), (3, 30), (4, 35)];
 

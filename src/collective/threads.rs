@@ -30,7 +30,7 @@ pub fn spawn<T: Send>(world_size: usize, work: impl Fn(&dyn Collective) -> T + S
                     let reason = match &outcome {
                         Ok(_) => "returned before the others were done".to_owned(),
                         Err(panic) => {
-                            let text = panic_text(&**panic).unwrap_or("with a value that is no text");
+                            let text = panic_text(&**panic).unwrap_or("with a value that is not text");
                             format!("panicked: {text}")
                         }
                     };

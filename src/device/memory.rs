@@ -104,7 +104,7 @@ fn available_in_folder(folder: &Path, [limit, usage, cache]: [&str; 3]) -> Optio
     // The kernel reclaims inactive page cache before it refuses memory, so it counts as available.
     let cache = stat.lines().find_map(|line| line.strip_prefix(cache)?.trim().parse().ok()).unwrap_or(0);
     let used = number(usage)?.saturating_sub(cache);
-    // Version 1 writes nearly 2^63 if there is no limit.
+    // Version 1 of cgroups writes nearly 2^63 for a group without a limit.
     (limit < 1 << 62).then(|| limit.saturating_sub(used))
 }
 

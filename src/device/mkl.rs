@@ -6,12 +6,12 @@
 //! `libtorch_cpu.so`; there a symbol of the program takes precedence over one of the library, and
 //! `build.rs` exports the one below.
 //!
-//! No file of MKL is changed. libtorch redistributes oneMKL under the Intel Simplified Software
-//! License (version of October 2022). That licence permits use and redistribution in binary form
-//! without modification. It permits neither reverse engineering, decompilation or disassembly, nor
-//! to modify or alter the software "or its operation at any time, including during execution". The
-//! function below alters which instructions MKL chooses. [`MKL_AVX512`] set to `0` makes it answer
-//! as MKL's own.
+//! No file of MKL is changed. Intel distributes oneMKL under the Intel Simplified Software License.
+//! Its version of October 2022 permits use and redistribution in binary form without modification.
+//! It permits neither reverse engineering, decompilation or disassembly, nor to modify or alter the
+//! software "or its operation at any time, including during execution". Which version covers the
+//! MKL of a libtorch wheel has not been verified. The function below alters which instructions MKL
+//! chooses. [`MKL_AVX512`] set to `0` makes it answer as MKL's own.
 
 use std::arch::x86_64::__cpuid;
 use std::env;

@@ -21,7 +21,7 @@ impl ScriptedModel {
     /// Loads the newest version of the model `name` in a repository.
     ///
     /// # Errors
-    /// There is no version, or libtorch cannot load it.
+    /// The model has no version, or libtorch cannot load it.
     pub fn load(repository: &Path, name: &str, n_items: i64, device: Device) -> Result<Self, String> {
         let names = ModelNames::new(name);
         let dir = repository.join(&names.model);

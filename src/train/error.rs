@@ -54,7 +54,7 @@ pub enum TrainError {
         step: usize,
         /// The ranks that differ from the majority, and their hosts.
         ranks: Vec<(usize, String)>,
-        /// Whether there is no majority.
+        /// Whether no majority of the ranks agrees.
         is_tie: bool,
     },
     /// The data files of some ranks differ.

@@ -202,7 +202,7 @@ impl<'a> Training<'a> {
         let (record, evaluation) = task.evaluate(recommender, &item_table, config, place.collective)?;
         run.report.record(&record)?;
         task.save(run.run_dir, config, &evaluation, place.collective)?;
-        let measured = config.checkpoint.keep_best.map(|measure| measure.of(&evaluation.metrics));
+        let measured = config.checkpoint.keep_best.map(|measure| evaluation.metrics.get(measure));
         if let Some(value) = measured.filter(|value| value.is_finite()) {
             self.state.evaluated.insert(day.day, value);
         }

@@ -34,7 +34,7 @@ impl<'a> TrainedRun<'a> {
     /// training day.
     ///
     /// # Errors
-    /// There is no complete checkpoint, it has another catalogue, or [`Days::file`] fails.
+    /// No checkpoint is complete, it has another catalogue, or [`Days::file`] fails.
     pub fn open(
         run_dir: &Path,
         data_dir: &Path,

@@ -222,7 +222,7 @@ fn unsafe_code_is_where_it_is_listed() {
             None => assert!(lines.is_empty(), "`unsafe` in {}, lines {lines:?}", source.path()),
         }
     }
-    assert!(listed.is_empty(), "there is no `unsafe` any more in {listed:?}");
+    assert!(listed.is_empty(), "`unsafe` no longer occurs in {listed:?}");
 }
 
 #[test]

@@ -21,8 +21,8 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
         let set = ["--set", reduction];
         let Some(ended) = shop.train_with_fault(2, reduction, &set, nan) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
-        let told = "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
-        assert!(ended.stderr.contains(told), "{ended:#?}");
+        let message = "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
+        assert!(ended.stderr.contains(message), "{ended:#?}");
         // What was saved before is whole, and the run goes on from it.
         shop.train_on(2, reduction, &set).unwrap().success();
 
@@ -46,7 +46,7 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
 #[test]
 fn a_rank_with_diverging_weights_is_named() {
     let shop = SessionShop::of_twenty_steps();
-    for (n_ranks, told) in [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")] {
+    for (n_ranks, message) in [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")] {
         let set = ["--set", "run.compare_ranks_every=4"];
         let run = format!("{n_ranks}");
         let Some(ended) = shop.train_with_fault(n_ranks, &run, &set, "desync@1:5") else {
@@ -54,14 +54,14 @@ fn a_rank_with_diverging_weights_is_named() {
         };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.stderr.contains("after day 1, step 8, the weights of rank 1 on "), "{ended:#?}");
-        assert!(ended.stderr.contains(told), "{ended:#?}");
+        assert!(ended.stderr.contains(message), "{ended:#?}");
     }
 }
 
 #[test]
 fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_stay() {
     let shop = SessionShop::of_twenty_steps();
-    for (fault, start, told) in [
+    for (fault, start, message) in [
         ("panic@1:14", "error: internal error: rank 1 of 2 on ", "a planted panic"),
         ("memory@1:14", "error: rank 1 of 2 on ", "cannot allocate memory: 4194304.0 GiB asked for"),
     ] {
@@ -69,7 +69,7 @@ fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_sta
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(60), "{ended:#?}");
         let line = ended.stderr.lines().find(|line| line.starts_with(start)).unwrap_or("");
-        assert!(line.contains(", day 2, step 5, after call ") && line.contains(told), "{ended:#?}");
+        assert!(line.contains(", day 2, step 5, after call ") && line.contains(message), "{ended:#?}");
         let on: &Path = &shop.newest_checkpoint(fault);
         assert!(on.join("manifest.json").exists());
         shop.train(fault, &RESUMABLE).success();
@@ -84,8 +84,8 @@ fn memory_that_is_refused_is_an_error_with_the_bytes_and_the_phase() {
         Duration::from_secs(60),
     );
     assert_eq!(ended.code, Some(1), "{ended:#?}");
-    let told = "error: cannot allocate memory: 4194304.0 GiB asked for while training on day 2";
-    assert!(ended.stderr.contains(told) && !ended.stderr.contains("panicked"), "{ended:#?}");
+    let message = "error: cannot allocate memory: 4194304.0 GiB asked for while training on day 2";
+    assert!(ended.stderr.contains(message) && !ended.stderr.contains("panicked"), "{ended:#?}");
     shop.train("run", &RESUMABLE).success();
 }
 
@@ -105,11 +105,11 @@ fn a_run_directory_has_one_owner() {
     }
     let pid = first.id();
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-    let told = format!("run` is in use by process {pid} on {}", host.trim());
+    let message = format!("run` is in use by process {pid} on {}", host.trim());
     let refused = |finished: &Finished| {
         assert_eq!(finished.code, Some(2), "{finished:#?}");
         assert_eq!(finished.stderr.matches("error: ").count(), 1, "{finished:#?}");
-        assert!(finished.stderr.contains(&told), "{told}\n{finished:#?}");
+        assert!(finished.stderr.contains(&message), "{message}\n{finished:#?}");
     };
     let records = shop.records("run", "step").len();
     for other in [&["--resume=auto"][..], &["--resume=never"], &["--resume=anyway"], &["--overwrite"]] {
@@ -162,7 +162,7 @@ fn is_stopped(child: &Child) -> bool {
 fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
     let shop = SessionShop::of_twenty_steps();
     let set = [&RESUMABLE[..], &["--set", "run.patience_seconds=3"]].concat();
-    for (fault, told) in [
+    for (fault, message) in [
         ("hang@2:14", "rank 0 of 3 on "),
         ("stop@2:14", "rank 0 of 3 on "),
         ("hang@0:14", "rank 1 of 3 on "),
@@ -172,8 +172,8 @@ fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(40), "{ended:#?}");
         let line =
-            ended.stderr.lines().find(|line| line.contains(told) && line.contains("waited")).unwrap_or("");
-        let (missing, how) = if told.contains("rank 0") {
+            ended.stderr.lines().find(|line| line.contains(message) && line.contains("waited")).unwrap_or("");
+        let (missing, how) = if message.contains("rank 0") {
             (2, "did not make the call")
         } else {
             (0, "does not respond, or waits")

@@ -190,7 +190,7 @@ fn predictions_depend_on_visible_events_only() {
 
 /// How a plan cuts an epoch into batches, and how many ranks share them.
 struct Layout {
-    n_lanes: usize,
+    n_streams: usize,
     micro_batch: usize,
     world_size: usize,
 }
@@ -206,7 +206,7 @@ struct Masked {
 /// What all ranks mask in two epochs, sorted.
 fn masked(days: &Days, seed: u64, layout: &Layout) -> Vec<Masked> {
     let window = Window::new(vec![Arc::new(days.file(1, Split::Train).unwrap())]);
-    let shape = StepShape { n_streams: layout.n_lanes, micro_batch: layout.micro_batch };
+    let shape = StepShape { n_streams: layout.n_streams, micro_batch: layout.micro_batch };
     let steps_per_epoch = shape.steps(window.n_sessions());
     let plan = DayPlan { window, day: 1, n_epochs: 2, shape, seed, max_steps: None, one_batch_each: false };
     let mut masked = Vec::new();
@@ -253,11 +253,11 @@ fn masks_of_a_session_do_not_depend_on_ranks_or_batches() {
         features: Vec::new(),
     };
     let days = Days::open(dir.path(), &config).unwrap();
-    let one_rank = Layout { n_lanes: 8, micro_batch: 4, world_size: 1 };
+    let one_rank = Layout { n_streams: 8, micro_batch: 4, world_size: 1 };
     let alone = masked(&days, 42, &one_rank);
     assert_eq!(alone.len(), 2 * sessions.len());
     assert_eq!(masked(&days, 42, &Layout { world_size: 3, ..one_rank }), alone);
-    assert_eq!(masked(&days, 42, &Layout { n_lanes: 2, micro_batch: 32, world_size: 2 }), alone);
+    assert_eq!(masked(&days, 42, &Layout { n_streams: 2, micro_batch: 32, world_size: 2 }), alone);
     assert_ne!(masked(&days, 43, &one_rank), alone);
     let (first, second) = alone.split_at(sessions.len());
     let differing = first.iter().zip(second).filter(|(a, b)| a.events != b.events).count();
@@ -403,7 +403,7 @@ fn full_softmax(label_smoothing: f64, logits: Logits) -> Negatives {
 
 #[test]
 fn losses_do_not_depend_on_the_number_of_threads() {
-    // Two tiles or more for each of three threads, the last ones shorter; kept, kept in parts, and
+    // Two chunks or more for each of three threads, the last ones shorter; kept, kept in parts, and
     // computed twice.
     let (n_items, n) = (26_000, 40);
     tch::manual_seed(11);
@@ -537,9 +537,10 @@ fn gbce_is_the_binary_cross_entropy_of_target_and_negatives() {
     let logits = leaves[2].addmm(&leaves[0], &leaves[1].tr()) + average;
     let itself = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0)).to_kind(Kind::Float);
     let negatives = logits.index_select(1, &items).sigmoid();
-    let of_rivals = ((Tensor::from(1f32) - negatives).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
+    let of_negatives =
+        ((Tensor::from(1f32) - negatives).log() * (Tensor::from(1f32) - itself)).sum(Kind::Float);
     let of_targets = logits.gather(1, &targets.unsqueeze(1), false).log_sigmoid().sum(Kind::Float);
-    let loss = -(of_targets * 0.3 + of_rivals);
+    let loss = -(of_targets * 0.3 + of_negatives);
     let sampled = SampledLoss::Binary { target_weight: 0.3 };
     let found = head.cross_entropy(&Negatives::Sampled { items, loss: sampled }, None);
     found.assert_as_pytorch(&loss, &leaves, 1e-3);

@@ -2,8 +2,9 @@
 
 use bireme::collective::threads;
 use bireme::data::{Batch, DataConfig, Days, Segment, Split, occurrences};
-use bireme::metrics::{self, Evaluation, Metrics, Outcome, Ranking, deciles, evaluate, rank_targets};
+use bireme::metrics::{self, Evaluation, Metrics, Ranking, deciles, evaluate, rank_targets};
 use bireme::model::{GruConfig, ItemTable, Network, Neural, Recommender};
+use bireme_tools::report::evaluation_file::SessionOutcome;
 use tch::{Device, Tensor};
 
 use crate::support::session_data;
@@ -190,7 +191,7 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
         recall_at_20: mean(20, |_| 1.0),
         mrr_at_20: mean(20, |rank| 1.0 / rank),
     };
-    let outcomes = ranks.iter().zip(sessions).map(|(&rank, session)| Outcome {
+    let outcomes = ranks.iter().zip(sessions).map(|(&rank, session)| SessionOutcome {
         rank: rank as i64,
         n_known: session.len() as i64 - 1,
         target: *session.last().unwrap(),
@@ -239,8 +240,9 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     assert!((20.0 / 58.0..1.0).contains(&alone.coverage_at_20), "{}", alone.coverage_at_20);
     let deciles = deciles(&occurrences);
     let expected = expected.outcomes.into_iter();
-    let expected: Vec<_> =
-        expected.map(|outcome| Outcome { decile: deciles[outcome.target as usize], ..outcome }).collect();
+    let expected: Vec<_> = expected
+        .map(|outcome| SessionOutcome { decile: deciles[outcome.target as usize], ..outcome })
+        .collect();
     assert_eq!(alone.outcomes, expected);
     // With 13 there are more ranks than blocks: some have nothing to evaluate.
     for (world_size, scores_mib) in [(2, 256), (3, 256), (4, 256), (13, 1)] {

@@ -8,10 +8,10 @@ use std::path::Path;
 use bireme::data::Split;
 use bireme::metrics::Tally;
 use bireme::report::evaluations;
+use bireme_tools::measure::Measure;
 use bireme_tools::report::bootstrap::{Estimate, bootstrap};
 use bireme_tools::report::compare::compare;
 use bireme_tools::report::evaluation_file::{self, SessionOutcome};
-use bireme_tools::report::measure::ReportedMeasure;
 use bireme_tools::report::runs::{self, FinishedRun};
 use serde_json::Value;
 
@@ -110,7 +110,7 @@ fn reports_and_evaluations_compute_the_same_metrics() {
         metrics.recall_at_20,
         metrics.mrr_at_20,
     ];
-    assert_eq!(ReportedMeasure::ALL.map(|measure| measure.mean(&counts)), evaluated);
+    assert_eq!(Measure::ALL.map(|measure| measure.mean(&counts)), evaluated);
 }
 
 #[test]

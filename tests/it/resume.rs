@@ -88,11 +88,11 @@ fn a_damaged_checkpoint_is_skipped_for_an_older_one() {
     let partial = shop.run_dir("run").join("checkpoints/day-0002-step-00000018.partial");
     fs::create_dir(&partial).unwrap();
     let last = shop.train("run", &set).success();
-    for told in [
+    for message in [
         "the hash of `weights.safetensors` is not the one that was written",
         "`optimizer.safetensors` has 100 bytes",
     ] {
-        assert!(last.stderr.contains(told), "{last:#?}");
+        assert!(last.stderr.contains(message), "{last:#?}");
     }
     assert!(!partial.exists());
     assert_identical(&shop, "run", "unbroken");
