@@ -1,7 +1,7 @@
 //! One TOML file a run: as written, with `--set key=value` on top → as resolved.
 //!
-//! Each component owns its section and the defaults of its fields; here they are gathered, and every key that no
-//! component knows is refused with the nearest that one does.
+//! Each component owns its section and the defaults of its fields; here they are gathered, and
+//! every key that no component knows is refused with the nearest that one does.
 
 mod checkpoint;
 mod data;
@@ -134,7 +134,8 @@ pub enum ConfigError {
         /// The nearest key that exists, if any is near.
         nearest: Option<String>,
     },
-    /// A key with a value of another type, or that is none of the key's, or a required one that is missing.
+    /// A key with a value of another type, or that is none of the key's, or a required one that is
+    /// missing.
     #[error("`{key}` {problem}")]
     Key {
         /// With its section, or the section itself.
@@ -246,8 +247,9 @@ impl Config {
         Err(ConfigError::Value { section: "run".to_owned(), problem })
     }
 
-    /// A key that is other than in `earlier` and would make the run another, with its two values; none if the run could go
-    /// on. Where and how fast it runs, what is recorded and kept, and how many days follow, may change.
+    /// A key that is other than in `earlier` and would make the run another, with its two values;
+    /// none if the run could go on. Where and how fast it runs, what is recorded and kept, and how
+    /// many days follow, may change.
     pub fn difference(&self, earlier: &Self) -> Option<String> {
         const MAY_CHANGE: [&str; 8] = [
             "run.device",
@@ -370,8 +372,8 @@ fn nearest<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> Option<St
         .map(|(_, candidate)| candidate.to_owned())
 }
 
-/// Applies `section.key=value`, where a key may have further dots; a value that is not TOML is taken as a string.
-/// Returns the key.
+/// Applies `section.key=value`, where a key may have further dots; a value that is not TOML is
+/// taken as a string. Returns the key.
 fn assign<'a>(table: &mut Table, assignment: &'a str) -> Result<&'a str, ConfigError> {
     let malformed = || ConfigError::Set(assignment.to_owned());
     let (whole, value) = assignment.split_once('=').ok_or_else(malformed)?;

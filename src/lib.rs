@@ -24,8 +24,9 @@
 //! | `scaling` | a configuration, numbers of ranks | step times, measured and predicted |
 //! | [`cli`] | arguments | an exit code |
 //!
-//! What works on plain data and files, without ranks and tensors, is in the package
-//! [`bireme_tools`]: the synthetic shop, reports of finished runs, predictions of scaling.
+//! The package [`bireme_kernels`] holds the loops over the memory of tensors. The package
+//! [`bireme_tools`] holds what needs neither ranks nor tensors: the synthetic shop, reports of
+//! finished runs, predictions of scaling.
 //!
 //! Nothing outside `collective` knows which backend runs, and only `report` and
 //! [`bireme_base::console`] print.

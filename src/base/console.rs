@@ -1,7 +1,8 @@
 //! The standard output and the standard error.
 //!
-//! A reader that went away, a closed descriptor or a full disk never ends work: lines of a log are lost without a
-//! word, and only a command whose output is its result learns that the output failed.
+//! A reader that went away, a closed descriptor or a full disk never ends work: lines of a log are
+//! lost without a word, and only a command whose output is its result learns that the output
+//! failed.
 
 use std::any::Any;
 use std::backtrace::{Backtrace, BacktraceStatus};
@@ -52,8 +53,9 @@ pub fn unless_closed(written: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Logs a panic, which is a fault of this program, as one line with the place in the sources, a request to report it,
-/// and the backtrace if `RUST_BACKTRACE` asks for one. `place` says where in a job it happened, and may be empty.
+/// Logs a panic, which is a fault of this program, as one line with the place in the sources, a
+/// request to report it, and the backtrace if `RUST_BACKTRACE` asks for one. `place` says where in
+/// a job it happened, and may be empty.
 pub fn internal_error(place: &str, panic: &PanicHookInfo<'_>) {
     let at = panic
         .location()

@@ -1,8 +1,9 @@
 //! One process at a time writes to an output.
 //!
-//! The lock is `flock`, which the kernel releases when the process ends, however it ends. Some shared file systems
-//! keep `flock` within a host, so the file also holds the owner's host, process id and a count that grows while
-//! the owner lives. A process on another host that can lock the file takes the lock only if the count stays as it is.
+//! The lock is `flock`, which the kernel releases when the process ends, however it ends. Some
+//! shared file systems keep `flock` within a host, so the file also holds the owner's host, process
+//! id and a count that grows while the owner lives. A process on another host that can lock the
+//! file takes the lock only if the count stays as it is.
 
 use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -111,7 +112,8 @@ impl Lock {
                 // A disk that is full does not end the work that the lock guards.
                 let _ = write_record(&mut file, &Record { owner: owner.clone(), count });
             }
-            // An empty record has no owner, so other hosts need not wait. Closing the file unlocks it.
+            // An empty record has no owner, so other hosts need not wait. Closing the file unlocks
+            // it.
             let _ = file.set_len(0);
         });
         Ok(Self { alive: Some(alive), counting: Some(counting.map_err(io)?) })

@@ -1,4 +1,5 @@
-//! Messages of one line for a terminal or a log, whatever text a file, a request or a library puts into them.
+//! Messages of one line for a terminal or a log, whatever text a file, a request or a library puts
+//! into them.
 
 use std::error::Error;
 
@@ -10,7 +11,8 @@ const VALUE: usize = 60;
 
 /// An error and its causes on one line of at most some 300 characters, without control characters.
 ///
-/// A cause that the text before it ends with is not repeated: many errors print their cause themselves.
+/// A cause that the text before it ends with is not repeated: many errors print their cause
+/// themselves.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -24,7 +26,8 @@ pub fn chain(error: &dyn Error) -> String {
     single_line(&without_types(without_trace(&text)))
 }
 
-/// What libtorch says without the stack of C++ functions or of TorchScript, which may be hundreds of lines.
+/// What libtorch says without the stack of C++ functions or of TorchScript, which may be hundreds
+/// of lines.
 fn without_trace(text: &str) -> &str {
     let text = text.split_once("\nException raised from ").map_or(text, |(text, _)| text);
     match text.split_once("Traceback of TorchScript") {
@@ -59,7 +62,9 @@ fn found_value(found: &str) -> String {
         ("string", value) => format!("the string {}", quoted(value.trim_matches('"'))),
         ("integer", value) => format!("the number {}", value.trim_matches('`')),
         ("boolean", value) => value.to_owned(),
-        ("floating", value) => format!("the number {}", value.trim_start_matches("point ").trim_matches('`')),
+        ("floating", value) => {
+            format!("the number {}", value.trim_start_matches("point ").trim_matches('`'))
+        }
         _ => found.to_owned(),
     }
 }
@@ -78,8 +83,8 @@ pub fn expected(wanted: &str) -> &str {
     }
 }
 
-/// `text` on one line: line breaks become spaces, control characters are escaped, and the middle is left out where
-/// the text is long, because the file stands at the start and the cause at the end.
+/// `text` on one line: line breaks become spaces, control characters are escaped, and the middle is
+/// left out where the text is long, because the file stands at the start and the cause at the end.
 pub fn single_line(text: &str) -> String {
     let words: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let line = escape(&words.join(" "));
@@ -93,7 +98,8 @@ pub fn single_line(text: &str) -> String {
     format!("{head} … {tail}")
 }
 
-/// A value of a file or a request in backticks: control characters escaped, cut after 60 characters.
+/// A value of a file or a request in backticks: control characters escaped, cut after 60
+/// characters.
 pub fn quoted(value: &str) -> String {
     let mut cut: String = value.chars().take(VALUE).collect();
     if cut.len() < value.len() {

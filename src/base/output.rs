@@ -1,11 +1,11 @@
 //! The files and folders that commands write: each appears under its name when it is complete.
 //!
 //! A regular file and a folder are written in a staging folder and renamed. The staging folder of
-//! `data` is `.data.partial` beside it; that of a folder that exists is `.bireme.partial` inside it,
-//! because a mount point, the current folder or a folder in a protected parent cannot be renamed. It
-//! holds a [`Lock`], so that a second writer is refused, and so that the next command recognises and
-//! removes what an interrupted one left. Whatever is neither a regular file nor a folder (a pipe, a
-//! device, a descriptor of this process) is written to directly.
+//! `data` is `.data.partial` beside it; that of a folder that exists is `.bireme.partial` inside
+//! it, because a mount point, the current folder or a folder in a protected parent cannot be
+//! renamed. It holds a [`Lock`], so that a second writer is refused, and so that the next command
+//! recognises and removes what an interrupted one left. Whatever is neither a regular file nor a
+//! folder (a pipe, a device, a descriptor of this process) is written to directly.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -104,7 +104,9 @@ impl Target {
             };
             let parent = match folder_of(&path).canonicalize() {
                 Ok(parent) => parent,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::Missing(path)),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    return Ok(Self::Missing(path));
+                }
                 Err(error) => return Err(error),
             };
             let descriptor = name.to_str().and_then(|name| name.parse().ok());
@@ -114,7 +116,9 @@ impl Target {
             path = parent.join(name);
             let kind = match fs::symlink_metadata(&path) {
                 Ok(metadata) => metadata.file_type(),
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::Missing(path)),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    return Ok(Self::Missing(path));
+                }
                 Err(error) => return Err(error),
             };
             if !kind.is_symlink() {
@@ -256,7 +260,9 @@ impl Staging {
                 return Err(OutputError::Refused { path: given.into(), problem });
             }
             match Lock::acquire(&dir.join(LOCK)) {
-                Ok(lock) => return Ok(Self { dir, parents, is_left, is_kept: false, lock: Some(lock) }),
+                Ok(lock) => {
+                    return Ok(Self { dir, parents, is_left, is_kept: false, lock: Some(lock) });
+                }
                 Err(LockError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
                 Err(LockError::Io { source, .. }) => {
                     if !is_left {
@@ -541,8 +547,8 @@ enum Mode {
 }
 
 impl OutputFolder {
-    /// Prepares `path`, which may be missing, empty or, with `overwrite`, a folder of the same kind.
-    /// `note` is given a line where what an interrupted command left is removed.
+    /// Prepares `path`, which may be missing, empty or, with `overwrite`, a folder of the same
+    /// kind. `note` is given a line where what an interrupted command left is removed.
     ///
     /// # Errors
     /// The path cannot be written to, holds something, or another process writes it.
@@ -593,8 +599,8 @@ impl OutputFolder {
     }
 
     /// Prepares `path`, which may be missing or empty, to be written in place: for a command whose
-    /// messages name files in it, and which leaves them where it fails. `note` is given a line where
-    /// what an interrupted command left is removed.
+    /// messages name files in it, and which leaves them where it fails. `note` is given a line
+    /// where what an interrupted command left is removed.
     ///
     /// # Errors
     /// See [`OutputFolder::create`].

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::tensor_file::scatter_rows;
 use super::{Checkpoint, CheckpointError, State, Tensors};
 use crate::collective::{Collective, CollectiveError};
-use crate::device::host::return_freed_memory;
+use crate::device::memory::return_freed_memory;
 use crate::model::ItemTable;
 
 /// A checkpoint as all ranks see it. Tensors are sent one at a time as an iterator yields them. Of

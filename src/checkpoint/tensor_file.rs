@@ -1,16 +1,18 @@
 //! Safetensors files, written in blocks and mapped for reading, so that memory never holds a whole
 //! file.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::path::Path;
 
+use bireme_kernels::mapped_file;
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
-use crate::device::host::numbers;
 use crate::model::ItemTable;
 
 /// Largest number of elements that are sent or written at a time.
@@ -91,29 +93,35 @@ fn write_elements(file: &mut impl Write, elements: &Tensor) -> io::Result<()> {
 /// The file cannot be read, or it is not a complete safetensors file.
 pub(super) fn map(path: &Path) -> Result<Vec<(String, Tensor)>, TchError> {
     let refused = |err| TchError::SafeTensorError { path: path.display().to_string(), err };
-    let name = path.to_str().ok_or_else(|| TchError::FileFormat("its path is not UTF-8".to_owned()))?;
-    let n_bytes = fs::metadata(path)?.len();
-    if n_bytes == 0 {
-        return Err(refused(safetensors::SafeTensorError::HeaderTooSmall));
-    }
-    let file = Tensor::f_from_file(name, false, n_bytes as i64, (Kind::Uint8, Device::Cpu))?;
-    let mut whole = file.shallow_clone();
-    let bytes = numbers::<u8>(&mut whole);
-    let views = SafeTensors::deserialize(bytes).map_err(refused)?;
-    let mut views = views.tensors();
+    let (file, mut entries) = mapped_file::map(path, |bytes| {
+        let views = SafeTensors::deserialize(bytes).map_err(refused)?;
+        let entry = |(name, view): (String, TensorView<'_>)| {
+            let first = view.data().as_ptr().addr() - bytes.as_ptr().addr();
+            let size = view.shape().iter().map(|&n| n as i64).collect();
+            let kind = Kind::try_from(view.dtype())?;
+            Ok(FileEntry { name, kind, size, bytes: first..first + view.data().len() })
+        };
+        views.tensors().into_iter().map(entry).collect::<Result<Vec<_>, TchError>>()
+    })?;
     // `tensors` iterates over a hash map.
-    views.sort_by_key(|(name, view)| (view.data().as_ptr().addr(), name.clone()));
-    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
-        let kind = Kind::try_from(view.dtype())?;
-        let start = view.data().as_ptr().addr() - bytes.as_ptr().addr();
-        let tensor = file.narrow(0, start as i64, view.data().len() as i64);
+    entries.sort_by(|a, b| (a.bytes.start, &a.name).cmp(&(b.bytes.start, &b.name)));
+    let tensor = |FileEntry { name, kind, size, bytes }: FileEntry| {
+        let tensor = file.narrow(0, bytes.start as i64, bytes.len() as i64);
         // Files of other programs may not be aligned.
-        let is_aligned = start.is_multiple_of(kind.elt_size_in_bytes());
+        let is_aligned = bytes.start.is_multiple_of(kind.elt_size_in_bytes());
         let tensor = if is_aligned { tensor } else { tensor.copy() };
-        let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         Ok((name, tensor.f_view_dtype(kind)?.f_view(size.as_slice())?))
     };
-    views.into_iter().map(tensor).collect()
+    entries.into_iter().map(tensor).collect()
+}
+
+/// A tensor in the header of a file.
+struct FileEntry {
+    name: String,
+    kind: Kind,
+    size: Vec<i64>,
+    /// Place of its elements in the file.
+    bytes: Range<usize>,
 }
 
 /// *All ranks*, if the item table is sharded. Passes all elements of the tensors `named` to `put`,
@@ -184,6 +192,8 @@ pub(super) fn scatter_rows(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::collective::threads;
 

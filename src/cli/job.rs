@@ -33,7 +33,7 @@ struct Wanted {
 impl<C> Job<C> {
     /// *All ranks.* Joins the job that this process was started into.
     fn join<E: UserError>(choose: impl FnOnce() -> Result<(Wanted, C), E>) -> Result<Self, Failure> {
-        device::host::keep_freed_memory();
+        device::memory::keep_freed_memory();
         let host = collective::join().map_err(Failure::refused)?;
         // Before `agree`, which makes tensors: libtorch looks for GPUs at the first tensor.
         let (local_rank, local_size) = (host.local_rank(), host.local_size());

@@ -41,7 +41,9 @@ pub(super) fn run(args: &SynthArgs) -> Result<(), Failure> {
     let report = match synth::synth(&options, &mut sink) {
         Ok(report) => report,
         // The reader of the standard output has closed it.
-        Err(SynthError::Write(error)) if is_stdout && error.kind() == ErrorKind::BrokenPipe => return Ok(()),
+        Err(SynthError::Write(error)) if is_stdout && error.kind() == ErrorKind::BrokenPipe => {
+            return Ok(());
+        }
         Err(SynthError::Write(source)) => {
             return Err(OutputError::Io { action: "write", path: out.clone(), source }.into());
         }

@@ -19,7 +19,6 @@
 mod bf16;
 mod call;
 mod error;
-pub mod fixed_point;
 pub mod mpi;
 pub mod nccl;
 pub mod phase_timer;

@@ -1,8 +1,8 @@
 //! What is wrong with a section of a configuration: which key, what it may be, and what it is.
 //!
-//! Serde describes the first value that it refuses and does not name its key, and it reads a table with `kind` before
-//! it knows the table's keys. So the key is found by trying: the one that, alone in its section, is refused in the same
-//! words.
+//! Serde describes the first value that it refuses and does not name its key, and it reads a table
+//! with `kind` before it knows the table's keys. So the key is found by trying: the one that, alone
+//! in its section, is refused in the same words.
 
 use bireme_base::message::{expected, quoted, single_line};
 use serde::de::DeserializeOwned;
@@ -130,8 +130,9 @@ impl<F: Fn(Value) -> Option<String>> Section<'_, F> {
         [&[self.name.to_owned()], path].concat().join(".")
     }
 
-    /// The shortest path whose value is refused with `message` where it stands alone. A table stands for itself,
-    /// without its keys. `kind` comes before its neighbours, which never stand without it.
+    /// The shortest path whose value is refused with `message` where it stands alone. A table
+    /// stands for itself, without its keys. `kind` comes before its neighbours, which never stand
+    /// without it.
     fn refused(&self, message: &str) -> Option<Vec<String>> {
         let mut paths = paths(self.value);
         paths.sort_by_key(|path| (path.len(), path.last().is_none_or(|key| key != KIND)));

@@ -68,8 +68,8 @@ impl Default for TrainConfig {
     }
 }
 
-/// `train.non_finite`: the reaction to a step whose loss or gradient is NaN or infinite, the same on
-/// all ranks.
+/// `train.non_finite`: the reaction to a step whose loss or gradient is NaN or infinite, the same
+/// on all ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]

@@ -4,20 +4,16 @@
 //! which is loaded at run time if the host has an NVIDIA driver. libtorch searches for it once, at
 //! the first tensor or the first query for a GPU, so call [`place`] before both.
 
-pub(crate) mod guarded;
-pub mod host;
 pub mod memory;
 #[cfg(target_arch = "x86_64")]
 mod mkl;
-pub mod operation;
-pub mod vectors;
 
 use std::fs;
 use std::thread::available_parallelism;
 
 use bireme_base::user_error::{REFUSED, UserError};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use tch::{Device, Tensor};
+use tch::Device;
 use thiserror::Error;
 
 pub use crate::config::{DeviceChoice, Precision};
@@ -166,20 +162,6 @@ pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
         tf32.map_err(missing)?(context, precision != Precision::F32);
     }
     Ok(())
-}
-
-/// Copies a CPU tensor to `device` without waiting. Later kernels on `device` read the copy.
-pub fn send(tensor: &Tensor, device: Device) -> Tensor {
-    // The source may be freed or changed afterwards: CUDA reads memory that is not pinned before it
-    // returns.
-    tensor.to_device_(device, tensor.kind(), true, false)
-}
-
-/// [`send`] for several slices in one transfer.
-pub fn send_all(numbers: &[&[i64]], device: Device) -> Vec<Tensor> {
-    let all = send(&Tensor::from_slice(&numbers.concat()), device);
-    let lengths: Vec<i64> = numbers.iter().map(|numbers| numbers.len() as i64).collect();
-    all.split_with_sizes(lengths.as_slice(), 0)
 }
 
 /// Whether libtorch uses fewer threads than this rank has cores. `local_size` ranks share the host.

@@ -281,12 +281,16 @@ impl Preprocessor {
         let input = match input.map(TensorView::i32s).transpose()?.as_deref() {
             None => None,
             Some(&[wanted]) => Some(i64::from(wanted)),
-            Some(several) => return Err(format!("`{TOP_K}` must be one number, not {}", several.len())),
+            Some(several) => {
+                return Err(format!("`{TOP_K}` must be one number, not {}", several.len()));
+            }
         };
         let parameter = match parameter(parameters, TOP_K) {
             None => None,
             Some(&Parameter::Int(wanted)) => Some(wanted),
-            Some(other) => return Err(format!("parameter `{TOP_K}` must be a whole number, not {other}")),
+            Some(other) => {
+                return Err(format!("parameter `{TOP_K}` must be a whole number, not {other}"));
+            }
         };
         let wanted = one_of(TOP_K, input, parameter)?.unwrap_or(top_k as i64);
         if !(1..=max_top_k as i64).contains(&wanted) {
@@ -307,7 +311,9 @@ fn exclude_seen(input: Option<&TensorView<'_>>, parameters: &[(String, Parameter
     let parameter = match parameter(parameters, EXCLUDE_SEEN) {
         None => None,
         Some(&Parameter::Bool(value)) => Some(value),
-        Some(other) => return Err(format!("parameter `{EXCLUDE_SEEN}` must be true or false, not {other}")),
+        Some(other) => {
+            return Err(format!("parameter `{EXCLUDE_SEEN}` must be true or false, not {other}"));
+        }
     };
     Ok(one_of(EXCLUDE_SEEN, input, parameter)?.unwrap_or(false))
 }
@@ -343,7 +349,9 @@ fn events(inputs: &[TensorView<'_>]) -> Result<DataFrame, String> {
         };
         let rows = match *input.shape {
             [rows] | [rows, 1] => rows,
-            ref shape => return Err(format!("input `{name}` must have the shape [any, 1], not {shape:?}")),
+            ref shape => {
+                return Err(format!("input `{name}` must have the shape [any, 1], not {shape:?}"));
+            }
         };
         let (first, n) = *n_rows.get_or_insert((*name, rows));
         if n != rows {

@@ -11,7 +11,6 @@ mod repository;
 mod rules;
 mod script;
 mod scripted;
-mod trace;
 
 use std::fs;
 use std::io;

@@ -5,12 +5,11 @@
 
 use std::path::Path;
 
+use bireme_kernels::torchscript::arguments;
 use bireme_protocol::DataType;
 use bireme_serve::protocol::ModelConfig;
 use bireme_serve::torchscript;
 use tch::{CModule, Device, IValue, Kind, Tensor};
-
-use super::trace::arguments;
 
 /// The file that the backend loads, unless the configuration names another.
 pub const FILE: &str = "model.pt";

@@ -6,9 +6,9 @@
 
 use std::path::Path;
 
+use bireme_kernels::torchscript::trace;
 use tch::{Device, Kind, Tensor};
 
-use super::trace::trace;
 use crate::etl::serving::{HIDDEN, LENGTH, ModelColumn, PLACES};
 use crate::metrics::FIRST_ITEM;
 use crate::model::Network;

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
+use bireme_kernels::softmax::logsumexp_rows;
 use tch::{Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
 use crate::model::ItemTable;
-use crate::model::head::logsumexp_rows;
 
 /// First item index that is recommendable: padding (0) and unknown (1) are not.
 pub(crate) const FIRST_ITEM: i64 = 2;

@@ -1,6 +1,7 @@
 //! The sequence model between event vectors and states, a GRU or an XLNet, and the layout of
 //! positions that both run over.
 
+use bireme_kernels::transfer::send_all;
 use tch::{Device, Kind, Tensor};
 
 use super::Objective;
@@ -8,7 +9,6 @@ use super::objective::{AttentionMask, Plan, PositionInput};
 use super::rows::take_rows;
 use super::{Gru, Parameters, Xlnet};
 use crate::data::{Batch, DropoutGenerator};
-use crate::device::send_all;
 
 pub enum Body {
     Gru(Gru),

@@ -54,8 +54,8 @@ impl EncoderInput {
         Self { columns: parts(&self.columns), vectors: parts(&self.vectors) }
     }
 
-    /// Makes the looked-up vectors leaves of the autograd graph: a gradient through the lookup would
-    /// be as large as the table.
+    /// Makes the looked-up vectors leaves of the autograd graph: a gradient through the lookup
+    /// would be as large as the table.
     pub fn into_leaves(self) -> Self {
         let leaf = |vectors: Tensor| vectors.set_requires_grad(true);
         Self { vectors: self.vectors.into_iter().map(leaf).collect(), ..self }

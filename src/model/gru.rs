@@ -1,12 +1,12 @@
 //! A GRU over the events of a session (Hidasi et al. 2016, "Session-based recommendations with
 //! recurrent neural networks").
 
+use bireme_kernels::gru::gru_layer;
 use tch::{Device, Tensor};
 
 use super::Parameters;
 use super::body::Layout;
 use super::parameters::ParameterBuilder;
-use super::recurrence::gru_layer;
 use super::rows::take_rows;
 use crate::config::GruConfig;
 use crate::data::DropoutGenerator;

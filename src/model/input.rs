@@ -1,6 +1,7 @@
 //! The input block, from the columns of an event to one vector: tables, continuous features,
 //! aggregation, projection.
 
+use bireme_kernels::transfer::send;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
@@ -13,7 +14,6 @@ use crate::collective::CollectiveError;
 use crate::config::{Aggregation, Continuous, InputConfig};
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, Features};
-use crate::device::send;
 
 impl InputConfig {
     /// Width of a column's channel; `None` if the column shares a projection with others.

@@ -19,7 +19,6 @@ mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
-mod recurrence;
 mod rows;
 mod xlnet;
 

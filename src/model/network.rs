@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use bireme_kernels::parallel::torch_in_parallel;
+use bireme_kernels::transfer::send;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
@@ -18,8 +20,6 @@ use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, DropoutGenerator, Features, with_seed};
-use crate::device::host::torch_in_parallel;
-use crate::device::send;
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then all
 /// other parameters.
@@ -338,7 +338,8 @@ impl<'a> Network<'a> {
         let others = self.other_parameters();
         let mut work: Vec<_> = encoded.into_iter().zip(state_gradients).collect();
         let mut of_parts = Vec::new();
-        // The scoring gradients are complete, so they may be reduced while the encoder's are formed.
+        // The scoring gradients are complete, so they may be reduced while the encoder's are
+        // formed.
         hooks.scoring_complete(&mut self.gradients, &mut || {
             of_parts = torch_in_parallel(std::mem::take(&mut work), |(part, state_gradient)| {
                 let EncodedPart { vectors, parameters, looked_up, .. } = part;
@@ -394,8 +395,8 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// *All ranks*, if the item table is sharded. The loss of `targets: [N]` given `vectors: [N, D]`;
-    /// adds the gradients of the scoring parameters. `counts`: targets of each rank.
+    /// *All ranks*, if the item table is sharded. The loss of `targets: [N]` given `vectors: [N,
+    /// D]`; adds the gradients of the scoring parameters. `counts`: targets of each rank.
     fn score(
         &mut self,
         vectors: &Tensor,
@@ -421,7 +422,8 @@ impl<'a> Network<'a> {
     }
 
     /// Replaced-item detection (ELECTRA, Clark et al. 2020): classifies every event of `replaced`,
-    /// in which some items of `batch` are replaced. Adds the gradients and returns the weighted loss.
+    /// in which some items of `batch` are replaced. Adds the gradients and returns the weighted
+    /// loss.
     fn detect(
         &mut self,
         detector: Linear,
@@ -496,7 +498,9 @@ impl<'a> Network<'a> {
         gradients: &Tensor,
         hooks: &mut dyn GradientHooks,
     ) -> Result<bool, CollectiveError> {
-        let Some((rows, gradients)) = hooks.gather_late_rows(rows, gradients)? else { return Ok(false) };
+        let Some((rows, gradients)) = hooks.gather_late_rows(rows, gradients)? else {
+            return Ok(false);
+        };
         add_rows_deterministically(&mut self.gradients.of(ITEM_TABLE), &rows, &gradients);
         Ok(true)
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use super::ItemTable;
-use crate::device::host::return_freed_memory;
+use crate::device::memory::return_freed_memory;
 
 /// Declares parameters and draws their initial values. A parameter is known by its index, the order
 /// of declaration.
@@ -181,7 +181,8 @@ pub struct View {
     range: Range<i64>,
 }
 
-/// Parameters begin at multiples of so many numbers, which is a line of the cache and more than products of matrices ask for.
+/// Parameters begin at multiples of so many numbers, which is a line of the cache and more than
+/// products of matrices ask for.
 const ALIGNED: i64 = 16;
 
 impl View {
@@ -235,7 +236,8 @@ impl Parameters {
         for (view, (_, tensor)) in views.iter().zip(&declared) {
             view.of(&values).copy_(tensor);
         }
-        // The drawn tensors are as large as the model; free them before the gradients are allocated.
+        // The drawn tensors are as large as the model; free them before the gradients are
+        // allocated.
         drop(declared);
         return_freed_memory();
         let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();

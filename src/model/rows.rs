@@ -3,9 +3,8 @@
 //! On a CPU, libtorch's `index_add_` (also the gradient of `index_select`) adds one row per
 //! operation. `scatter_add_` (also the gradient of `gather`) adds all rows in one operation.
 
+use bireme_kernels::fixed_point::{from_fixed_point, to_fixed_point};
 use tch::{Kind, Tensor};
-
-use crate::collective::fixed_point::{from_fixed_point, to_fixed_point};
 
 /// Adds `values: [N, ..]` to the rows `indices: [N]` of `table: [V, ..]`; indices may repeat. If
 /// `reproducible`, the sum of a row does not depend on the other rows.

@@ -1,11 +1,9 @@
 //! Optimizers: gradient clipping, AdamW, Adagrad for embedding tables, learning-rate schedules.
 
-mod fused;
-
-use tch::{Device, Kind, Tensor};
+use bireme_kernels::adamw::{AdamWBuffers, AdamWStep, adamw};
+use tch::{Kind, Tensor};
 
 pub use crate::config::{Schedule, TableOptimizer};
-use crate::device::host::{in_parallel, numbers, part_len};
 use crate::model::View;
 
 #[derive(Clone, Copy, Debug)]
@@ -143,32 +141,6 @@ pub struct AdamW {
     n_steps: i32,
 }
 
-const BETA_1: f64 = 0.9;
-const BETA_2: f64 = 0.999;
-const EPSILON: f64 = 1e-8;
-
-/// Scalars of one AdamW step.
-#[derive(Clone, Copy)]
-struct AdamWStep {
-    learning_rate: f64,
-    /// Steps including this one, `t` in the formula.
-    n_steps: i32,
-    /// Weight decay multiplies parameters by this factor.
-    decay_factor: f64,
-}
-
-impl AdamWStep {
-    /// Learning rate with the bias corrections of both moments, which start at zero.
-    fn corrected_rate(&self) -> f64 {
-        self.learning_rate * self.second_moment_correction() / (1.0 - BETA_1.powi(self.n_steps))
-    }
-
-    /// Root of the bias correction of the second moment.
-    fn second_moment_correction(&self) -> f64 {
-        (1.0 - BETA_2.powi(self.n_steps)).sqrt()
-    }
-}
-
 impl AdamW {
     /// Zero moments for parameters of the size and device of `values: [n]`. `lazy`: see
     /// [`TableOptimizer::LazyAdamw`].
@@ -195,72 +167,29 @@ impl AdamW {
                     [values, gradients, &self.m, &self.v].map(|flat| matrix(table, flat));
                 let rows = rows_with_gradient(&gradients);
                 // Rows are gathered to a dense buffer, updated there and copied back.
-                let selected = [&values, &gradients, &m, &v].map(|buffer| buffer.index_select(0, &rows));
-                update(&selected, scale, step);
-                let [new_values, _, new_m, new_v] = selected;
-                for (buffer, new_rows) in [(&mut values, new_values), (&mut m, new_m), (&mut v, new_v)] {
+                let mut selected = AdamWBuffers {
+                    values: values.index_select(0, &rows),
+                    gradients: gradients.index_select(0, &rows),
+                    m: m.index_select(0, &rows),
+                    v: v.index_select(0, &rows),
+                };
+                adamw(&mut selected, scale, step);
+                let updated = [(&mut values, selected.values), (&mut m, selected.m), (&mut v, selected.v)];
+                for (buffer, new_rows) in updated {
                     let _ = buffer.index_copy_(0, &rows, &new_rows);
                 }
                 let _ = gradients.index_fill_(0, &rows, 0.0);
                 dense_start = table.end();
             }
             let dense = |flat: &Tensor| flat.narrow(0, dense_start, flat.size()[0] - dense_start);
-            update(&[values, gradients, &self.m, &self.v].map(dense), scale, step);
+            let mut buffers = AdamWBuffers {
+                values: dense(values),
+                gradients: dense(gradients),
+                m: dense(&self.m),
+                v: dense(&self.v),
+            };
+            adamw(&mut buffers, scale, step);
         });
-    }
-}
-
-/// One step on `[values, gradients, m, v]`, which are contiguous and of one size. Sets the
-/// gradients to zero.
-fn update(buffers: &[Tensor; 4], scale: &Tensor, step: AdamWStep) {
-    let [mut values, mut gradients, mut m, mut v] = buffers.each_ref().map(Tensor::shallow_clone);
-    if values.device() != Device::Cpu {
-        fused::adamw(buffers, scale, step);
-        if step.decay_factor < 1.0 {
-            let _ = values.g_mul_scalar_(step.decay_factor);
-        }
-        let _ = gradients.zero_();
-        return;
-    }
-    // One pass on the CPU: separate operations would read and write about three times as much
-    // memory.
-    let scale = scale.double_value(&[]) as f32;
-    let n_each = part_len(values.numel(), BLOCK);
-    let [values, gradients, m, v] = [&mut values, &mut gradients, &mut m, &mut v].map(numbers::<f32>);
-    let moments = m.chunks_mut(n_each).zip(v.chunks_mut(n_each));
-    let parts = values.chunks_mut(n_each).zip(gradients.chunks_mut(n_each)).zip(moments);
-    in_parallel(parts, |((values, gradients), (m, v))| update_on_cpu(values, gradients, m, v, scale, step));
-}
-
-/// Elements that are skipped together if gradient and moments are zero: about one row of a table.
-const BLOCK: usize = 64;
-
-fn update_on_cpu(
-    values: &mut [f32],
-    gradients: &mut [f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    scale: f32,
-    step: AdamWStep,
-) {
-    let one_minus_beta_1 = (1.0 - BETA_1) as f32;
-    let (beta_2, one_minus_beta_2) = (BETA_2 as f32, (1.0 - BETA_2) as f32);
-    let (rate, decay_factor) = (step.corrected_rate() as f32, step.decay_factor as f32);
-    let blocks = values.chunks_mut(BLOCK).zip(gradients.chunks_mut(BLOCK));
-    let moments = m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK));
-    for ((values, gradients), (m, v)) in blocks.zip(moments) {
-        // In a large table many rows have had no gradient yet. The step would not change them.
-        let is_zero = |numbers: &[f32]| numbers.iter().all(|&number| number == 0.0);
-        if decay_factor == 1.0 && is_zero(gradients) && is_zero(m) && is_zero(v) {
-            continue;
-        }
-        for (((value, gradient), m), v) in values.iter_mut().zip(gradients).zip(m).zip(v) {
-            let g = *gradient * scale;
-            *m += one_minus_beta_1 * (g - *m);
-            *v = beta_2 * *v + one_minus_beta_2 * g * g;
-            *value = (*value - rate * *m / (v.sqrt() + EPSILON as f32)) * decay_factor;
-            *gradient = 0.0;
-        }
     }
 }
 
@@ -286,6 +215,8 @@ pub fn sum_of_squares(numbers: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
     use crate::model::Parameters;
     use crate::model::parameters::ParameterBuilder;
@@ -322,30 +253,6 @@ mod tests {
         let values: Vec<f32> = Vec::try_from(values).unwrap();
         for (ours, expected) in values.iter().zip(p) {
             assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");
-        }
-    }
-
-    #[test]
-    fn the_fused_step_equals_the_step_on_the_cpu() {
-        let random =
-            |seed| crate::data::with_seed(seed, || Tensor::randn([1000], (Kind::Float, Device::Cpu)));
-        let start = [random(1), Tensor::zeros([1000], (Kind::Float, Device::Cpu))];
-        let buffers = || [start[0].copy(), start[1].copy(), start[1].copy(), start[1].copy()];
-        let (on_cpu, by_libtorch) = (buffers(), buffers());
-        for n_steps in 1..=5 {
-            let step = AdamWStep { learning_rate: 0.01, n_steps, decay_factor: 1.0 };
-            let gradients = random(n_steps as u64 + 1) * 1e-3;
-            on_cpu[1].shallow_clone().copy_(&gradients);
-            by_libtorch[1].shallow_clone().copy_(&gradients);
-            let scale = Tensor::from(0.25f32);
-            update(&on_cpu, &scale, step);
-            fused::adamw(&by_libtorch, &scale, step);
-            // The gradients are unspecified after the fused step.
-            for buffer in [0, 2, 3] {
-                let largest = |x: &Tensor| x.abs().max().double_value(&[]);
-                let error = largest(&(&on_cpu[buffer] - &by_libtorch[buffer])) / largest(&on_cpu[buffer]);
-                assert!(error < 1e-6, "{n_steps} {buffer}: {error}");
-            }
         }
     }
 

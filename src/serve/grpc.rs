@@ -115,7 +115,9 @@ pub fn read(message: ModelInferRequest) -> Result<(InferRequest, Option<Duration
     let mut others = Vec::new();
     for (name, InferParameter { parameter_choice }) in parameters {
         let value = match parameter_choice {
-            None => return Err(RequestError::invalid(format!("parameter {} has no value", quoted(&name)))),
+            None => {
+                return Err(RequestError::invalid(format!("parameter {} has no value", quoted(&name))));
+            }
             Some(ParameterChoice::BoolParam(value)) => Parameter::Bool(value),
             Some(ParameterChoice::Int64Param(value)) => Parameter::Int(value),
             Some(ParameterChoice::StringParam(value)) => Parameter::Text(value),

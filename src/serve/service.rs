@@ -150,7 +150,9 @@ impl Service {
             let begun = Instant::now();
             let loaded = service.repository.load(&name);
             match &loaded {
-                Ok(()) => tracing::info!(model = name, seconds = begun.elapsed().as_secs_f64(), "loaded"),
+                Ok(()) => {
+                    tracing::info!(model = name, seconds = begun.elapsed().as_secs_f64(), "loaded")
+                }
                 Err(error) => tracing::error!(model = name, %error, "not loaded"),
             }
             loaded

@@ -51,8 +51,8 @@ impl<'a> GradientLearner<'a> {
     /// *All ranks.* One optimizer step over the global batch, of which `micro_batches` are this
     /// rank's part. `rate_factor`: factor of the learning rates.
     ///
-    /// Losses are summed over targets and divided by the targets of all ranks, so that any number of
-    /// ranks takes the same step.
+    /// Losses are summed over targets and divided by the targets of all ranks, so that any number
+    /// of ranks takes the same step.
     fn train_step(
         &mut self,
         micro_batches: &[Batch],
@@ -197,7 +197,8 @@ impl Learner for GradientLearner<'_> {
         if let Some((name, ..)) = state.iter().find(|(name, ..)| !is_saved(name)) {
             return Err(mismatch(format!("`{name}` is missing")).into());
         }
-        // The catalogue may have grown: new rows keep their initial values and zero optimizer state.
+        // The catalogue may have grown: new rows keep their initial values and zero optimizer
+        // state.
         for saved in from.weights() {
             let (name, tensor) = saved?;
             parameters.assign_one(&parameters.values(), name, &tensor, tables).map_err(mismatch)?;

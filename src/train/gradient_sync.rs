@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
+use bireme_kernels::fixed_point::FixedPointSum;
+use bireme_kernels::transfer::send;
 use tch::{Kind, Tensor};
 
-use crate::collective::fixed_point::FixedPointSum;
 use crate::collective::{Collective, CollectiveError, Reduce, communicate_as};
 use crate::config::Reduction;
-use crate::device::send;
 use crate::model::{GradientHooks, Gradients, ItemTable, LossSum, Network};
 use crate::optim::{average_and_clip, sum_of_squares};
 
@@ -38,8 +38,8 @@ pub(super) struct GradientSync<'a> {
     replicated_sum: Option<FixedPointSum>,
     /// Sharded gradients so far, if sums are reproducible.
     sharded_sum: Option<FixedPointSum>,
-    /// Whether the scoring gradients are reduced during the backward pass. With several micro-batches
-    /// a step they would be reduced several times.
+    /// Whether the scoring gradients are reduced during the backward pass. With several
+    /// micro-batches a step they would be reduced several times.
     overlaps: bool,
     /// Numbers of the scoring parameters.
     scoring: Range<usize>,
@@ -98,7 +98,10 @@ impl<'a> GradientSync<'a> {
         let mut rest =
             if self.overlaps { gradients.from(self.scoring.end) } else { gradients.replicated_and_scalars() };
         match &mut self.replicated_sum {
-            Some(sum) => sum.reduce_into(&mut rest, self.collective)?,
+            Some(sum) => {
+                self.collective.all_reduce(sum.total_mut(), Reduce::Sum)?;
+                sum.move_into(&mut rest);
+            }
             None => self.all_reduce_rest(&mut rest, gradients)?,
         }
         let scalars = gradients.scalars();
@@ -137,7 +140,8 @@ impl<'a> GradientSync<'a> {
             return Ok(item_table.stack(&sum_of_squares(&sharded))?.sum(Kind::Float));
         };
         sum.move_into(&mut sharded);
-        // Squares are summed per row block, so that the norm does not depend on the number of ranks.
+        // Squares are summed per row block, so that the norm does not depend on the number of
+        // ranks.
         let block_rows = item_table.block_rows();
         let n_blocks = item_table.n_chunks_by_rank(block_rows);
         let sum_columns = |x: Tensor| x.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);

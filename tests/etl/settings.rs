@@ -75,7 +75,8 @@ fn days_choose_events_by_the_calendar_and_first_times_know_them_all() {
     let out = dir.path().join("out");
     let rows = rows(&out);
     assert_eq!(rows.len(), 1);
-    // A session over midnight is cut there. Its day index counts whole 24 hours since the very first event.
+    // A session over midnight is cut there. Its day index counts whole 24 hours since the very
+    // first event.
     assert_eq!((rows[0].products.as_slice(), rows[0].day_index), ([1, 3].as_slice(), 2));
     let workflow = Workflow::load(&out.join(WORKFLOW)).unwrap();
     assert_eq!(workflow.statistics.n_events, 2);
@@ -86,7 +87,8 @@ fn days_choose_events_by_the_calendar_and_first_times_know_them_all() {
         Some(1_578_009_600),
         "a product of other days has its first time, too"
     );
-    // 1.4999.. days and 0 days: (x - mean) / std of two values is plus and minus the root of a half.
+    // 1.4999.. days and 0 days: (x - mean) / std of two values is plus and minus the root of a
+    // half.
     let recency = &rows[0].lists["product_recency_days_log_norm-list_seq"];
     assert!((recency[0] - 0.5_f64.sqrt()).abs() < 1e-6 && (recency[1] + 0.5_f64.sqrt()).abs() < 1e-6);
 }

@@ -20,8 +20,9 @@ fn the_fractions_are_80_10_10() {
 
 #[test]
 fn the_split_of_known_ids_never_changes() {
-    // A change here would move sessions from train to test between two runs on one data set. The figures come
-    // from another implementation of the hash, python-xxhash: xxh3_64_intdigest(id, seed=42) * 10 >> 64.
+    // A change here would move sessions from train to test between two runs on one data set. The
+    // figures come from another implementation of the hash, python-xxhash: xxh3_64_intdigest(id,
+    // seed=42) * 10 >> 64.
     let split: Vec<_> = (0..20).map(|i| Split::of(&format!("session-{i}"), 42) as u8).collect();
     assert_eq!(split, [0, 0, 0, 0, 1, 0, 1, 0, 2, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0]);
 }
@@ -31,7 +32,8 @@ fn the_split_does_not_depend_on_the_order_of_the_rows() {
     let (a, b) = (scratch(), scratch());
     let csv = shop(400);
     let mut lines: Vec<_> = csv.lines().skip(1).collect();
-    // Another order; within a second, rows of a session may change places, so products are not compared.
+    // Another order; within a second, rows of a session may change places, so products are not
+    // compared.
     let mut random = Random(3);
     for i in (1..lines.len()).rev() {
         lines.swap(i, random.below(i as u64 + 1) as usize);

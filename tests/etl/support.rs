@@ -42,8 +42,8 @@ pub fn run(
     preprocess(&options, &mut |_| {})
 }
 
-/// A shop of `n_sessions` sessions over ten days or so: nulls, repeats, equal seconds, lengths from 1 to 40, rows
-/// of different sessions mixed and out of order.
+/// A shop of `n_sessions` sessions over ten days or so: nulls, repeats, equal seconds, lengths from
+/// 1 to 40, rows of different sessions mixed and out of order.
 pub fn shop(n_sessions: u64) -> String {
     let mut random = Random(7);
     let mut rows = Vec::new();

@@ -27,14 +27,13 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/collective/bf16.rs", "a reduction that MPI calls with raw buffers"),
     ("src/collective/mpi.rs", "lends memory of tensors to MPI"),
     ("src/collective/nccl/", "loads NCCL and lends memory of tensors to it"),
-    ("src/device/host.rs", "views host tensors as slices, sets the allocator's thresholds"),
-    ("src/device/memory.rs", "reads the environment and exits where memory has run out"),
+    (
+        "src/device/memory.rs",
+        "libc: settings of the allocator; reads a variable and exits where memory has run out",
+    ),
     ("src/device/mkl.rs", "a function that MKL calls"),
     ("src/device/mod.rs", "loads the CUDA half of libtorch and sets its flags"),
-    ("src/device/operation.rs", "an autograd node in C++"),
-    ("src/device/vectors.rs", "compiles loops for AVX-512 and AVX2"),
-    ("src/export/trace.rs", "traces a module in C++"),
-    ("src/optim/fused.rs", "fused optimizers in C++"),
+    ("src/kernels/", "loops over the memory of tensors, C++ over libtorch"),
     ("src/serve/server.rs", "libc: sets the allocator's threshold"),
     ("src/tools/launch.rs", "libc: ends a launcher with its parent"),
     ("src/triton/", "the C interface of Triton"),
@@ -116,8 +115,8 @@ fn packages() -> Vec<PathBuf> {
     folders
 }
 
-/// Sources of the main package, each with its top-level module; `main.rs` with its `allocator.rs`, and
-/// `lib.rs`, have none.
+/// Sources of the main package, each with its top-level module; `main.rs` with its `allocator.rs`,
+/// and `lib.rs`, have none.
 fn main_package() -> Vec<(String, Source)> {
     let packages = packages();
     let mut sources = sources("src");

@@ -85,10 +85,10 @@ fn assert_vsknn(config: &NeighboursConfig, known: &[i64], expected: &[(usize, f6
 
 #[test]
 fn neighbours_score_as_by_hand() {
-    // The unknown item 1 does not count, so 2, 3 and 4 are positions 1 to 3 and weigh 0.8, 0.9 and 1. The
-    // similarities are (0.8 + 0.9 + 1) / 3 = 0.9 for [2, 3, 4], 0.9 / 3 = 0.3 for [3, 5] and 1 / 3
-    // for [4, 6]. The last shared item is the last but for [3, 5], where it is the last but one:
-    // 0.9 · 0.9 = 0.81, 0.3 · 0.8 = 0.24, 1/3 · 0.9 = 0.3.
+    // The unknown item 1 does not count, so 2, 3 and 4 are positions 1 to 3 and weigh 0.8, 0.9 and
+    // 1. The similarities are (0.8 + 0.9 + 1) / 3 = 0.9 for [2, 3, 4], 0.9 / 3 = 0.3 for [3, 5] and
+    // 1 / 3 for [4, 6]. The last shared item is the last but for [3, 5], where it is the last but
+    // one: 0.9 · 0.9 = 0.81, 0.3 · 0.8 = 0.24, 1/3 · 0.9 = 0.3.
     let known = [2, 3, 1, 4];
     let all = [(2, 0.81), (3, 1.05), (4, 1.11), (5, 0.24), (6, 0.3)];
     assert_vsknn(&linear(), &known, &all);

@@ -131,7 +131,9 @@ fn every_helper(ranks: &dyn Collective) {
     let tried = if rank == 0 { Ok(()) } else { Err(std::io::Error::other(format!("disk {rank} is full"))) };
     match ranks.agree(tried) {
         Ok(()) => assert_eq!(world_size, 1),
-        Err(error) => assert_eq!(error.to_string(), format!("rank 1 of {world_size}: disk 1 is full")),
+        Err(error) => {
+            assert_eq!(error.to_string(), format!("rank 1 of {world_size}: disk 1 is full"))
+        }
     }
 }
 

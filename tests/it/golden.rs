@@ -290,7 +290,9 @@ fn xlnet_layers_are_those_of_hugging_face() {
 /// Stored weights, or those that the file's description derives from their place: see the data's
 /// README.
 fn weights_of(golden: &Named, info: &Value, network: &Network) -> Vec<(String, Tensor)> {
-    let Value::Object(seeds) = &info["param_order_and_splitmix_seed"] else { return stored_weights(golden) };
+    let Value::Object(seeds) = &info["param_order_and_splitmix_seed"] else {
+        return stored_weights(golden);
+    };
     let originals = originals(seeds.keys());
     let views = network.parameters().views();
     originals

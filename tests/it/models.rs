@@ -470,8 +470,9 @@ fn sampled_softmax_approximates_the_full_one() {
     // Padding and unknown are no negatives here, so the full sum is over two items more.
     assert!((sampled.loss / full.loss - 1.0).abs() < 0.05, "{} {}", sampled.loss, full.loss);
     for (sampled, full) in sampled.gradients.iter().zip(&full.gradients) {
-        let recommendable =
-            |x: &Tensor| if x.size()[0] == N_ITEMS { x.narrow(0, 2, N_ITEMS - 2) } else { x.copy() };
+        let recommendable = |x: &Tensor| {
+            if x.size()[0] == N_ITEMS { x.narrow(0, 2, N_ITEMS - 2) } else { x.copy() }
+        };
         let (sampled, full) = (recommendable(sampled), recommendable(full));
         let cosine = (&sampled * &full).sum(Kind::Float) / (sampled.norm() * full.norm());
         assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");

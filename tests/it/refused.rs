@@ -448,7 +448,9 @@ fn more_ranks_than_work() {
     let one_day = ["--set", "data.last_day=2"];
     let Some(finished) = shop.train_on(2, "run", &one_day) else { return };
     refused(&finished, "2 ranks are more than the 1 training sessions of days 1 to 1");
-    let Some(finished) = shop.train_on(2, "run", &["--set", "train.micro_batch=48"]) else { return };
+    let Some(finished) = shop.train_on(2, "run", &["--set", "train.micro_batch=48"]) else {
+        return;
+    };
     refused(&finished, "2 ranks are more than the 1 micro-batches of a global batch");
     assert!(!shop.run_dir("run").exists());
 }

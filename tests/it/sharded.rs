@@ -19,7 +19,9 @@ fn sharded_tables_give_the_same_losses_figures_and_checkpoints() {
         shop.train(&whole, &set).success();
         for n_ranks in [2, 3] {
             let run = format!("{name} on {n_ranks}");
-            let Some(finished) = shop.train_on(n_ranks, &run, &[&set[..], &SHARDED].concat()) else { return };
+            let Some(finished) = shop.train_on(n_ranks, &run, &[&set[..], &SHARDED].concat()) else {
+                return;
+            };
             finished.success();
             assert_close_losses(&shop, &run, &whole, 1e-5);
             assert_close_tensors(&shop, &run, &whole);

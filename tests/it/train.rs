@@ -14,8 +14,8 @@ use crate::support::session_shop::{SessionShop, timeless};
 #[test]
 fn losses_and_figures_are_the_same_on_one_two_and_three_ranks() {
     let shop = SessionShop::new(300);
-    // Three ranks divide six streams evenly, the last step of an epoch is short, and dropout is drawn
-    // as well.
+    // Three ranks divide six streams evenly, the last step of an epoch is short, and dropout is
+    // drawn as well.
     for dropout in ["model.dropout=0", "model.dropout=0.3"] {
         let set = ["--set", dropout, "--set", "train.epochs_per_day=3"];
         shop.train(&format!("1 {dropout}"), &set).success();

@@ -1,5 +1,5 @@
-//! Writes where libtorch lies into the library, and keeps it in memory after the server closes it, as libtorch's
-//! threads live as long as the process.
+//! Writes where libtorch lies into the library, and keeps it in memory after the server closes it,
+//! as libtorch's threads live as long as the process.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -1,8 +1,10 @@
-//! A stand-in for Triton's PyTorch backend, which no package carries: tests serve exported models with it, on the CPU.
+//! A stand-in for Triton's PyTorch backend, which no package carries: tests serve exported models
+//! with it, on the CPU.
 //!
-//! `libtriton_pytorch.so` serves `platform: "pytorch_libtorch"` as the official backend does where tests look: a
-//! TorchScript module in `model.pt`, inputs in the order of the configuration, a tensor or a tuple of tensors in the
-//! order of its outputs, one execution for requests whose shapes allow it.
+//! `libtriton_pytorch.so` serves `platform: "pytorch_libtorch"` as the official backend does where
+//! tests look: a TorchScript module in `model.pt`, inputs in the order of the configuration, a
+//! tensor or a tuple of tensors in the order of its outputs, one execution for requests whose
+//! shapes allow it.
 
 use std::error::Error;
 use std::fs;

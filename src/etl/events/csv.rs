@@ -48,7 +48,9 @@ pub(super) fn read(
                     }
                 }
             }
-            Parsed::End(lines) if n_lines + lines.outside_rows == lines.in_file => return Ok(counts),
+            Parsed::End(lines) if n_lines + lines.outside_rows == lines.in_file => {
+                return Ok(counts);
+            }
             Parsed::End(lines) => {
                 let read = n_lines + lines.outside_rows;
                 return Err(Error::Miscounted { path: path.into(), lines: lines.in_file, read });
@@ -246,7 +248,9 @@ impl Plan {
                 Target::Time => row.time = read_time(cell).map_err(bad)?,
                 Target::Price => row.price = read_price(cell).map_err(bad)?,
                 Target::Text(column) => row.texts[column as usize] = cell,
-                Target::Int(Coded::Product) if cell.is_empty() => return Err(self.fault(*i, MISSING)),
+                Target::Int(Coded::Product) if cell.is_empty() => {
+                    return Err(self.fault(*i, MISSING));
+                }
                 Target::Int(_) if cell.is_empty() => {}
                 Target::Int(column) => row.ints[column as usize] = Some(read_int(cell).map_err(bad)?),
             }

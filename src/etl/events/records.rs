@@ -357,7 +357,9 @@ fn swallowed(
     let breaks = memchr_iter(b'\n', &buffer[record.clone()]).map(|at| record.start + at);
     let breaks: Vec<usize> = breaks.collect();
     let (Some(first), Some(last)) = (breaks.first(), breaks.last()) else { return Some(None) };
-    let Some((field, after_quote)) = open_field(&buffer[record.start..*first]) else { return Some(None) };
+    let Some((field, after_quote)) = open_field(&buffer[record.start..*first]) else {
+        return Some(None);
+    };
     let of_first = field + 1 + memchr_iter(b',', after_quote).count();
     for at in &breaks {
         let start = at + 1;

@@ -1,13 +1,13 @@
 //! The softmax cross entropy over the whole catalogue, some targets and some items at a time.
 //!
 //! The catalogue is cut into chunks of items, small enough for their logits to stay in a CPU's
-//! caches. A first pass computes the softmax within each chunk, `p_c`, and the logarithm of its sum,
-//! `l_c`; over the whole catalogue the probabilities of its items are `w_c p_c` with
-//! `w_c = exp(l_c − logsumexp(l))`. The second pass therefore needs one weight for each target and
-//! chunk: it adds `p_cᵀ (w_c h)` to the table's gradient and `w_c (p_c E_c)` to the states'.
+//! caches. A first pass computes the softmax within each chunk, `p_c`, and the logarithm of its
+//! sum, `l_c`; over the whole catalogue the probabilities of its items are `w_c p_c` with `w_c =
+//! exp(l_c − logsumexp(l))`. The second pass therefore needs one weight for each target and chunk:
+//! it adds `p_cᵀ (w_c h)` to the table's gradient and `w_c (p_c E_c)` to the states'.
 //!
-//! Each thread of a CPU works on chunks of its own, as each rank of a sharded table works on rows of
-//! its own.
+//! Each thread of a CPU works on chunks of its own, as each rank of a sharded table works on rows
+//! of its own.
 //!
 //! The `p_c` are kept between the passes for as many targets at a time as the memory for logits
 //! holds. If these are so few that reading the table costs more than the arithmetic, all targets go
@@ -16,12 +16,13 @@
 
 use std::ops::Range;
 
+use bireme_kernels::fixed_point;
+use bireme_kernels::parallel::torch_in_parallel;
+use bireme_kernels::softmax::softmax_rows;
 use tch::{Device, Kind, Tensor};
 
-use super::softmax::softmax_rows;
 use super::{CrossEntropy, Logits, ScoringTable, draw};
-use crate::collective::{Collective, CollectiveError, fixed_point};
-use crate::device::host::torch_in_parallel;
+use crate::collective::{Collective, CollectiveError};
 use crate::model::ItemTable;
 use crate::model::item_table::div_ceil;
 
@@ -34,8 +35,8 @@ const MIN_ITEMS_PER_THREAD: i64 = 1024;
 /// Chunks are multiples of this many items, the width of a CPU's vectors.
 const CHUNK_MULTIPLE: i64 = 16;
 
-/// With fewer targets at a time the passes over the table cost more than the arithmetic: an estimate
-/// from the rates of a CPU and its memory.
+/// With fewer targets at a time the passes over the table cost more than the arithmetic: an
+/// estimate from the rates of a CPU and its memory.
 const MIN_TARGETS: i64 = 32;
 
 /// Memory for logits, kept from step to step because the system zeroes new pages.
@@ -87,7 +88,8 @@ impl Blocking {
         Self { n_targets, chunk_items, keeps_probabilities: false, kind }
     }
 
-    /// The same blocking for any number of ranks: all targets at a time, a chunk for each row block.
+    /// The same blocking for any number of ranks: all targets at a time, a chunk for each row
+    /// block.
     fn reproducible(n_targets: i64, item_table: &ItemTable<'_>, logits: Logits) -> Self {
         let Logits { kind, most } = logits;
         let keeps_probabilities = n_targets * item_table.max_rows() <= most;
@@ -171,8 +173,8 @@ impl FullSoftmax<'_> {
         Ok(())
     }
 
-    /// Adds the gradients of `−z[target]`, and of the mean logit under label smoothing, for the local
-    /// rows. Returns `z[target]`, zero where another rank holds the target: `[n]`.
+    /// Adds the gradients of `−z[target]`, and of the mean logit under label smoothing, for the
+    /// local rows. Returns `z[target]`, zero where another rank holds the target: `[n]`.
     fn subtract_targets(&self, group: &TargetGroup, scored: &mut ScoringTable<'_>) -> Tensor {
         let (states, on_target) = (&group.states, 1.0 - self.label_smoothing);
         let n_targets = states.size()[0];
@@ -217,8 +219,8 @@ impl TargetGroup {
     }
 }
 
-/// Gradients of states `[N, D]`, to which every chunk and every rank adds: f32, or fixed point in i64
-/// if sums are reproducible.
+/// Gradients of states `[N, D]`, to which every chunk and every rank adds: f32, or fixed point in
+/// i64 if sums are reproducible.
 struct StateGradients(Tensor);
 
 impl StateGradients {
@@ -256,7 +258,8 @@ impl StateGradients {
     }
 }
 
-/// *All ranks*, if the table is sharded. The mean row of the catalogue, `[D]`, and its mean bias, `[]`.
+/// *All ranks*, if the table is sharded. The mean row of the catalogue, `[D]`, and its mean bias,
+/// `[]`.
 fn mean_row(scored: &ScoringTable<'_>) -> Result<(Tensor, Tensor), CollectiveError> {
     let (weights, bias, item_table) = (scored.weights, scored.bias, scored.item_table);
     let sums = |items: Range<i64>| {
@@ -309,7 +312,8 @@ fn softmax_gradients(
     let weights = |logs: &Tensor, log_sums: &Tensor| (logs - log_sums).exp().tr().contiguous();
     let (log_sums, draws) = if item_table.is_reproducible() || part.draws.is_some() {
         // Chunk by chunk: the order of the sum, or the chunk that an item is drawn from, matters.
-        // Ranks may have different numbers of chunks, as they may have different numbers of threads.
+        // Ranks may have different numbers of chunks, as they may have different numbers of
+        // threads.
         let counts = item_table.gather_counts(logs.size()[0])?;
         let all_logs = item_table.gather_rows(&logs, &counts)?;
         let log_sums = log_sum_exp(&all_logs);
@@ -492,8 +496,8 @@ struct Draws {
 }
 
 impl Draws {
-    /// `weights: [n, chunks]`: of the chunks of all ranks, of which number `first_chunk` is the first
-    /// local one.
+    /// `weights: [n, chunks]`: of the chunks of all ranks, of which number `first_chunk` is the
+    /// first local one.
     fn new(weights: &Tensor, uniform: &Tensor, drawn: Tensor, first_chunk: i64) -> Self {
         let chunk = draw(weights, uniform);
         let of_chunk = |x: &Tensor| x.gather(1, &chunk.unsqueeze(1), false).squeeze_dim(1);

@@ -1,16 +1,16 @@
 //! Losses over the catalogue and their gradients.
 //!
 //! With states `h: [N, D]`, item table `E: [V, D]` and bias `b: [V]`, logits are `z = h Eᵀ + b` and
-//! the loss is the sum over targets of `logsumexp(z) − z[target]`. Its gradients have a closed form:
-//! with `p = softmax(z) − onehot(target)`, they are `p E` for the states, `pᵀ h` for the table and
-//! the column sums of `p` for the bias. They are computed while `z` is in memory, without autograd,
-//! which would keep about four `[N, V]` buffers. The backward pass through the encoder then starts
-//! from `(h · ∂h).sum()`, whose gradient by `h` is `∂h`.
+//! the loss is the sum over targets of `logsumexp(z) − z[target]`. Its gradients have a closed
+//! form: with `p = softmax(z) − onehot(target)`, they are `p E` for the states, `pᵀ h` for the
+//! table and the column sums of `p` for the bias. They are computed while `z` is in memory, without
+//! autograd, which would keep about four `[N, V]` buffers. The backward pass through the encoder
+//! then starts from `(h · ∂h).sum()`, whose gradient by `h` is `∂h`.
 
 mod full;
 mod sampled;
-mod softmax;
 
+use bireme_kernels::transfer::send;
 use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use tch::{Device, Kind, Tensor};
@@ -19,12 +19,10 @@ use super::ItemTable;
 use super::rows::add_rows;
 use crate::collective::CollectiveError;
 use crate::config::LossConfig;
-use crate::device::send;
 
 use full::FullSoftmax;
 pub use full::Workspace;
 use sampled::sampled;
-pub(crate) use softmax::logsumexp_rows;
 
 /// Type and memory of the logits of the whole catalogue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,8 +129,8 @@ impl ItemSampler {
         let _ = recommendable.narrow(0, 0, 2).zero_();
         let weights = weights * recommendable;
         let probabilities = &weights / weights.sum(Kind::Double);
-        // gBCE weighs the target by α (t (1 − 1/α) + 1/α) = t (α − 1) + 1, where α is the fraction of
-        // the other items that is sampled.
+        // gBCE weighs the target by α (t (1 − 1/α) + 1/α) = t (α − 1) + 1, where α is the fraction
+        // of the other items that is sampled.
         let n_others = (occurrences.len() as f64 - 3.0).max(1.0);
         let sampled = (n_negatives as f64 / n_others).min(1.0);
         let expected = &probabilities * n_negatives as f64;
@@ -210,9 +208,9 @@ pub struct CrossEntropy {
     pub drawn: Option<Tensor>,
 }
 
-/// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under
-/// `states: [N, D]`; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item
-/// is drawn for each target.
+/// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under `states: [N,
+/// D]`; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn
+/// for each target.
 ///
 /// On a sharded table the computation is vocabulary-parallel, as in Megatron-LM (Shoeybi et al.
 /// 2019): the states and targets of all ranks are gathered, each rank scores them against its rows,

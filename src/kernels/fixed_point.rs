@@ -6,9 +6,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Collective, CollectiveError, Reduce};
-use crate::device::host::{in_parallel, numbers, part_len};
-use crate::device::vectors::{self, Loop};
+use crate::elements::{assert_disjoint, elements_mut};
+use crate::parallel::{in_parallel, part_len};
+use crate::vectors::{self, Loop};
 
 /// The unit of the integers. Divided by a thousand targets it is an error of 10⁻¹⁴ in the mean
 /// gradient, far below the ε of 10⁻⁸ that AdamW adds to the root of the second moment.
@@ -47,7 +47,9 @@ impl FixedPointSum {
             let _ = terms.zero_();
             return;
         }
-        let (total, terms) = (numbers::<i64>(&mut self.total), numbers::<f32>(terms));
+        assert_disjoint(&[&self.total, terms], &[]);
+        // SAFETY: the tensors are disjoint, and only this function uses them during the call.
+        let (total, terms) = unsafe { (elements_mut::<i64>(&mut self.total), elements_mut::<f32>(terms)) };
         let (n_bad, total) = total.split_last_mut().expect("the total is one longer than the terms");
         let n_each = part_len(terms.len(), BLOCK);
         let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
@@ -59,23 +61,14 @@ impl FixedPointSum {
         *n_bad += n_bad_by_part.into_iter().sum::<i64>();
     }
 
-    /// *All ranks.* Moves the sum over all ranks to `sums: [n]`. All values are NaN if any term of
-    /// any rank was out of range.
-    ///
-    /// # Errors
-    /// A collective call fails.
-    pub fn reduce_into(
-        &mut self,
-        sums: &mut Tensor,
-        collective: &dyn Collective,
-    ) -> Result<(), CollectiveError> {
-        // One call carries the sums and the number of bad terms, so all ranks agree on both.
-        collective.all_reduce(&mut self.total, Reduce::Sum)?;
-        self.move_into(sums);
-        Ok(())
+    /// The sums as integers, then the number of terms that were out of range: i64 `[n + 1]`. An
+    /// all-reduce of this tensor adds the terms of all ranks, and all ranks agree on both.
+    pub fn total_mut(&mut self) -> &mut Tensor {
+        &mut self.total
     }
 
-    /// Moves the sum of this rank to `sums: [n]`. All values are NaN if any term was out of range.
+    /// Moves the sum to `sums: [n]` and starts again from zero. All values are NaN if any term was
+    /// out of range.
     pub fn move_into(&mut self, sums: &mut Tensor) {
         let n = sums.size()[0];
         if sums.device() != Device::Cpu {
@@ -85,7 +78,9 @@ impl FixedPointSum {
             let _ = self.total.zero_();
             return;
         }
-        let (total, sums) = (numbers::<i64>(&mut self.total), numbers::<f32>(sums));
+        assert_disjoint(&[&self.total, sums], &[]);
+        // SAFETY: the tensors are disjoint, and only this function uses them during the call.
+        let (total, sums) = unsafe { (elements_mut::<i64>(&mut self.total), elements_mut::<f32>(sums)) };
         let (n_bad, total) = total.split_last_mut().expect("the total is one longer than the terms");
         let unit = if *n_bad == 0 { UNIT } else { f64::NAN };
         *n_bad = 0;
@@ -199,51 +194,44 @@ impl Loop for MoveSums<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::collective::threads;
 
     #[test]
-    fn sums_do_not_depend_on_the_number_of_ranks() {
+    fn sums_do_not_depend_on_the_order_and_the_grouping_of_the_terms() {
         let term = |i: i32| Tensor::from_slice(&[1e-9f32, 0.1, 3.7, -123.4]) * f64::from(i * i - 40) / 7.0;
-        let on_ranks = |world_size: usize| {
-            threads::spawn(world_size, |collective| {
-                let mut sum = FixedPointSum::new(&term(0));
-                (0..12)
-                    .skip(collective.rank())
-                    .step_by(world_size)
-                    .for_each(|i| sum.add_and_clear(&mut term(i)));
-                reduced(&mut sum, collective)
-            })
-            .remove(0)
+        let in_groups = |n_groups: usize| {
+            let mut whole = FixedPointSum::new(&term(0));
+            for group in (0..n_groups).rev() {
+                let mut part = FixedPointSum::new(&term(0));
+                (0..12).skip(group).step_by(n_groups).for_each(|i| part.add_and_clear(&mut term(i)));
+                *whole.total_mut() += part.total;
+            }
+            let mut sums = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+            whole.move_into(&mut sums);
+            Vec::<f32>::try_from(sums).unwrap()
         };
-        let alone = on_ranks(1);
-        for world_size in [2, 3, 5] {
-            assert_eq!(on_ranks(world_size), alone);
+        let alone = in_groups(1);
+        for n_groups in [2, 3, 5] {
+            assert_eq!(in_groups(n_groups), alone);
         }
         let plain: f64 = (0..12).map(|i| 3.7 * f64::from(i * i - 40) / 7.0).sum();
         assert!((f64::from(alone[2]) - plain).abs() < 1e-4, "{} {plain}", alone[2]);
     }
 
     #[test]
-    fn a_term_out_of_range_makes_all_sums_nan_for_one_step() {
+    fn a_term_out_of_range_makes_all_sums_nan_once() {
+        let sums_of = |sum: &mut FixedPointSum| {
+            let mut sums = Tensor::zeros([2], (Kind::Float, Device::Cpu));
+            sum.move_into(&mut sums);
+            Vec::<f32>::try_from(sums).unwrap()
+        };
         for bad in [f32::NAN, f32::INFINITY, 1e9] {
-            let sums = threads::spawn(2, |collective| {
-                let mut sum = FixedPointSum::new(&Tensor::from_slice(&[0f32, 0.0]));
-                let term = if collective.rank() == 1 { bad } else { 1.0 };
-                sum.add_and_clear(&mut Tensor::from_slice(&[1.0, term]));
-                let first = reduced(&mut sum, collective);
-                // The next step starts from zero again.
-                sum.add_and_clear(&mut Tensor::from_slice(&[1f32, 0.0]));
-                assert_eq!(reduced(&mut sum, collective), [2.0, 0.0]);
-                first
-            });
-            assert!(sums.iter().flatten().all(|value| value.is_nan()));
+            let mut sum = FixedPointSum::new(&Tensor::from_slice(&[0f32, 0.0]));
+            sum.add_and_clear(&mut Tensor::from_slice(&[1.0, bad]));
+            assert!(sums_of(&mut sum).iter().all(|value| value.is_nan()));
+            // The next step starts from zero again.
+            sum.add_and_clear(&mut Tensor::from_slice(&[1f32, 0.0]));
+            assert_eq!(sums_of(&mut sum), [1.0, 0.0]);
         }
-    }
-
-    fn reduced(sum: &mut FixedPointSum, collective: &dyn Collective) -> Vec<f32> {
-        let mut sums = Tensor::zeros([sum.total.size()[0] - 1], (Kind::Float, Device::Cpu));
-        sum.reduce_into(&mut sums, collective).unwrap();
-        Vec::try_from(sums).unwrap()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/full.h>
 
-#include "../device/guarded.h"
+#include "guarded.h"
 
 // One step on `buffers`: parameters, gradients, first and second moments, all flat. Gradients are
 // divided by `scale`. Returns 0, or 1 with a message in `error`.

@@ -1,49 +1,6 @@
-//! Parallel loops over tensors in host memory, for computations that libtorch would split into
-//! several passes; and settings of the memory allocator.
+//! Parts of a loop, or of many short libtorch operations, on several threads.
 
 use std::thread;
-
-use tch::kind::Element;
-use tch::{Device, Tensor};
-
-/// The elements of a contiguous tensor on the CPU as a slice.
-///
-/// # Panics
-/// If the tensor is not contiguous, not on the CPU or of another type.
-pub fn numbers<T: Element>(tensor: &mut Tensor) -> &mut [T] {
-    let is_valid = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
-    assert!(is_valid, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
-    if tensor.numel() == 0 {
-        // libtorch returns a null pointer for an empty tensor, which a slice must not have.
-        return &mut [];
-    }
-    // SAFETY: the memory holds `numel` initialised elements of this type and lives as long as the
-    // tensor. Views of it belong to this thread, which does not use them while the slice is
-    // borrowed.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
-}
-
-/// Makes glibc keep freed memory for later allocations. By default it returns large blocks to the
-/// system at once, and faulting in zeroed pages again for every operation takes a quarter of a
-/// step's time.
-pub fn keep_freed_memory() {
-    #[cfg(target_env = "gnu")]
-    for (parameter, value) in [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, i32::MAX)] {
-        // SAFETY: `mallopt` takes numbers, only changes when memory is returned, and may be called
-        // at any time.
-        unsafe { libc::mallopt(parameter, value) };
-    }
-}
-
-/// Returns freed memory to the system. Call it after freeing large buffers that are not allocated
-/// again.
-pub fn return_freed_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: `malloc_trim` may be called at any time.
-    unsafe {
-        libc::malloc_trim(0)
-    };
-}
 
 /// Length of a part if `n` elements are split into one part per libtorch thread. It is a multiple
 /// of `block`.

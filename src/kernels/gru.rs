@@ -12,9 +12,9 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::device::host::numbers;
-use crate::device::operation::with_backward;
-use crate::device::vectors::{self, Loop, sigmoid, tanh};
+use crate::autograd::with_backward;
+use crate::elements::{elements, elements_mut};
+use crate::vectors::{self, Loop, sigmoid, tanh};
 
 /// Runs one layer over packed positions: `x: [P, D]` → states `[P, H]`.
 ///
@@ -22,7 +22,7 @@ use crate::device::vectors::{self, Loop, sigmoid, tanh};
 /// `n_sessions[t]` sessions have a step `t`; it never increases, so that the sessions of a step are
 /// the first ones of the step before. `layer` is `[W: [3H, D], U: [3H, H], b: [3H], c: [3H]]`, rows
 /// in the order `r, z, n`. All tensors are f32 and on the CPU.
-pub(super) fn gru_layer(x: &Tensor, n_sessions: &[i64], layer: &[&Tensor]) -> Tensor {
+pub fn gru_layer(x: &Tensor, n_sessions: &[i64], layer: &[&Tensor]) -> Tensor {
     let &[input_weights, state_weights, input_bias, state_bias] = layer else {
         panic!("a layer has four parameters")
     };
@@ -72,18 +72,19 @@ struct Scan {
 impl Scan {
     fn forward(&self, states: &Tensor, bias: &Tensor) {
         for (number, step) in self.steps.iter().enumerate() {
-            let mut previous = self.previous_states(states, number);
-            let mut recurrent = match &previous {
+            let previous = self.previous_states(states, number);
+            let recurrent = match &previous {
                 Some(previous) => bias.addmm(previous, &self.state_weights.tr()),
                 None => bias.expand([len(step), -1], false).contiguous(),
             };
-            vectors::run(ForwardStep {
-                width: self.width as usize,
-                gates: numbers(&mut rows(&self.gates, step)),
-                recurrent: numbers(&mut recurrent),
-                previous: previous.as_mut().map_or(&[], |previous| numbers(previous)),
-                states: numbers(&mut rows(states, step)),
-            });
+            let (mut gates, mut states) = (rows(&self.gates, step), rows(states, step));
+            // SAFETY: only this function has `recurrent`, and the tensors of the gates and the
+            // states until it returns. The previous states are other rows of theirs.
+            let (gates, recurrent, previous, states) = unsafe {
+                let previous = previous.as_ref().map_or(&[][..], |previous| elements(previous));
+                (elements_mut(&mut gates), elements(&recurrent), previous, elements_mut(&mut states))
+            };
+            vectors::run(ForwardStep { width: self.width as usize, gates, recurrent, previous, states });
         }
     }
 
@@ -94,15 +95,29 @@ impl Scan {
         // Gradients of a step's states through the next step: none after the last step.
         let mut through_next = gradient.narrow(0, 0, 0);
         for (number, step) in self.steps.iter().enumerate().rev() {
-            let mut previous = self.previous_states(states, number);
+            let previous = self.previous_states(states, number);
             let mut to_previous = gradient.new_empty([len(step), width], (Kind::Float, gradient.device()));
+            let (mut gates, gradients) = (rows(&self.gates, step), rows(&gradient, step));
+            // SAFETY: only this function has the gates, which it allocated in the forward pass, and
+            // `to_previous`. Nothing writes to the others during the call.
+            let (gates, gradients, through_last, previous, outputs) = unsafe {
+                let previous = previous.as_ref().map_or(&[][..], |previous| elements(previous));
+                let gates = elements_mut(&mut gates);
+                (
+                    gates,
+                    elements(&gradients),
+                    elements(&through_next),
+                    previous,
+                    elements_mut(&mut to_previous),
+                )
+            };
             vectors::run(BackwardStep {
                 width: width as usize,
-                gates: numbers(&mut rows(&self.gates, step)),
-                gradients: numbers(&mut rows(&gradient, step)),
-                through_next: numbers(&mut through_next),
-                previous: previous.as_mut().map_or(&[], |previous| numbers(previous)),
-                to_previous: numbers(&mut to_previous),
+                gates,
+                gradients,
+                through_next: through_last,
+                previous,
+                to_previous: outputs,
             });
             if number > 0 {
                 // `h` also reaches `h'` through `U h`.
@@ -240,15 +255,24 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::data::with_seed;
 
     /// Packed positions, and a layer of width 20 over vectors of 12 numbers.
     fn example(n_sessions: &[i64]) -> (Tensor, Vec<Tensor>) {
-        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        with_seed(3, || {
-            let x = random(&[n_sessions.iter().sum(), 12]);
-            (x, [&[60, 12][..], &[60, 20], &[60], &[60]].map(random).into())
-        })
+        let wave = |size: &[i64], frequency: f64| {
+            let n: i64 = size.iter().product();
+            let angles = Tensor::arange(n, (Kind::Float, Device::Cpu)) * frequency;
+            angles.sin().view(size).set_requires_grad(true)
+        };
+        let x = wave(&[n_sessions.iter().sum(), 12], 0.9);
+        let sizes = [&[60, 12][..], &[60, 20], &[60], &[60]];
+        (
+            x,
+            sizes
+                .into_iter()
+                .zip([0.7, 1.1, 1.7, 2.3])
+                .map(|(size, frequency)| wave(size, frequency))
+                .collect(),
+        )
     }
 
     fn libtorch_states(x: &Tensor, n_sessions: &[i64], layer: &[&Tensor]) -> Tensor {

@@ -3,14 +3,14 @@
 
 /// A loop. `run` and all functions that it calls must be `#[inline(always)]`: only inlined code is
 /// compiled with the instructions of its caller.
-pub trait Loop {
+pub(crate) trait Loop {
     /// `FUSES`: whether the CPU has fused multiply-add. Without it `mul_add` is a slow library
     /// call.
     fn run<const FUSES: bool>(self);
 }
 
 /// Runs the loop with the widest vectors of this CPU.
-pub fn run(work: impl Loop) {
+pub(crate) fn run(work: impl Loop) {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
@@ -40,7 +40,7 @@ fn with_avx2(work: impl Loop) {
 /// `e^x` for `x <= 0`, with a relative error of 2e-7; `e^-87` below −87. Splits `x = n ln 2 + r`
 /// and evaluates a polynomial for `e^r`, fitted to `|r| <= ln 2 / 2` (Moshier's Cephes library).
 #[inline(always)]
-pub fn exp<const FUSES: bool>(x: f32) -> f32 {
+pub(crate) fn exp<const FUSES: bool>(x: f32) -> f32 {
     let fused = |a: f32, b: f32, c: f32| if FUSES { a.mul_add(b, c) } else { a * b + c };
     // 1.5 · 2²³: near it floats are integers, so adding it rounds to an integer, which is in the
     // low bits.
@@ -59,7 +59,7 @@ pub fn exp<const FUSES: bool>(x: f32) -> f32 {
 
 /// `1 / (1 + e^-x)`, with an error of 2e-7.
 #[inline(always)]
-pub fn sigmoid<const FUSES: bool>(x: f32) -> f32 {
+pub(crate) fn sigmoid<const FUSES: bool>(x: f32) -> f32 {
     let power = exp::<FUSES>(-x.abs());
     let reciprocal = (1.0 + power).recip();
     if x < 0.0 { power * reciprocal } else { reciprocal }
@@ -67,7 +67,7 @@ pub fn sigmoid<const FUSES: bool>(x: f32) -> f32 {
 
 /// `tanh x`, with an error of 2e-7.
 #[inline(always)]
-pub fn tanh<const FUSES: bool>(x: f32) -> f32 {
+pub(crate) fn tanh<const FUSES: bool>(x: f32) -> f32 {
     let power = exp::<FUSES>(-2.0 * x.abs());
     ((1.0 - power) / (1.0 + power)).copysign(x)
 }

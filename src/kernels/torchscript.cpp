@@ -1,5 +1,5 @@
-// What tch leaves out of libtorch's tracer: several outputs, names of arguments, and modules that may move to another
-// device. Functions return 0, or 1 with a message in `error`.
+// Additions to libtorch's tracer that tch lacks: several outputs, names of arguments, and modules
+// that can move to another device. Functions return 0, or 1 with a message in `error`.
 
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/jit/passes/fixup_trace_scope_blocks.h>
@@ -8,12 +8,13 @@
 
 #include <cstdio>
 
-#include "../device/guarded.h"
+#include "guarded.h"
 
 namespace {
 
-// Tensors made during the trace lie where the first input lies, not where the tracing machine had them.
-void follow_input(torch::jit::Graph& graph) {
+// Creates the tensors of the trace on the device of the first input instead of the device on which
+// the module was traced.
+void use_device_of_input(torch::jit::Graph& graph) {
   torch::jit::WithInsertPoint at_start(graph.block()->nodes().front());
   auto* device = graph.insert(torch::jit::prim::device, {graph.inputs()[1]});
   for (auto* node : graph.nodes()) {
@@ -25,9 +26,9 @@ void follow_input(torch::jit::Graph& graph) {
   }
 }
 
-// What is ranked is ranked as far as the last input is wide, or as far as there are scores: a size
-// that was read in the trace is a constant.
-void rank_as_wide(torch::jit::Graph& graph) {
+// Sets the K of each `topk` to the width of the last input, at most the number of scores. The trace
+// records sizes as constants.
+void set_top_k(torch::jit::Graph& graph) {
   std::vector<torch::jit::Node*> rankings;
   for (auto* node : graph.nodes()) {
     if (node->kind() == torch::jit::aten::topk) rankings.push_back(node);
@@ -44,8 +45,9 @@ void rank_as_wide(torch::jit::Graph& graph) {
 
 extern "C" {
 
-// Ends the trace that `atm_create_for_tracing` began: `module.forward` takes arguments of these names and returns the
-// outputs as a tuple. `topk` gives as many as the last argument is wide, or as there are.
+// Ends the trace that `atm_create_for_tracing` began: `module.forward` takes arguments of these
+// names and returns the outputs as a tuple. `topk` returns as many scores as the last argument has
+// columns, or all if there are fewer.
 int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size_t n_outputs, const char** arguments,
                        size_t n_arguments, char* error, size_t capacity) {
   int failed = guarded(error, capacity, [&] {
@@ -59,8 +61,8 @@ int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size
     graph->registerOutput(graph->insertNode(graph->createTuple(values))->output());
     torch::jit::FixupTraceScopeBlocks(graph, module);
     torch::jit::NormalizeOps(graph);
-    follow_input(*graph);
-    rank_as_wide(*graph);
+    use_device_of_input(*graph);
+    set_top_k(*graph);
     auto* forward = module->_ivalue()->compilation_unit()->create_function("forward", graph);
     module->type()->addMethod(forward);
   });
@@ -71,7 +73,8 @@ int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size
 // Ends a trace without a result.
 void bireme_abandon_tracing() { torch::jit::tracer::setTracingState(nullptr); }
 
-// Writes the names of `forward`'s arguments in the module saved at `path`, separated by spaces, into `names`.
+// Writes the names of the arguments of `forward` in the module saved at `path` to `names`,
+// separated by spaces.
 int bireme_arguments(const char* path, char* names, size_t names_capacity, char* error, size_t capacity) {
   return guarded(error, capacity, [&] {
     auto module = torch::jit::load(path);

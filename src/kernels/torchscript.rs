@@ -7,7 +7,7 @@ use std::path::Path;
 use tch::Tensor;
 use torch_sys::{C_tensor, CModule_};
 
-use crate::device::guarded::{guarded, text};
+use crate::guarded::{guarded, text};
 
 unsafe extern "C" {
     fn bireme_end_tracing(
@@ -32,7 +32,7 @@ unsafe extern "C" {
 /// Bytes for an error's message, and for the names of arguments.
 const CAPACITY: usize = 1 << 16;
 
-/// A module that was traced; freed when dropped.
+/// A module of a trace, freed when dropped.
 struct Module(*mut CModule_);
 
 impl Drop for Module {
@@ -63,7 +63,7 @@ pub fn trace(
     let mut pointers: Vec<*mut C_tensor> = inputs.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect();
     let mut name = c_string(b"Recommender")?.into_bytes_with_nul();
     let count = |n: usize| c_int::try_from(n).map_err(|error| error.to_string());
-    // SAFETY: `name` is a C string and `pointers` holds as many live tensors as said; neither is
+    // SAFETY: `name` is a C string and `pointers` holds as many live tensors as passed; neither is
     // kept.
     let module = unsafe {
         torch_sys::atm_create_for_tracing(
@@ -72,7 +72,7 @@ pub fn trace(
             count(inputs.len())?,
         )
     };
-    said_by_libtorch()?;
+    last_error()?;
     let module = Module(module);
     // Ends the tracing however this function returns.
     let tracing = Tracing;
@@ -81,15 +81,15 @@ pub fn trace(
     let ended = guarded(CAPACITY, |error, capacity| {
         let (n_outputs, n_names) = (outputs.len(), names.len());
         let (outputs, names) = (outputs.as_ptr(), names.as_ptr());
-        // SAFETY: all pointers are to live values of as many elements as said, and the buffer is as
-        // long as said.
+        // SAFETY: all pointers are to live values of as many elements as passed, and the buffer has
+        // the length passed.
         unsafe { bireme_end_tracing(module.0, outputs, n_outputs, names, n_names, error, capacity) }
     });
     drop(tracing);
     ended?;
     // SAFETY: the module is alive, and the path a C string.
     unsafe { torch_sys::atm_save(module.0, file.as_ptr()) };
-    said_by_libtorch()
+    last_error()
 }
 
 /// The names of the arguments of a saved module's `forward`.
@@ -100,7 +100,7 @@ pub fn arguments(path: &Path) -> Result<Vec<String>, String> {
     let file = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
     let mut names = vec![0; CAPACITY];
     guarded(CAPACITY, |error, capacity| {
-        // SAFETY: the path is a C string, and both buffers are as long as said.
+        // SAFETY: the path is a C string, and both buffers have the lengths passed.
         unsafe { bireme_arguments(file.as_ptr(), names.as_mut_ptr(), names.len(), error, capacity) }
     })?;
     Ok(text(&names).split_whitespace().map(str::to_owned).collect())
@@ -111,21 +111,21 @@ struct Tracing;
 
 impl Drop for Tracing {
     fn drop(&mut self) {
-        // SAFETY: it only clears a thread-local pointer, whatever that is.
+        // SAFETY: it only clears a thread-local pointer.
         unsafe { bireme_abandon_tracing() }
     }
 }
 
 /// The error that libtorch stored in this thread, if any.
-fn said_by_libtorch() -> Result<(), String> {
-    // SAFETY: it gives a C string that is ours to free, or null.
+fn last_error() -> Result<(), String> {
+    // SAFETY: it returns a C string that the caller frees, or null.
     let message = unsafe { torch_sys::get_and_reset_last_err() };
     if message.is_null() {
         return Ok(());
     }
     // SAFETY: as above; it is read before it is freed.
-    let said = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
     // SAFETY: it was allocated with malloc and is freed once.
     unsafe { libc::free(message.cast()) };
-    Err(said)
+    Err(text)
 }

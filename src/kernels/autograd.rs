@@ -8,7 +8,7 @@ use bireme_base::console::panic_text;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::guarded::guarded;
+use crate::guarded::guarded;
 
 /// Computes the gradients of the inputs, in order, from the gradient of the output.
 type Backward = Box<dyn FnOnce(Tensor) -> Vec<Tensor> + Send>;
