@@ -85,6 +85,8 @@ pub enum ExportError {
     NoWorkflow(PathBuf),
     #[error("`{0}` does not exist")]
     NoLibrary(PathBuf),
+    #[error("`{0}` is not a Triton backend: it is not a shared library that defines `{BACKEND_FUNCTION}`")]
+    NotABackend(PathBuf),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -116,7 +118,7 @@ impl UserError for ExportError {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::NoLibrary(_) => {
+            Self::NoLibrary(_) | Self::NotABackend(_) => {
                 "`cargo build` makes it beside `bireme`, and `--backend-library` names another place"
             }
             Self::NoWorkflow(_) => "train on what `bireme preprocess` wrote",
@@ -141,7 +143,25 @@ fn checked_options(options: &ExportOptions) -> Result<ModelNames, ExportError> {
     if !options.library.is_file() {
         return Err(ExportError::NoLibrary(options.library.clone()));
     }
+    let library = fs::read(&options.library).map_err(|source| ExportError::Io {
+        action: "read",
+        path: options.library.clone(),
+        source,
+    })?;
+    if !is_backend(&library) {
+        return Err(ExportError::NotABackend(options.library.clone()));
+    }
     Ok(names)
+}
+
+/// A function that every backend of Triton exports.
+const BACKEND_FUNCTION: &str = "TRITONBACKEND_ModelInstanceExecute";
+
+/// Whether a file is an ELF library with the name of a backend's function in it. It is not loaded,
+/// because Triton's own library, which it needs, is not on this host.
+fn is_backend(file: &[u8]) -> bool {
+    let name = BACKEND_FUNCTION.as_bytes();
+    file.starts_with(b"\x7fELF") && file.windows(name.len()).any(|bytes| bytes == name)
 }
 
 /// The configuration of the network.

@@ -298,11 +298,13 @@ fn exports_are_versions_and_what_cannot_be_exported_is_refused() {
     let library = shop.library();
     let library = library.to_str().unwrap();
     let counts = shop.path("counts");
-    let cases: [(&str, &str, &[&str], &str); 6] = [
+    let config = shop.path("model/config.toml");
+    let cases: [(&str, &str, &[&str], &str); 7] = [
         (&counts, library, &[], "a Markov model, which only counts"),
         (&run, library, &[], "etl/workflow` is missing"),
         (&run, library, &["--name", "../x"], "`../x` cannot be a model's name"),
         (&run, "/nowhere.so", &[], "`/nowhere.so` does not exist"),
+        (&run, &config, &[], "config.toml` is not a Triton backend"),
         ("/nowhere", library, &[], "/nowhere/config.toml"),
         (&run, library, &["--python-backend"], "the Rust backend `libtriton_bireme.so`"),
     ];
