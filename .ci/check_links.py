@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks that the links of the Markdown files lead somewhere: files and headings, nothing on the network.
+"""Checks that the links of the Markdown files lead somewhere: files and headings, nothing on the
+network.
 
 usage: check_links.py [FILE...]   (default: every Markdown file that git tracks)
 
@@ -13,7 +14,9 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
-LINK = re.compile(r"""\]\(<?([^\s)>]+)>?(?:\s+["'][^)]*)?\)|^\s*\[[^\]]+\]:\s+<?([^\s>]+)|(?:href|src)="([^"]+)\"""")
+LINK = re.compile(
+    r"""\]\(<?([^\s)>]+)>?(?:\s+["'][^)]*)?\)|^\s*\[[^\]]+\]:\s+<?([^\s>]+)|(?:href|src)="([^"]+)\""""
+)
 HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*#*\s*$")
 EXPLICIT_ANCHOR = re.compile(r"""<a\s+(?:id|name)="([^"]+)\"""")
 

@@ -43,7 +43,16 @@ def session_milliseconds(bireme, config, data, steps):
 
 
 def request_milliseconds(bireme, repository, bodies, seconds):
-    command = [bireme, "serve", "--repository", repository, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    command = [
+        bireme,
+        "serve",
+        "--repository",
+        repository,
+        "--http",
+        "127.0.0.1:0",
+        "--grpc",
+        "127.0.0.1:0",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     address = server.stdout.readline().split()[1]
     counts, end = [0] * N_CLIENTS, time.perf_counter() + seconds
@@ -82,20 +91,43 @@ def compare(name, builds, runs, measure):
 
 
 def export(bireme, config, events, folder):
-    """A repository of a model that was trained for a few steps, and the data that it was trained on."""
-    data, trained, repository, library = (folder / name for name in ("data", "run", "repository", "libtriton_bireme.so"))
+    """A repository of a model that was trained for a few steps, and the data that it was trained
+    on."""
+    data, trained, repository, library = (
+        folder / name for name in ("data", "run", "repository", "libtriton_bireme.so")
+    )
     folder.mkdir()
     # `bireme serve` does not load the library that preprocesses in Triton.
     library.touch()
-    sets = ["--set", "data.last_day=2", "--set", "train.epochs_per_day=1", "--set", "train.max_steps_per_day=5"]
+    sets = [
+        "--set",
+        "data.last_day=2",
+        "--set",
+        "train.epochs_per_day=1",
+        "--set",
+        "train.max_steps_per_day=5",
+    ]
     run(bireme, "preprocess", "--events", events, "--out", data)
     run(bireme, "train", "--config", config, "--data", data, "--run-dir", trained, *sets)
-    run(bireme, "export", "--run-dir", trained, "--out", repository, "--name", "model", "--backend-library", library)
+    run(
+        bireme,
+        "export",
+        "--run-dir",
+        trained,
+        "--out",
+        repository,
+        "--name",
+        "model",
+        "--backend-library",
+        library,
+    )
     return data, repository
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bireme")
     parser.add_argument("other")
     parser.add_argument("events", type=Path)
@@ -109,7 +141,12 @@ def main():
     print("| | first | second | first of second |\n| --- | ---: | ---: | ---: |")
     compressed = options.events.with_name(options.events.name + ".gz")
     for events in [options.events, *([compressed] if compressed.exists() else [])]:
-        compare(f"preprocess `{events.name}`, s", builds, options.runs, lambda bireme, _: preprocess_seconds(bireme, events))
+        compare(
+            f"preprocess `{events.name}`, s",
+            builds,
+            options.runs,
+            lambda bireme, _: preprocess_seconds(bireme, events),
+        )
     with tempfile.TemporaryDirectory() as folder:
         exported = [
             export(bireme, options.configs[0], options.events, Path(folder) / str(which))
@@ -121,13 +158,17 @@ def main():
                 name,
                 builds,
                 options.runs,
-                lambda bireme, which: session_milliseconds(bireme, config, exported[which][0], options.steps),
+                lambda bireme, which: session_milliseconds(
+                    bireme, config, exported[which][0], options.steps
+                ),
             )
         compare(
             "serve, ms a request",
             builds,
             options.runs,
-            lambda bireme, which: request_milliseconds(bireme, exported[which][1], bodies, options.seconds),
+            lambda bireme, which: request_milliseconds(
+                bireme, exported[which][1], bodies, options.seconds
+            ),
         )
 
 

@@ -14,7 +14,8 @@ use bireme::data::{DayPlan, Days, Loader, Split, Window};
 #[allow(clippy::print_stdout, clippy::print_stderr)]
 fn main() -> ExitCode {
     // `cargo bench` appends `--bench`.
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let arguments: Vec<String> =
+        std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let (config, data, runs) = match &arguments[..] {
         [config, data] => (config, data, 5),
         [config, data, runs] if runs.parse::<usize>().is_ok_and(|runs| runs > 0) => {

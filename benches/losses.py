@@ -2,9 +2,10 @@
 
     python benches/losses.py DATA CONFIG [--runs 1] [--set train.epochs_per_day=3]
 
-Trains CONFIG on the first day of DATA with each loss, on all cores, evaluates it on the next day's valid sessions, and prints
-a table of Markdown: seconds of training, sessions a second, Recall@20 and NDCG@20 over the whole catalogue. Medians, where
-there are several runs; they go by turns, each with a seed of its own.
+Trains CONFIG on the first day of DATA with each loss, on all cores, evaluates it on the next day's
+valid sessions, and prints a table of Markdown: seconds of training, sessions a second, Recall@20
+and NDCG@20 over the whole catalogue. Medians, where there are several runs; they go by turns, each
+with a seed of its own.
 """
 
 import argparse
@@ -18,8 +19,12 @@ from pathlib import Path
 LOSSES = {
     "softmax over all": ['train.loss={ kind = "softmax" }'],
     "softmax over all, bf16": ['train.loss={ kind = "softmax" }', "run.precision=bf16"],
-    "sampled softmax, 512 items": ['train.loss={ kind = "sampled", n_negatives = 512, power = 1.0 }'],
-    "sampled softmax, 4096 items": ['train.loss={ kind = "sampled", n_negatives = 4096, power = 1.0 }'],
+    "sampled softmax, 512 items": [
+        'train.loss={ kind = "sampled", n_negatives = 512, power = 1.0 }'
+    ],
+    "sampled softmax, 4096 items": [
+        'train.loss={ kind = "sampled", n_negatives = 4096, power = 1.0 }'
+    ],
     "gBCE, 512 items": ['train.loss={ kind = "gbce", n_negatives = 512 }'],
     "gBCE, 4096 items": ['train.loss={ kind = "gbce", n_negatives = 4096 }'],
 }
@@ -29,15 +34,38 @@ def train(options, loss, seed):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         sets = ["data.last_day=2", f"run.seed={seed}", *loss, *options.set]
-        command = [options.bireme, "train", "--config", options.config, "--data", options.data, "--run-dir", run]
-        subprocess.run([*command, *(word for key in sets for word in ("--set", key))], check=True, stderr=subprocess.DEVNULL)
-        records = {record["kind"]: record for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+        command = [
+            options.bireme,
+            "train",
+            "--config",
+            options.config,
+            "--data",
+            options.data,
+            "--run-dir",
+            run,
+        ]
+        subprocess.run(
+            [*command, *(word for key in sets for word in ("--set", key))],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        records = {
+            record["kind"]: record
+            for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        }
         day, evaluated = records["day"], records["eval"]
-        return day["seconds"], day["sessions_per_s"], evaluated["recall_at_20"], evaluated["ndcg_at_20"]
+        return (
+            day["seconds"],
+            day["sessions_per_s"],
+            evaluated["recall_at_20"],
+            evaluated["ndcg_at_20"],
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("config", type=Path)
     parser.add_argument("--runs", type=int, default=1)

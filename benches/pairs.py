@@ -3,8 +3,9 @@
     . launch/env.sh oversubscribe
     python benches/pairs.py DATA CONFIG... --first RANKS [KEY=VALUE...] --second RANKS [KEY=VALUE...] [--runs 3] [--steps 60]
 
-Trains on day 1 of DATA for so many steps, with as many ranks and those settings, and prints sessions a second of the median step
-as a table of Markdown: medians of the runs, their ratio, and the smallest and largest ratio of a pair.
+Trains on day 1 of DATA for so many steps, with as many ranks and those settings, and prints
+sessions a second of the median step as a table of Markdown: medians of the runs, their ratio, and
+the smallest and largest ratio of a pair.
 """
 
 import argparse
@@ -20,10 +21,24 @@ WARM_UP = 3
 def sessions_per_s(options, config, ranks, *settings):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        sets = ["data.last_day=2", "train.epochs_per_day=1", f"train.max_steps_per_day={WARM_UP + options.steps}"]
+        sets = [
+            "data.last_day=2",
+            "train.epochs_per_day=1",
+            f"train.max_steps_per_day={WARM_UP + options.steps}",
+        ]
         sets += ["train.log_every_steps=1", *settings]
         launch = ["mpirun", "--bind-to", "none", "-np", ranks] if ranks != "1" else []
-        command = [*launch, options.bireme, "train", "--config", config, "--data", options.data, "--run-dir", run]
+        command = [
+            *launch,
+            options.bireme,
+            "train",
+            "--config",
+            config,
+            "--data",
+            options.data,
+            "--run-dir",
+            run,
+        ]
         command += [word for assignment in sets for word in ("--set", assignment)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -32,7 +47,9 @@ def sessions_per_s(options, config, ranks, *settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("configs", type=Path, nargs="+")
     parser.add_argument("--first", nargs="+", required=True, metavar=("RANKS", "KEY=VALUE"))
@@ -41,13 +58,21 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bireme", default="target/release/bireme")
     options = parser.parse_args()
-    print(f"| {options.data.name} | {' '.join(options.first)} | {' '.join(options.second)} | share |\n| --- | ---: | ---: | ---: |")
+    print(
+        f"| {options.data.name} | {' '.join(options.first)} | {' '.join(options.second)} | share |\n| --- | ---: | ---: | ---: |"
+    )
     for config in options.configs:
-        pairs = [[sessions_per_s(options, config, *way) for way in (options.first, options.second)] for _ in range(options.runs)]
+        pairs = [
+            [sessions_per_s(options, config, *way) for way in (options.first, options.second)]
+            for _ in range(options.runs)
+        ]
         first, second = (statistics.median(rates) for rates in zip(*pairs))
         shares = sorted(second / first for first, second in pairs)
         spread = f"{second / first:.0%} ({shares[0]:.0%} to {shares[-1]:.0%})"
-        print(f"| {config.parent.name}/{config.stem} | {first:,.0f} | {second:,.0f} | {spread} |", flush=True)
+        print(
+            f"| {config.parent.name}/{config.stem} | {first:,.0f} | {second:,.0f} | {spread} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

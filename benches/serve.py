@@ -1,18 +1,21 @@
-"""Latency and throughput of `bireme serve`, of Triton and of a FastAPI service (benches/peers/fastapi_service.py).
+"""Latency and throughput of `bireme serve`, of Triton and of a FastAPI service
+(benches/peers/fastapi_service.py).
 
     python benches/serve.py REPOSITORY NAME EVENTS.csv --oha oha --peer PYTHON [--triton .triton] [--runs 3]
 
-Each request is a session of 5 to 20 events, the answer its top 20. The servers are measured one after the other, `--runs`
-times by turns, alone on the machine with the load generator (https://crates.io/crates/oha):
+Each request is a session of 5 to 20 events, the answer its top 20. The servers are measured one
+after the other, `--runs` times by turns, alone on the machine with the load generator
+(https://crates.io/crates/oha):
 
 - closed loop: so many clients, each asks again when it is answered;
-- highest rate: the highest of an open loop that a server sustains, which means that at least 99 % of the requests are
-  sent and answered, and 99 % within `--p99` milliseconds of the moment at which they were due;
+- highest rate: the highest of an open loop that a server sustains, which means that at least 99 %
+  of the requests are sent and answered, and 99 % within `--p99` milliseconds of the moment at which
+  they were due;
 - open loop at 50 % and 90 % of that rate: p50, p95 and p99, from when a request was due.
 
-Prints every measurement and the medians as a table of Markdown. PYTHON must have what the peer needs. `--triton` is the
-folder of tests/serving/install.sh, whose server lacks the PyTorch backend: the stand-in of the tests takes its place, and
-both backends are looked for beside `--bireme`.
+Prints every measurement and the medians as a table of Markdown. PYTHON must have what the peer
+needs. `--triton` is the folder of tests/serving/install.sh, whose server lacks the PyTorch backend:
+the stand-in of the tests takes its place, and both backends are looked for beside `--bireme`.
 """
 
 import argparse
@@ -56,7 +59,10 @@ def triton_body(events):
     def column(name, datatype, read):
         return tensor(name, datatype, [read(event[name]) for event in events])
 
-    texts = [column(name, "BYTES", str) for name in ("event_time", "event_type", "category_code", "brand", "user_session")]
+    texts = [
+        column(name, "BYTES", str)
+        for name in ("event_time", "event_type", "category_code", "brand", "user_session")
+    ]
     numbers = [column(name, "INT64", int) for name in ("product_id", "category_id")]
     inputs = [*texts, *numbers, column("price", "FP64", float)]
     return {"inputs": inputs, "outputs": [{"name": "item_ids"}, {"name": "item_scores"}]}
@@ -66,7 +72,12 @@ def peer_body(events):
     def event(row):
         row = {name: value for name, value in row.items() if value and name != "user_id"}
         time = row["event_time"].replace(" UTC", "Z")
-        return row | {"event_time": time, "product_id": int(row["product_id"]), "category_id": int(row["category_id"]), "price": float(row["price"])}
+        return row | {
+            "event_time": time,
+            "product_id": int(row["product_id"]),
+            "category_id": int(row["category_id"]),
+            "price": float(row["price"]),
+        }
 
     return {"events": [event(row) for row in events], "top_k": 20}
 
@@ -87,7 +98,9 @@ class Server:
 
     def __enter__(self):
         log = self.log.open("ab")
-        self.process = subprocess.Popen(self.command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command, env=self.env, stdout=log, stderr=log, start_new_session=True
+        )
         deadline = time.monotonic() + 120
         while not self.is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -119,7 +132,11 @@ class Load:
         seen = json.loads(said)
         codes, percentiles = seen["statusCodeDistribution"], seen["latencyPercentiles"]
         # The last requests are cut off by the clock.
-        errors = {text: n for text, n in seen["errorDistribution"].items() if text != "aborted due to deadline"}
+        errors = {
+            text: n
+            for text, n in seen["errorDistribution"].items()
+            if text != "aborted due to deadline"
+        }
         self.n_failed = sum(n for code, n in codes.items() if code != "200") + sum(errors.values())
         self.rate = codes.get("200", 0) / seconds
         self.ms = [1e3 * (percentiles[name] or float("inf")) for name in ("p50", "p95", "p99")]
@@ -135,7 +152,16 @@ class Bench:
         self.options = options
 
     def load(self, server, seconds, connections, rate=None):
-        command = [self.options.oha, "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-c", str(connections)]
+        command = [
+            self.options.oha,
+            "--no-tui",
+            "--output-format",
+            "json",
+            "-z",
+            f"{seconds}s",
+            "-c",
+            str(connections),
+        ]
         command += ["-m", "POST", "-T", "application/json", "-Z", str(server.bodies)]
         command += ["-q", str(rate), "--latency-correction"] if rate else []
         done = subprocess.run([*command, server.url], capture_output=True, text=True)
@@ -146,7 +172,10 @@ class Bench:
     def sustains(self, server, rate):
         load = self.load(server, self.options.probe_seconds, CONNECTIONS, rate)
         holds = load.n_failed == 0 and load.rate >= 0.99 * rate and load.ms[2] <= self.options.p99
-        print(f"  {server.name:8} {rate:6} asked  {load}  {'holds' if holds else 'too much'}", flush=True)
+        print(
+            f"  {server.name:8} {rate:6} asked  {load}  {'holds' if holds else 'too much'}",
+            flush=True,
+        )
         return holds
 
     def highest_rate(self, server, near):
@@ -168,11 +197,19 @@ class Bench:
         highest = self.highest_rate(server, max(load.rate for load in closed.values()))
         figures = {"highest": highest}
         for connections, load in closed.items():
-            figures |= {f"closed {connections} rate": load.rate, f"closed {connections} p50": load.ms[0], f"closed {connections} p99": load.ms[2]}
+            figures |= {
+                f"closed {connections} rate": load.rate,
+                f"closed {connections} p50": load.ms[0],
+                f"closed {connections} p99": load.ms[2],
+            }
         for share in (50, 90):
             load = self.load(server, seconds, CONNECTIONS, max(1, highest * share // 100))
             print(f"  {server.name:8} {share:5} %        {load}", flush=True)
-            figures |= {f"{share} p50": load.ms[0], f"{share} p95": load.ms[1], f"{share} p99": load.ms[2]}
+            figures |= {
+                f"{share} p50": load.ms[0],
+                f"{share} p95": load.ms[1],
+                f"{share} p99": load.ms[2],
+            }
         return figures
 
 
@@ -189,28 +226,78 @@ def servers(options, scratch):
         return scratch / f"{of}.log"
 
     port, other = free_port(), free_port()
-    command = [options.bireme, "serve", "--repository", repository, "--load", name, "--device", "cpu"]
+    command = [
+        options.bireme,
+        "serve",
+        "--repository",
+        repository,
+        "--load",
+        name,
+        "--device",
+        "cpu",
+    ]
     command += ["--http", f"127.0.0.1:{port}", "--grpc", f"127.0.0.1:{other}"]
-    yield Server("bireme", command, {}, port, "/v2/health/ready", infer, bodies["triton"], log("bireme"))
+    yield Server(
+        "bireme", command, {}, port, "/v2/health/ready", infer, bodies["triton"], log("bireme")
+    )
     if options.triton:
         backends = scratch / "backends"
         (backends / "pytorch").mkdir(parents=True)
         shutil.copy(Path(options.bireme).with_name("libtriton_pytorch.so"), backends / "pytorch")
         port, other = free_port(), free_port()
-        command = [str(options.triton / "server/bin/tritonserver"), f"--model-repository={repository}"]
-        command += [f"--backend-directory={backends}", "--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
+        command = [
+            str(options.triton / "server/bin/tritonserver"),
+            f"--model-repository={repository}",
+        ]
+        command += [
+            f"--backend-directory={backends}",
+            "--http-address=127.0.0.1",
+            "--grpc-address=127.0.0.1",
+        ]
         command += [f"--http-port={port}", f"--grpc-port={other}", "--allow-metrics=false"]
-        command += ["--model-control-mode=explicit", f"--load-model={name}", "--exit-timeout-secs=5"]
-        yield Server("triton", command, {}, port, f"/v2/models/{name}/ready", infer, bodies["triton"], log("triton"))
+        command += [
+            "--model-control-mode=explicit",
+            f"--load-model={name}",
+            "--exit-timeout-secs=5",
+        ]
+        yield Server(
+            "triton",
+            command,
+            {},
+            port,
+            f"/v2/models/{name}/ready",
+            infer,
+            bodies["triton"],
+            log("triton"),
+        )
     port, cores = free_port(), os.cpu_count()
-    command = [options.peer, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent / "peers"), "fastapi_service:app"]
-    command += ["--port", str(port), "--workers", str(cores), "--no-access-log", "--log-level", "warning"]
+    command = [
+        options.peer,
+        "-m",
+        "uvicorn",
+        "--app-dir",
+        str(Path(__file__).parent / "peers"),
+        "fastapi_service:app",
+    ]
+    command += [
+        "--port",
+        str(port),
+        "--workers",
+        str(cores),
+        "--no-access-log",
+        "--log-level",
+        "warning",
+    ]
     env = {"REPOSITORY": repository, "NAME": name, "TORCH_THREADS": "1"}
-    yield Server("fastapi", command, env, port, "/ready", "/recommend", bodies["peer"], log("fastapi"))
+    yield Server(
+        "fastapi", command, env, port, "/ready", "/recommend", bodies["peer"], log("fastapi")
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("repository", type=Path)
     parser.add_argument("name")
     parser.add_argument("events", type=Path)
@@ -234,11 +321,15 @@ def main():
             with server:
                 measured.setdefault(server.name, []).append(bench.measure(server))
     medians = {
-        name: {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]} for name, runs in measured.items()
+        name: {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
+        for name, runs in measured.items()
     }
     print("\n| | " + " | ".join(medians) + " |\n| --- |" + " ---: |" * len(medians))
     for figure in next(iter(medians.values())):
-        cells = (f"{of[figure]:,.0f}" if of[figure] >= 100 else f"{of[figure]:.2f}" for of in medians.values())
+        cells = (
+            f"{of[figure]:,.0f}" if of[figure] >= 100 else f"{of[figure]:.2f}"
+            for of in medians.values()
+        )
         print(f"| {figure} | " + " | ".join(cells) + " |")
 
 

@@ -1,14 +1,17 @@
-"""Thirty minutes of `bireme serve` under load, among clients that die, dawdle, send too much or make no sense.
+"""Thirty minutes of `bireme serve` under load, among clients that die, dawdle, send too much or
+make no sense.
 
     python benches/soak.py REPOSITORY NAME EVENTS.csv --rate RATE --oha oha [--minutes 30]
 
-RATE is 80 % of the highest rate that benches/serve.py found. An open loop of well-formed requests (sessions of 5 to 20
-events) runs all the while; beside it, at `--wrong` a second: requests with mutated bodies over HTTP, in JSON and in binary, and
-over gRPC; clients that leave in the middle of a request or before they have read the answer; clients that send a byte at a time; bodies that are too long. The
-memory of the server is told every half minute.
+RATE is 80 % of the highest rate that benches/serve.py found. An open loop of well-formed requests
+(sessions of 5 to 20 events) runs all the while; beside it, at `--wrong` a second: requests with
+mutated bodies over HTTP, in JSON and in binary, and over gRPC; clients that leave in the middle of
+a request or before they have read the answer; clients that send a byte at a time; bodies that are
+too long. The memory of the server is told every half minute.
 
-Exit code 1 if the server ended, a well-formed request was not answered, a malformed one got no proper answer, or memory
-grew: by more than 5 % from the median of the second sixth of the time to that of the last.
+Exit code 1 if the server ended, a well-formed request was not answered, a malformed one got no
+proper answer, or memory grew: by more than 5 % from the median of the second sixth of the time to
+that of the last.
 
 The Python must have grpcio (tests/serving/install.sh makes one in `.triton`).
 """
@@ -52,7 +55,9 @@ def mutated(generator, data):
             case 3:
                 del data[place:]
             case 4:
-                data[place:place] = generator.choice([b"[", b"{", b'"', b"-", b"9" * 30, b"1e999", b"null", b"\\ud800", b"\0"])
+                data[place:place] = generator.choice(
+                    [b"[", b"{", b'"', b"-", b"9" * 30, b"1e999", b"null", b"\\ud800", b"\0"]
+                )
             case 5:
                 other = generator.randrange(len(data) + 1)
                 data[place : place + length] = data[other : other + length]
@@ -73,7 +78,10 @@ def binary_body(body):
                 data = struct.pack(f"<{len(tensor['data'])}q", *tensor["data"])
             case "FP64":
                 data = struct.pack(f"<{len(tensor['data'])}d", *tensor["data"])
-        inputs.append({name: tensor[name] for name in ("name", "datatype", "shape")} | {"parameters": {"binary_data_size": len(data)}})
+        inputs.append(
+            {name: tensor[name] for name in ("name", "datatype", "shape")}
+            | {"parameters": {"binary_data_size": len(data)}}
+        )
         tensors += data
     head = json.dumps(body | {"inputs": inputs}).encode()
     return head + tensors, len(head)
@@ -83,7 +91,9 @@ def grpc_message(name, body):
     """The same request for gRPC."""
     message = service_pb2.ModelInferRequest(model_name=name)
     for tensor in body["inputs"]:
-        given = message.inputs.add(name=tensor["name"], datatype=tensor["datatype"], shape=tensor["shape"])
+        given = message.inputs.add(
+            name=tensor["name"], datatype=tensor["datatype"], shape=tensor["shape"]
+        )
         match tensor["datatype"]:
             case "BYTES":
                 given.contents.bytes_contents.extend(text.encode() for text in tensor["data"])
@@ -100,7 +110,9 @@ class Abuse:
     def __init__(self, options, http, grpc_port, bodies):
         self.http, self.name, self.bodies = http, options.name, bodies
         self.channel = grpc.insecure_channel(f"127.0.0.1:{grpc_port}")
-        self.call = self.channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
+        self.call = self.channel.unary_unary(
+            METHOD, request_serializer=None, response_deserializer=None
+        )
         self.random = random.Random(options.seed)
         self.counts, self.faults = {}, []
         self.is_over = threading.Event()
@@ -142,8 +154,13 @@ class Abuse:
 
     def mutated_binary(self, body):
         data, length = binary_body(body)
-        data, length = mutated(self.random, data), length + self.random.choice([0, 0, 0, 1, -1, 10**9, -(10**6)])
-        return self.status(self.head(len(data), f"Inference-Header-Content-Length: {length}\r\n") + data)
+        data, length = (
+            mutated(self.random, data),
+            length + self.random.choice([0, 0, 0, 1, -1, 10**9, -(10**6)]),
+        )
+        return self.status(
+            self.head(len(data), f"Inference-Header-Content-Length: {length}\r\n") + data
+        )
 
     def mutated_head(self, body):
         data = json.dumps(body).encode()
@@ -153,7 +170,8 @@ class Abuse:
             try:
                 self.status(request)
             except OSError:
-                # A head that makes no sense may be answered with a closed connection, one that lacks its end not at all.
+                # A head that makes no sense may be answered with a closed connection, one that
+                # lacks its end not at all.
                 pass
 
         threading.Thread(target=send, daemon=True).start()
@@ -163,7 +181,11 @@ class Abuse:
         try:
             self.call(mutated(self.random, grpc_message(self.name, body)), timeout=30)
         except grpc.RpcError as error:
-            is_proper = error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INTERNAL)
+            is_proper = error.code() in (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                grpc.StatusCode.NOT_FOUND,
+                grpc.StatusCode.INTERNAL,
+            )
             # INTERNAL is tonic's word for bytes that are no message.
             return 400 if is_proper else 0
         return 200
@@ -172,7 +194,11 @@ class Abuse:
         # Without a word of how long it will be, and half of them without an end.
         chunk = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
         end = self.random.choice([b"", b"0\r\n\r\n"])
-        return self.status(self.head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + chunk * 20 + end)
+        return self.status(
+            self.head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+            + chunk * 20
+            + end
+        )
 
     def dies(self, body):
         data = json.dumps(body).encode()
@@ -180,7 +206,9 @@ class Abuse:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             whole = self.head(len(data)) + data
             # Half of them go before the request is whole, half before the answer is read.
-            stream.sendall(whole[: self.random.choice([len(whole), self.random.randrange(len(whole))])])
+            stream.sendall(
+                whole[: self.random.choice([len(whole), self.random.randrange(len(whole))])]
+            )
         return 200
 
     def dawdles(self, body):
@@ -202,7 +230,12 @@ class Abuse:
         return 200
 
     def run(self, per_second):
-        kinds = [self.mutated_json] * 4 + [self.mutated_binary] * 4 + [self.mutated_grpc] * 4 + [self.mutated_head] * 2
+        kinds = (
+            [self.mutated_json] * 4
+            + [self.mutated_binary] * 4
+            + [self.mutated_grpc] * 4
+            + [self.mutated_head] * 2
+        )
         kinds += [self.dies] * 4 + [self.dawdles, self.too_long]
         due = time.monotonic()
         while not self.is_over.is_set():
@@ -227,7 +260,9 @@ def resident_mib(process):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("repository", type=Path)
     parser.add_argument("name")
     parser.add_argument("events", type=Path)
@@ -244,8 +279,24 @@ def main():
     lines = scratch / "bodies.jsonl"
     lines.write_text("".join(json.dumps(body) + "\n" for body in bodies))
     http, grpc_port = free_port(), free_port()
-    command = [options.bireme, "serve", "--repository", str(options.repository), "--load", options.name, "--device", "cpu"]
-    command += ["--http", f"127.0.0.1:{http}", "--grpc", f"127.0.0.1:{grpc_port}", "--idle-seconds", "20"]
+    command = [
+        options.bireme,
+        "serve",
+        "--repository",
+        str(options.repository),
+        "--load",
+        options.name,
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--http",
+        f"127.0.0.1:{http}",
+        "--grpc",
+        f"127.0.0.1:{grpc_port}",
+        "--idle-seconds",
+        "20",
+    ]
     log = (scratch / "server.log").open("wb")
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
     # It tells its addresses when it is ready.
@@ -255,7 +306,9 @@ def main():
     abuse = Abuse(options, http, grpc_port, bodies)
     # The allocator keeps what the worst moment took: let that be over before memory is watched.
     crowd = [threading.Thread(target=abuse.too_long, args=[bodies[0]]) for _ in range(16)]
-    crowd += [threading.Thread(target=abuse.mutated_json, args=[body]) for body in (bodies * 2)[:512]]
+    crowd += [
+        threading.Thread(target=abuse.mutated_json, args=[body]) for body in (bodies * 2)[:512]
+    ]
     # Batches as large as they come, in every worker.
     crowd += [threading.Thread(target=abuse.asks, args=[body]) for body in (bodies * 2)[:1024]]
     for client in crowd:
@@ -266,15 +319,39 @@ def main():
     abuser = threading.Thread(target=abuse.run, args=[options.wrong])
     abuser.start()
     seconds = round(60 * options.minutes)
-    load = [options.oha, "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-c", str(CONNECTIONS)]
-    load += ["-q", str(options.rate), "--latency-correction", "-m", "POST", "-T", "application/json", "-Z", str(lines)]
-    load = subprocess.Popen([*load, f"http://127.0.0.1:{http}/v2/models/{options.name}/infer"], stdout=subprocess.PIPE)
+    load = [
+        options.oha,
+        "--no-tui",
+        "--output-format",
+        "json",
+        "-z",
+        f"{seconds}s",
+        "-c",
+        str(CONNECTIONS),
+    ]
+    load += [
+        "-q",
+        str(options.rate),
+        "--latency-correction",
+        "-m",
+        "POST",
+        "-T",
+        "application/json",
+        "-Z",
+        str(lines),
+    ]
+    load = subprocess.Popen(
+        [*load, f"http://127.0.0.1:{http}/v2/models/{options.name}/infer"], stdout=subprocess.PIPE
+    )
     begun, memory = time.monotonic(), []
     # Its answer fits into a pipe.
     while load.poll() is None and server.poll() is None:
         memory.append((time.monotonic() - begun, resident_mib(server)))
         if len(memory) % 6 == 1:
-            print(f"{memory[-1][0]:6.0f} s  {memory[-1][1]:6.0f} MiB  {sum(abuse.counts.values())} wrong", flush=True)
+            print(
+                f"{memory[-1][0]:6.0f} s  {memory[-1][1]:6.0f} MiB  {sum(abuse.counts.values())} wrong",
+                flush=True,
+            )
         time.sleep(5)
     abuse.is_over.set()
     abuser.join()
@@ -293,7 +370,11 @@ def main():
         problems.append(f"the server's end: {code}")
 
     codes = seen.get("statusCodeDistribution", {})
-    errors = {text: n for text, n in seen.get("errorDistribution", {}).items() if text != "aborted due to deadline"}
+    errors = {
+        text: n
+        for text, n in seen.get("errorDistribution", {}).items()
+        if text != "aborted due to deadline"
+    }
     if set(codes) != {"200"} or errors:
         problems.append(f"well-formed requests: {codes} {errors}")
     n_wrong = sum(n for kind, n in abuse.counts.items() if kind.startswith("mutated"))
@@ -301,16 +382,26 @@ def main():
         problems.append(f"{len(abuse.faults)} without a proper answer, as {abuse.faults[:5]}")
 
     def median(first, last):
-        return statistics.median(mib for at, mib in memory if first * seconds <= at < last * seconds)
+        return statistics.median(
+            mib for at, mib in memory if first * seconds <= at < last * seconds
+        )
 
     early, late = median(1 / 6, 1 / 3), median(5 / 6, 1.1)
     if late > 1.05 * early:
         problems.append("memory grew")
     percentiles = seen.get("latencyPercentiles", {})
-    ms = ", ".join(f"{name} {1e3 * percentiles[name]:.1f} ms" for name in ("p50", "p95", "p99") if percentiles.get(name))
-    print(f"well-formed: {codes.get('200', 0)} answered, {codes.get('200', 0) / seconds:.0f}/s; {ms}")
+    ms = ", ".join(
+        f"{name} {1e3 * percentiles[name]:.1f} ms"
+        for name in ("p50", "p95", "p99")
+        if percentiles.get(name)
+    )
+    print(
+        f"well-formed: {codes.get('200', 0)} answered, {codes.get('200', 0) / seconds:.0f}/s; {ms}"
+    )
     print(f"mutated: {n_wrong}; of all kinds: {dict(sorted(abuse.counts.items()))}")
-    print(f"memory: {early:.0f} MiB early, {late:.0f} MiB late, {max(mib for _, mib in memory):.0f} MiB at most")
+    print(
+        f"memory: {early:.0f} MiB early, {late:.0f} MiB late, {max(mib for _, mib in memory):.0f} MiB at most"
+    )
     print("\n".join(problems) or "all well")
     sys.exit(bool(problems))
 

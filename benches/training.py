@@ -4,12 +4,14 @@
     bireme preprocess --events events.csv --out 10k
     python benches/training.py 10k 100k 390k [--models gru xlnet xlnet-side] [--runs 3] [--steps 20] [--device cuda | --ranks 2]
 
-Trains the tutorial's models for so many steps on day 1, in one process with all cores or on one GPU, or data-parallel in so many
-processes that share the cores (bireme by `mpirun`, PyTorch's DistributedDataParallel over gloo), and prints a table of
-Markdown: the median step's sessions a second, the least and largest of the runs' medians in brackets, GiB at most: of a
-process, or of the GPU, which nobody else may use meanwhile. `limit` is bireme's rate beside what the products of matrices
-alone would allow at the rate that `bireme doctor` measures: forward, and twice that backward, over the weights of the body for
-each event and over the item table for each target. The Python must have what benches/peers/requirements.txt names.
+Trains the tutorial's models for so many steps on day 1, in one process with all cores or on one
+GPU, or data-parallel in so many processes that share the cores (bireme by `mpirun`, PyTorch's
+DistributedDataParallel over gloo), and prints a table of Markdown: the median step's sessions a
+second, the least and largest of the runs' medians in brackets, GiB at most: of a process, or of the
+GPU, which nobody else may use meanwhile. `limit` is bireme's rate beside what the products of
+matrices alone would allow at the rate that `bireme doctor` measures: forward, and twice that
+backward, over the weights of the body for each event and over the item table for each target. The
+Python must have what benches/peers/requirements.txt names.
 """
 
 import argparse
@@ -47,7 +49,9 @@ class Gpu:
     def watch(self):
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not self.done.wait(0.2):
-            mib = subprocess.run(query, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[0]
+            mib = subprocess.run(
+                query, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.split()[0]
             self.peak = max(self.peak, int(mib) / 1024)
 
     def __exit__(self, *_):
@@ -59,26 +63,65 @@ def bireme(options, data, model):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         steps = WARM_UP + options.steps
-        sets = ["data.last_day=2", "train.epochs_per_day=1", f"train.max_steps_per_day={steps}", "train.log_every_steps=1"]
-        sets += [f"train.global_batch={options.batch}", f"train.micro_batch={min(options.batch, 512)}"] if options.batch != 256 else []
-        sets += [f"run.device={options.device}"] + ["run.precision=tf32"] * options.tf32 + options.set
-        launch = ["mpirun", "--bind-to", "none", "-np", str(options.ranks)] if options.ranks > 1 else []
-        command = [*launch, options.bireme, "train", "--config", HERE.parent / "configs" / f"{CONFIGS[model]}.toml", "--data", data, "--run-dir", run]
-        process = subprocess.Popen([*command, *(word for key in sets for word in ("--set", key))], stderr=subprocess.DEVNULL)
+        sets = [
+            "data.last_day=2",
+            "train.epochs_per_day=1",
+            f"train.max_steps_per_day={steps}",
+            "train.log_every_steps=1",
+        ]
+        sets += (
+            [f"train.global_batch={options.batch}", f"train.micro_batch={min(options.batch, 512)}"]
+            if options.batch != 256
+            else []
+        )
+        sets += (
+            [f"run.device={options.device}"] + ["run.precision=tf32"] * options.tf32 + options.set
+        )
+        launch = (
+            ["mpirun", "--bind-to", "none", "-np", str(options.ranks)] if options.ranks > 1 else []
+        )
+        command = [
+            *launch,
+            options.bireme,
+            "train",
+            "--config",
+            HERE.parent / "configs" / f"{CONFIGS[model]}.toml",
+            "--data",
+            data,
+            "--run-dir",
+            run,
+        ]
+        process = subprocess.Popen(
+            [*command, *(word for key in sets for word in ("--set", key))],
+            stderr=subprocess.DEVNULL,
+        )
         _, status, usage = os.wait4(process.pid, 0)
         if status != 0:
             sys.exit(f"failed: {command}")
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         records = [record for record in records if record["kind"] == "step"]
-        options.targets = statistics.median(record["n_targets"] for record in records) / options.batch
-        return statistics.median(record["sessions_per_s"] for record in records[WARM_UP:]), usage.ru_maxrss / 2**20
+        options.targets = (
+            statistics.median(record["n_targets"] for record in records) / options.batch
+        )
+        return statistics.median(
+            record["sessions_per_s"] for record in records[WARM_UP:]
+        ), usage.ru_maxrss / 2**20
 
 
 def multiply_rate(options):
     """FLOP/s of products of matrices, f32."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        command = [options.bireme, "doctor", "--dir", folder, "--device", options.device, "--json", found]
+        command = [
+            options.bireme,
+            "doctor",
+            "--dir",
+            folder,
+            "--device",
+            options.device,
+            "--json",
+            found,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return json.loads(found.read_text())["multiply_rates"][0]
 
@@ -87,7 +130,9 @@ def limit(options, data, model):
     """Sessions a second that products of matrices allow."""
     import pyarrow.parquet as parquet
 
-    lengths = parquet.read_table(data / "sessions_by_day/1/train.parquet", columns=["product_id-count"])["product_id-count"]
+    lengths = parquet.read_table(
+        data / "sessions_by_day/1/train.parquet", columns=["product_id-count"]
+    )["product_id-count"]
     events = statistics.fmean(min(length, 20) for length in lengths.to_pylist())
     schema = (data / "schema.pbtxt").read_text().split('name: "product_id-list_seq"', 1)[1]
     items = int(schema.split("int_domain", 1)[1].split("max:", 1)[1].split()[0]) + 1
@@ -95,15 +140,33 @@ def limit(options, data, model):
 
 
 def peer(options, data, model, *arguments):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)] if options.ranks > 1 else []
-    command = [sys.executable, *launch, HERE / "peers" / "training.py", data, "--model", model, "--steps", str(options.steps), *arguments]
-    command += ["--batch", str(options.batch), "--device", options.device] + ["--tf32"] * options.tf32
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)]
+        if options.ranks > 1
+        else []
+    )
+    command = [
+        sys.executable,
+        *launch,
+        HERE / "peers" / "training.py",
+        data,
+        "--model",
+        model,
+        "--steps",
+        str(options.steps),
+        *arguments,
+    ]
+    command += ["--batch", str(options.batch), "--device", options.device] + [
+        "--tf32"
+    ] * options.tf32
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return figures["sessions_per_s"], figures["peak_gib"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--runs", type=int, default=3)
@@ -117,7 +180,11 @@ def main():
     parser.add_argument("--set", action="append", default=[], help="of `bireme train`")
     parser.add_argument("--bireme", default="target/release/bireme")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores, {options.device}, {options.batch} sessions a step" + ", tf32" * options.tf32 + f", {options.ranks} processes" * (options.ranks > 1))
+    print(
+        f"{os.cpu_count()} cores, {options.device}, {options.batch} sessions a step"
+        + ", tf32" * options.tf32
+        + f", {options.ranks} processes" * (options.ranks > 1)
+    )
     options.rate = multiply_rate(options)
     print(f"products of matrices: {options.rate / 1e9:.0f} GFLOP/s, f32")
     print("| | | sessions/s | GiB | speedup | limit |\n| --- | --- | ---: | ---: | ---: | ---: |")
@@ -128,8 +195,14 @@ def main():
             if not options.no_compile:
                 contestants["PyTorch, compiled"] = lambda: peer(options, data, model, "--compile")
             if model != "gru":
-                contestants["PyTorch, last layer where read"] = lambda: peer(options, data, model, "--variant", "lean")
-            contestants = {name: run for name, run in contestants.items() if name in (options.variants or contestants) or name == "bireme"}
+                contestants["PyTorch, last layer where read"] = lambda: peer(
+                    options, data, model, "--variant", "lean"
+                )
+            contestants = {
+                name: run
+                for name, run in contestants.items()
+                if name in (options.variants or contestants) or name == "bireme"
+            }
             runs = {name: [] for name in contestants}
             for _ in range(options.runs):
                 for name, run in contestants.items():
@@ -143,9 +216,16 @@ def main():
             for name, of in runs.items():
                 rates = [rate for rate, _ in of]
                 rate, peak = statistics.median(rates), max(peak for _, peak in of)
-                times, share = ("", f"{ours / limit(options, data, model):.0%}") if name == "bireme" else (f"{ours / rate:.1f}", "")
+                times, share = (
+                    ("", f"{ours / limit(options, data, model):.0%}")
+                    if name == "bireme"
+                    else (f"{ours / rate:.1f}", "")
+                )
                 spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-                print(f"| {model}, {data.name} | {name} | {rate:,.0f} ({spread}) | {peak:.2f} | {times} | {share} |", flush=True)
+                print(
+                    f"| {model}, {data.name} | {name} | {rate:,.0f} ({spread}) | {peak:.2f} | {times} | {share} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

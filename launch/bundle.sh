@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Packs what a host needs that has libtorch and nothing else: a stripped `bireme`, the Open MPI of this machine, and the
-# launch scripts. The folder can be moved and copied.
+# Packs what a host needs that has libtorch and nothing else: a stripped `bireme`, the Open MPI of
+# this machine, and the launch scripts. The folder can be moved and copied.
 #
 # usage: launch/bundle.sh FOLDER
 #
 #   BIREME_BIN=FILE  this binary instead of target/release/bireme
 #
-# There, FOLDER/bireme is `bireme` and FOLDER/mpirun is `mpirun`; both find libtorch in FOLDER/libtorch, or in the folder
-# that BIREME_LIBTORCH names (with lib/ in it). FOLDER/launch/local.sh and slurm.sbatch start the bundle's own.
+# There, FOLDER/bireme is `bireme` and FOLDER/mpirun is `mpirun`; both find libtorch in
+# FOLDER/libtorch, or in the folder that BIREME_LIBTORCH names (with lib/ in it).
+# FOLDER/launch/local.sh and slurm.sbatch start the bundle's own.
 # Exit codes: 0 done; 1 something failed; 2 refused before starting.
 set -euo pipefail
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Fetches libtorch from the `torch` wheel with the user's own pip and unpacks what a Rust program needs of it.
+"""Fetches libtorch from the `torch` wheel with the user's own pip and unpacks what a Rust program
+needs of it.
 
 usage: libtorch.py VERSION DIR [--cuda]
 
-DIR comes out as `torch/{lib,include,share}` beside `nvidia/*/lib`, because the libraries look for each other
-along that path. Without `--cuda` only the CPU library and the two CUDA libraries it is linked against are kept.
-Exit codes: 0 done; 1 pip, the network or the disk failed.
+DIR comes out as `torch/{lib,include,share}` beside `nvidia/*/lib`, because the libraries look for
+each other along that path. Without `--cuda` only the CPU library and the two CUDA libraries it is
+linked against are kept. Exit codes: 0 done; 1 pip, the network or the disk failed.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# The C++ libraries in the wheels for different versions of Python are the same, so the host's own version does
-# not matter; and pip before 25 does not know that a newer manylinux takes wheels of the older ones.
+# The C++ libraries in the wheels for different versions of Python are the same, so the host's own
+# version does not matter; and pip before 25 does not know that a newer manylinux takes wheels of
+# the older ones.
 TARGET = ["--python-version", "3.12", "--platform", "manylinux2014_x86_64"]
 for minor in range(28, 16, -1):
     TARGET += ["--platform", f"manylinux_2_{minor}_x86_64"]
@@ -29,7 +31,9 @@ CUDA_ONLY = ("libtorch_cuda", "libtorch_nvshmem", "libc10_cuda", "libcaffe2_nvrt
 # `libtorch_cpu.so` is linked against these two even where it never calls them.
 NEEDED_BY_CPU = ("nvidia-cuda-runtime", "nvidia-cuda-cupti")
 
-REQUIREMENT = re.compile(r"^Requires-Dist: ([\w.-]+)(?:\[([^]]*)\])?==([^;\s]+)\s*(?:;(.*))?$", re.MULTILINE)
+REQUIREMENT = re.compile(
+    r"^Requires-Dist: ([\w.-]+)(?:\[([^]]*)\])?==([^;\s]+)\s*(?:;(.*))?$", re.MULTILINE
+)
 
 
 class Failed(Exception):
@@ -38,7 +42,15 @@ class Failed(Exception):
 
 def fetch(requirement, scratch):
     """Downloads one wheel, without what it depends on, and returns its path."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+    ]
     command += [*TARGET, "--disable-pip-version-check", "--dest", str(scratch), requirement]
     if not sys.stderr.isatty():
         command.insert(4, "--quiet")
@@ -85,7 +97,8 @@ def libraries_of_torch(cuda):
 
 
 def cuda_pins(torch_wheel, scratch):
-    """The CUDA libraries that the torch wheel pins, those behind its `cuda-toolkit` bundle included."""
+    """The CUDA libraries that the torch wheel pins, those behind its `cuda-toolkit` bundle
+    included."""
     pins = []
     for name, extras, version, _ in requirements(torch_wheel):
         if name == "cuda-toolkit":
@@ -102,7 +115,9 @@ def cuda_pins(torch_wheel, scratch):
 
 def main():
     """Arguments in, an unpacked folder out."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("version")
     arguments.add_argument("dir", type=Path)
     arguments.add_argument("--cuda", action="store_true")
@@ -123,9 +138,14 @@ def main():
             )
         for name, version in pins:
             if args.cuda or name.startswith(NEEDED_BY_CPU):
-                unpack(fetch(f"{name}=={version}", scratch), args.dir, lambda member: "/lib/" in member and ".so" in member)
+                unpack(
+                    fetch(f"{name}=={version}", scratch),
+                    args.dir,
+                    lambda member: "/lib/" in member and ".so" in member,
+                )
         if not args.cuda:
-            # The real `libtorch.so` only ties both devices together, and would ask the loader for `libtorch_cuda.so`.
+            # The real `libtorch.so` only ties both devices together, and would ask the loader for
+            # `libtorch_cuda.so`.
             link = args.dir / "torch/lib/libtorch.so"
             link.unlink()
             link.symlink_to("libtorch_cpu.so")

@@ -8,7 +8,8 @@
 #                     synthetic shop
 #   --out DIR         output folder (default: runs/quickstart); replaced if a quickstart wrote it
 #
-# Exit codes: those of launch/setup.sh and of `bireme` (0 done; 1 failed; 2 refused before starting).
+# Exit codes: those of launch/setup.sh and of `bireme` (0 done; 1 failed; 2 refused before
+# starting).
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."

@@ -8,7 +8,8 @@
 #   --cuda                 take the CUDA libraries too, as on a login node that builds for nodes with GPUs
 #   BIREME_LIBTORCH=/path  use the libtorch in /path (a folder with lib/ and include/) instead
 #
-# Exit codes: 0 all is there; 1 something failed; 2 refused before starting, with the command that helps.
+# Exit codes: 0 all is there; 1 something failed; 2 refused before starting, with the command that
+# helps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -151,7 +152,8 @@ mkdir -p .libtorch
 exec 9>.libtorch/.lock
 flock -n 9 || refuse "another setup is at work in this folder"
 
-# Prepared aside, then moved into place; the stamp comes last, so that the next run repairs what an interrupted one left.
+# Prepared aside, then moved into place; the stamp comes last, so that the next run repairs what an
+# interrupted one left.
 new=.libtorch/new
 rm -rf $new
 mkdir -p $new/nvidia

@@ -3,10 +3,10 @@
 
 usage: cargo test -- --show-output | tally.py
 
-A test that cannot run here prints a line that begins with `skipped:` and returns; Rust's test harness counts it as
-passed. This counts it as skipped and lists it with its reason. What passed tests print is otherwise left out.
-A test binary that ends before its result line (an abort, a signal) counts as one failure.
-The last line is `N passed, N failed, N skipped`.
+A test that cannot run here prints a line that begins with `skipped:` and returns; Rust's test
+harness counts it as passed. This counts it as skipped and lists it with its reason. What passed
+tests print is otherwise left out. A test binary that ends before its result line (an abort, a
+signal) counts as one failure. The last line is `N passed, N failed, N skipped`.
 """
 
 import re
@@ -35,7 +35,8 @@ def main():
             running = among_passed = False
             n_binaries += 1
             passed, failed, ignored = (
-                total + int(count) for total, count in zip((passed, failed, ignored), result.groups(), strict=True)
+                total + int(count)
+                for total, count in zip((passed, failed, ignored), result.groups(), strict=True)
             )
         elif among_passed and (found := OUTPUT_OF.fullmatch(text)):
             test = found[1]
@@ -52,7 +53,9 @@ def main():
         print(f"skipped: {name}: {reason}")
     if ignored:
         print(f"skipped: {ignored} marked #[ignore]")
-    print(f"{passed - len(skipped)} passed, {failed + n_broken_off} failed, {len(skipped) + ignored} skipped")
+    print(
+        f"{passed - len(skipped)} passed, {failed + n_broken_off} failed, {len(skipped) + ignored} skipped"
+    )
 
 
 if __name__ == "__main__":

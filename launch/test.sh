@@ -10,7 +10,8 @@
 #   REQUIRE_SLURM=1 launch/test.sh      and for those that need Slurm, which is then installed from apt-get; as root
 #   REQUIRE_BARE_ROOT=1 launch/test.sh  the same with debootstrap
 #
-# The last line is `N passed, N failed, N skipped`, after a line with the reason of each skipped test.
+# The last line is `N passed, N failed, N skipped`, after a line with the reason of each skipped
+# test.
 # Exit codes: those of launch/setup.sh and of `cargo test` (0 all passed).
 set -euo pipefail
 cd "$(dirname "$0")/.."

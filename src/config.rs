@@ -26,12 +26,13 @@ pub use checkpoint::CheckpointConfig;
 pub use data::DataConfig;
 pub use evaluate::{EvaluateConfig, Reminders};
 pub use model::{
-    Aggregation, Continuous, Decay, GruConfig, HeadConfig, InputConfig, ModelConfig, NeighboursConfig,
-    Neural, Objective, XlnetConfig,
+    Aggregation, Continuous, Decay, GruConfig, HeadConfig, InputConfig, ModelConfig,
+    NeighboursConfig, Neural, Objective, XlnetConfig,
 };
 pub use run::{DeviceChoice, Precision};
 pub use train::{
-    LossConfig, NonFinite, ParallelConfig, Reduction, Schedule, TableLayout, TableOptimizer, TrainConfig,
+    LossConfig, NonFinite, ParallelConfig, Reduction, Schedule, TableLayout, TableOptimizer,
+    TrainConfig,
 };
 
 /// Section `[run]`: where a run computes and how.
@@ -127,7 +128,10 @@ pub enum ConfigError {
         source: Box<Self>,
     },
     /// A section or key that does not exist.
-    #[error("unknown key `{key}` in the configuration{}", nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default())]
+    #[error(
+        "unknown key `{key}` in the configuration{}",
+        nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default()
+    )]
     UnknownKey {
         /// As written.
         key: String,
@@ -182,11 +186,15 @@ impl Config {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let mut table: Table = text.parse().map_err(|error| invalid_toml(path, &text, &error))?;
-        let assigned: Vec<&str> =
-            assignments.iter().map(|assignment| assign(&mut table, assignment)).collect::<Result<_, _>>()?;
+        let assigned: Vec<&str> = assignments
+            .iter()
+            .map(|assignment| assign(&mut table, assignment))
+            .collect::<Result<_, _>>()?;
         let is_assigned = |key: &str| {
             let is_inside = |inner: &str, outer: &str| {
-                inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                inner
+                    .strip_prefix(outer)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
             };
             assigned.iter().any(|assigned| is_inside(assigned, key) || is_inside(key, assigned))
         };
@@ -209,17 +217,24 @@ impl Config {
             checkpoint: section(&mut table, "checkpoint")?,
         };
         if let Some(key) = table.keys().next() {
-            return Err(ConfigError::UnknownKey { key: key.clone(), nearest: nearest(key, SECTIONS) });
+            return Err(ConfigError::UnknownKey {
+                key: key.clone(),
+                nearest: nearest(key, SECTIONS),
+            });
         }
         config.check()?;
         Ok(config)
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let refuse =
-            |section: &str, problem: String| Err(ConfigError::Value { section: section.to_owned(), problem });
+        let refuse = |section: &str, problem: String| {
+            Err(ConfigError::Value { section: section.to_owned(), problem })
+        };
         if !(0.1..=1e9).contains(&self.run.patience_seconds) {
-            return refuse("run", format!("`patience_seconds` cannot be {:?}", self.run.patience_seconds));
+            return refuse(
+                "run",
+                format!("`patience_seconds` cannot be {:?}", self.run.patience_seconds),
+            );
         }
         let checks = [
             ("data", self.data.check()),
@@ -242,8 +257,9 @@ impl Config {
         if n_threads <= most {
             return Ok(());
         }
-        let problem =
-            format!("`threads_per_rank` cannot be {n_threads}: at most {most} on a host of {n_cores} cores");
+        let problem = format!(
+            "`threads_per_rank` cannot be {n_threads}: at most {most} on a host of {n_cores} cores"
+        );
         Err(ConfigError::Value { section: "run".to_owned(), problem })
     }
 
@@ -273,14 +289,16 @@ impl Config {
         };
         let (now, then) = (flat(self), flat(earlier));
         let key = now.keys().chain(then.keys()).find(|&key| now.get(key) != then.get(key))?;
-        let value =
-            |of: &BTreeMap<String, String>| of.get(key).cloned().unwrap_or_else(|| "absent".to_owned());
+        let value = |of: &BTreeMap<String, String>| {
+            of.get(key).cloned().unwrap_or_else(|| "absent".to_owned())
+        };
         Some(format!("`{key}` was {}, and is {} now", value(&then), value(&now)))
     }
 
     /// The name results are reported under.
     pub fn title(&self) -> String {
-        let side_information = if self.data.features.len() > 1 { " with side information" } else { "" };
+        let side_information =
+            if self.data.features.len() > 1 { " with side information" } else { "" };
         format!("{}{side_information}", self.model.title())
     }
 
@@ -323,7 +341,11 @@ pub(crate) const MOST_WIDTH: i64 = 1 << 20;
 /// Names the key.
 pub(crate) fn check_finite(key: &str, value: f64, least: f32) -> Result<(), String> {
     let rounded = value as f32;
-    if rounded.is_finite() && rounded >= least { Ok(()) } else { Err(format!("`{key}` cannot be {value:?}")) }
+    if rounded.is_finite() && rounded >= least {
+        Ok(())
+    } else {
+        Err(format!("`{key}` cannot be {value:?}"))
+    }
 }
 
 /// The values in `value` by their dotted keys, which begin with `prefix`.
@@ -353,7 +375,8 @@ fn section<T: DeserializeOwned>(table: &mut Table, name: &str) -> Result<T, Conf
 fn invalid_toml(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
     let at = error.span().map_or(0, |span| span.start);
     let before = text.get(..at).unwrap_or(text);
-    let (line, start) = (before.matches('\n').count() + 1, before.rfind('\n').map_or(0, |end| end + 1));
+    let (line, start) =
+        (before.matches('\n').count() + 1, before.rfind('\n').map_or(0, |end| end + 1));
     let column = before[start..].chars().count() + 1;
     ConfigError::Toml { path: path.to_owned(), line, column, problem: single_line(error.message()) }
 }
@@ -383,7 +406,8 @@ fn assign<'a>(table: &mut Table, assignment: &'a str) -> Result<&'a str, ConfigE
         return Err(malformed());
     }
     // A line break would begin another key.
-    let parsed = format!("value = {value}").parse::<Table>().ok().filter(|parsed| parsed.len() == 1);
+    let parsed =
+        format!("value = {value}").parse::<Table>().ok().filter(|parsed| parsed.len() == 1);
     let value = parsed
         .and_then(|mut parsed| parsed.remove("value"))
         .unwrap_or_else(|| Value::String(value.to_owned()));
@@ -414,8 +438,9 @@ mod tests {
         let path = dir.path().join("c.toml");
         std::fs::write(&path, text).unwrap();
         let assignments: Vec<String> = assignments.iter().map(|&text| text.to_owned()).collect();
-        Config::load(&path, &assignments)
-            .map_err(|error| bireme_base::message::chain(&error).replace(path.to_str().unwrap(), "c.toml"))
+        Config::load(&path, &assignments).map_err(|error| {
+            bireme_base::message::chain(&error).replace(path.to_str().unwrap(), "c.toml")
+        })
     }
 
     #[track_caller]
@@ -443,7 +468,10 @@ mod tests {
                 "`run.seed` is too large for a 64-bit integer: `99999999999999999999`",
             ),
             ("train.learning_rate={a=1}", "`train.learning_rate` must be a number, not a table"),
-            ("train.time_phases=1", "`train.time_phases` must be `true` or `false`, not the number 1"),
+            (
+                "train.time_phases=1",
+                "`train.time_phases` must be `true` or `false`, not the number 1",
+            ),
             ("data.features=3", "`data.features` must be a list, not the number 3"),
             ("data.features=[3]", "`data.features` is a list with a value that is not a string"),
             ("run.device=gpu", "`run.device` cannot be `gpu`; it is one of `auto`, `cpu`, `cuda`"),
@@ -451,22 +479,26 @@ mod tests {
             ("run.device=[]", "`run.device` must be one of `auto`, `cpu`, `cuda`, not a list"),
             (
                 "train.tables=3",
-                "`train.tables` must be a table like `{ kind = \"adamw\" }` with one of `adamw`, `lazy_adamw`, `adagrad`, \
-                 not the number 3",
+                "`train.tables` must be a table like `{ kind = \"adamw\" }` with one of `adamw`, \
+                 `lazy_adamw`, `adagrad`, not the number 3",
             ),
             (
                 "train.loss={kind=\"x\"}",
                 "`train.loss.kind` cannot be `x`; it is one of `softmax`, `sampled`, `gbce`",
             ),
             ("train.loss={kind=\"sampled\"}", "`train.loss.n_negatives` is missing"),
-            ("train.loss={}", "`train.loss.kind` is missing; it is one of `softmax`, `sampled`, `gbce`"),
+            (
+                "train.loss={}",
+                "`train.loss.kind` is missing; it is one of `softmax`, `sampled`, `gbce`",
+            ),
             (
                 "train.loss={kind=\"sampled\", n_negatives=\"x\"}",
                 "`train.loss.n_negatives` must be a whole number, not the string `x`",
             ),
             (
                 "model.input.continuous.width=3",
-                "`c.toml`: `model.input.continuous.kind` is missing; it is one of `raw`, `projected`, `soft_one_hot`",
+                "`c.toml`: `model.input.continuous.kind` is missing; it is one of `raw`, \
+                 `projected`, `soft_one_hot`",
             ),
             (
                 "model.input.item_width=a",
@@ -474,7 +506,8 @@ mod tests {
             ),
             (
                 "model.kind=lstm",
-                "`model.kind` cannot be `lstm`; it is one of `gru`, `xlnet`, `popularity`, `recent`, `markov`, `vsknn`",
+                "`model.kind` cannot be `lstm`; it is one of `gru`, `xlnet`, `popularity`, \
+                 `recent`, `markov`, `vsknn`",
             ),
             (
                 "model.inptu.item_width=3",
@@ -482,18 +515,20 @@ mod tests {
             ),
             (
                 "model.input.item_with=3",
-                "unknown key `model.input.item_with` in the configuration: did you mean `model.input.item_width`?",
+                "unknown key `model.input.item_with` in the configuration: did you mean \
+                 `model.input.item_width`?",
             ),
             ("run..x=3", "`--set run..x=3` is not of the form `section.key=value`"),
             ("run=3", "`--set run=3` is not of the form `section.key=value`"),
             (
                 "train.micro_batch=8\ntrain.x=3",
-                "`train.micro_batch` must be a whole number from 0 on, not the string `8\\ntrain.x=3`",
+                "`train.micro_batch` must be a whole number from 0 on, not the string \
+                 `8\\ntrain.x=3`",
             ),
             (
                 "checkpoint.keep_best=loss",
-                "`checkpoint.keep_best` cannot be `loss`; it is one of `ndcg_at_10`, `ndcg_at_20`, `recall_at_10`, \
-                 `recall_at_20`, `mrr_at_20`",
+                "`checkpoint.keep_best` cannot be `loss`; it is one of `ndcg_at_10`, `ndcg_at_20`, \
+                 `recall_at_10`, `recall_at_20`, `mrr_at_20`",
             ),
         ] {
             assert_eq!(refused(LEAST, &[assignment]), message);
@@ -516,15 +551,24 @@ mod tests {
                 "[train]\nmicro_batch = \"a\"\nglobal_batch = \"a\"\n",
                 "`train.global_batch` must be a whole number",
             ),
-            ("[run]\ndevice = 1979-05-27\n", "`run.device` must be one of `auto`, `cpu`, `cuda`, not a date"),
+            (
+                "[run]\ndevice = 1979-05-27\n",
+                "`run.device` must be one of `auto`, `cpu`, `cuda`, not a date",
+            ),
         ] {
-            let lacking =
-                if text.contains("model") { "[data]\nfirst_day = 1\nlast_day = 3\n" } else { LEAST };
+            let lacking = if text.contains("model") {
+                "[data]\nfirst_day = 1\nlast_day = 3\n"
+            } else {
+                LEAST
+            };
             let refusal = refused(&format!("{text}{lacking}"), &[]);
             assert!(refusal.starts_with(&format!("`c.toml`: {message}")), "{refusal}");
         }
         let refusal = refused(&format!("{LEAST}[train]\nx = 1"), &["train.micro_batch=8"]);
-        assert!(refusal.starts_with("`c.toml`: unknown key `train.x` in the configuration"), "{refusal}");
+        assert!(
+            refusal.starts_with("`c.toml`: unknown key `train.x` in the configuration"),
+            "{refusal}"
+        );
     }
 
     #[test]
@@ -536,7 +580,10 @@ mod tests {
             ("[run]\nseed = 1\nseed = 2\n", "line 3, column 1: duplicate key"),
         ] {
             let refusal = refused(text, &[]);
-            assert!(refusal.starts_with(&format!("`c.toml` is not valid TOML: {place}")), "{refusal}");
+            assert!(
+                refusal.starts_with(&format!("`c.toml` is not valid TOML: {place}")),
+                "{refusal}"
+            );
             assert!(!refusal.contains('\n'), "{refusal}");
         }
     }
@@ -556,23 +603,33 @@ mod tests {
             "1979-05-27",
         ];
         let of_serde = [
-            "invalid", "struct", "enum", "usize", "u64", "i64", "f64", "variant", "sequence", "map",
-            "expected",
+            "invalid", "struct", "enum", "usize", "u64", "i64", "f64", "variant", "sequence",
+            "map", "expected",
         ];
         for kind in ["gru", "xlnet", "vsknn"] {
             let config = load(LEAST, &[&format!("model.kind={kind}")]).unwrap();
             let text = config.to_toml();
             let mut keys = BTreeMap::new();
             flatten("", &Value::try_from(&config).unwrap(), &mut keys);
-            let optional =
-                ["train.max_steps_per_day", "train.logits_mib", "checkpoint.keep_best", "train.non_finite"];
+            let optional = [
+                "train.max_steps_per_day",
+                "train.logits_mib",
+                "checkpoint.keep_best",
+                "train.non_finite",
+            ];
             for key in keys.keys().map(String::as_str).chain(optional) {
                 for value in wrong {
                     let Err(refusal) = load(&text, &[&format!("{key}={value}")]) else { continue };
                     let last = key.rsplit('.').next().unwrap();
-                    assert!(refusal.contains(last) || refusal.contains(key), "{key}={value}: {refusal}");
+                    assert!(
+                        refusal.contains(last) || refusal.contains(key),
+                        "{key}={value}: {refusal}"
+                    );
                     let words: Vec<&str> = refusal.split(|c: char| !c.is_alphanumeric()).collect();
-                    assert!(!of_serde.iter().any(|word| words.contains(word)), "{key}={value}: {refusal}");
+                    assert!(
+                        !of_serde.iter().any(|word| words.contains(word)),
+                        "{key}={value}: {refusal}"
+                    );
                     assert!(refusal.chars().count() <= 300, "{refusal}");
                 }
             }

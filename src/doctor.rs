@@ -32,7 +32,11 @@ const MIN_RELATIVE_RATE: f64 = 0.7;
 ///
 /// # Errors
 /// Returns an error if a collective call fails; a folder that cannot be written is advice.
-pub fn examine(place: &Place, dir: &Path, collective: &dyn Collective) -> Result<Findings, CollectiveError> {
+pub fn examine(
+    place: &Place,
+    dir: &Path,
+    collective: &dyn Collective,
+) -> Result<Findings, CollectiveError> {
     let ranks = collective.world_size();
     let device = if place.device.is_cuda() { "GPU" } else { "CPU" }.to_owned();
     let mut findings = Findings { ranks, device, ..Findings::default() };
@@ -62,7 +66,8 @@ fn add_versions(findings: &mut Findings, collective: &dyn Collective) {
     let (ranks, backend) = (collective.world_size(), collective.backend());
     findings.add("ranks", &format!("{ranks} ({backend})"));
     if ranks == 1 {
-        findings.add("", "run `mpirun -np N bireme doctor` to measure N ranks and their connections");
+        findings
+            .add("", "run `mpirun -np N bireme doctor` to measure N ranks and their connections");
     }
 }
 
@@ -73,7 +78,8 @@ fn add_multiply_rates(findings: &mut Findings) {
         let slow = rates.iter().position(|&rate| rate == least).unwrap_or(0);
         let percent = 100.0 * least / largest;
         findings.advice.push(format!(
-            "rank {slow} computes at {percent:.0} % of the fastest rank's rate: every step waits for it"
+            "rank {slow} computes at {percent:.0} % of the fastest rank's rate: every step waits \
+             for it"
         ));
     }
     let value = format!("{} GFLOP/s, f32, by rank", listed(rates, 1e-9));
@@ -120,7 +126,9 @@ fn add_clocks(findings: &mut Findings, collective: &dyn Collective) -> Result<()
     let value = format!("at most {:.3} ms apart, to {:.3} ms", skew * 1e3, uncertainty * 1e3);
     findings.add("clocks", &value);
     if skew - uncertainty > MAX_CLOCK_SKEW {
-        findings.advice.push(format!("the clocks of the hosts are {skew:.1} s apart: start NTP on them"));
+        findings
+            .advice
+            .push(format!("the clocks of the hosts are {skew:.1} s apart: start NTP on them"));
     }
     Ok(())
 }
@@ -147,18 +155,21 @@ fn add_file_system(
     match measured {
         Some(Ok(FileRates { write, read })) => {
             let (write_mb, read_mb) = (write / 1e6, read / 1e6);
-            let value =
-                format!("writes {write_mb:.0} MB/s, to the disk; reads them again at {read_mb:.0} MB/s");
+            let value = format!(
+                "writes {write_mb:.0} MB/s, to the disk; reads them again at {read_mb:.0} MB/s"
+            );
             findings.add(&format!("`{name}`"), &value);
             if write < MIN_WRITE_RATE {
                 let advice = format!(
-                    "`{name}` is written at {write_mb:.0} MB/s: checkpoints in it will delay training"
+                    "`{name}` is written at {write_mb:.0} MB/s: checkpoints in it will delay \
+                     training"
                 );
                 findings.advice.push(advice);
             }
             if let Some(rank) = sees_file.iter().position(|&sees_file| sees_file == 0) {
                 findings.advice.push(format!(
-                    "rank {rank} does not see the files that rank 0 writes to `{name}`: use a shared file system"
+                    "rank {rank} does not see the files that rank 0 writes to `{name}`: use a \
+                     shared file system"
                 ));
             }
         }
@@ -181,7 +192,11 @@ fn multiply_rate(device: Device) -> f64 {
 }
 
 /// *All ranks.* Seconds of an all-reduce of `n` f32, on the slowest rank.
-fn reduce_seconds(n: i64, device: Device, collective: &dyn Collective) -> Result<f64, CollectiveError> {
+fn reduce_seconds(
+    n: i64,
+    device: Device,
+    collective: &dyn Collective,
+) -> Result<f64, CollectiveError> {
     let mut tensor = Tensor::zeros([n], (Kind::Float, device));
     let seconds = median_seconds(|| {
         collective.all_reduce(&mut tensor, Reduce::Sum)?;
@@ -199,12 +214,18 @@ mod tests {
     #[test]
     fn ranks_are_examined_together_and_nothing_is_left_behind() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place { device: Device::Cpu, n_threads: 1, warnings: vec!["a word".to_owned()] };
-        let found = threads::spawn(2, |collective| examine(&place, dir.path(), collective).unwrap());
+        let place =
+            Place { device: Device::Cpu, n_threads: 1, warnings: vec!["a word".to_owned()] };
+        let found =
+            threads::spawn(2, |collective| examine(&place, dir.path(), collective).unwrap());
         let lines = found[0].lines.join("\n");
-        for part in
-            ["ranks                    2 (threads)", "all-reduce of 4 MiB", "clocks", "writes", "GFLOP/s"]
-        {
+        for part in [
+            "ranks                    2 (threads)",
+            "all-reduce of 4 MiB",
+            "clocks",
+            "writes",
+            "GFLOP/s",
+        ] {
             assert!(lines.contains(part), "{part} is not in\n{lines}");
         }
         assert!(found[0].advice.contains(&"a word".to_owned()));
@@ -216,6 +237,11 @@ mod tests {
         let nowhere = Path::new("/proc/nowhere");
         let place = Place { device: Device::Cpu, n_threads: 1, warnings: Vec::new() };
         let found = threads::spawn(1, |collective| examine(&place, nowhere, collective).unwrap());
-        assert!(found[0].advice.iter().any(|advice| advice.starts_with("`/proc/nowhere` cannot be written")));
+        assert!(
+            found[0]
+                .advice
+                .iter()
+                .any(|advice| advice.starts_with("`/proc/nowhere` cannot be written"))
+        );
     }
 }

@@ -7,15 +7,15 @@
 //! | module | from | to |
 //! | --- | --- | --- |
 //! | [`env`](mod@env) | the environment | names of variables |
-//! | [`etl`] | events | `sessions_by_day/<day_index>/{train,valid,test}.parquet`, a workflow, a schema |
+//! | [`etl`] | events | sessions in one folder for each day, a workflow, a schema |
 //! | [`config`] | a TOML file and `--set` | a run as resolved |
-//! | [`device`], [`collective`] | the launcher's environment | ranks that reduce, broadcast and gather |
+//! | [`device`], [`collective`] | the launcher's environment | ranks and their reductions |
 //! | [`data`] | day partitions | batches of sessions, the same for any number of ranks |
 //! | [`model`] | batches | scores over the catalogue, a summed loss, gradients |
 //! | [`optim`] | summed gradients | new parameters |
-//! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K over the full catalogue, each session's outcome |
+//! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K, the outcome of each session |
 //! | [`checkpoint`] | a run's state | a folder to go on from, on any number of ranks |
-//! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, lines on the terminal |
+//! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, log lines |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |
 //! | [`recommend`] | a model repository, events | recommendations with brand, category and price |

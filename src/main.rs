@@ -26,7 +26,8 @@ fn main() {
 /// Starts the program again, as the same process, where the environment lacks a variable that
 /// libraries have already read.
 fn complete_environment() {
-    let missing: Vec<_> = REQUIRED.into_iter().filter(|(name, _)| env::var_os(name).is_none()).collect();
+    let missing: Vec<_> =
+        REQUIRED.into_iter().filter(|(name, _)| env::var_os(name).is_none()).collect();
     let Ok(program) = env::current_exe() else { return };
     if missing.is_empty() {
         return;

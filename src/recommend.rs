@@ -196,7 +196,8 @@ pub fn recommend(
     repository.load(name)?;
     let model = repository.model(name, "").map_err(of_model)?;
     let etl = model.parts().find(|part| part.config.name == ModelNames::new(name).etl);
-    let etl = etl.ok_or_else(|| of_model(RequestError::invalid("it was not written by `bireme export`")))?;
+    let etl = etl
+        .ok_or_else(|| of_model(RequestError::invalid("it was not written by `bireme export`")))?;
     let dir = options.repository.join(&etl.config.name).join(etl.version.to_string());
     let etl = Preprocessor::load(&dir)?;
     if !model.config.output.iter().any(|output| output.name == N_ITEMS) {
@@ -214,7 +215,8 @@ pub fn recommend(
         let outputs = [SESSION, ITEM_IDS, ITEM_SCORES, FALLBACK, N_ITEMS].map(str::to_owned);
         let request = InferRequest { inputs, outputs: outputs.into(), ..InferRequest::default() };
         let outputs = model.infer_and_wait(request).map_err(of_model)?;
-        let answers = Answers::read(&outputs).map_err(|problem| of_model(RequestError::invalid(problem)))?;
+        let answers =
+            Answers::read(&outputs).map_err(|problem| of_model(RequestError::invalid(problem)))?;
         let by_session: HashMap<&str, &Vec<&RawEvent>> =
             sessions.iter().map(|events| (events[0].session.as_str(), events)).collect();
         for row in 0..answers.sessions.len() {
@@ -238,7 +240,9 @@ fn chunks(events: &[RawEvent], max_sessions: usize) -> Vec<Vec<Vec<&RawEvent>>> 
     for session in order.into_values().filter(|session: &Vec<&RawEvent>| session.len() > 1) {
         n_rows += session.len();
         match chunks.last_mut() {
-            Some(chunk) if n_rows <= MAX_REQUEST_EVENTS && chunk.len() < max_sessions => chunk.push(session),
+            Some(chunk) if n_rows <= MAX_REQUEST_EVENTS && chunk.len() < max_sessions => {
+                chunk.push(session)
+            }
             _ => {
                 n_rows = session.len();
                 chunks.push(vec![session]);
@@ -278,20 +282,21 @@ impl<'a> Answers<'a> {
         workflow: &'a Workflow,
     ) -> Session<'a> {
         let session = self.sessions[row];
-        let seen =
-            events.get(session).into_iter().flat_map(|events| events.iter()).map(|event| ProductInWords {
+        let seen = events.get(session).into_iter().flat_map(|events| events.iter()).map(|event| {
+            ProductInWords {
                 product_id: event.product_id,
                 category_code: event.category_code.as_deref(),
                 brand: event.brand.as_deref(),
                 price: event.price,
-            });
+            }
+        });
         let top_k = self.ids.len() / self.sessions.len();
         let n_items = usize::try_from(self.n_items[row]).unwrap_or(0).min(top_k);
         let places = row * top_k..row * top_k + n_items;
         let products = self.ids[places.clone()].iter().map(|&id| workflow.product(id));
         let recommended = products.zip(&self.scores[places]);
-        let recommended =
-            recommended.filter_map(|(product, &score)| Some(Recommendation { product: product?, score }));
+        let recommended = recommended
+            .filter_map(|(product, &score)| Some(Recommendation { product: product?, score }));
         Session {
             session,
             fallback: self.fallback[row],

@@ -35,7 +35,9 @@ pub enum Resume {
 /// A run directory that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RunDirError {
-    #[error("`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`")]
+    #[error(
+        "`{0}` already holds a run: choose another `--run-dir`, or replace it with `--overwrite`"
+    )]
     Taken(PathBuf),
     #[error(
         "`{path}` holds a run of another configuration: {difference}; choose another `--run-dir`, \
@@ -129,7 +131,12 @@ const OF_A_START: [&str; 2] = [RUN, DATA];
 
 impl RunRequest<'_> {
     /// Locks the run directory and looks for the run that it holds; changes nothing else.
-    pub fn open(&self, root: Root, resume: Resume, data: &Dataset) -> Result<OpenedRun, RunDirError> {
+    pub fn open(
+        &self,
+        root: Root,
+        resume: Resume,
+        data: &Dataset,
+    ) -> Result<OpenedRun, RunDirError> {
         let lock = lock_run_dir(root, self.run_dir);
         if let Err(in_use @ RunDirError::InUse { .. }) = lock {
             return Err(in_use);
@@ -165,8 +172,9 @@ impl RunRequest<'_> {
             return Err(RunDirError::OtherData { path: path.to_owned(), file: file.to_owned() });
         }
         let end_day = self.config.data.training_days().end;
-        let is_end =
-            state.is_some_and(|state| state.position.day + 1 == end_day && state.position.is_end_of_day());
+        let is_end = state.is_some_and(|state| {
+            state.position.day + 1 == end_day && state.position.is_end_of_day()
+        });
         let is_done = is_end && path.join(RESULTS).exists();
         Ok(OpenedRun { checkpoint, skipped, is_done, is_new: false, lock: None })
     }
@@ -207,7 +215,8 @@ impl RunRequest<'_> {
     fn keep_data(&self) -> Result<(), RunDirError> {
         let at = |source| self.io_error(source);
         let (data, kept) = (self.data_dir, self.run_dir.join(DATA));
-        let is_same = fs::read(data.join(etl::SCHEMA)).ok() == fs::read(kept.join(etl::SCHEMA)).ok();
+        let is_same =
+            fs::read(data.join(etl::SCHEMA)).ok() == fs::read(kept.join(etl::SCHEMA)).ok();
         if kept.is_dir() && is_same {
             return Ok(());
         }

@@ -62,7 +62,8 @@ pub enum ScalingError {
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(
-        "{ranks} ranks cannot share {n_micro_batches} micro-batches of a step: set `train.global_batch` or `train.micro_batch`"
+        "{ranks} ranks cannot share {n_micro_batches} micro-batches of a step: set \
+         `train.global_batch` or `train.micro_batch`"
     )]
     Ranks {
         ranks: usize,
@@ -123,13 +124,17 @@ const SCALING: FolderKind = FolderKind {
 ///
 /// # Errors
 /// See [`ScalingError`].
-pub fn scaling(options: &ScalingOptions, log: &mut dyn FnMut(&str)) -> Result<Scaling, ScalingError> {
+pub fn scaling(
+    options: &ScalingOptions,
+    log: &mut dyn FnMut(&str),
+) -> Result<Scaling, ScalingError> {
     let experiment = Experiment::prepare(options)?;
     output::check_outside(&options.out, &options.data).map_err(ScalingError::Output)?;
-    let folder = OutputFolder::in_place(&options.out, SCALING, log).map_err(|error| match error {
-        OutputError::Exists { path, .. } => ScalingError::Taken(path),
-        error => ScalingError::Output(error),
-    })?;
+    let folder =
+        OutputFolder::in_place(&options.out, SCALING, log).map_err(|error| match error {
+            OutputError::Exists { path, .. } => ScalingError::Taken(path),
+            error => ScalingError::Output(error),
+        })?;
     experiment.warn_of_shared_cores(log);
     let findings = experiment.examine()?;
     let threads_per_rank = experiment.threads_per_rank(&findings);
@@ -143,7 +148,8 @@ pub fn scaling(options: &ScalingOptions, log: &mut dyn FnMut(&str)) -> Result<Sc
     let alone = experiment.single_rank();
     let whole = measure(alone)?;
     let part = experiment.partial_batch().map(&mut measure).transpose()?;
-    let model = experiment.calibrate(part.as_ref().unwrap_or(&whole), &whole, Link::fit(&findings))?;
+    let model =
+        experiment.calibrate(part.as_ref().unwrap_or(&whole), &whole, Link::fit(&findings))?;
 
     let alone_seconds = whole.step.step_seconds;
     let point = |run, measured| experiment.point(run, measured, alone_seconds, &model);
@@ -233,7 +239,9 @@ impl<'a> Experiment<'a> {
         let Some(neural) = config.model.neural() else { return Err(ScalingError::Counts) };
         let item_width = neural.input().item_width;
         let n_micro_batches = config.train.global_batch / config.train.micro_batch;
-        if let Some(&ranks) = options.ranks.iter().find(|&&ranks| ranks > n_micro_batches || ranks == 0) {
+        if let Some(&ranks) =
+            options.ranks.iter().find(|&&ranks| ranks > n_micro_batches || ranks == 0)
+        {
             return Err(ScalingError::Ranks { ranks, n_micro_batches });
         }
         let mut ranks = options.ranks.clone();
@@ -282,14 +290,20 @@ impl<'a> Experiment<'a> {
 
     fn single_rank(&self) -> ScalingRun {
         let global_batch = self.config.train.global_batch;
-        ScalingRun { ranks: 1, growth: Growth::Strong, item_table: TableLayout::Replicated, global_batch }
+        ScalingRun {
+            ranks: 1,
+            growth: Growth::Strong,
+            item_table: TableLayout::Replicated,
+            global_batch,
+        }
     }
 
     /// One rank with a quarter of the micro-batches, if these are fewer.
     fn partial_batch(&self) -> Option<ScalingRun> {
         let train = &self.config.train;
         let global_batch = (train.global_batch / train.micro_batch).div_ceil(4) * train.micro_batch;
-        (global_batch < train.global_batch).then(|| ScalingRun { global_batch, ..self.single_rank() })
+        (global_batch < train.global_batch)
+            .then(|| ScalingRun { global_batch, ..self.single_rank() })
     }
 
     fn multi_rank_runs(&self) -> Vec<ScalingRun> {
@@ -336,7 +350,12 @@ impl<'a> Experiment<'a> {
         let MeasuredRun { step, command, .. } = measured;
         let item_table = item_table.into();
         let n_items = self.days.features().n_items() as f64;
-        let job = PredictedJob { ranks, item_table, n_items, sessions: global_batch as f64 / ranks as f64 };
+        let job = PredictedJob {
+            ranks,
+            item_table,
+            n_items,
+            sessions: global_batch as f64 / ranks as f64,
+        };
         let sessions_per_s = global_batch as f64 / step.step_seconds;
         let alone_per_s = self.config.train.global_batch as f64 / alone_seconds;
         ScalingPoint {
@@ -359,7 +378,11 @@ impl<'a> Experiment<'a> {
     }
 
     /// Trains on the first day and evaluates on the next.
-    fn measure(&self, run: ScalingRun, threads_per_rank: usize) -> Result<MeasuredRun, ScalingError> {
+    fn measure(
+        &self,
+        run: ScalingRun,
+        threads_per_rank: usize,
+    ) -> Result<MeasuredRun, ScalingError> {
         let run_dir = self.run_dir(run);
         io_at(&run_dir, fs::create_dir_all(self.options.out.join("runs")))?;
         let arguments = self.arguments(run, threads_per_rank);
@@ -391,7 +414,9 @@ impl<'a> Experiment<'a> {
         let paths = [("--config", config), ("--data", data), ("--run-dir", &run_dir)];
         let mut arguments = vec!["train".to_owned()];
         arguments.extend(
-            paths.iter().flat_map(|(option, path)| [(*option).to_owned(), path.display().to_string()]),
+            paths
+                .iter()
+                .flat_map(|(option, path)| [(*option).to_owned(), path.display().to_string()]),
         );
         arguments.extend(set.iter().chain(&keys).flat_map(|key| ["--set".to_owned(), key.clone()]));
         arguments

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A bare Debian in a folder, as a host with libtorch's own needs and nothing else: no Open MPI. Needs root and debootstrap.
+# A bare Debian in a folder, as a host with libtorch's own needs and nothing else: no Open MPI.
+# Needs root and debootstrap.
 #
 # usage: tests/bare_root.sh install  installs debootstrap where it is missing
 #        tests/bare_root.sh FOLDER   makes the folder

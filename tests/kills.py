@@ -4,10 +4,11 @@
     . launch/env.sh oversubscribe
     python tests/kills.py [--kills 20] [--seed 1] [--bireme target/release/bireme]
 
-One training of an XLNet with side information and dropout, in the reproducible mode, with a checkpoint after every other
-step. SIGKILL hits a random rank at a random moment, every third time while a checkpoint is being written; the next start
-has a random number of ranks from 1 to 4. At the end the SHA-256 of weights, optimizer, metrics, outcomes, results and of
-every exported file must be those of the unbroken training.
+One training of an XLNet with side information and dropout, in the reproducible mode, with a
+checkpoint after every other step. SIGKILL hits a random rank at a random moment, every third time
+while a checkpoint is being written; the next start has a random number of ranks from 1 to 4. At the
+end the SHA-256 of weights, optimizer, metrics, outcomes, results and of every exported file must be
+those of the unbroken training.
 
 Exit code 1 if they are not, or if a start ended otherwise than by the kill.
 """
@@ -81,10 +82,18 @@ def outcome(run, bireme):
     parts["results.txt"] = sha256(run / "results.txt")
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     times = {"seconds", "sessions_per_s"}
-    kept = [{key: value for key, value in record.items() if key not in times} for record in records if record["kind"] in ("step", "eval")]
+    kept = [
+        {key: value for key, value in record.items() if key not in times}
+        for record in records
+        if record["kind"] in ("step", "eval")
+    ]
     parts["metrics"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     repository = run.with_suffix(".repository")
-    subprocess.run([bireme, "export", "--run-dir", run, "--out", repository], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [bireme, "export", "--run-dir", run, "--out", repository],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     for file in sorted(repository.rglob("*")):
         # A manifest says when and from where.
         if file.is_file() and file.name != "manifest.json":
@@ -93,7 +102,9 @@ def outcome(run, bireme):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bireme", type=Path, default=Path("target/release/bireme"))
@@ -103,8 +114,16 @@ def main():
 
     folder = Path(tempfile.mkdtemp())
     (folder / "config.toml").write_text(CONFIG)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, "cwd": folder}
-    subprocess.run([bireme, *"synth --events 60000 --items 2000 --days 3 --seed 7 --out events.csv".split()], **quiet)
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "check": True,
+        "cwd": folder,
+    }
+    subprocess.run(
+        [bireme, *"synth --events 60000 --items 2000 --days 3 --seed 7 --out events.csv".split()],
+        **quiet,
+    )
     subprocess.run([bireme, *"preprocess --events events.csv --out data".split()], **quiet)
     train = [bireme, *"train --config config.toml --data data --run-dir".split()]
     begun = time.monotonic()
@@ -115,11 +134,18 @@ def main():
     run = folder / "killed"
     for kill in range(1, options.kills + 1):
         world_size = chance.randint(1, 4)
-        command = [*train, "killed"] if world_size == 1 else ["mpirun", "--bind-to", "none", "-np", str(world_size), *train, "killed"]
+        command = (
+            [*train, "killed"]
+            if world_size == 1
+            else ["mpirun", "--bind-to", "none", "-np", str(world_size), *train, "killed"]
+        )
         with (folder / "stderr").open("wb") as stderr:
-            started = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
+            started = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr
+            )
             begun = time.monotonic()
-            # A start takes about a second; all of them together are to come to a part of the training only.
+            # A start takes about a second; all of them together are to come to a part of the
+            # training only.
             moment = 1 + chance.uniform(0, 0.6 * unbroken_seconds / options.kills)
             while started.poll() is None and time.monotonic() - begun < moment:
                 time.sleep(0.001)
@@ -130,16 +156,23 @@ def main():
                 while started.poll() is None and not partial(run):
                     time.sleep(0.0001)
             if started.poll() is not None or len(pids) != world_size:
-                sys.exit(f"kill {kill}: the start ended by itself: {(folder / 'stderr').read_text()[-2000:]}")
+                sys.exit(
+                    f"kill {kill}: the start ended by itself: {(folder / 'stderr').read_text()[-2000:]}"
+                )
             os.kill(pids[rank], signal.SIGKILL)
             code = started.wait(60)
         told = (folder / "stderr").read_text()
         begun_at = [line for line in told.splitlines() if line.startswith("going on from")]
         position = begun_at[0].split("checkpoints/")[1] if begun_at else "the beginning"
         while_writing = ", while a checkpoint was written" if partial(run) else ""
-        print(f"kill {kill:2}: rank {rank} of {world_size} after {moment:.1f} s{while_writing}; exit code {code}; it had begun at {position}", flush=True)
+        print(
+            f"kill {kill:2}: rank {rank} of {world_size} after {moment:.1f} s{while_writing}; exit code {code}; it had begun at {position}",
+            flush=True,
+        )
     world_size = chance.randint(1, 4)
-    subprocess.run(["mpirun", "--bind-to", "none", "-np", str(world_size), *train, "killed"], **quiet)
+    subprocess.run(
+        ["mpirun", "--bind-to", "none", "-np", str(world_size), *train, "killed"], **quiet
+    )
     print(f"end on {world_size} ranks", flush=True)
 
     expected, found = outcome(folder / "unbroken", bireme), outcome(run, bireme)

@@ -1,10 +1,12 @@
-"""The transforms of `bireme preprocess` as one would write them in polars-python: CSV in, parquet by day out.
+"""The transforms of `bireme preprocess` as one would write them in polars-python: CSV in, parquet
+by day out.
 
     pip install polars
     python etl_polars.py events.csv OUT
 
-The whole input is one lazy query as far as it goes; what several later steps need is collected once. Sessions are
-split 80/10/10 by polars' seeded hash of the session id (other members than in Bireme, the same work).
+The whole input is one lazy query as far as it goes; what several later steps need is collected
+once. Sessions are split 80/10/10 by polars' seeded hash of the session id (other members than in
+Bireme, the same work).
 """
 
 import json
@@ -68,7 +70,9 @@ def read(path):
 
 def normal(column, std_mean):
     mean, std = std_mean
-    return ((pl.col(column) - mean) / std if std and std > 0 else pl.col(column) - mean).cast(pl.Float32)
+    return ((pl.col(column) - mean) / std if std and std > 0 else pl.col(column) - mean).cast(
+        pl.Float32
+    )
 
 
 def main(path, out):
@@ -107,7 +111,8 @@ def main(path, out):
             recency_log=((pl.col("ts") - pl.col("first")) / 86400).cast(pl.Float32).log1p(),
             et_dayofweek_sin=weekday.sin().cast(pl.Float32),
             et_dayofweek_cos=weekday.cos().cast(pl.Float32),
-            relative_price_to_avg_categ_id=(pl.col("price") - pl.col("avg")) / (pl.col("avg") + 1e-5),
+            relative_price_to_avg_categ_id=(pl.col("price") - pl.col("avg"))
+            / (pl.col("avg") + 1e-5),
         )
         .collect(engine="streaming")
     )
@@ -149,7 +154,11 @@ def main(path, out):
     for (day,), table in sessions.partition_by("day_index", as_dict=True).items():
         folder = out / "sessions_by_day" / str(day)
         folder.mkdir(parents=True)
-        for split, part in [("train", pl.col("r") < 8), ("valid", pl.col("r") == 8), ("test", pl.col("r") == 9)]:
+        for split, part in [
+            ("train", pl.col("r") < 8),
+            ("valid", pl.col("r") == 8),
+            ("test", pl.col("r") == 9),
+        ]:
             part = table.filter(part).drop("r", "day_index")
             part.write_parquet(
                 folder / f"{split}.parquet",

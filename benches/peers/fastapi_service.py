@@ -1,9 +1,11 @@
-"""The model of a repository as a service of FastAPI and PyTorch, for benches/serve.py to compare with.
+"""The model of a repository as a service of FastAPI and PyTorch, for benches/serve.py to compare
+with.
 
     REPOSITORY=repository NAME=shop uvicorn --app-dir benches/peers fastapi_service:app --workers 2
 
-What one would write by hand: events checked by pydantic, items looked up in a dictionary, the very TorchScript module
-that `bireme export` wrote, called for each request. It serves models of item ids alone, a session in each request.
+What one would write by hand: events checked by pydantic, items looked up in a dictionary, the very
+TorchScript module that `bireme export` wrote, called for each request. It serves models of item ids
+alone, a session in each request.
 
 Needs fastapi, uvicorn[standard], pyarrow, numpy and torch of the version that wrote the module.
 """
@@ -22,7 +24,9 @@ UNKNOWN = 1
 torch.set_num_threads(int(os.environ.get("TORCH_THREADS", "1")))
 repository, name = Path(os.environ["REPOSITORY"]), os.environ["NAME"]
 module = torch.jit.load(max((repository / f"{name}_model").glob("*/model.pt")))
-vocabulary = pyarrow.parquet.read_table(repository / f"{name}_etl/1/workflow/vocabulary/product_id.parquet")
+vocabulary = pyarrow.parquet.read_table(
+    repository / f"{name}_etl/1/workflow/vocabulary/product_id.parquet"
+)
 ids = dict(zip(vocabulary["product_id"].to_pylist(), vocabulary["id"].to_pylist()))
 app = FastAPI()
 
@@ -57,9 +61,12 @@ def ready():
 async def recommend(request: Request):
     """The best items for the session, and their scores.
 
-    `async`: a thread for each request would only make them wait for each other, as the module takes a core whole.
+    `async`: a thread for each request would only make them wait for each other, as the module takes
+    a core whole.
     """
-    products = [event.product_id for event in sorted(request.events, key=lambda event: event.event_time)]
+    products = [
+        event.product_id for event in sorted(request.events, key=lambda event: event.event_time)
+    ]
     distinct = [id for id, before in zip(products, [None, *products]) if id != before]
     items = [ids.get(id, UNKNOWN) for id in distinct][-20:]
     with torch.inference_mode():

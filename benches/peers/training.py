@@ -3,11 +3,13 @@
     python benches/peers/training.py DATA --model gru|xlnet|xlnet-side [--variant hf|lean] [--compile] [--steps 20]
     torchrun --nproc-per-node 2 benches/peers/training.py DATA ...      # data-parallel over gloo, a thread each
 
-Needs torch, transformers, pyarrow and numpy (benches/peers/requirements.txt). Day 1's train sessions, 256 a step, padded to 20;
-f32, the fused AdamW, gradients clipped at 1. Variants: `hf` is Hugging Face's XLNetModel over all positions, `lean` the
-same arithmetic with the last layer computed only where something is predicted. Both score only those positions against the
-catalogue, as the original does. Prints one line of JSON: sessions a second by the median step, of all processes, and by the
-steps at a tenth and nine tenths; GiB that the process reached at most, and of parameters and moments.
+Needs torch, transformers, pyarrow and numpy (benches/peers/requirements.txt). Day 1's train
+sessions, 256 a step, padded to 20; f32, the fused AdamW, gradients clipped at 1. Variants: `hf` is
+Hugging Face's XLNetModel over all positions, `lean` the same arithmetic with the last layer
+computed only where something is predicted. Both score only those positions against the catalogue,
+as the original does. Prints one line of JSON: sessions a second by the median step, of all
+processes, and by the steps at a tenth and nine tenths; GiB that the process reached at most, and of
+parameters and moments.
 """
 
 import argparse
@@ -27,8 +29,11 @@ LENGTH, WIDTH = 20, 64
 ITEM = "product_id-list_seq"
 CATEGORIES = ["brand-list_seq", "category_id-list_seq"]
 NUMBERS = [
-    "et_dayofweek_cos-list_seq", "et_dayofweek_sin-list_seq", "price_log_norm-list_seq",
-    "product_recency_days_log_norm-list_seq", "relative_price_to_avg_categ_id-list_seq",
+    "et_dayofweek_cos-list_seq",
+    "et_dayofweek_sin-list_seq",
+    "price_log_norm-list_seq",
+    "product_recency_days_log_norm-list_seq",
+    "relative_price_to_avg_categ_id-list_seq",
 ]
 
 
@@ -47,7 +52,7 @@ def read(data, names):
         lengths = numpy.diff(offsets)
         kind = numpy.int64 if name == ITEM or name in CATEGORIES else numpy.float32
         padded = numpy.zeros((len(lengths), LENGTH), kind)
-        padded[numpy.arange(LENGTH)[None] < lengths[:, None]] = values[offsets[0]:offsets[-1]]
+        padded[numpy.arange(LENGTH)[None] < lengths[:, None]] = values[offsets[0] : offsets[-1]]
         columns[name] = torch.from_numpy(padded)
     return columns
 
@@ -56,7 +61,9 @@ class Inputs(nn.Module):
     def __init__(self, rows, side, d_projected, d_body):
         super().__init__()
         self.side = side
-        self.tables = nn.ModuleDict({name.split("-")[0]: nn.Embedding(n, WIDTH, padding_idx=0) for name, n in rows.items()})
+        self.tables = nn.ModuleDict(
+            {name.split("-")[0]: nn.Embedding(n, WIDTH, padding_idx=0) for name, n in rows.items()}
+        )
         for table in self.tables.values():
             nn.init.normal_(table.weight, std=0.05)
         width = 3 * WIDTH + len(NUMBERS) if side else WIDTH
@@ -66,7 +73,10 @@ class Inputs(nn.Module):
 
     def forward(self, columns, hidden):
         names = sorted([ITEM, *CATEGORIES, *NUMBERS]) if self.side else [ITEM]
-        parts = [columns[n].unsqueeze(-1) if n in NUMBERS else self.tables[n.split("-")[0]](columns[n]) for n in names]
+        parts = [
+            columns[n].unsqueeze(-1) if n in NUMBERS else self.tables[n.split("-")[0]](columns[n])
+            for n in names
+        ]
         x = torch.cat(parts, -1)
         if self.projection:
             x = self.projection(x).relu()
@@ -97,7 +107,9 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         for name in "qkvor":
             setattr(self, name, nn.Parameter(torch.randn(d, d) * 0.01))
-        self.r_w, self.r_r = (nn.Parameter(torch.randn(heads, 1, d // heads) * 0.01) for _ in range(2))
+        self.r_w, self.r_r = (
+            nn.Parameter(torch.randn(heads, 1, d // heads) * 0.01) for _ in range(2)
+        )
         self.norm_1, self.norm_2 = nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
@@ -120,9 +132,15 @@ class Attention(nn.Module):
             sessions, places = read_at // length, read_at % length
             h = h.reshape(-1, d)[read_at]
             q = (h @ self.q).view(-1, heads, d // heads).transpose(0, 1)
-            content = ((q + self.r_w).transpose(0, 1).unsqueeze(2) @ k[sessions].transpose(2, 3)).squeeze(2)
+            content = (
+                (q + self.r_w).transpose(0, 1).unsqueeze(2) @ k[sessions].transpose(2, 3)
+            ).squeeze(2)
             columns = torch.arange(length, device=h.device)[None] - places[:, None] + length
-            position = ((q + self.r_r) @ r).transpose(0, 1).gather(2, columns[:, None].expand(-1, heads, -1))
+            position = (
+                ((q + self.r_r) @ r)
+                .transpose(0, 1)
+                .gather(2, columns[:, None].expand(-1, heads, -1))
+            )
             weights = self.drop(((content + position) * (d // heads) ** -0.5).softmax(-1))
             found = (weights.unsqueeze(2) @ v[sessions]).reshape(-1, d)
         h = self.norm_1(self.drop(found @ self.o.T) + h)
@@ -151,10 +169,20 @@ class HfXlnet(nn.Module):
         from transformers import XLNetConfig, XLNetModel
 
         self.inputs = Inputs(rows, side, 192, 192)
-        self.body = XLNetModel(XLNetConfig(
-            vocab_size=1, d_model=192, n_layer=2, n_head=4, d_inner=768, ff_activation="gelu", dropout=0.3,
-            initializer_range=0.01, layer_norm_eps=0.03, pad_token_id=0,
-        ))
+        self.body = XLNetModel(
+            XLNetConfig(
+                vocab_size=1,
+                d_model=192,
+                n_layer=2,
+                n_head=4,
+                d_inner=768,
+                ff_activation="gelu",
+                dropout=0.3,
+                initializer_range=0.01,
+                layer_norm_eps=0.03,
+                pad_token_id=0,
+            )
+        )
         self.to_item = nn.Linear(192, WIDTH)
 
     def forward(self, columns, hidden, read_at):
@@ -188,7 +216,8 @@ def masked(items):
 
 
 def inputs(batch, options):
-    """What a model is given: columns, what is hidden, where it is read, and what it should say there."""
+    """What a model is given: columns, what is hidden, where it is read, and what it should say
+    there."""
     items = batch[ITEM]
     if options.model == "gru":
         hidden, following = None, functional.pad(items[:, 1:], (0, 1))
@@ -200,7 +229,9 @@ def inputs(batch, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", choices=["gru", "xlnet", "xlnet-side"], required=True)
     parser.add_argument("--variant", choices=["hf", "lean"], default="hf")
@@ -210,7 +241,9 @@ def main():
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", help="cpu or cuda, one process only")
-    parser.add_argument("--tf32", action="store_true", help="let a GPU multiply with 11 binary digits")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let a GPU multiply with 11 binary digits"
+    )
     options = parser.parse_args()
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -230,7 +263,9 @@ def main():
     order = torch.randperm(len(columns[ITEM]), generator=torch.Generator().manual_seed(3))
     if world_size > 1:
         # DistributedDataParallel waits for the gradient of every parameter.
-        model(*inputs({name: column[order[:8]] for name, column in columns.items()}, options)).backward()
+        model(
+            *inputs({name: column[order[:8]] for name, column in columns.items()}, options)
+        ).backward()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         model.zero_grad()
@@ -244,7 +279,7 @@ def main():
     seconds = []
     for step in range(options.warm_up + options.steps):
         first = (step * options.batch + rank * own) % (n - own)
-        batch = {name: column[order[first:first + own]] for name, column in columns.items()}
+        batch = {name: column[order[first : first + own]] for name, column in columns.items()}
         began = time.perf_counter()
         batch = {name: column.to(options.device) for name, column in batch.items()}
         loss = run(*inputs(batch, options))
@@ -254,12 +289,17 @@ def main():
         optimizer.step()
         loss.item()
         seconds.append(time.perf_counter() - began)
-    seconds = sorted(seconds[options.warm_up:])
+    seconds = sorted(seconds[options.warm_up :])
     rate = lambda share: options.batch / seconds[min(len(seconds) - 1, int(share * len(seconds)))]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures = {
-        "sessions_per_s": rate(0.5), "slow": rate(0.9), "fast": rate(0.1), "peak_gib": peak,
-        "state_gib": 3 * 4 * n_parameters / 2**30, "loss": loss.item(), "n_items": rows[ITEM],
+        "sessions_per_s": rate(0.5),
+        "slow": rate(0.9),
+        "fast": rate(0.1),
+        "peak_gib": peak,
+        "state_gib": 3 * 4 * n_parameters / 2**30,
+        "loss": loss.item(),
+        "n_items": rows[ITEM],
     }
     if rank == 0:
         print(json.dumps(figures), flush=True)

@@ -19,7 +19,8 @@ pub fn log(line: &str) {
 
 /// Writes why the command ends to stderr: a line, and a second one for a hint after `\nhint: `.
 pub fn error(message: &str) {
-    let (message, hint) = message.split_once("\nhint: ").map_or((message, None), |(m, h)| (m, Some(h)));
+    let (message, hint) =
+        message.split_once("\nhint: ").map_or((message, None), |(m, h)| (m, Some(h)));
     let mut lines = format!("error: {}", message::single_line(message));
     if let Some(hint) = hint {
         lines += &format!("\nhint: {}", message::single_line(hint));
@@ -57,16 +58,19 @@ pub fn unless_closed(written: io::Result<()>) -> io::Result<()> {
 /// request to report it, and the backtrace if `RUST_BACKTRACE` asks for one. `place` says where in
 /// a job it happened, and may be empty.
 pub fn internal_error(place: &str, panic: &PanicHookInfo<'_>) {
-    let at = panic
-        .location()
-        .map_or(String::new(), |location| format!(" ({}:{})", source_path(location.file()), location.line()));
+    let at = panic.location().map_or(String::new(), |location| {
+        format!(" ({}:{})", source_path(location.file()), location.line())
+    });
     let place = if place.is_empty() { String::new() } else { format!("{place}: ") };
-    let payload = message::single_line(panic.payload_as_str().unwrap_or("a panic without a message"));
+    let payload =
+        message::single_line(panic.payload_as_str().unwrap_or("a panic without a message"));
     let backtrace = Backtrace::capture();
     let more = match backtrace.status() {
         BacktraceStatus::Captured => format!("\n{backtrace}"),
-        _ => "\nhint: this is a fault of bireme: please report it, with what `RUST_BACKTRACE=1` adds"
-            .to_owned(),
+        _ => {
+            "\nhint: this is a fault of bireme: please report it, with what `RUST_BACKTRACE=1` adds"
+                .to_owned()
+        }
     };
     log(&format!("error: internal error: {place}{payload}{at}{more}"));
 }
@@ -79,7 +83,8 @@ pub fn panic_text(payload: &(dyn Any + Send)) -> Option<&str> {
 
 /// A path in the sources without the folder of the registry that a library was built in.
 fn source_path(path: &str) -> &str {
-    let in_registry = path.split_once("/registry/src/").and_then(|(_, inside)| inside.split_once('/'));
+    let in_registry =
+        path.split_once("/registry/src/").and_then(|(_, inside)| inside.split_once('/'));
     in_registry.map_or(path, |(_, inside)| inside)
 }
 
@@ -96,7 +101,8 @@ mod tests {
 
     #[test]
     fn libraries_are_named_without_the_registry() {
-        let path = "/home/me/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f/tch-0.24.0/src/lib.rs";
+        let path =
+            "/home/me/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f/tch-0.24.0/src/lib.rs";
         assert_eq!(source_path(path), "tch-0.24.0/src/lib.rs");
         assert_eq!(source_path("src/main.rs"), "src/main.rs");
     }

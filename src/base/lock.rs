@@ -76,19 +76,28 @@ impl Lock {
     /// `wait` lasts as long as an owner on another host may take to change its record.
     fn acquire_as(path: &Path, host: &str, wait: &mut dyn FnMut()) -> Result<Self, LockError> {
         let io = |source| LockError::Io { path: path.into(), source };
-        let mut file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(held(read_record(&mut file).map_err(io)?)),
             // On a file system without `flock`, the record alone protects the output.
             Err(TryLockError::Error(e))
-                if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK)) => {}
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK)
+                ) => {}
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
         // The owner before may have removed the file between the opening and the locking.
         let locked = file.metadata().map_err(io)?;
-        if !fs::metadata(path).is_ok_and(|of| (of.dev(), of.ino()) == (locked.dev(), locked.ino())) {
+        if !fs::metadata(path).is_ok_and(|of| (of.dev(), of.ino()) == (locked.dev(), locked.ino()))
+        {
             return Self::acquire_as(path, host, wait);
         }
         let before = read_record(&mut file).map_err(io)?;
@@ -154,7 +163,8 @@ struct Record {
 impl Record {
     fn parse(text: &str) -> Option<Self> {
         let mut words = text.trim_end().splitn(3, ' ');
-        let (pid, count, host) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?);
+        let (pid, count, host) =
+            (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?);
         Some(Self { owner: Owner { host: host.into(), pid }, count })
     }
 }
@@ -167,7 +177,10 @@ fn read_record(file: &mut File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn write_record(file: &mut File, Record { owner: Owner { host, pid }, count }: &Record) -> io::Result<()> {
+fn write_record(
+    file: &mut File,
+    Record { owner: Owner { host, pid }, count }: &Record,
+) -> io::Result<()> {
     let line = format!("{pid} {count} {host}\n");
     file.seek(SeekFrom::Start(0))?;
     file.write_all(line.as_bytes())?;
@@ -184,7 +197,10 @@ mod tests {
         let path = dir.path().join("lock");
         let first = Lock::acquire(&path).unwrap();
         let refused = Lock::acquire(&path).unwrap_err();
-        assert_eq!(refused.to_string(), format!("in use by process {} on {}", process::id(), host_name()));
+        assert_eq!(
+            refused.to_string(),
+            format!("in use by process {} on {}", process::id(), host_name())
+        );
         drop(first);
         Lock::acquire(&path).unwrap();
     }

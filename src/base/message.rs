@@ -112,7 +112,10 @@ fn escape(text: &str) -> String {
     // Terminals also act on the controls U+0080 to U+009F and on marks of direction.
     let is_safe = |c: char| {
         !c.is_control()
-            && !matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+            && !matches!(
+                c,
+                '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+            )
     };
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -178,7 +181,8 @@ mod tests {
                 "index out of range",
             ),
             (
-                "failed.\nTraceback of TorchScript (most recent call last):\n  File x\n  y\nRuntimeError: k out of range\n",
+                "failed.\nTraceback of TorchScript (most recent call last):\n  File x\n  y\n\
+                 RuntimeError: k out of range\n",
                 "RuntimeError: k out of range",
             ),
         ] {
@@ -192,7 +196,10 @@ mod tests {
         #[error("{0}")]
         struct Outer(&'static str, #[source] std::fmt::Error);
         let cause = std::fmt::Error.to_string();
-        assert_eq!(chain(&Outer("cannot print", std::fmt::Error)), format!("cannot print: {cause}"));
+        assert_eq!(
+            chain(&Outer("cannot print", std::fmt::Error)),
+            format!("cannot print: {cause}")
+        );
         let said: &'static str = Box::leak(format!("cannot print: {cause}").into_boxed_str());
         assert_eq!(chain(&Outer(said, std::fmt::Error)), format!("cannot print: {cause}"));
     }

@@ -144,7 +144,10 @@ pub fn check_outside(out: &Path, input: &Path) -> Result<(), OutputError> {
         _ => return Ok(()),
     };
     let Ok(input_path) = input.canonicalize() else { return Ok(()) };
-    if target.ancestors().any(|folder| folder.canonicalize().is_ok_and(|folder| folder == input_path)) {
+    if target
+        .ancestors()
+        .any(|folder| folder.canonicalize().is_ok_and(|folder| folder == input_path))
+    {
         let problem = format!("it lies in `{}`, which is read", input.display());
         return Err(OutputError::Refused { path: out.into(), problem });
     }
@@ -273,7 +276,10 @@ impl Staging {
                 Err(source) => return Err(OutputError::InUse { path: given.into(), source }),
             }
         }
-        Err(OutputError::Refused { path: given.into(), problem: "other commands are writing it".into() })
+        Err(OutputError::Refused {
+            path: given.into(),
+            problem: "other commands are writing it".into(),
+        })
     }
 
     /// Removes what an interrupted command left. From here on, the folder is removed in the end.
@@ -370,7 +376,8 @@ impl OutputFile {
     /// The path cannot be written to, or another process writes it.
     pub fn create(path: &Path, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
         let refused = OutputError::refused(path);
-        let problem = |problem: &str| OutputError::Refused { path: path.into(), problem: problem.into() };
+        let problem =
+            |problem: &str| OutputError::Refused { path: path.into(), problem: problem.into() };
         let direct = |file, is_stdout| Self { path: path.into(), file, staged: None, is_stdout };
         if path == Path::new("-") {
             return descriptor(libc::STDOUT_FILENO).map(|file| direct(file, true)).map_err(refused);
@@ -452,9 +459,12 @@ impl OutputFile {
         }
         match fs::rename(staging.out(), &target) {
             // A file that is a mount point keeps its place and gets the content.
-            Err(error) if matches!(error.kind(), ErrorKind::ResourceBusy | ErrorKind::CrossesDevices) => {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::ResourceBusy | ErrorKind::CrossesDevices) =>
+            {
                 let from = &mut File::open(staging.out()).map_err(failed)?;
-                let mut to = OpenOptions::new().write(true).truncate(true).open(&target).map_err(failed)?;
+                let mut to =
+                    OpenOptions::new().write(true).truncate(true).open(&target).map_err(failed)?;
                 io::copy(from, &mut to).and_then(|_| to.sync_all()).map_err(failed)?;
             }
             renamed => renamed.map_err(failed)?,
@@ -558,7 +568,8 @@ impl OutputFolder {
         overwrite: bool,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, OutputError> {
-        let problem = |problem: &str| OutputError::Refused { path: path.into(), problem: problem.into() };
+        let problem =
+            |problem: &str| OutputError::Refused { path: path.into(), problem: problem.into() };
         if path.as_os_str().is_empty() {
             return Err(problem("the path is empty"));
         }
@@ -579,7 +590,8 @@ impl OutputFolder {
         } else {
             let made = make_folders(folder_of(&target)).map_err(OutputError::refused(path))?;
             let staging = Staging::create(staging_beside(&target), path, made.clone());
-            staging.inspect_err(|_| made.iter().rev().for_each(|made| drop(fs::remove_dir(made))))?
+            staging
+                .inspect_err(|_| made.iter().rev().for_each(|made| drop(fs::remove_dir(made))))?
         };
         if mode == Mode::Inside
             && let Err(error) = recover(&staging.dir, &target, kind)
@@ -604,7 +616,11 @@ impl OutputFolder {
     ///
     /// # Errors
     /// See [`OutputFolder::create`].
-    pub fn in_place(path: &Path, kind: FolderKind, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
+    pub fn in_place(
+        path: &Path,
+        kind: FolderKind,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, OutputError> {
         let refused = OutputError::refused(path);
         let is_left = is_staging(&path.join(INSIDE));
         if path.is_dir() && !is_left {
@@ -649,7 +665,9 @@ impl OutputFolder {
         sync_tree(&written).map_err(OutputError::io("write", &given))?;
         let guard = uninterrupted(&given)?;
         let published = match mode {
-            Mode::Beside => fs::rename(staging.out(), &target).map(|()| sync_folder(folder_of(&target))),
+            Mode::Beside => {
+                fs::rename(staging.out(), &target).map(|()| sync_folder(folder_of(&target)))
+            }
             Mode::Inside => place(&staging.dir, &target, kind),
             Mode::InPlace => Ok(()),
         };
@@ -676,7 +694,11 @@ impl OutputEntries {
     ///
     /// # Errors
     /// The folder cannot be written to, or another process adds entries of that name.
-    pub fn create(folder: &Path, name: &str, note: &mut dyn FnMut(&str)) -> Result<Self, OutputError> {
+    pub fn create(
+        folder: &Path,
+        name: &str,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, OutputError> {
         check_folder(folder)?;
         let refused = OutputError::refused(folder);
         let made = make_folders(folder).map_err(&refused)?;
@@ -727,7 +749,12 @@ pub fn check_folder(path: &Path) -> Result<(), OutputError> {
 }
 
 /// Refuses a folder that holds something that is not to be replaced.
-fn check_free(target: &Path, given: &Path, kind: FolderKind, overwrite: bool) -> Result<(), OutputError> {
+fn check_free(
+    target: &Path,
+    given: &Path,
+    kind: FolderKind,
+    overwrite: bool,
+) -> Result<(), OutputError> {
     let entries = fs::read_dir(target).map_err(OutputError::refused(given))?;
     let mut is_free = true;
     for entry in entries {
@@ -759,13 +786,17 @@ pub fn create_folder(folder: &Path) -> io::Result<()> {
 /// As [`create_folder`]; returns the folders that were missing, outermost first.
 fn make_folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let mut made = Vec::new();
-    let remove_made = |made: &[PathBuf]| made.iter().rev().for_each(|made| drop(fs::remove_dir(made)));
-    let mut parts: Vec<&Path> = folder.ancestors().filter(|path| !path.as_os_str().is_empty()).collect();
+    let remove_made =
+        |made: &[PathBuf]| made.iter().rev().for_each(|made| drop(fs::remove_dir(made)));
+    let mut parts: Vec<&Path> =
+        folder.ancestors().filter(|path| !path.as_os_str().is_empty()).collect();
     parts.reverse();
     for part in parts.into_iter().filter(|part| !part.exists()) {
         // `mkdir` does not follow a link.
         let created = match Target::of(part) {
-            Ok(Target::Missing(target)) if target != part && part.is_symlink() => make_folders(&target),
+            Ok(Target::Missing(target)) if target != part && part.is_symlink() => {
+                make_folders(&target)
+            }
             Ok(_) => fs::create_dir(part).map(|()| vec![part.to_owned()]),
             Err(error) => Err(error),
         };
@@ -879,8 +910,9 @@ mod tests {
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
         names.sort();
         names
     }
@@ -985,7 +1017,8 @@ mod tests {
             assert_eq!(error.exit_code(), 2, "{error}");
         }
         for name in ["file", "file/data", "socket"] {
-            let error = OutputFolder::create(&dir.join(name), KIND, false, &mut silent).unwrap_err();
+            let error =
+                OutputFolder::create(&dir.join(name), KIND, false, &mut silent).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{error}");
         }
         drop(socket);

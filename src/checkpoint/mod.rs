@@ -162,7 +162,10 @@ pub enum CheckpointError {
     /// The state cannot be parsed.
     #[error("`{path}` is not the state of a checkpoint of this version")]
     State { path: PathBuf, source: serde_json::Error },
-    #[error("`{dir}` holds no complete checkpoint{}", skipped.iter().map(|s| format!("; {s}")).collect::<String>())]
+    #[error(
+        "`{dir}` holds no complete checkpoint{}",
+        skipped.iter().map(|s| format!("; {s}")).collect::<String>()
+    )]
     None {
         dir: PathBuf,
         /// The incomplete checkpoints in `dir`, each with its problem.
@@ -188,7 +191,10 @@ impl UserError for CheckpointError {
     fn exit_code(&self) -> i32 {
         match self {
             Self::Io { .. } | Self::Tensors { .. } | Self::Background(_) => FAILED,
-            Self::State { .. } | Self::None { .. } | Self::Unknown { .. } | Self::Mismatch { .. } => REFUSED,
+            Self::State { .. }
+            | Self::None { .. }
+            | Self::Unknown { .. }
+            | Self::Mismatch { .. } => REFUSED,
         }
     }
 }
@@ -266,7 +272,8 @@ impl Checkpoints {
                 // A training run removed this checkpoint meanwhile, after it wrote a newer one:
                 // look again.
                 is_outdated |= !path.exists();
-                skipped.extend(found.err().map(|problem| format!("`{}`: {problem}", path.display())));
+                skipped
+                    .extend(found.err().map(|problem| format!("`{}`: {problem}", path.display())));
             }
             if !is_outdated {
                 return Err(CheckpointError::None { dir: self.dir.clone(), skipped });
@@ -287,7 +294,10 @@ impl Checkpoints {
             Some(path) => read(path.clone()),
             None => {
                 let names = others.iter().filter(is_complete).filter_map(|path| path.file_name());
-                let have = names.map(|name| format!("`{}`", name.display())).collect::<Vec<_>>().join(", ");
+                let have = names
+                    .map(|name| format!("`{}`", name.display()))
+                    .collect::<Vec<_>>()
+                    .join(", ");
                 Err(CheckpointError::Unknown { name: name.to_owned(), dir: self.dir.clone(), have })
             }
         }
@@ -314,7 +324,8 @@ impl Checkpoints {
     /// Folders with the name of a checkpoint, oldest first.
     fn folders(&self) -> Result<Vec<(CheckpointId, PathBuf)>, CheckpointError> {
         let with_id = |path: PathBuf| {
-            let (day, step) = path.file_name()?.to_str()?.strip_prefix("day-")?.split_once("-step-")?;
+            let (day, step) =
+                path.file_name()?.to_str()?.strip_prefix("day-")?.split_once("-step-")?;
             Some((CheckpointId { day: day.parse().ok()?, global_step: step.parse().ok()? }, path))
         };
         let mut folders: Vec<_> = self.entries()?.into_iter().filter_map(with_id).collect();
@@ -326,7 +337,9 @@ impl Checkpoints {
         match fs::read_dir(&self.dir) {
             Ok(entries) => Ok(entries.filter_map(Result::ok).map(|entry| entry.path()).collect()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(source) => Err(CheckpointError::Io { action: "read", path: self.dir.clone(), source }),
+            Err(source) => {
+                Err(CheckpointError::Io { action: "read", path: self.dir.clone(), source })
+            }
         }
     }
 }
@@ -390,11 +403,12 @@ impl<'a> CheckpointWriter<'a> {
         }
         let counts = vec![("occurrences".to_owned(), Tensor::from_slice(occurrences))];
         let counts_path = folder.join(OCCURRENCES);
-        let written = TensorFile::create(&counts_path, &counts, &ItemTable::replicated(state.n_items))
-            .and_then(|mut file| {
-                file.put(&counts[0].1);
-                file.finish()
-            });
+        let written =
+            TensorFile::create(&counts_path, &counts, &ItemTable::replicated(state.n_items))
+                .and_then(|mut file| {
+                    file.put(&counts[0].1);
+                    file.finish()
+                });
         io_at("write", &counts_path, written)?;
         write_json(&folder.join(STATE), state)?;
         let manifest_path = folder.join(MANIFEST);
@@ -405,7 +419,8 @@ impl<'a> CheckpointWriter<'a> {
         sync(&checkpoints.dir)?;
         // Later checkpoints are incomplete, or this run would have resumed from them; they do not
         // count.
-        let saved = checkpoints.folders()?.into_iter().map(|(id, _)| id).filter(|&id| id <= state.id());
+        let saved =
+            checkpoints.folders()?.into_iter().map(|(id, _)| id).filter(|&id| id <= state.id());
         let saved: Vec<CheckpointId> = saved.collect();
         for id in superseded(&saved, &state.config.checkpoint, &state.evaluated) {
             let path = checkpoints.path(id);
@@ -449,7 +464,11 @@ pub fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, CheckpointErro
     })
 }
 
-fn io_at<T>(action: &'static str, path: &Path, result: io::Result<T>) -> Result<T, CheckpointError> {
+fn io_at<T>(
+    action: &'static str,
+    path: &Path,
+    result: io::Result<T>,
+) -> Result<T, CheckpointError> {
     result.map_err(|source| CheckpointError::Io { action, path: path.to_owned(), source })
 }
 

@@ -57,7 +57,8 @@ mod tests {
 
     #[test]
     fn the_last_checkpoint_of_every_day_is_kept() {
-        let config = CheckpointConfig { keep_last: 1, keep_days: true, ..CheckpointConfig::default() };
+        let config =
+            CheckpointConfig { keep_last: 1, keep_days: true, ..CheckpointConfig::default() };
         assert_eq!(kept(&config, &[]), [10, 20, 30, 35]);
     }
 

@@ -71,9 +71,11 @@ impl Saver {
             });
             copied.collect()
         };
-        let tensors = Tensors { weights: copy(&tensors.weights), optimizer: copy(&tensors.optimizer) };
+        let tensors =
+            Tensors { weights: copy(&tensors.weights), optimizer: copy(&tensors.optimizer) };
         let snapshot = Snapshot { state, tensors, occurrences: occurrences.to_vec() };
-        let is_sent = self.to_writer.as_ref().is_some_and(|to_writer| to_writer.send(snapshot).is_ok());
+        let is_sent =
+            self.to_writer.as_ref().is_some_and(|to_writer| to_writer.send(snapshot).is_ok());
         if !is_sent {
             self.finish()?;
         }

@@ -59,16 +59,18 @@ impl<'a> SharedCheckpoint<'a> {
         item_table: ItemTable<'a>,
         collective: &'a dyn Collective,
     ) -> Result<Option<Self>, CollectiveError> {
-        let header = on_root.as_ref().map(|Checkpoint { path, state, tensors, occurrences }| Header {
-            path: path.clone(),
-            state: state.clone(),
-            weights: tensors.weights.iter().map(TensorSpec::of).collect(),
-            optimizer: tensors.optimizer.iter().map(TensorSpec::of).collect(),
-            n_occurrences: occurrences.len(),
-        });
+        let header =
+            on_root.as_ref().map(|Checkpoint { path, state, tensors, occurrences }| Header {
+                path: path.clone(),
+                state: state.clone(),
+                weights: tensors.weights.iter().map(TensorSpec::of).collect(),
+                optimizer: tensors.optimizer.iter().map(TensorSpec::of).collect(),
+                n_occurrences: occurrences.len(),
+            });
         let header = serde_json::to_vec(&header).expect("a state is JSON");
         let header = collective.broadcast_bytes(header, 0)?;
-        let header: Option<Header> = serde_json::from_slice(&header).expect("rank 0 has written it");
+        let header: Option<Header> =
+            serde_json::from_slice(&header).expect("rank 0 has written it");
         let Some(header) = header else { return Ok(None) };
         let (tensors, mut occurrences) = match on_root {
             Some(Checkpoint { tensors, occurrences, .. }) => (Some(tensors), occurrences),
@@ -116,7 +118,10 @@ impl<'a> SharedCheckpoint<'a> {
 
     /// *All ranks*, with the same number of calls of `next`. Receives the state of the optimizer.
     pub fn optimizer(&self) -> impl Iterator<Item = Result<(&str, Tensor), CollectiveError>> {
-        self.receive(&self.header.optimizer, self.tensors.as_ref().map(|tensors| &tensors.optimizer))
+        self.receive(
+            &self.header.optimizer,
+            self.tensors.as_ref().map(|tensors| &tensors.optimizer),
+        )
     }
 
     fn receive<'b>(

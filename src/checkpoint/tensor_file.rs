@@ -29,7 +29,11 @@ pub(super) struct TensorFile {
 impl TensorFile {
     /// Creates a file with a header for the tensors `named`, f32 or i64. If the item table is
     /// sharded, its tensors have this rank's rows, and the file will have all rows.
-    pub fn create(path: &Path, named: &[(String, Tensor)], item_table: &ItemTable<'_>) -> io::Result<Self> {
+    pub fn create(
+        path: &Path,
+        named: &[(String, Tensor)],
+        item_table: &ItemTable<'_>,
+    ) -> io::Result<Self> {
         let mut header = Map::new();
         let mut end = 0;
         for (name, tensor) in named {
@@ -43,8 +47,10 @@ impl TensorFile {
             };
             let start = end;
             end += size.iter().product::<i64>() * n_bytes;
-            header
-                .insert(name.clone(), json!({ "dtype": kind, "shape": size, "data_offsets": [start, end] }));
+            header.insert(
+                name.clone(),
+                json!({ "dtype": kind, "shape": size, "data_offsets": [start, end] }),
+            );
         }
         let mut header = Value::Object(header).to_string();
         // Padding aligns the data to 8 bytes.
@@ -184,7 +190,11 @@ pub(super) fn scatter_rows(
         let overlap = first.max(rows.start)..end.min(rows.end);
         if !overlap.is_empty() {
             let n = overlap.end - overlap.start;
-            local.narrow(0, overlap.start - rows.start, n).copy_(&block.narrow(0, overlap.start - first, n));
+            local.narrow(0, overlap.start - rows.start, n).copy_(&block.narrow(
+                0,
+                overlap.start - first,
+                n,
+            ));
         }
     }
     Ok(local)
@@ -208,8 +218,9 @@ mod tests {
                 let item_table = ItemTable::sharded(200, collective);
                 let local = table().narrow(0, item_table.rows.start, item_table.len());
                 let named = [("item_table.weight".to_owned(), local), ("rest".to_owned(), rest())];
-                let mut file =
-                    collective.root().map(|_| TensorFile::create(&path, &named, &item_table).unwrap());
+                let mut file = collective
+                    .root()
+                    .map(|_| TensorFile::create(&path, &named, &item_table).unwrap());
                 let put = |elements: &Tensor| file.iter_mut().for_each(|file| file.put(elements));
                 stream(&named, &item_table, put).unwrap();
                 if let Some(file) = file {
@@ -221,7 +232,14 @@ mod tests {
                         return table().narrow(0, 0, n_saved);
                     }
                     let saved = collective.root().map(|_| table().narrow(0, 0, n_saved));
-                    scatter_rows(saved.as_ref(), &[n_saved, 3], Kind::Float, &item_table, collective).unwrap()
+                    scatter_rows(
+                        saved.as_ref(),
+                        &[n_saved, 3],
+                        Kind::Float,
+                        &item_table,
+                        collective,
+                    )
+                    .unwrap()
                 })
             });
             let named = map(&path).unwrap();
@@ -241,9 +259,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         // The f32 data begins at an odd offset.
-        let header = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"F32","shape":[1,2],"data_offsets":[3,11]},"c":{"dtype":"F32","shape":[0],"data_offsets":[11,11]}}"#;
+        let header = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},
+                         "b":{"dtype":"F32","shape":[1,2],"data_offsets":[3,11]},
+                         "c":{"dtype":"F32","shape":[0],"data_offsets":[11,11]}}"#;
         let numbers = [&[7u8, 8, 9][..], &1.5f32.to_le_bytes(), &(-2f32).to_le_bytes()].concat();
-        let whole = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &numbers].concat();
+        let whole =
+            [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &numbers].concat();
         fs::write(&path, &whole).unwrap();
         let sorted = |mut named: Vec<(String, Tensor)>| {
             named.sort_by(|a, b| a.0.cmp(&b.0));
@@ -253,7 +274,10 @@ mod tests {
         let read_by_libtorch = sorted(Tensor::read_safetensors(&path).unwrap());
         assert_eq!(mapped.len(), 3);
         for ((name, tensor), (other, expected)) in mapped.iter().zip(&read_by_libtorch) {
-            assert!(name == other && tensor.kind() == expected.kind() && tensor.equal(expected), "{name}");
+            assert!(
+                name == other && tensor.kind() == expected.kind() && tensor.equal(expected),
+                "{name}"
+            );
         }
         // A mapping outlives its file.
         fs::remove_file(&path).unwrap();

@@ -34,7 +34,8 @@ pub(super) struct RunArgs {
 
 impl RunArgs {
     pub fn run_dir(&self) -> PathBuf {
-        let by_config = || Path::new("runs").join(self.config.file_stem().unwrap_or(self.config.as_os_str()));
+        let by_config =
+            || Path::new("runs").join(self.config.file_stem().unwrap_or(self.config.as_os_str()));
         self.run_dir.clone().unwrap_or_else(by_config)
     }
 }
@@ -53,7 +54,10 @@ where
 }
 
 /// Where a process without ranks computes; 0 threads stand for all cores.
-pub(super) fn place_alone(device: DeviceChoice, n_threads: usize) -> Result<device::Place, Failure> {
+pub(super) fn place_alone(
+    device: DeviceChoice,
+    n_threads: usize,
+) -> Result<device::Place, Failure> {
     // The error's hint is about `run.device` of a configuration, which such a command has not.
     device::place(device, n_threads, 0, 1)
         .map_err(|error| Failure { exit_code: error.exit_code(), message: Some(chain(&error)) })

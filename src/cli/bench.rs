@@ -59,10 +59,12 @@ struct ScalingArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["across_gbps", "across_us"])]
     hosts: Option<PathBuf>,
     /// Steps of each run that count
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// In predictions: ranks of a node
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     ranks_per_node: u32,
     /// In predictions: bandwidth of a rank to another node, in GB/s [default: as measured between
     /// the ranks]

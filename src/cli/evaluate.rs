@@ -26,7 +26,8 @@ pub(super) struct EvaluateArgs {
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Which part of the day
-    #[arg(long, default_value = Split::Valid.name(), value_parser = by_name(Split::ALL, Split::name))]
+    #[arg(long, default_value = Split::Valid.name())]
+    #[arg(value_parser = by_name(Split::ALL, Split::name))]
     split: Split,
     /// Which day [default: the one after the last trained on]
     #[arg(long)]

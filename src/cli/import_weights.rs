@@ -38,6 +38,10 @@ pub(super) fn run(args: &ImportArgs) -> Result<(), Failure> {
     let _lock = lock_run_dir(root, &run_dir).map_err(Failure::refused)?;
     job.request(&args.run, &run_dir).create(root).map_err(Failure::refused)?;
     weights.write(root, &run_dir)?;
-    console::note(&format!("`{}` holds the weights, as if trained to day {}", run_dir.display(), args.day));
+    console::note(&format!(
+        "`{}` holds the weights, as if trained to day {}",
+        run_dir.display(),
+        args.day
+    ));
     Ok(())
 }

@@ -16,7 +16,8 @@ pub(super) fn clean_up_on_signals() -> Result<(), SystemError> {
 }
 
 fn start() -> io::Result<()> {
-    let signals = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !signal::is_ignored(signal));
+    let signals =
+        [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !signal::is_ignored(signal));
     let mut signals = Signals::new(signals)?;
     let wait = move || {
         if let Some(signal) = signals.forever().next() {

@@ -32,7 +32,9 @@ struct Wanted {
 
 impl<C> Job<C> {
     /// *All ranks.* Joins the job that this process was started into.
-    fn join<E: UserError>(choose: impl FnOnce() -> Result<(Wanted, C), E>) -> Result<Self, Failure> {
+    fn join<E: UserError>(
+        choose: impl FnOnce() -> Result<(Wanted, C), E>,
+    ) -> Result<Self, Failure> {
         device::memory::keep_freed_memory();
         let host = collective::join().map_err(Failure::refused)?;
         // Before `agree`, which makes tensors: libtorch looks for GPUs at the first tensor.
@@ -53,7 +55,10 @@ impl<C> Job<C> {
     }
 }
 
-fn agree<T>(collective: &dyn Collective, prepared: Result<T, impl UserError>) -> Result<T, Failure> {
+fn agree<T>(
+    collective: &dyn Collective,
+    prepared: Result<T, impl UserError>,
+) -> Result<T, Failure> {
     let hint = prepared.as_ref().err().and_then(UserError::hint);
     collective.agree(prepared).map_err(|error| {
         let message = collective.root().map(|_| with_hint(chain(&error), hint));
@@ -70,7 +75,9 @@ impl Job<()> {
 
 impl Job {
     /// *All ranks.* Joins a job whose configuration says what it computes on.
-    pub fn with_config(load: impl FnOnce() -> Result<Config, ConfigError>) -> Result<Self, Failure> {
+    pub fn with_config(
+        load: impl FnOnce() -> Result<Config, ConfigError>,
+    ) -> Result<Self, Failure> {
         let job = Self::join(|| {
             let config = load()?;
             config.check_threads(device::n_cores())?;

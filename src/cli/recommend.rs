@@ -34,7 +34,8 @@ pub(super) struct RecommendArgs {
     #[arg(long, value_name = "N", default_value_t = 50)]
     first: usize,
     /// Recommendations for each session
-    #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=100))]
+    #[arg(long, value_name = "K", default_value_t = 5)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=100))]
     top: u8,
     /// Leave out what the session holds
     #[arg(long)]

@@ -19,7 +19,8 @@ pub(super) struct ReportArgs {
     #[arg(long, value_name = "DIR", default_value = "report")]
     out: PathBuf,
     /// Resamples behind each confidence interval
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    #[arg(long, default_value_t = 1000)]
+    #[arg(value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     resamples: u32,
     /// Replace the report that DIR holds
     #[arg(long)]

@@ -57,7 +57,8 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let signals = job.agree(signals)?;
     job.agree(resolved)?;
     let (data, checked) = open_data(&job, &args.run.data)?;
-    let exportable = args.export_options().map_or(Ok(()), |options| export::check(&options, &job.config));
+    let exportable =
+        args.export_options().map_or(Ok(()), |options| export::check(&options, &job.config));
     job.agree(exportable)?;
     let run_dir = args.run.run_dir();
     let mut opened = open_run(args, &job, &run_dir, &data)?;
@@ -89,7 +90,12 @@ fn open_data(job: &Job, dir: &Path) -> Result<(Dataset, RowCheck), Failure> {
 }
 
 /// *All ranks.* Opens the run directory on rank 0; the others get an empty [`OpenedRun`].
-fn open_run(args: &TrainArgs, job: &Job, run_dir: &Path, data: &Dataset) -> Result<OpenedRun, Failure> {
+fn open_run(
+    args: &TrainArgs,
+    job: &Job,
+    run_dir: &Path,
+    data: &Dataset,
+) -> Result<OpenedRun, Failure> {
     let open = |root| job.request(&args.run, run_dir).open(root, args.resume, data);
     let opened = job.agree(job.collective.root().map(open).transpose())?.unwrap_or_default();
     warn_of_skipped(&opened.skipped);
@@ -173,7 +179,9 @@ fn describe(
 ) -> Result<(), CollectiveError> {
     let world_size = job.collective.world_size();
     let placements = topology::rank_placements(&job.place, &*job.collective)?;
-    for warning in job.place.warnings.iter().chain(&topology::warnings(&placements)).chain(data.warnings()) {
+    for warning in
+        job.place.warnings.iter().chain(&topology::warnings(&placements)).chain(data.warnings())
+    {
         report.say(&format!("warning: {warning}"));
     }
     if world_size > 1 {

@@ -86,7 +86,10 @@ impl Call {
 
     /// Checks that the tensor is contiguous and of a kind that all backends support.
     pub fn check(self, tensor: &Tensor) -> Result<(), CollectiveError> {
-        if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64 | Kind::Uint8) {
+        if !matches!(
+            tensor.kind(),
+            Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64 | Kind::Uint8
+        ) {
             return Err(self.refuse(format!(
                 "takes f32, f64, bf16, i64 or u8 tensors, not {}",
                 kind_name(tensor.kind())
@@ -94,9 +97,9 @@ impl Call {
         }
         if !tensor.is_contiguous() {
             let (size, stride) = (tensor.size(), tensor.stride());
-            return Err(
-                self.refuse(format!("the tensor of size {size:?}, stride {stride:?} is not contiguous"))
-            );
+            return Err(self.refuse(format!(
+                "the tensor of size {size:?}, stride {stride:?} is not contiguous"
+            )));
         }
         Ok(())
     }
@@ -157,8 +160,16 @@ impl Call {
     }
 
     /// Runs tensor operations without recording gradients.
-    pub fn torch<T>(self, work: impl FnOnce() -> Result<T, tch::TchError>) -> Result<T, CollectiveError> {
+    pub fn torch<T>(
+        self,
+        work: impl FnOnce() -> Result<T, tch::TchError>,
+    ) -> Result<T, CollectiveError> {
         let Self { name: call, rank, world_size } = self;
-        tch::no_grad(work).map_err(|source| CollectiveError::Torch { call, rank, world_size, source })
+        tch::no_grad(work).map_err(|source| CollectiveError::Torch {
+            call,
+            rank,
+            world_size,
+            source,
+        })
     }
 }

@@ -16,7 +16,9 @@ pub enum CollectiveError {
         problem: String,
     },
     /// MPI or NCCL returned an error.
-    #[error("`{call}` of {n_elements} elements failed on rank {rank} of {world_size} ({host}): {text}")]
+    #[error(
+        "`{call}` of {n_elements} elements failed on rank {rank} of {world_size} ({host}): {text}"
+    )]
     Library {
         /// The function of the library.
         call: &'static str,

@@ -7,7 +7,7 @@
 //! | [`solo`] | a single process | any tensor | started without a launcher |
 //! | [`threads`] | threads of one process | any tensor | tests |
 //! | [`mpi`] | processes | host memory | started by `mpirun` or `srun` |
-//! | [`nccl`] | processes, one GPU each | device memory (host memory: MPI) | several ranks on GPUs |
+//! | [`nccl`] | processes, one GPU each | device memory (MPI: host memory) | ranks on GPUs |
 //!
 //! The backend is chosen once. [`join`] detects the launcher, the local rank selects a GPU
 //! ([`crate::device::place`], before the first collective call, because calls create tensors), and
@@ -77,7 +77,12 @@ pub trait Collective {
 
     /// *All ranks.* `all_reduce` overlapped with `work`, which neither uses `tensor` nor makes a
     /// collective call. On a GPU the reduction overlaps the kernels that `work` queues.
-    fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
+    fn reduce_during(
+        &self,
+        tensor: &mut Tensor,
+        op: Reduce,
+        work: Work<'_>,
+    ) -> Result<(), CollectiveError> {
         work();
         self.all_reduce(tensor, op)
     }
@@ -91,7 +96,12 @@ pub trait Collective {
 
     /// *All ranks.* Reduces `whole: [world_size * n]` over the ranks; rank r keeps elements
     /// `r*n..(r+1)*n` as `part: [n]`. The two may not overlap in memory.
-    fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError>;
+    fn reduce_scatter(
+        &self,
+        whole: &Tensor,
+        part: &mut Tensor,
+        op: Reduce,
+    ) -> Result<(), CollectiveError>;
 
     /// *All ranks.* Returns when every rank has called it.
     fn barrier(&self) -> Result<(), CollectiveError>;
@@ -174,7 +184,11 @@ impl dyn Collective + '_ {
         let mut padded = bytes.to_vec();
         padded.resize(longest, 0);
         let all = self.gather(&padded)?;
-        Ok(lengths.iter().enumerate().map(|(rank, n)| all[rank * longest..][..*n].to_vec()).collect())
+        Ok(lengths
+            .iter()
+            .enumerate()
+            .map(|(rank, n)| all[rank * longest..][..*n].to_vec())
+            .collect())
     }
 
     /// *All ranks.* Concatenates every rank's `values: [n]` in rank order; n is the same on every
@@ -204,8 +218,11 @@ impl dyn Collective + '_ {
         };
         let message = self.broadcast_bytes(local_message.into_bytes(), rank)?;
         let message = String::from_utf8_lossy(&message).into_owned();
-        let message =
-            if world_size == 1 { message } else { format!("rank {rank} of {world_size}: {message}") };
+        let message = if world_size == 1 {
+            message
+        } else {
+            format!("rank {rank} of {world_size}: {message}")
+        };
         Err(CollectiveError::Rank { rank, message })
     }
 }

@@ -62,8 +62,8 @@ impl Mpi {
     /// *All ranks.* Joins the job. From now on a panic on any thread of this rank ends the job with
     /// exit code 1. Calls are made by the thread that joined, or by a thread that it waits for.
     pub fn join() -> Result<Self, CollectiveError> {
-        let (universe, threading) =
-            mpi::initialize_with_threading(mpi::Threading::Serialized).ok_or(CollectiveError::Launch {
+        let (universe, threading) = mpi::initialize_with_threading(mpi::Threading::Serialized)
+            .ok_or(CollectiveError::Launch {
                 problem: "this process has joined MPI before".to_owned(),
                 hint: "join once and hand the collective on",
             })?;
@@ -117,7 +117,8 @@ impl Mpi {
     fn check_host(&self, call: Call, tensor: &Tensor) -> Result<(), CollectiveError> {
         if tensor.device() != Device::Cpu {
             return Err(call.refuse(format!(
-                "the tensor is on {}, but MPI carries host memory only; `on_device` adds NCCL for GPUs",
+                "the tensor is on {}, but MPI carries host memory only; `on_device` adds NCCL for \
+                 GPUs",
                 device_name(tensor.device())
             )));
         }
@@ -145,8 +146,9 @@ impl Mpi {
         } else {
             let (n, datatype) = (DESCRIPTION_BYTES as c_int, u8::equivalent_datatype().as_raw());
             // SAFETY: `local` holds `n` bytes, and rank 0 receives `n` bytes.
-            let code =
-                unsafe { ffi::MPI_Send(local.as_ptr().cast(), n, datatype, 0, TAG, self.world.as_raw()) };
+            let code = unsafe {
+                ffi::MPI_Send(local.as_ptr().cast(), n, datatype, 0, TAG, self.world.as_raw())
+            };
             self.check_code("MPI_Send", n, code)?;
         }
         let n = descriptions.len();
@@ -157,7 +159,10 @@ impl Mpi {
             n,
             0,
         )?;
-        call.check_descriptions(&description, descriptions.chunks_exact(DESCRIPTION_BYTES).map(unpadded))?;
+        call.check_descriptions(
+            &description,
+            descriptions.chunks_exact(DESCRIPTION_BYTES).map(unpadded),
+        )?;
         guard.all_arrived();
         Ok(guard)
     }
@@ -175,8 +180,15 @@ impl Mpi {
             // returns early.
             let code = unsafe {
                 let mut request = ffi::RSMPI_REQUEST_NULL;
-                let code =
-                    ffi::MPI_Irecv(slot, n, datatype, rank as c_int, TAG, self.world.as_raw(), &mut request);
+                let code = ffi::MPI_Irecv(
+                    slot,
+                    n,
+                    datatype,
+                    rank as c_int,
+                    TAG,
+                    self.world.as_raw(),
+                    &mut request,
+                );
                 requests.push(request);
                 code
             };
@@ -192,7 +204,13 @@ impl Mpi {
             // null and ignores null requests.
             let code = unsafe {
                 let (requests, indices) = (requests.as_mut_ptr(), indices.as_mut_ptr());
-                ffi::MPI_Testsome(n_requests as c_int, requests, &mut n_done, indices, statuses.as_mut_ptr())
+                ffi::MPI_Testsome(
+                    n_requests as c_int,
+                    requests,
+                    &mut n_done,
+                    indices,
+                    statuses.as_mut_ptr(),
+                )
             };
             self.check_code("MPI_Testsome", n, code)?;
             match usize::try_from(n_done) {
@@ -230,7 +248,12 @@ impl Mpi {
     }
 
     /// Converts an MPI return code to an error that names this rank.
-    fn check_code(&self, call: &'static str, n_elements: c_int, code: c_int) -> Result<(), CollectiveError> {
+    fn check_code(
+        &self,
+        call: &'static str,
+        n_elements: c_int,
+        code: c_int,
+    ) -> Result<(), CollectiveError> {
         if code == 0 {
             return Ok(());
         }
@@ -347,7 +370,11 @@ impl Buffer {
             Kind::Int64 => i64::equivalent_datatype().as_raw(),
             _ => u8::equivalent_datatype().as_raw(),
         };
-        Self { start: tensor.data_ptr(), element_bytes: tensor.kind().elt_size_in_bytes(), datatype }
+        Self {
+            start: tensor.data_ptr(),
+            element_bytes: tensor.kind().elt_size_in_bytes(),
+            datatype,
+        }
     }
 
     /// Address of element `index`.
@@ -394,14 +421,26 @@ impl Collective for Mpi {
             // `offset + n` elements.
             let code = unsafe {
                 let world = self.world.as_raw();
-                ffi::MPI_Allreduce(from.element(offset), to.element(offset), n, to.datatype, op, world)
+                ffi::MPI_Allreduce(
+                    from.element(offset),
+                    to.element(offset),
+                    n,
+                    to.datatype,
+                    op,
+                    world,
+                )
             };
             self.check_code("MPI_Allreduce", n, code)?;
         }
         Ok(())
     }
 
-    fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
+    fn reduce_during(
+        &self,
+        tensor: &mut Tensor,
+        op: Reduce,
+        work: Work<'_>,
+    ) -> Result<(), CollectiveError> {
         let overlaps = match self.overlap {
             Overlap::Never => false,
             Overlap::IfCoreIsFree => has_free_core(self.local_size),
@@ -447,7 +486,8 @@ impl Collective for Mpi {
         if whole.numel() > self.max_elements {
             // MPI_Allgather stores the parts of one call contiguously, but segments of different
             // parts are not contiguous in the whole. So each rank broadcasts its part.
-            let mut slot = whole.view([-1]).narrow(0, (self.rank * n_elements) as i64, n_elements as i64);
+            let mut slot =
+                whole.view([-1]).narrow(0, (self.rank * n_elements) as i64, n_elements as i64);
             call.copy(&mut slot, part)?;
             return (0..self.world_size).try_for_each(|root| {
                 self.broadcast_elements(Buffer::new(whole), root * n_elements, n_elements, root)
@@ -463,7 +503,12 @@ impl Collective for Mpi {
         self.check_code("MPI_Allgather", n, code)
     }
 
-    fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError> {
+    fn reduce_scatter(
+        &self,
+        whole: &Tensor,
+        part: &mut Tensor,
+        op: Reduce,
+    ) -> Result<(), CollectiveError> {
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
         self.check_host(call, whole)?;
@@ -477,7 +522,15 @@ impl Collective for Mpi {
                     let segment = from.element(root * n_elements + offset);
                     // SAFETY: as below, for a segment of the part that rank `root` keeps.
                     let code = unsafe {
-                        ffi::MPI_Reduce(segment, to.element(offset), n, to.datatype, op, root as c_int, world)
+                        ffi::MPI_Reduce(
+                            segment,
+                            to.element(offset),
+                            n,
+                            to.datatype,
+                            op,
+                            root as c_int,
+                            world,
+                        )
                     };
                     self.check_code("MPI_Reduce", n, code)?;
                 }
@@ -487,13 +540,19 @@ impl Collective for Mpi {
         let n = n_elements as c_int;
         // SAFETY: host tensors of one kind that do not overlap, of `world_size * n` and `n`
         // elements.
-        let code = unsafe { ffi::MPI_Reduce_scatter_block(from.start, to.start, n, to.datatype, op, world) };
+        let code = unsafe {
+            ffi::MPI_Reduce_scatter_block(from.start, to.start, n, to.datatype, op, world)
+        };
         self.check_code("MPI_Reduce_scatter_block", n, code)
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.begin_call(Call::new("barrier", self), &Tensor::from_slice::<u8>(&[]), CallArgs::NoTensor)
-            .map(drop)
+        self.begin_call(
+            Call::new("barrier", self),
+            &Tensor::from_slice::<u8>(&[]),
+            CallArgs::NoTensor,
+        )
+        .map(drop)
     }
 
     fn watch(&self) -> Option<&Watch> {

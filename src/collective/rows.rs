@@ -17,7 +17,8 @@ impl dyn Collective + '_ {
             return Ok(rows.detach());
         }
         let part = padded(rows, longest);
-        let mut whole = part.new_empty(with_rows(&part, longest * counts.len() as i64), options(&part));
+        let mut whole =
+            part.new_empty(with_rows(&part, longest * counts.len() as i64), options(&part));
         self.all_gather(&part, &mut whole)?;
         if counts.iter().all(|&n| n == longest) {
             return Ok(whole);
@@ -36,7 +37,9 @@ impl dyn Collective + '_ {
         if counts.len() == 1 || longest == 0 {
             return Ok(rows.detach());
         }
-        let part = |range: Range<i64>| padded(&rows.narrow(0, range.start, range.end - range.start), longest);
+        let part = |range: Range<i64>| {
+            padded(&rows.narrow(0, range.start, range.end - range.start), longest)
+        };
         let parts: Vec<Tensor> = by_rank(counts).map(part).collect();
         let mut local = rows.new_empty(with_rows(rows, longest), options(rows));
         self.reduce_scatter(&Tensor::cat(&parts, 0), &mut local, Reduce::Sum)?;
@@ -104,7 +107,8 @@ mod tests {
                 let all = collective.gather_rows(&local, &counts).unwrap();
                 (all.copy(), collective.scatter_rows(&all, &counts).unwrap(), local)
             });
-            let expected: Vec<Tensor> = (0..).zip(&counts).map(|(rank, &n)| rows(rank, n)).collect();
+            let expected: Vec<Tensor> =
+                (0..).zip(&counts).map(|(rank, &n)| rows(rank, n)).collect();
             let expected = Tensor::cat(&expected, 0);
             for (all, scattered, local) in results {
                 assert_eq!((all.size(), scattered.size()), (expected.size(), local.size()));

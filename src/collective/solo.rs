@@ -44,7 +44,12 @@ impl Collective for Solo {
         call.copy(whole, part)
     }
 
-    fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, _op: Reduce) -> Result<(), CollectiveError> {
+    fn reduce_scatter(
+        &self,
+        whole: &Tensor,
+        part: &mut Tensor,
+        _op: Reduce,
+    ) -> Result<(), CollectiveError> {
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
         call.copy(part, whole)

@@ -30,7 +30,8 @@ pub fn spawn<T: Send>(world_size: usize, work: impl Fn(&dyn Collective) -> T + S
                     let reason = match &outcome {
                         Ok(_) => "returned before the others were done".to_owned(),
                         Err(panic) => {
-                            let text = panic_text(&**panic).unwrap_or("with a value that is not text");
+                            let text =
+                                panic_text(&**panic).unwrap_or("with a value that is not text");
                             format!("panicked: {text}")
                         }
                     };
@@ -118,7 +119,8 @@ impl Threads<'_> {
             round.n_reading = self.world_size;
             exchange.changed.notify_all();
         }
-        let mut round = exchange.wait(round, |round| round.n_reading == 0 && round.departed.is_none());
+        let mut round =
+            exchange.wait(round, |round| round.n_reading == 0 && round.departed.is_none());
         // The round is complete if ranks are reading, even if one has departed since.
         if round.n_reading == 0 {
             let (rank, message) = round.departed.clone().unwrap_or_default();
@@ -196,18 +198,27 @@ impl Collective for Threads<'_> {
     fn all_gather(&self, part: &Tensor, whole: &mut Tensor) -> Result<(), CollectiveError> {
         let call = Call::new("all_gather", self);
         call.check_parts(part, whole)?;
-        let flat: Vec<Tensor> =
-            self.gather_all(call, part, CallArgs::None)?.iter().map(|part| part.view([-1])).collect();
+        let flat: Vec<Tensor> = self
+            .gather_all(call, part, CallArgs::None)?
+            .iter()
+            .map(|part| part.view([-1]))
+            .collect();
         let gathered = call.torch(|| Tensor::f_cat(&flat, 0))?;
         call.copy(whole, &gathered)
     }
 
-    fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError> {
+    fn reduce_scatter(
+        &self,
+        whole: &Tensor,
+        part: &mut Tensor,
+        op: Reduce,
+    ) -> Result<(), CollectiveError> {
         let call = Call::new("reduce_scatter", self);
         call.check_parts(part, whole)?;
         let n_elements = part.numel() as i64;
         let combined = self.combine(call, whole, op)?;
-        let local = call.torch(|| combined.f_narrow(0, self.rank as i64 * n_elements, n_elements))?;
+        let local =
+            call.torch(|| combined.f_narrow(0, self.rank as i64 * n_elements, n_elements))?;
         call.copy(part, &local)
     }
 

@@ -29,7 +29,9 @@ impl RankPlacement {
         let cores = parse_list(cores.unwrap_or_default());
         let domains = (0..)
             .map_while(|node| {
-                let list = fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist")).ok()?;
+                let list =
+                    fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist"))
+                        .ok()?;
                 Some((node, parse_list(&list)))
             })
             .filter(|(_, node_cores)| !node_cores.is_disjoint(&cores))
@@ -48,22 +50,35 @@ pub fn rank_placements(
     place: &Place,
     collective: &dyn Collective,
 ) -> Result<Vec<RankPlacement>, CollectiveError> {
-    let local = serde_json::to_vec(&RankPlacement::local(place)).expect("a placement is valid JSON");
+    let local =
+        serde_json::to_vec(&RankPlacement::local(place)).expect("a placement is valid JSON");
     let all = collective.gather_bytes(&local)?;
-    let parse =
-        |bytes: &Vec<u8>| serde_json::from_slice(bytes).expect("a rank of this program has written it");
+    let parse = |bytes: &Vec<u8>| {
+        serde_json::from_slice(bytes).expect("a rank of this program has written it")
+    };
     Ok(all.iter().map(parse).collect())
 }
 
 /// A header and one line per rank.
 pub fn table(placements: &[RankPlacement]) -> Vec<String> {
-    let width = placements.iter().map(|placement| placement.host.len()).max().unwrap_or(0).max("host".len());
+    let width = placements
+        .iter()
+        .map(|placement| placement.host.len())
+        .max()
+        .unwrap_or(0)
+        .max("host".len());
     let header = format!("rank  {:width$}  device   threads  cores", "host");
     let row = |(rank, placement): (usize, &RankPlacement)| {
         let RankPlacement { host, device, cores, domains, n_threads } = placement;
-        let domains =
-            if domains.is_empty() { String::new() } else { format!(" (NUMA {})", format_list(domains)) };
-        format!("{rank:4}  {host:width$}  {device:7}  {n_threads:7}  {}{domains}", format_list(cores))
+        let domains = if domains.is_empty() {
+            String::new()
+        } else {
+            format!(" (NUMA {})", format_list(domains))
+        };
+        format!(
+            "{rank:4}  {host:width$}  {device:7}  {n_threads:7}  {}{domains}",
+            format_list(cores)
+        )
     };
     std::iter::once(header).chain(placements.iter().enumerate().map(row)).collect()
 }
@@ -80,11 +95,12 @@ pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
         *n_threads += placement.n_threads;
         cores.extend(&placement.cores);
     }
-    let shared = by_device.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, device), ranks)| {
-        let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
-        let ranks = ranks.join(", ");
-        format!("ranks {ranks} share {device} of {host}, which NCCL refuses by default")
-    });
+    let shared =
+        by_device.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, device), ranks)| {
+            let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
+            let ranks = ranks.join(", ");
+            format!("ranks {ranks} share {device} of {host}, which NCCL refuses by default")
+        });
     let crowded = by_host.iter().filter(|(_, (n_threads, cores))| *n_threads > cores.len()).map(
         |(host, (n_threads, cores))| {
             format!(
@@ -147,7 +163,8 @@ mod tests {
 
     #[test]
     fn the_table_has_a_line_per_rank() {
-        let placements = [placement("bow", "cuda:0", "0-7", 8), placement("stern", "cpu", "8-15", 4)];
+        let placements =
+            [placement("bow", "cuda:0", "0-7", 8), placement("stern", "cpu", "8-15", 4)];
         assert_eq!(
             table(&placements),
             [
@@ -175,8 +192,10 @@ mod tests {
             warnings(&bad),
             [
                 "ranks 0, 2 share cuda:0 of bow, which NCCL refuses by default",
-                "the ranks on bow have 4 threads for 2 cores: start fewer, or lower `run.threads_per_rank`",
-                "the ranks on stern have 2 threads for 1 cores: start fewer, or lower `run.threads_per_rank`",
+                "the ranks on bow have 4 threads for 2 cores: start fewer, or lower \
+                 `run.threads_per_rank`",
+                "the ranks on stern have 2 threads for 1 cores: start fewer, or lower \
+                 `run.threads_per_rank`",
                 "rank 1 has 2 threads and is bound to 1 cores",
             ]
         );

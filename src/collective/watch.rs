@@ -164,7 +164,8 @@ impl Watch {
 
     /// Replaces the time measured since `before` by `communication`, which the GPU measured.
     pub(super) fn correct(&self, before: CallTimes, communication: Duration) {
-        self.log().times = CallTimes { communication: before.communication + communication, ..before };
+        self.log().times =
+            CallTimes { communication: before.communication + communication, ..before };
     }
 
     /// Moves the time measured since `before` to `hidden`, except for the last `exposed`, in which
@@ -191,7 +192,8 @@ impl Watch {
     /// Progress of this rank for error messages: day, step and the last call.
     pub fn progress(&self) -> String {
         let log = self.log();
-        let step = log.step.map_or(String::new(), |(day, step)| format!("day {day}, step {step}, "));
+        let step =
+            log.step.map_or(String::new(), |(day, step)| format!("day {day}, step {step}, "));
         match log.calls.iter().rev().find(|call| call.is_tracked) {
             Some(CallRecord { number, description, elapsed, .. }) => {
                 let when = if elapsed.is_none() { "in" } else { "after" };
@@ -264,14 +266,20 @@ impl Shared {
         let name = |rank: usize| format!("rank {rank} on {}", self.hosts[rank]);
         let missing: Vec<String> = log.missing.iter().map(|&rank| name(rank)).collect();
         let reason = match self.rank {
-            _ if !late.is_tracked => "the call has not returned; this rank or another is stuck".to_owned(),
-            0 if missing.is_empty() => "all ranks have made the call, but it does not return".to_owned(),
+            _ if !late.is_tracked => {
+                "the call has not returned; this rank or another is stuck".to_owned()
+            }
+            0 if missing.is_empty() => {
+                "all ranks have made the call, but it does not return".to_owned()
+            }
             0 => format!("{} did not make the call", missing.join(" and ")),
             _ => format!("{} does not respond, or waits for another rank", name(0)),
         };
-        let (rank, world_size, seconds) = (self.rank, self.hosts.len(), late.started.elapsed().as_secs());
+        let (rank, world_size, seconds) =
+            (self.rank, self.hosts.len(), late.started.elapsed().as_secs());
         let mut text = format!(
-            "error: rank {rank} of {world_size} on {}: {reason}: {late}, waited {seconds} s; last calls:\n",
+            "error: rank {rank} of {world_size} on {}: {reason}: {late}, waited {seconds} s; last \
+             calls:\n",
             self.hosts[rank]
         );
         for call in &log.calls {
@@ -326,15 +334,21 @@ mod tests {
         watch.set_missing(&[1, 2]);
         watch.set_missing(&[2]);
         let report = report_after_2_s(&watch).unwrap();
-        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not make the call: call 3, `all_reduce` \
-                    (sum) of 5 f32 elements, day 3, step 7, waited 2 s; last calls:\n";
+        let head = "error: rank 0 of 3 on ship: rank 2 on boat did not make the call: call 3, \
+                    `all_reduce` (sum) of 5 f32 elements, day 3, step 7, waited 2 s; last calls:\n";
         assert!(report.starts_with(head), "{report}");
-        assert!(report.contains("  rank 0: call 1, `barrier`, day 3, step 7: 0.0 ms\n"), "{report}");
+        assert!(
+            report.contains("  rank 0: call 1, `barrier`, day 3, step 7: 0.0 ms\n"),
+            "{report}"
+        );
         let progress = "day 3, step 7, in call 3, `all_reduce` (sum) of 5 f32 elements";
         assert_eq!(watch.progress(), progress);
         watch.set_missing(&[]);
         let report = report_after_2_s(&watch).unwrap();
-        assert!(report.contains("all ranks have made the call, but it does not return"), "{report}");
+        assert!(
+            report.contains("all ranks have made the call, but it does not return"),
+            "{report}"
+        );
         drop(call);
         watch.log().calls[1].started -= Duration::from_secs(2);
         let report = report_after_2_s(&watch).unwrap();
@@ -350,7 +364,8 @@ mod tests {
         (0..100).for_each(|i| drop(watch.begin_tracked(format!("call {i}"))));
         let _call = watch.begin_tracked("the last".to_owned());
         let report = report_after_2_s(&watch).unwrap();
-        let reason = "rank 0 on ship does not respond, or waits for another rank: call 101, the last";
+        let reason =
+            "rank 0 on ship does not respond, or waits for another rank: call 101, the last";
         assert!(report.contains(reason), "{report}");
         assert_eq!(report.lines().count(), 1 + N_KEPT_CALLS);
     }

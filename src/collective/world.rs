@@ -41,17 +41,26 @@ pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
 ///
 /// # Errors
 /// Only some ranks are on GPUs, or NCCL is missing or does not start. All ranks return the error.
-pub fn on_device(host: Box<dyn Collective>, device: Device) -> Result<Box<dyn Collective>, CollectiveError> {
+pub fn on_device(
+    host: Box<dyn Collective>,
+    device: Device,
+) -> Result<Box<dyn Collective>, CollectiveError> {
     let on_gpu = host.gather(&[u8::from(device.is_cuda())])?;
     if let Some(other) = on_gpu.iter().position(|other| *other != on_gpu[0]) {
         let name = |on_gpu| if on_gpu == 1 { "a GPU" } else { "the CPU" };
         return Err(CollectiveError::Launch {
-            problem: format!("rank 0 is on {}, rank {other} on {}", name(on_gpu[0]), name(on_gpu[other])),
+            problem: format!(
+                "rank 0 is on {}, rank {other} on {}",
+                name(on_gpu[0]),
+                name(on_gpu[other])
+            ),
             hint: "choose one with `--set run.device=cpu` or `--set run.device=cuda`",
         });
     }
     match device {
-        Device::Cuda(gpu) if host.backend() != Solo.backend() => Ok(Box::new(Nccl::join(host, gpu)?)),
+        Device::Cuda(gpu) if host.backend() != Solo.backend() => {
+            Ok(Box::new(Nccl::join(host, gpu)?))
+        }
         _ => Ok(host),
     }
 }
@@ -71,8 +80,9 @@ enum Launched {
 /// Reads the environment variables of `mpirun` (Open MPI, MPICH) and `srun` (PMIx, PMI).
 fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<Launched, CollectiveError> {
     let number = |name| variable(name)?.parse::<usize>().ok();
-    let by_mpi =
-        ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"].into_iter().any(|name| variable(name).is_some());
+    let by_mpi = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
+        .into_iter()
+        .any(|name| variable(name).is_some());
     if by_mpi {
         let sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
         return Ok(Launched::Ranks(sizes.into_iter().find_map(number)));
@@ -93,8 +103,9 @@ mod tests {
     use super::*;
 
     fn launched_with(variables: &[(&str, &str)]) -> Result<Launched, String> {
-        let find =
-            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string());
+        let find = |name: &str| {
+            variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string())
+        };
         launched(find).map_err(|error| error.to_string())
     }
 
@@ -105,14 +116,20 @@ mod tests {
             launched_with(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]),
             Ok(Launched::Alone)
         );
-        let mpirun =
-            [("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "4"), ("SLURM_STEP_NUM_TASKS", "2")];
+        let mpirun = [
+            ("OMPI_COMM_WORLD_RANK", "0"),
+            ("OMPI_COMM_WORLD_SIZE", "4"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+        ];
         assert_eq!(launched_with(&mpirun), Ok(Launched::Ranks(Some(4))));
         assert_eq!(
             launched_with(&[("PMIX_RANK", "1"), ("SLURM_STEP_NUM_TASKS", "2")]),
             Ok(Launched::Ranks(Some(2)))
         );
-        assert_eq!(launched_with(&[("PMI_RANK", "1"), ("PMI_SIZE", "3")]), Ok(Launched::Ranks(Some(3))));
+        assert_eq!(
+            launched_with(&[("PMI_RANK", "1"), ("PMI_SIZE", "3")]),
+            Ok(Launched::Ranks(Some(3)))
+        );
         assert_eq!(launched_with(&[("PMIX_RANK", "1")]), Ok(Launched::Ranks(None)));
         assert_eq!(
             launched_with(&[("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_PROCID", "2")]),

@@ -29,7 +29,13 @@ pub struct DataConfig {
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { first_day: None, last_day: None, window_days: 1, max_length: 20, features: Vec::new() }
+        Self {
+            first_day: None,
+            last_day: None,
+            window_days: 1,
+            max_length: 20,
+            features: Vec::new(),
+        }
     }
 }
 

@@ -338,7 +338,10 @@ impl InputConfig {
         }
         check_finite("input.init_std", self.init_std, 0.0)?;
         if !(0.0..1.0).contains(&self.swap_noise) {
-            return Err(format!("`input.swap_noise` {:?} is not within 0 <= p < 1", self.swap_noise));
+            return Err(format!(
+                "`input.swap_noise` {:?} is not within 0 <= p < 1",
+                self.swap_noise
+            ));
         }
         Ok(())
     }
@@ -420,7 +423,9 @@ impl Objective {
             Objective::Causal { drop, reverse } => {
                 let shares = [("drop", drop), ("reverse", reverse)];
                 return match shares.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
-                    Some((key, p)) => Err(format!("`objective.{key}` {p:?} is not within 0 <= p < 1")),
+                    Some((key, p)) => {
+                        Err(format!("`objective.{key}` {p:?} is not within 0 <= p < 1"))
+                    }
                     None => Ok(()),
                 };
             }

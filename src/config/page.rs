@@ -24,7 +24,8 @@ A run has one TOML file; [`configs/`](../configs) has complete ones. `--set sect
 overrides a key at any depth and may be repeated. An unknown key is refused, with the nearest key
 that exists. `RUN/config.toml` holds the resolved configuration, with every default filled in.
 
-A key whose type is a table with `kind` is written `loss = { kind = \"sampled\", n_negatives = 4096 }`
+A key whose type is a table with `kind` is written
+`loss = { kind = \"sampled\", n_negatives = 4096 }`
 or as a table of its own, `[train.loss]`. Its other keys depend on `kind`.
 
 [Models and losses](models-and-losses.md) explains the choices.
@@ -116,8 +117,9 @@ impl Page {
                 write!(meaning, "<br>{value}: {text}").unwrap();
             }
             let key = format!("{path}.{name}");
-            let is_required =
-                schema["required"].as_array().is_some_and(|keys| keys.contains(&name.clone().into()));
+            let is_required = schema["required"]
+                .as_array()
+                .is_some_and(|keys| keys.contains(&name.clone().into()));
             let default = match of_key.get("default") {
                 Some(default) => self.default(&resolved, default),
                 None if is_required => "required".to_owned(),
@@ -171,7 +173,8 @@ fn inline(value: &Value) -> String {
         return toml::Value::try_from(value).unwrap().to_string();
     };
     let (kind, others): (Vec<_>, Vec<_>) = keys.iter().partition(|(key, _)| *key == "kind");
-    let pairs = kind.into_iter().chain(others).map(|(key, value)| format!("{key} = {}", inline(value)));
+    let pairs =
+        kind.into_iter().chain(others).map(|(key, value)| format!("{key} = {}", inline(value)));
     format!("{{ {} }}", pairs.collect::<Vec<_>>().join(", "))
 }
 
@@ -193,7 +196,8 @@ fn section_doc(schema: &Value) -> String {
 /// The schema of a [`Measure`], which is of a package without schemars.
 pub(super) fn measures(_: &mut SchemaGenerator) -> Schema {
     let values = Measure::ALL.map(|measure| {
-        json!({ "type": "string", "const": measure.key(), "description": format!("{}.", measure.title()) })
+        let description = format!("{}.", measure.title());
+        json!({ "type": "string", "const": measure.key(), "description": description })
     });
     json_schema!({ "oneOf": values })
 }

@@ -17,16 +17,24 @@ const KIND: &str = "kind";
 const NO_NAME: &str = "\u{fffd}";
 
 /// The error for a section that serde refused with `message`.
-pub(super) fn find<T: DeserializeOwned>(section: &str, value: &Value, message: &str) -> ConfigError {
-    let section =
-        Section { name: section, value, refusal: |value: Value| value.try_into::<T>().err().map(text) };
+pub(super) fn find<T: DeserializeOwned>(
+    section: &str,
+    value: &Value,
+    message: &str,
+) -> ConfigError {
+    let section = Section {
+        name: section,
+        value,
+        refusal: |value: Value| value.try_into::<T>().err().map(text),
+    };
     let mut named = message.split('`').skip(1).step_by(2);
     let first = named.next().unwrap_or_default();
     if message.starts_with("missing field") {
         let mut path = section.incomplete(message);
         path.push(first.to_owned());
         let forms = if first == KIND { section.forms(&path) } else { None };
-        let forms = forms.map_or(String::new(), |forms| format!("; it is one of {}", forms.names()));
+        let forms =
+            forms.map_or(String::new(), |forms| format!("; it is one of {}", forms.names()));
         return ConfigError::Key { key: section.key(&path), problem: format!("is missing{forms}") };
     }
     let path = section.refused(message);
@@ -37,7 +45,10 @@ pub(super) fn find<T: DeserializeOwned>(section: &str, value: &Value, message: &
         return ConfigError::UnknownKey { key: section.key(&path), nearest: near };
     }
     let Some(path) = path else {
-        return ConfigError::Value { section: section.name.to_owned(), problem: single_line(message) };
+        return ConfigError::Value {
+            section: section.name.to_owned(),
+            problem: single_line(message),
+        };
     };
     let key = section.key(&path);
     let value = at(section.value, &path);
@@ -47,7 +58,9 @@ pub(super) fn find<T: DeserializeOwned>(section: &str, value: &Value, message: &
             format!("cannot be {}; it is one of {}", quoted(name), forms.names())
         }
         (Some(forms), _) => format!("must be {forms}, not {found}"),
-        (None, _) => value.map_or_else(|| single_line(message), |value| refused_type(value, message)),
+        (None, _) => {
+            value.map_or_else(|| single_line(message), |value| refused_type(value, message))
+        }
     };
     ConfigError::Key { key, problem }
 }
@@ -176,7 +189,9 @@ impl<F: Fn(Value) -> Option<String>> Section<'_, F> {
 fn paths(value: &Value) -> Vec<Vec<String>> {
     let mut all = vec![Vec::new()];
     for (key, inner) in value.as_table().into_iter().flatten() {
-        all.extend(paths(inner).into_iter().map(|path| [std::slice::from_ref(key), &path[..]].concat()));
+        all.extend(
+            paths(inner).into_iter().map(|path| [std::slice::from_ref(key), &path[..]].concat()),
+        );
     }
     all
 }

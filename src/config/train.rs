@@ -140,7 +140,8 @@ impl TrainConfig {
         let n_micro_batches = self.global_batch / self.micro_batch;
         if n_micro_batches > MAX_MICRO_BATCHES {
             return Err(format!(
-                "`global_batch` {} is {n_micro_batches} micro-batches of `micro_batch` {}: at most {MAX_MICRO_BATCHES}",
+                "`global_batch` {} is {n_micro_batches} micro-batches of `micro_batch` {}: at most \
+                 {MAX_MICRO_BATCHES}",
                 self.global_batch, self.micro_batch
             ));
         }
@@ -229,10 +230,12 @@ impl LossConfig {
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
         match *self {
-            Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => {
-                Err(format!("`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"))
-            }
-            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. } if n_negatives < 1 => {
+            Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => Err(
+                format!("`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"),
+            ),
+            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. }
+                if n_negatives < 1 =>
+            {
                 Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
             }
             // Beyond, a power of an occurrence is infinite or 0.
@@ -257,7 +260,8 @@ impl LossConfig {
                 if n_negatives > n_recommendable =>
             {
                 Err(format!(
-                    "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of the catalogue"
+                    "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of \
+                     the catalogue"
                 ))
             }
             _ => Ok(()),

@@ -42,7 +42,8 @@ impl Batch {
         let columns = features.columns().iter().enumerate().map(|(column, feature)| {
             let rows = sessions.iter();
             if feature.is_categorical() {
-                let values: Vec<i64> = rows.flat_map(|(file, row)| file.ids(column, *row)).copied().collect();
+                let values: Vec<i64> =
+                    rows.flat_map(|(file, row)| file.ids(column, *row)).copied().collect();
                 Tensor::from_slice(&values)
             } else {
                 let values: Vec<f32> =
@@ -114,7 +115,8 @@ impl Batch {
             let sessions = session..session + n_sessions;
             let lengths = self.lengths[sessions.clone()].to_vec();
             let n_events = lengths.iter().sum::<usize>() as i64;
-            let columns = self.columns.iter().map(|column| column.narrow(0, event, n_events)).collect();
+            let columns =
+                self.columns.iter().map(|column| column.narrow(0, event, n_events)).collect();
             (session, event) = (sessions.end, event + n_events);
             Self {
                 columns,
@@ -138,8 +140,9 @@ impl Batch {
         }
         let device = self.items().device();
         let [kept, last] = [kept, last].map(|indices| send(&Tensor::from_slice(&indices), device));
-        let mut known =
-            self.with_columns(self.columns.iter().map(|column| column.index_select(0, &kept)).collect());
+        let mut known = self.with_columns(
+            self.columns.iter().map(|column| column.index_select(0, &kept)).collect(),
+        );
         known.lengths.iter_mut().for_each(|length| *length -= 1);
         (known, self.items().index_select(0, &last))
     }

@@ -34,9 +34,9 @@ impl RowCheck {
         n_threads: usize,
         n_at_start: usize,
     ) -> Result<Self, DataError> {
-        let groups = files
-            .iter()
-            .flat_map(|file| (0..file.group_rows().len()).map(move |group| (Arc::clone(file), group)));
+        let groups = files.iter().flat_map(|file| {
+            (0..file.group_rows().len()).map(move |group| (Arc::clone(file), group))
+        });
         let mut first: Vec<Group> = groups.skip(rank).step_by(world_size).collect();
         let mut n_sessions = 0;
         let n_first = first

@@ -29,11 +29,16 @@ impl Features {
         names.sort();
         names.dedup();
         for name in names {
-            let feature = schema.feature(name).filter(|feature| feature.is_list()).ok_or_else(|| {
-                let have: Vec<_> =
-                    schema.features.iter().filter(|f| f.is_list()).map(|f| f.name.as_str()).collect();
-                DataError::UnknownFeature { feature: name.clone(), have: have.join(", ") }
-            })?;
+            let feature =
+                schema.feature(name).filter(|feature| feature.is_list()).ok_or_else(|| {
+                    let have: Vec<_> = schema
+                        .features
+                        .iter()
+                        .filter(|f| f.is_list())
+                        .map(|f| f.name.as_str())
+                        .collect();
+                    DataError::UnknownFeature { feature: name.clone(), have: have.join(", ") }
+                })?;
             columns.push(feature.check()?.clone());
         }
         Ok(Self { columns, warnings: schema.warnings.clone() })
@@ -75,8 +80,8 @@ impl Days {
         let features = Features::select(&schema, &config.features)?;
         let nested = dir.join(SESSIONS_BY_DAY);
         let root = if nested.is_dir() { nested } else { dir.to_owned() };
-        let entries =
-            std::fs::read_dir(&root).map_err(|source| DataError::Open { path: root.clone(), source })?;
+        let entries = std::fs::read_dir(&root)
+            .map_err(|source| DataError::Open { path: root.clone(), source })?;
         let partitions: BTreeMap<i64, PathBuf> = entries
             .filter_map(Result::ok)
             .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))

@@ -38,7 +38,11 @@ pub struct Sessions {
 impl Sessions {
     fn empty(features: &Features) -> Self {
         let columns = features.columns().iter().map(|feature| {
-            if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) }
+            if feature.is_categorical() {
+                Column::Ids(Vec::new())
+            } else {
+                Column::Values(Vec::new())
+            }
         });
         Self { offsets: vec![0], columns: columns.collect(), day_rows: Vec::new() }
     }
@@ -139,12 +143,23 @@ impl SessionFile {
                 _ => false,
             };
             if !is_supported {
-                return Err(column_error(&format!("has the unexpected type {}", column.physical_type())));
+                return Err(column_error(&format!(
+                    "has the unexpected type {}",
+                    column.physical_type()
+                )));
             }
             leaves.push((leaf, column.max_def_level()));
         }
-        let group_rows = metadata.row_groups().iter().map(|group| group.num_rows() as usize).collect();
-        Ok(Self { day, path: path.to_owned(), features: features.clone(), leaves, group_rows, max_length })
+        let group_rows =
+            metadata.row_groups().iter().map(|group| group.num_rows() as usize).collect();
+        Ok(Self {
+            day,
+            path: path.to_owned(),
+            features: features.clone(),
+            leaves,
+            group_rows,
+            max_length,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -200,7 +215,8 @@ impl SessionFile {
     pub fn check(&self, group: usize) -> Result<(), DataError> {
         let reader = open_parquet(&self.path)?;
         if group >= reader.metadata().num_row_groups() {
-            let problem = ParquetError::EOF(format!("{group} of {} row groups", self.group_rows.len()));
+            let problem =
+                ParquetError::EOF(format!("{group} of {} row groups", self.group_rows.len()));
             return Err(DataError::Parquet { path: self.path.clone(), source: problem });
         }
         self.read_group(&reader, group, 0..self.group_rows[group]).map(drop)
@@ -236,7 +252,8 @@ impl SessionFile {
                 return Err(invalid(row, "holds a null or an empty list".to_owned()));
             }
             if lists.lengths.len() != rows.len() {
-                let problem = ParquetError::EOF(format!("{} of {} rows", lists.lengths.len(), rows.len()));
+                let problem =
+                    ParquetError::EOF(format!("{} of {} rows", lists.lengths.len(), rows.len()));
                 return Err(unreadable(problem));
             }
             // The item id is the first column; all others must have its lengths.
@@ -249,19 +266,24 @@ impl SessionFile {
                     });
                 }
                 lengths.clone_from(&lists.lengths);
-            } else if let Some(row) = (0..rows.len()).find(|&row| lengths[row] != lists.lengths[row]) {
-                let problem = format!("has {} values, the item id {}", lists.lengths[row], lengths[row]);
+            } else if let Some(row) =
+                (0..rows.len()).find(|&row| lengths[row] != lists.lengths[row])
+            {
+                let problem =
+                    format!("has {} values, the item id {}", lists.lengths[row], lengths[row]);
                 return Err(invalid(row, problem));
             }
             let recent = lists.keep_last(self.max_length);
-            columns.push(recent.into_column(feature).map_err(|(row, problem)| invalid(row, problem))?);
+            columns
+                .push(recent.into_column(feature).map_err(|(row, problem)| invalid(row, problem))?);
         }
         let mut offsets = vec![0];
         offsets.extend(lengths.iter().scan(0, |end, &length| {
             *end += length.min(self.max_length);
             Some(*end)
         }));
-        let day_rows = (first_row..first_row + lengths.len()).map(|row| (self.day, row as u64)).collect();
+        let day_rows =
+            (first_row..first_row + lengths.len()).map(|row| (self.day, row as u64)).collect();
         Ok(Sessions { offsets, columns, day_rows })
     }
 }
@@ -312,8 +334,10 @@ impl Window {
 }
 
 fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>, DataError> {
-    let file = File::open(path).map_err(|source| DataError::Open { path: path.to_owned(), source })?;
-    SerializedFileReader::new(file).map_err(|source| DataError::Parquet { path: path.to_owned(), source })
+    let file =
+        File::open(path).map_err(|source| DataError::Open { path: path.to_owned(), source })?;
+    SerializedFileReader::new(file)
+        .map_err(|source| DataError::Parquet { path: path.to_owned(), source })
 }
 
 /// Values as stored, before they are checked against the schema.
@@ -369,25 +393,36 @@ impl Lists {
                 match values.iter().position(|value| !(1..n).contains(value)) {
                     None => Ok(Column::Ids(values)),
                     Some(i) => {
-                        let problem =
-                            format!("has the id {}, outside 1..={} of the schema", values[i], n - 1);
+                        let problem = format!(
+                            "has the id {}, outside 1..={} of the schema",
+                            values[i],
+                            n - 1
+                        );
                         Err((row_of(i).unwrap_or(0), problem))
                     }
                 }
             }
-            Raw::Int(values) => Ok(Column::Values(values.iter().map(|&value| value as f32).collect())),
+            Raw::Int(values) => {
+                Ok(Column::Values(values.iter().map(|&value| value as f32).collect()))
+            }
             Raw::Float(values) => {
                 let values: Vec<f32> = values.iter().map(|&value| value as f32).collect();
                 match values.iter().position(|value| !value.is_finite()) {
                     None => Ok(Column::Values(values)),
-                    Some(i) => Err((row_of(i).unwrap_or(0), format!("has the value {}", values[i]))),
+                    Some(i) => {
+                        Err((row_of(i).unwrap_or(0), format!("has the value {}", values[i])))
+                    }
                 }
             }
         }
     }
 }
 
-fn read_lists(column: ColumnReader, rows: Range<usize>, defined: i16) -> Result<Lists, ParquetError> {
+fn read_lists(
+    column: ColumnReader,
+    rows: Range<usize>,
+    defined: i16,
+) -> Result<Lists, ParquetError> {
     fn read<T: DataType, V>(
         mut column: ColumnReaderImpl<T>,
         rows: Range<usize>,
@@ -426,13 +461,13 @@ fn read_lists(column: ColumnReader, rows: Range<usize>, defined: i16) -> Result<
         Ok((lengths, wrap(values), first_gap))
     }
     let (lengths, values, first_gap) = match column {
-        ColumnReader::Int32ColumnReader(column) => {
-            read(column, rows, defined, |values| Raw::Int(values.into_iter().map(i64::from).collect()))?
-        }
+        ColumnReader::Int32ColumnReader(column) => read(column, rows, defined, |values| {
+            Raw::Int(values.into_iter().map(i64::from).collect())
+        })?,
         ColumnReader::Int64ColumnReader(column) => read(column, rows, defined, Raw::Int)?,
-        ColumnReader::FloatColumnReader(column) => {
-            read(column, rows, defined, |values| Raw::Float(values.into_iter().map(f64::from).collect()))?
-        }
+        ColumnReader::FloatColumnReader(column) => read(column, rows, defined, |values| {
+            Raw::Float(values.into_iter().map(f64::from).collect())
+        })?,
         ColumnReader::DoubleColumnReader(column) => read(column, rows, defined, Raw::Float)?,
         _ => return Err(ParquetError::General("unexpected column type".to_owned())),
     };

@@ -64,7 +64,8 @@ impl Loader {
         first_step: usize,
     ) -> Self {
         let (ready, steps) = sync_channel(READY_STEPS);
-        let reader = StepReader { plan: plan.clone(), features: features.clone(), rank, world_size };
+        let reader =
+            StepReader { plan: plan.clone(), features: features.clone(), rank, world_size };
         let thread = thread::spawn(move || reader.send_from(first_step, &ready));
         Self { steps: Some(steps), thread: Some(thread) }
     }
@@ -124,7 +125,8 @@ impl StepReader {
                 Ok(streams) => streams,
                 Err(error) => return drop(ready.send(Err(error))),
             };
-            for step in first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before) {
+            for step in first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before)
+            {
                 if ready.send(Ok(self.micro_batches(&streams, epoch, step))).is_err() {
                     return;
                 }
@@ -135,7 +137,8 @@ impl StepReader {
     fn read_epoch(&self, epoch: usize) -> Result<Vec<EpochStream>, DataError> {
         let DayPlan { window, shape, seed, day, .. } = &self.plan;
         let key = EpochKey { seed: *seed, day: *day, epoch };
-        let streams = streams_of_rank(&window.group_rows(), *shape, key, self.rank, self.world_size);
+        let streams =
+            streams_of_rank(&window.group_rows(), *shape, key, self.rank, self.world_size);
         let read = streams.iter().map(|stream| {
             let sessions = window.read(&stream.spans)?;
             let order = stream.order(&sessions.lengths(), shape.micro_batch);
@@ -204,7 +207,8 @@ pub fn evaluation_batches(
     let sessions = file.read(&file.spans(first..end))?;
     let features = features.clone();
     Ok((0..sessions.len()).step_by(block).map(move |first| {
-        let rows: Vec<_> = (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
+        let rows: Vec<_> =
+            (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
         Batch::new(&rows, &features)
     }))
 }

@@ -45,7 +45,12 @@ impl DataConfig {
             return Err(DataError::OneDay { dir, day: days.first() });
         }
         if first_day >= last_day {
-            return Err(DataError::NoDayToTrainOn { first_day, last_day, dir, have: days.in_words() });
+            return Err(DataError::NoDayToTrainOn {
+                first_day,
+                last_day,
+                dir,
+                have: days.in_words(),
+            });
         }
         (self.first_day, self.last_day) = (Some(first_day), Some(last_day));
         Ok(())
@@ -65,15 +70,19 @@ pub enum DataError {
     #[error("internal error while reading sessions: {0}")]
     LoaderPanicked(String),
     #[error(
-        "`{0}` holds no day partitions: neither `sessions_by_day/<day>` nor `<day>` with `train.parquet`"
+        "`{0}` holds no day partitions: neither `sessions_by_day/<day>` nor `<day>` with \
+         `train.parquet`"
     )]
     NoDays(PathBuf),
-    #[error("`{dir}` holds the day {day} alone: training needs one day, and the next to evaluate on")]
+    #[error(
+        "`{dir}` holds the day {day} alone: training needs one day, and the next to evaluate on"
+    )]
     OneDay { dir: PathBuf, day: i64 },
     /// The configuration has one of the two days, and the other, from the data, is on the wrong
     /// side.
     #[error(
-        "`data.first_day` {first_day} is not before `data.last_day` {last_day}: `{dir}` has the days {have}"
+        "`data.first_day` {first_day} is not before `data.last_day` {last_day}: `{dir}` has the \
+         days {have}"
     )]
     NoDayToTrainOn {
         first_day: i64,
@@ -113,7 +122,9 @@ pub enum DataError {
         problem: String,
     },
     /// A session of one event has no event to predict the target from.
-    #[error("`{path}` row {row}: column `{column}` has a session of one event: at least two are needed")]
+    #[error(
+        "`{path}` row {row}: column `{column}` has a session of one event: at least two are needed"
+    )]
     ShortSession {
         path: PathBuf,
         /// Zero-based.

@@ -100,7 +100,9 @@ impl StepShape {
     /// Number of sessions in the global batch of step `step` of an epoch.
     pub fn sessions_in_step(&self, n_sessions: usize, step: usize) -> usize {
         (0..self.n_streams)
-            .map(|stream| self.micro_batch_rows(self.stream_rows(n_sessions, stream).len(), step).len())
+            .map(|stream| {
+                self.micro_batch_rows(self.stream_rows(n_sessions, stream).len(), step).len()
+            })
             .sum()
     }
 
@@ -157,7 +159,11 @@ mod tests {
     use super::*;
 
     /// (group, row) of every session of every step, in stream order, collected from all ranks.
-    fn epoch(group_rows: &[usize], shape: StepShape, world_size: usize) -> Vec<Vec<(usize, usize)>> {
+    fn epoch(
+        group_rows: &[usize],
+        shape: StepShape,
+        world_size: usize,
+    ) -> Vec<Vec<(usize, usize)>> {
         let n: usize = group_rows.iter().sum();
         let key = EpochKey { seed: 7, day: 3, epoch: 1 };
         let mut streams: Vec<SessionStream> = (0..world_size)
@@ -166,7 +172,9 @@ mod tests {
         streams.sort_by_key(|stream| stream.index);
         let rows: Vec<Vec<(usize, usize)>> = streams
             .iter()
-            .map(|stream| stream.spans.iter().flat_map(|(g, rows)| rows.clone().map(|r| (*g, r))).collect())
+            .map(|stream| {
+                stream.spans.iter().flat_map(|(g, rows)| rows.clone().map(|r| (*g, r))).collect()
+            })
             .collect();
         let orders: Vec<Vec<usize>> = streams
             .iter()
@@ -214,7 +222,9 @@ mod tests {
             assert_eq!(seen, all);
             for (i, step) in steps.iter().enumerate() {
                 assert_eq!(step.len(), shape.sessions_in_step(n, i));
-                assert!(i + 1 == steps.len() || i + 2 == steps.len() || step.len() == 4 * n_streams);
+                assert!(
+                    i + 1 == steps.len() || i + 2 == steps.len() || step.len() == 4 * n_streams
+                );
             }
         }
     }

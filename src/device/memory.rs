@@ -24,7 +24,8 @@ pub struct Available {
 /// Memory that all processes of this host can still allocate together: the free memory, within the
 /// limits of the cgroup.
 pub fn available_on_host() -> Option<Available> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in_meminfo(&text));
+    let meminfo =
+        fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in_meminfo(&text));
     let machine = meminfo.map(|bytes| Available { bytes, what: "free on the host" });
     let cgroup = fs::read_to_string("/proc/self/cgroup")
         .ok()
@@ -98,11 +99,13 @@ fn available_in_cgroup(text: &str, root: &Path) -> Option<u64> {
 }
 
 fn available_in_folder(folder: &Path, [limit, usage, cache]: [&str; 3]) -> Option<u64> {
-    let number = |file: &str| fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok();
+    let number =
+        |file: &str| fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok();
     let limit = number(limit)?;
     let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
     // The kernel reclaims inactive page cache before it refuses memory, so it counts as available.
-    let cache = stat.lines().find_map(|line| line.strip_prefix(cache)?.trim().parse().ok()).unwrap_or(0);
+    let cache =
+        stat.lines().find_map(|line| line.strip_prefix(cache)?.trim().parse().ok()).unwrap_or(0);
     let used = number(usage)?.saturating_sub(cache);
     // Version 1 of cgroups writes nearly 2^63 for a group without a limit.
     (limit < 1 << 62).then(|| limit.saturating_sub(used))
@@ -218,10 +221,12 @@ pub fn end_process(n_bytes: usize) -> ! {
 fn allocation_message(text: &str) -> Option<String> {
     let after = |mark: &str| text.split_once(mark).map(|(_, after)| after);
     if let Some(rest) = after("can't allocate memory") {
-        let size = rest.split_once("tried to allocate ").map(|(_, after)| after).unwrap_or_default();
-        let digits: String = size.chars().take_while(char::is_ascii_digit).collect();
         let size =
-            digits.parse().map_or(String::new(), |bytes| format!(": {} asked for", format_bytes(bytes)));
+            rest.split_once("tried to allocate ").map(|(_, after)| after).unwrap_or_default();
+        let digits: String = size.chars().take_while(char::is_ascii_digit).collect();
+        let size = digits
+            .parse()
+            .map_or(String::new(), |bytes| format!(": {} asked for", format_bytes(bytes)));
         return Some(format!("cannot allocate memory{size}"));
     }
     if let Some(rest) = after("CUDA out of memory") {
@@ -235,8 +240,10 @@ fn allocation_message(text: &str) -> Option<String> {
         ));
     }
     // The size of the tensor overflows 64 bits, for example with 2^62 items.
-    let overflows = ["Storage size calculation overflowed", "numel: integer multiplication overflow"];
-    let failures = ["std::bad_alloc", "Cannot allocate memory", "CUDA error: out of memory", "out of memory"];
+    let overflows =
+        ["Storage size calculation overflowed", "numel: integer multiplication overflow"];
+    let failures =
+        ["std::bad_alloc", "Cannot allocate memory", "CUDA error: out of memory", "out of memory"];
     let is_overflow = overflows.iter().any(|mark| text.contains(mark));
     (is_overflow || failures.iter().any(|mark| text.contains(mark)))
         .then(|| "cannot allocate memory".to_owned())
@@ -250,8 +257,9 @@ mod tests {
     fn free_memory_and_the_address_space_limit_are_parsed() {
         let meminfo = "MemTotal: 100 kB\nMemAvailable:    70 kB\nSwapFree:  5 kB\n";
         assert_eq!(available_in_meminfo(meminfo), Some(75 << 10));
-        let limits =
-            |soft: &str| format!("Limit  Soft\nMax address space         {soft}   unlimited  bytes\n");
+        let limits = |soft: &str| {
+            format!("Limit  Soft\nMax address space         {soft}   unlimited  bytes\n")
+        };
         assert_eq!(
             (address_space_limit(&limits("4096")), address_space_limit(&limits("unlimited"))),
             (Some(4096), None)
@@ -284,16 +292,21 @@ mod tests {
 
     #[test]
     fn failed_allocations_are_distinguished_from_other_errors() {
-        let cpu = "called `Result::unwrap()` on an `Err` value: Torch(\"[enforce fail at alloc_cpu.cpp:124] err == 0. \
-                   DefaultCPUAllocator: can't allocate memory: you tried to allocate 4398046511104 bytes. Error code 12 \
-                   (Cannot allocate memory)\\nException raised from alloc_cpu\")";
-        assert_eq!(allocation_message(cpu).unwrap(), "cannot allocate memory: 4096.0 GiB asked for");
-        let gpu = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 10.00 \
-                   MiB is free. Process 1 has 79 GiB memory in use.\nException raised from malloc";
+        let cpu = "called `Result::unwrap()` on an `Err` value: Torch(\"[enforce fail at \
+                   alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you \
+                   tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate \
+                   memory)\\nException raised from alloc_cpu\")";
+        assert_eq!(
+            allocation_message(cpu).unwrap(),
+            "cannot allocate memory: 4096.0 GiB asked for"
+        );
+        let gpu = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of \
+                   79.11 GiB of which 10.00 MiB is free. Process 1 has 79 GiB memory in use.\n\
+                   Exception raised from malloc";
         assert_eq!(
             allocation_message(gpu).unwrap(),
-            "cannot allocate memory of the GPU: Tried to allocate 20.00 MiB, GPU 0 has a total capacity of 79.11 GiB of \
-             which 10.00 MiB is free"
+            "cannot allocate memory of the GPU: Tried to allocate 20.00 MiB, GPU 0 has a total \
+             capacity of 79.11 GiB of which 10.00 MiB is free"
         );
         assert_eq!(allocation_message("std::bad_alloc").unwrap(), "cannot allocate memory");
         assert_eq!(allocation_message("index out of range"), None);

@@ -34,7 +34,10 @@ impl UserError for NoGpu {
     }
 
     fn hint(&self) -> Option<String> {
-        Some("use `--set run.device=cpu`, or run `./launch/setup.sh` again on the GPU host".to_owned())
+        Some(
+            "use `--set run.device=cpu`, or run `./launch/setup.sh` again on the GPU host"
+                .to_owned(),
+        )
     }
 }
 
@@ -81,7 +84,9 @@ pub fn place(
             // A driver without a usable GPU is probably a mistake. A host without a driver is a CPU
             // host.
             Err(Missing::LibraryOrGpu(reason)) => {
-                warnings.push(format!("running on the CPU: this host has an NVIDIA driver, but {reason}"));
+                warnings.push(format!(
+                    "running on the CPU: this host has an NVIDIA driver, but {reason}"
+                ));
                 Device::Cpu
             }
             Err(Missing::Driver(_)) => Device::Cpu,
@@ -114,10 +119,12 @@ impl Missing {
 
 /// Number of GPUs that libtorch can use, at least one.
 fn find_gpus() -> Result<usize, Missing> {
-    load("libcuda.so.1")
-        .map_err(|error| Missing::Driver(format!("there is no NVIDIA driver on this host: {error}")))?;
-    load("libtorch_cuda.so")
-        .map_err(|error| Missing::LibraryOrGpu(format!("libtorch's CUDA library does not load: {error}")))?;
+    load("libcuda.so.1").map_err(|error| {
+        Missing::Driver(format!("there is no NVIDIA driver on this host: {error}"))
+    })?;
+    load("libtorch_cuda.so").map_err(|error| {
+        Missing::LibraryOrGpu(format!("libtorch's CUDA library does not load: {error}"))
+    })?;
     match tch::Cuda::device_count() {
         n_gpus if n_gpus > 0 => Ok(n_gpus as usize),
         _ => Err(Missing::LibraryOrGpu("libtorch finds no GPU".to_owned())),
@@ -142,8 +149,9 @@ fn load(name: &str) -> Result<(), libloading::Error> {
 /// This libtorch lacks one of the settings.
 pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
     type Context = *mut std::ffi::c_void;
-    let missing =
-        |error| NoGpu { reason: format!("this libtorch lacks a setting of its precision: {error}") };
+    let missing = |error| NoGpu {
+        reason: format!("this libtorch lacks a setting of its precision: {error}"),
+    };
     let this = Library::this();
     // SAFETY: the types match libtorch 2.11. `at::globalContext()` returns a reference that is
     // valid as long as the process lives. `at::Context::setDeterministicAlgorithms(bool, bool)` and
@@ -154,7 +162,8 @@ pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
         let deterministic = this.get::<unsafe extern "C" fn(Context, bool, bool)>(
             b"_ZN2at7Context26setDeterministicAlgorithmsEbb\0",
         );
-        let tf32 = this.get::<unsafe extern "C" fn(Context, bool)>(b"_ZN2at7Context18setAllowTF32CuBLASEb\0");
+        let tf32 = this
+            .get::<unsafe extern "C" fn(Context, bool)>(b"_ZN2at7Context18setAllowTF32CuBLASEb\0");
         let context = context.map_err(missing)?();
         // The last argument makes libtorch warn instead of failing if an operation has no
         // deterministic version.
@@ -185,8 +194,8 @@ fn cores_per_rank(usable: usize, cores: usize, local_size: usize) -> (usize, Opt
     }
     let warning = (cores / local_size > usable).then(|| {
         format!(
-            "each rank is bound to {usable} of this host's {cores} cores; `mpirun --bind-to none` lets the ranks \
-             use all"
+            "each rank is bound to {usable} of this host's {cores} cores; `mpirun --bind-to none` \
+             lets the ranks use all"
         )
     });
     (usable, warning)
@@ -201,7 +210,8 @@ pub fn n_cores() -> usize {
 /// Cores in `/proc/cpuinfo`; `None` if it is not readable.
 fn cores_of_host() -> Option<usize> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").ok()?;
-    Some(cpuinfo.lines().filter(|line| line.starts_with("processor")).count()).filter(|cores| *cores > 0)
+    Some(cpuinfo.lines().filter(|line| line.starts_with("processor")).count())
+        .filter(|cores| *cores > 0)
 }
 
 #[cfg(test)]

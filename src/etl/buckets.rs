@@ -26,7 +26,8 @@ impl Buckets {
     /// compressed a fifth of that.
     pub fn suitable(csv_bytes: u64, compressed_bytes: u64) -> usize {
         let rows = (csv_bytes + 5 * compressed_bytes) / 130;
-        (rows * size_of::<Event>() as u64).div_ceil(Self::TARGET_BYTES).clamp(1, Self::MOST) as usize
+        (rows * size_of::<Event>() as u64).div_ceil(Self::TARGET_BYTES).clamp(1, Self::MOST)
+            as usize
     }
 
     pub fn create(dir: &Path, n_buckets: usize) -> Result<Self, Error> {
@@ -75,7 +76,9 @@ pub(crate) fn read_events_at(
     events.resize(start + places.len(), bytemuck::Zeroable::zeroed());
     let bytes = bytemuck::cast_slice_mut::<Event, u8>(&mut events[start..]);
     let offset = (places.start * size_of::<Event>()) as u64;
-    File::open(path).and_then(|file| file.read_exact_at(bytes, offset)).map_err(Error::io("read", path))
+    File::open(path)
+        .and_then(|file| file.read_exact_at(bytes, offset))
+        .map_err(Error::io("read", path))
 }
 
 /// Writes events for [`read_events`] and [`read_events_at`].
@@ -83,7 +86,8 @@ pub(crate) fn write_events<'a>(
     path: &Path,
     events: impl IntoIterator<Item = &'a [Event]>,
 ) -> Result<(), Error> {
-    let mut file = BufWriter::with_capacity(1 << 18, File::create(path).map_err(Error::io("create", path))?);
+    let mut file =
+        BufWriter::with_capacity(1 << 18, File::create(path).map_err(Error::io("create", path))?);
     for events in events {
         file.write_all(bytemuck::cast_slice(events)).map_err(Error::io("write", path))?;
     }

@@ -18,7 +18,11 @@ pub enum Error {
     OutputExists { path: PathBuf },
     #[error(transparent)]
     Output(OutputError),
-    #[error("`{}` and `{}` are the same file: its events would count twice", first.display(), second.display())]
+    #[error(
+        "`{}` and `{}` are the same file: its events would count twice",
+        first.display(),
+        second.display()
+    )]
     SameInput { first: PathBuf, second: PathBuf },
     #[error("`{}` holds events and cannot be the output too", path.display())]
     OutputIsInput { path: PathBuf },
@@ -42,7 +46,10 @@ pub enum Error {
         line: u64,
         problem: String,
     },
-    #[error("`{}` has {lines} lines, and {read} were read: a fault of this program", path.display())]
+    #[error(
+        "`{}` has {lines} lines, and {read} were read: a fault of this program",
+        path.display()
+    )]
     Miscounted {
         path: PathBuf,
         /// Counted by line ends.
@@ -54,7 +61,10 @@ pub enum Error {
     ColumnTwice { path: PathBuf, column: String },
     #[error("`{}` has no column `{column}`; {found}", path.display())]
     MissingColumn { path: PathBuf, column: &'static str, found: String },
-    #[error("`{}`, column `{column}`: {needed} is needed, and the column holds {found}", path.display())]
+    #[error(
+        "`{}`, column `{column}`: {needed} is needed, and the column holds {found}",
+        path.display()
+    )]
     ColumnType { path: PathBuf, column: &'static str, needed: &'static str, found: String },
     #[error("`{}`, {place} {number}, column `{column}`: {problem}", path.display())]
     BadRow {
@@ -95,7 +105,9 @@ impl UserError for Error {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::OutputExists { .. } => "name another folder, or replace this one with `--overwrite`",
+            Self::OutputExists { .. } => {
+                "name another folder, or replace this one with `--overwrite`"
+            }
             Self::Format { hint, .. } => hint,
             Self::BadRow { .. } => "`--skip-bad-rows` leaves such rows out, and counts them",
             _ => return None,
@@ -113,7 +125,9 @@ impl Error {
         move |source| Self::Parquet { action, path: path.into(), source }
     }
 
-    pub(crate) fn unreadable(path: &Path) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> Self {
+    pub(crate) fn unreadable(
+        path: &Path,
+    ) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> Self {
         move |source| Self::Unreadable { path: path.into(), source }
     }
 }

@@ -56,13 +56,17 @@ impl Extremes {
         let is_rising = batch.time.first() <= batch.time.last();
         for i in 0..n {
             let (early, late) = if is_rising { (i, n - 1 - i) } else { (n - 1 - i, i) };
-            if self.earliest.len() <= FEW || self.earliest.last().is_some_and(|last| place(early) < *last) {
+            if self.earliest.len() <= FEW
+                || self.earliest.last().is_some_and(|last| place(early) < *last)
+            {
                 self.earliest.insert(place(early));
                 if self.earliest.len() > FEW + 1 {
                     self.earliest.pop_last();
                 }
             }
-            if self.latest.len() <= FEW || self.latest.first().is_some_and(|first| place(late) > *first) {
+            if self.latest.len() <= FEW
+                || self.latest.first().is_some_and(|first| place(late) > *first)
+            {
                 self.latest.insert(place(late));
                 if self.latest.len() > FEW + 1 {
                     self.latest.pop_first();
@@ -150,11 +154,12 @@ mod tests {
     fn few_events_far_from_all_others_are_named() {
         let days: Vec<i64> = (18_170..18_270).collect();
         assert_eq!(warnings(&[&days, &days]), [""; 0]);
-        let early = "warning: `b.csv`, row 1: the event of 1970-01-01 00:00:00 UTC is 18170 days before all others: \
-                     `day_index` counts from there, and the others begin at 18171";
+        let early = "warning: `b.csv`, row 1: the event of 1970-01-01 00:00:00 UTC is 18170 days \
+                     before all others: `day_index` counts from there, and the others begin at \
+                     18171";
         assert_eq!(warnings(&[&days, &[0]]), [early]);
-        let late = "warning: `b.csv`, row 2: the event of 2173-10-13 00:00:00 UTC and 1 more are 20000 days after all \
-                    others: its `day_index` is 56261";
+        let late = "warning: `b.csv`, row 2: the event of 2173-10-13 00:00:00 UTC and 1 more are \
+                    20000 days after all others: its `day_index` is 56261";
         assert_eq!(warnings(&[&days, &[38_269, 74_430]]), [late]);
         assert_eq!(warnings(&[&[0], &days[..1]]), [""; 0], "either could be the outlier");
         let many: Vec<i64> = (0..11).collect();

@@ -68,7 +68,11 @@ pub fn first_events(
 fn cut(first: &mut Vec<((EventTime, u64), RawEvent)>, n: usize) -> Option<(EventTime, u64)> {
     first.sort_unstable_by_key(|(key, _)| *key);
     first.truncate(n);
-    if first.len() < n { None } else { Some(first.last().map_or((EventTime::MIN, 0), |(key, _)| *key)) }
+    if first.len() < n {
+        None
+    } else {
+        Some(first.last().map_or((EventTime::MIN, 0), |(key, _)| *key))
+    }
 }
 
 fn raw_event(batch: &EventBatch, row: usize) -> RawEvent {

@@ -150,12 +150,14 @@ impl Fit<'_> {
     /// their own events.
     pub fn workflow(self, counts: ColumnCounts, sums: &Sums) -> Workflow {
         let counts = counts.into_values();
-        let mean_price = counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
-            let known = code as u32 != Dictionary::NULL && *count > 0;
-            let mean = if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN };
-            let before = self.base.and_then(|base| base.mean_price_of_code(code));
-            before.unwrap_or(mean)
-        });
+        let mean_price =
+            counts[Coded::Category as usize].iter().enumerate().map(|(code, count)| {
+                let known = code as u32 != Dictionary::NULL && *count > 0;
+                let mean =
+                    if known { sums.prices[code].value() / f64::from(*count) } else { f64::NAN };
+                let before = self.base.and_then(|base| base.mean_price_of_code(code));
+                before.unwrap_or(mean)
+            });
         let mean_price = mean_price.collect();
         let mut of_columns = self.dictionaries.0.into_iter().zip(counts);
         let vocabularies = Coded::ALL.map(|column| {

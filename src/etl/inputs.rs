@@ -61,6 +61,7 @@ impl Identity {
     }
 
     fn is_same(&self, other: &Self) -> bool {
-        (self.node.is_some() && self.node == other.node) || (self.path.is_some() && self.path == other.path)
+        (self.node.is_some() && self.node == other.node)
+            || (self.path.is_some() && self.path == other.path)
     }
 }

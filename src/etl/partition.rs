@@ -97,8 +97,13 @@ pub struct Day {
 }
 
 /// The columns whose range depends on the data.
-pub(crate) const FLOAT_COLUMNS: [&str; 5] =
-    [session::RECENCY, session::WEEKDAY_COS, session::WEEKDAY_SIN, session::RELATIVE_PRICE, session::PRICE];
+pub(crate) const FLOAT_COLUMNS: [&str; 5] = [
+    session::RECENCY,
+    session::WEEKDAY_COS,
+    session::WEEKDAY_SIN,
+    session::RELATIVE_PRICE,
+    session::PRICE,
+];
 
 /// Writes days of sessions.
 #[derive(Debug)]

@@ -25,7 +25,9 @@ use crate::extremes::Extremes;
 use crate::fit::{ColumnCounts, Fit, Sums};
 use crate::inputs::{check_distinct, check_output};
 use crate::partition::{Day, DayWriter, FLOAT_COLUMNS, KeptSessions};
-use crate::schema::{Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session};
+use crate::schema::{
+    Domain, Feature, FloatRange, ITEM_ID_TAG, IntRange, Schema, ValueCount, session,
+};
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
 use crate::vocab::{Coded, Vocabulary};
 use crate::workflow::{Product, Settings, Statistics, Workflow};
@@ -38,8 +40,10 @@ pub const WORKFLOW: &str = "workflow";
 pub const SCHEMA: &str = "schema.pbtxt";
 
 /// The schema is written last.
-const SESSIONS: FolderKind =
-    FolderKind { marker: SCHEMA, is_ours: |name| matches!(name, SESSIONS_BY_DAY | WORKFLOW | SCHEMA) };
+const SESSIONS: FolderKind = FolderKind {
+    marker: SCHEMA,
+    is_ours: |name| matches!(name, SESSIONS_BY_DAY | WORKFLOW | SCHEMA),
+};
 
 #[derive(Clone, Debug)]
 pub struct PreprocessOptions {
@@ -87,14 +91,20 @@ impl PreprocessOptions {
             return refuse("`min_length` must be at least 1".into());
         }
         if max_length < min_length {
-            return refuse(format!("`max_length` {max_length} is less than `min_length` {min_length}"));
+            return refuse(format!(
+                "`max_length` {max_length} is less than `min_length` {min_length}"
+            ));
         }
         if self.n_buckets == Some(0) {
             return refuse("`n_buckets` must be at least 1".into());
         }
         match &self.days {
-            Some(days) if *days.start() < 1 => refuse(format!("day {} is before day 1", days.start())),
-            Some(days) if days.is_empty() => refuse(format!("no day is in {}..{}", days.start(), days.end())),
+            Some(days) if *days.start() < 1 => {
+                refuse(format!("day {} is before day 1", days.start()))
+            }
+            Some(days) if days.is_empty() => {
+                refuse(format!("no day is in {}..{}", days.start(), days.end()))
+            }
             _ => Ok(()),
         }
     }
@@ -241,10 +251,11 @@ impl Base {
         for day in fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
             let to = into.join(day.file_name());
             fs::create_dir(&to).map_err(Error::io("create", &to))?;
-            for file in fs::read_dir(day.path()).map_err(Error::io("read", &day.path()))?.flatten() {
+            for file in fs::read_dir(day.path()).map_err(Error::io("read", &day.path()))?.flatten()
+            {
                 let to = to.join(file.file_name());
-                let linked =
-                    fs::hard_link(file.path(), &to).or_else(|_| fs::copy(file.path(), &to).map(drop));
+                let linked = fs::hard_link(file.path(), &to)
+                    .or_else(|_| fs::copy(file.path(), &to).map(drop));
                 linked.map_err(Error::io("copy", &file.path()))?;
             }
         }
@@ -256,7 +267,8 @@ impl Base {
         let before = Schema::read(self.dir.join(SCHEMA))?;
         for feature in &mut schema.features {
             let range = before.feature(&feature.name).map(|feature| &feature.domain);
-            if let (Domain::Float(Some(now)), Some(Domain::Float(Some(then)))) = (&mut feature.domain, range)
+            if let (Domain::Float(Some(now)), Some(Domain::Float(Some(then)))) =
+                (&mut feature.domain, range)
             {
                 *now = now.with(*then);
             }
@@ -487,7 +499,11 @@ impl LeftOut {
         let more = if n_more == 0 { String::new() } else { format!(" and {n_more} more") };
         (self.n_rows > 0).then(|| {
             let unit = self.unit;
-            format!("warning: `{}`: left out {unit}{plural} {}{more}", path.display(), places.join(", "))
+            format!(
+                "warning: `{}`: left out {unit}{plural} {}{more}",
+                path.display(),
+                places.join(", ")
+            )
         })
     }
 }
@@ -541,7 +557,11 @@ impl Swept {
 
 impl Sweep<'_> {
     /// Reads a bucket and removes it. Writes the sessions that are kept to `sessions_path`.
-    fn bucket(&self, bucket: &Path, sessions_path: PathBuf) -> Result<(Swept, KeptSessions), Error> {
+    fn bucket(
+        &self,
+        bucket: &Path,
+        sessions_path: PathBuf,
+    ) -> Result<(Swept, KeptSessions), Error> {
         let mut events = read_events(bucket)?;
         fs::remove_file(bucket).map_err(Error::io("remove", bucket))?;
         let n_repeats = sort_and_drop_repeats(&mut events) as u64;

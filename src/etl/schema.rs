@@ -270,9 +270,15 @@ impl Feature {
             max: int(&count, "max").unwrap_or(i64::MAX),
         });
         let domain = domain(message, value_count).unwrap_or_else(|problem| {
-            let feature =
-                if name.is_empty() { "a feature".into() } else { format!("the feature {}", quote(&name)) };
-            Domain::Unusable(format!("schema `{}`, line {line}: {feature} {problem}", path.display()))
+            let feature = if name.is_empty() {
+                "a feature".into()
+            } else {
+                format!("the feature {}", quote(&name))
+            };
+            Domain::Unusable(format!(
+                "schema `{}`, line {line}: {feature} {problem}",
+                path.display()
+            ))
         });
         Self { name, value_count, domain, tags }
     }
@@ -383,7 +389,10 @@ impl fmt::Display for Schema {
                 Domain::Int(range) => {
                     writeln!(f, "  type: INT")?;
                     if let Some(IntRange { min, max, is_categorical }) = range {
-                        writeln!(f, "  int_domain {{\n    name: {name}\n    min: {min}\n    max: {max}")?;
+                        writeln!(
+                            f,
+                            "  int_domain {{\n    name: {name}\n    min: {min}\n    max: {max}"
+                        )?;
                         writeln!(f, "    is_categorical: {is_categorical}\n  }}")?;
                     }
                 }
@@ -392,7 +401,8 @@ impl fmt::Display for Schema {
                     if let Some(FloatRange { min, max }) = range {
                         writeln!(
                             f,
-                            "  float_domain {{\n    name: {name}\n    min: {min}\n    max: {max}\n  }}"
+                            "  float_domain {{\n    name: {name}\n    min: {min}\n    max: \
+                             {max}\n  }}"
                         )?;
                     }
                 }
@@ -447,7 +457,11 @@ mod tests {
                 Feature {
                     name: "product \"id\"\u{7}\u{85}é-list_seq".into(),
                     value_count: Some(ValueCount { min: 2, max: 20 }),
-                    domain: Domain::Int(Some(IntRange { min: 1, max: 118_334, is_categorical: true })),
+                    domain: Domain::Int(Some(IntRange {
+                        min: 1,
+                        max: 118_334,
+                        is_categorical: true,
+                    })),
                     tags: vec![ITEM_ID_TAG.into(), "list".into()],
                 },
                 Feature {
@@ -456,7 +470,12 @@ mod tests {
                     domain: Domain::Float(Some(FloatRange { min: -4.011559, max: 1e-300 })),
                     tags: vec![],
                 },
-                Feature { name: "bare".into(), value_count: None, domain: Domain::Float(None), tags: vec![] },
+                Feature {
+                    name: "bare".into(),
+                    value_count: None,
+                    domain: Domain::Float(None),
+                    tags: vec![],
+                },
             ],
         };
         assert_eq!(parse(&schema.to_string()).unwrap(), schema);
@@ -465,11 +484,15 @@ mod tests {
 
     #[test]
     fn the_whole_syntax_is_read() {
-        let text = "# a comment\nfeature: < name: 'a' 'b'; type: FLOAT, float_domain { min: -1.5f max: inf }\n\
+        let text = "# a comment\nfeature: < name: 'a' 'b'; type: FLOAT, float_domain \
+                    { min: -1.5f max: inf }\n\
                     annotation { tag: [\"x\", 'y'] } >";
         let schema = parse(text).unwrap();
         let feature = schema.feature("ab").unwrap();
-        assert_eq!(feature.domain, Domain::Float(Some(FloatRange { min: -1.5, max: f64::INFINITY })));
+        assert_eq!(
+            feature.domain,
+            Domain::Float(Some(FloatRange { min: -1.5, max: f64::INFINITY }))
+        );
         assert_eq!(feature.tags, ["x", "y"]);
         assert!(matches!(schema.item_id(), Err(SchemaError::ItemId { found: 0 })));
     }
@@ -482,8 +505,10 @@ mod tests {
   shape { dim { size: 20 } } presence { min_fraction: 1.0 } lifecycle_stage: PRODUCTION
   annotation {
     tag: "item_id"
-    extra_metadata { type_url: "type.googleapis.com/google.protobuf.Struct" value: "\n\021\n\013num_buckets\022\002\010\000" }
-    extra_metadata { [type.googleapis.com/google.protobuf.Struct] { fields { key: "is_list" value { bool_value: true } } } }
+    extra_metadata { type_url: "type.googleapis.com/google.protobuf.Struct"
+      value: "\n\021\n\013num_buckets\022\002\010\000" }
+    extra_metadata { [type.googleapis.com/google.protobuf.Struct] {
+      fields { key: "is_list" value { bool_value: true } } } }
     extra_metadata: [ { type_url: "" }, { [type.googleapis.com/nobody.Knows] < a: [1, 2] > } ]
   }
 }
@@ -511,10 +536,14 @@ feature { name: "new" type: QUATERNION invented: 1 }"#;
 
     #[test]
     fn faults_name_their_line() {
-        let item =
-            |rest: &str| format!("feature {{ name: \"a\" annotation {{ tag: \"item_id\" }}\n{rest} }}");
+        let item = |rest: &str| {
+            format!("feature {{ name: \"a\" annotation {{ tag: \"item_id\" }}\n{rest} }}")
+        };
         let texts = [
-            ("feature {\n  name: \"a\"\n".to_owned(), "line 3, column 1: expected '}' or a field name"),
+            (
+                "feature {\n  name: \"a\"\n".to_owned(),
+                "line 3, column 1: expected '}' or a field name",
+            ),
             ("feature {\n  name: \"a\n}".to_owned(), "line 2, column 11: "),
             ("feature {\n  name: 7\n}".to_owned(), "line 2, column 9: expected a string"),
             (
@@ -525,7 +554,10 @@ feature { name: "new" type: QUATERNION invented: 1 }"#;
             ("feature { name: \"a\" name: \"b\" type: INT }".to_owned(), "'name' is already set"),
             (item("type: BYTES"), "line 1: the feature `a` is of `type: BYTES`"),
             (item("type: INT int_domain { min: 3 max: 2 }"), "whose `min` is greater than `max`"),
-            (item("type: INT value_count { max: -20 }"), "`value_count` whose `min` is negative or greater"),
+            (
+                item("type: INT value_count { max: -20 }"),
+                "`value_count` whose `min` is negative or greater",
+            ),
             (item("type: INT float_domain { }"), "is of `type: INT` and has a `float_domain`"),
             (
                 item("type: INT int_domain { max: 9223372036854775807 is_categorical: true }"),

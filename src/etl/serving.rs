@@ -72,14 +72,19 @@ pub fn request(events: &[RawEvent], top_k: i32, exclude_seen: bool) -> Vec<Tenso
         cell.as_deref().unwrap_or_default()
     }
     let times: Vec<String> = events.iter().map(|event| event.time.to_string()).collect();
-    let texts = |name, cell: fn(&RawEvent) -> &str| Tensor::texts(name, &shape, events.iter().map(cell));
+    let texts =
+        |name, cell: fn(&RawEvent) -> &str| Tensor::texts(name, &shape, events.iter().map(cell));
     // INT64 has no null; an unknown value gets the same id as null.
     let ints = |name, cell: fn(&RawEvent) -> Option<i64>| {
         Tensor::ints(name, &shape, events.iter().map(|event| cell(event).unwrap_or(i64::MIN)))
     };
     let prices = events.iter().flat_map(|event| event.price.to_le_bytes());
-    let scalar =
-        |name: &str, datatype, data| Tensor { name: name.to_owned(), datatype, shape: vec![1], data };
+    let scalar = |name: &str, datatype, data| Tensor {
+        name: name.to_owned(),
+        datatype,
+        shape: vec![1],
+        data,
+    };
     vec![
         Tensor::texts(event::TIME, &shape, times.iter().map(String::as_str)),
         texts(event::TYPE, |event| text(&event.event_type)),
@@ -167,8 +172,9 @@ impl Preprocessor {
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let settings = serde_json::from_str(&text).map_err(|e| {
             let (line, column) = (e.line(), e.column());
-            let problem =
-                format!("line {line}, column {column} is not what `bireme export` writes: export again");
+            let problem = format!(
+                "line {line}, column {column} is not what `bireme export` writes: export again"
+            );
             Error::Workflow { path: path.clone(), problem }
         })?;
         Ok(Self { workflow: Workflow::load(&dir.join(WORKFLOW))?, settings })
@@ -231,21 +237,29 @@ impl Preprocessor {
         let applied = self.workflow.apply(&events, &settings).map_err(|error| chain(&error))?;
         let n_sessions = applied.session_ids.len();
         if n_sessions == 0 {
-            return Err(format!("none of the {} rows of the request has a session", events.height()));
+            return Err(format!(
+                "none of the {} rows of the request has a session",
+                events.height()
+            ));
         }
         if n_sessions > *max_sessions {
             return Err(format!(
-                "the request holds {n_sessions} sessions, and at most {max_sessions} are served at once"
+                "the request holds {n_sessions} sessions, and at most {max_sessions} are served at \
+                 once"
             ));
         }
         let rows = n_sessions as i64;
-        let mut outputs =
-            vec![Tensor::texts(SESSION, &[rows, 1], applied.session_ids.iter().map(String::as_str))];
+        let mut outputs = vec![Tensor::texts(
+            SESSION,
+            &[rows, 1],
+            applied.session_ids.iter().map(String::as_str),
+        )];
         let shape = [rows, *max_length as i64];
         let mut lengths = Vec::new();
         for ModelColumn { column, input, is_categorical } in columns {
             let lists = applied.sessions.column(column).and_then(|column| column.list().cloned());
-            let lists = lists.map_err(|error| format!("the workflow makes no `{column}`: {error}"))?;
+            let lists =
+                lists.map_err(|error| format!("the workflow makes no `{column}`: {error}"))?;
             lengths = lists.lst_lengths().iter().map(|n| i64::from(n.unwrap_or(0))).collect();
             let values = lists.get_inner();
             outputs.push(if *is_categorical {
@@ -263,7 +277,11 @@ impl Preprocessor {
         let hidden = if exclude_seen { applied.seen } else { vec![Vec::new(); n_sessions] };
         let width = hidden.iter().map(Vec::len).max().unwrap_or(0).max(*max_length);
         let fill = |items: &Vec<i64>| {
-            items.iter().copied().chain(std::iter::repeat_n(0, width - items.len())).collect::<Vec<_>>()
+            items
+                .iter()
+                .copied()
+                .chain(std::iter::repeat_n(0, width - items.len()))
+                .collect::<Vec<_>>()
         };
         outputs.push(Tensor::ints(HIDDEN, &[rows, width as i64], hidden.iter().flat_map(fill)));
         let places = (0..n_sessions).flat_map(|_| 0..top_k);
@@ -300,7 +318,10 @@ impl Preprocessor {
     }
 }
 
-fn exclude_seen(input: Option<&TensorView<'_>>, parameters: &[(String, Parameter)]) -> Result<bool, String> {
+fn exclude_seen(
+    input: Option<&TensorView<'_>>,
+    parameters: &[(String, Parameter)],
+) -> Result<bool, String> {
     let input = match input.map(TensorView::bools).transpose()?.as_deref() {
         None => None,
         Some(&[value]) => Some(value),
@@ -340,7 +361,9 @@ fn one_of<T: PartialEq + fmt::Display>(
 fn events(inputs: &[TensorView<'_>]) -> Result<DataFrame, String> {
     let mut columns: Vec<Column> = Vec::new();
     let mut n_rows = None;
-    for RequestInput { name, datatype, optional, .. } in INPUTS.iter().filter(|input| input.dims.len() == 2) {
+    for RequestInput { name, datatype, optional, .. } in
+        INPUTS.iter().filter(|input| input.dims.len() == 2)
+    {
         let Some(input) = inputs.iter().find(|input| input.name == *name) else {
             if *optional {
                 continue;

@@ -61,7 +61,9 @@ impl Dictionaries {
                 Some(Cells::Int(cells)) => cells
                     .iter()
                     .map(|cell| {
-                        cell.map_or(Dictionary::NULL, |value| dictionary.intern(ColumnValue::Int(value)))
+                        cell.map_or(Dictionary::NULL, |value| {
+                            dictionary.intern(ColumnValue::Int(value))
+                        })
                     })
                     .collect(),
                 Some(Cells::Text(cells)) => cells

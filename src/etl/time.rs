@@ -21,7 +21,10 @@ impl EventTime {
     /// Converts ticks since 1970-01-01; `per_second` is 1, 10^3, 10^6 or 10^9.
     pub(crate) fn from_ticks(ticks: i64, per_second: u32) -> Self {
         let after = ticks.rem_euclid(i64::from(per_second)) as u32;
-        Self { seconds: ticks.div_euclid(i64::from(per_second)), nanos: after * (1_000_000_000 / per_second) }
+        Self {
+            seconds: ticks.div_euclid(i64::from(per_second)),
+            nanos: after * (1_000_000_000 / per_second),
+        }
     }
 
     /// Parses `2019-10-01 00:00:00 UTC`. `T`, `Z`, `+00:00` and a fraction of up to nine digits are
@@ -30,12 +33,12 @@ impl EventTime {
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let (stamp, rest) = text.split_at_checked(19)?;
         let number = |range: std::ops::Range<usize>| {
-            stamp[range]
-                .iter()
-                .try_fold(0, |n, digit| digit.is_ascii_digit().then(|| n * 10 + u32::from(digit - b'0')))
+            stamp[range].iter().try_fold(0, |n, digit| {
+                digit.is_ascii_digit().then(|| n * 10 + u32::from(digit - b'0'))
+            })
         };
-        let separators =
-            [stamp[4], stamp[7], stamp[13], stamp[16]] == *b"--::" && matches!(stamp[10], b' ' | b'T');
+        let separators = [stamp[4], stamp[7], stamp[13], stamp[16]] == *b"--::"
+            && matches!(stamp[10], b' ' | b'T');
         let (nanos, zone) = match rest {
             [b'.', rest @ ..] => {
                 let n_digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
@@ -95,7 +98,11 @@ mod tests {
             ("2020-02-29 23:59:59", 1_583_020_799, 0),
         ];
         for (text, seconds, nanos) in cases {
-            assert_eq!(EventTime::parse(text.as_bytes()), Some(EventTime { seconds, nanos }), "{text}");
+            assert_eq!(
+                EventTime::parse(text.as_bytes()),
+                Some(EventTime { seconds, nanos }),
+                "{text}"
+            );
         }
         for text in [
             "",

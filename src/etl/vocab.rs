@@ -179,11 +179,15 @@ impl Dictionary {
     pub fn intern(&mut self, value: ColumnValue<'_>) -> u32 {
         let Self { values, table } = self;
         let hasher = |code: &u32| hash(values.get(*code as usize - 1));
-        let code = match table.entry(hash(value), |code| values.get(*code as usize - 1) == value, hasher) {
+        let code = match table.entry(
+            hash(value),
+            |code| values.get(*code as usize - 1) == value,
+            hasher,
+        ) {
             Entry::Occupied(known) => return *known.get(),
             Entry::Vacant(vacant) => {
-                let code =
-                    u32::try_from(values.len() + 1).expect("fewer than 2^32 distinct values in a column");
+                let code = u32::try_from(values.len() + 1)
+                    .expect("fewer than 2^32 distinct values in a column");
                 vacant.insert(code);
                 code
             }
@@ -279,8 +283,15 @@ impl Vocabulary {
             ids[*code as usize] = id;
         }
         let before = self.counts.iter().copied().chain(std::iter::repeat(0));
-        let counted = codes.iter().zip(before).map(|(code, before)| before + counts[*code as usize]);
-        Self { column: self.column, dictionary: fitted.dictionary, ids, counts: counted.collect(), codes }
+        let counted =
+            codes.iter().zip(before).map(|(code, before)| before + counts[*code as usize]);
+        Self {
+            column: self.column,
+            dictionary: fitted.dictionary,
+            ids,
+            counts: counted.collect(),
+            codes,
+        }
     }
 
     /// A dictionary of the same codes with the types of files: session ids as text.

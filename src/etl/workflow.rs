@@ -203,7 +203,8 @@ impl Workflow {
         let mut events = dictionaries.code(&batch);
         sort_and_drop_repeats(&mut events);
         let &Settings { max_length, min_length, keep, .. } = settings;
-        let whole: Vec<&[Event]> = sessions(&events).filter(|events| events.len() >= min_length).collect();
+        let whole: Vec<&[Event]> =
+            sessions(&events).filter(|events| events.len() >= min_length).collect();
         let kept = whole
             .iter()
             .map(|events| CutSession { count: events.len(), events: keep.cut(events, max_length) });
@@ -244,13 +245,18 @@ impl Workflow {
         // Each distinct value is looked up once, not once per event.
         let own_codes = Coded::ALL.map(|column| -> Vec<Option<u32>> {
             let (dictionary, vocabulary) = (dictionaries.get(column), self.vocabulary(column));
-            let codes = (1..=dictionary.len() as u32).map(|code| vocabulary.code(dictionary.value(code)));
+            let codes =
+                (1..=dictionary.len() as u32).map(|code| vocabulary.code(dictionary.value(code)));
             std::iter::once(None).chain(codes).collect()
         });
         fn by_code<T: Copy>(own_codes: &[Option<u32>], values: &[T], unknown: T) -> Vec<T> {
-            own_codes.iter().map(|code| code.map_or(unknown, |code| values[code as usize])).collect()
+            own_codes
+                .iter()
+                .map(|code| code.map_or(unknown, |code| values[code as usize]))
+                .collect()
         }
-        let products = by_code(&own_codes[Coded::Product as usize], &self.products, Product::UNSEEN);
+        let products =
+            by_code(&own_codes[Coded::Product as usize], &self.products, Product::UNSEEN);
         Encoder {
             statistics: &self.statistics,
             ids: Coded::ALL.map(|column| {
@@ -258,7 +264,11 @@ impl Workflow {
                 Cow::Owned(by_code(&own_codes[column as usize], ids, Vocabulary::UNKNOWN))
             }),
             first_seen: products.iter().map(|product| product.first_seen).collect(),
-            mean_price: Cow::Owned(by_code(&own_codes[Coded::Category as usize], &self.mean_price, f64::NAN)),
+            mean_price: Cow::Owned(by_code(
+                &own_codes[Coded::Category as usize],
+                &self.mean_price,
+                f64::NAN,
+            )),
         }
     }
 }
@@ -328,7 +338,10 @@ impl Encoder<'_> {
         let session_ids = rows.iter().map(|row| i64::from(self.id(&row.events[0], Coded::Session)));
         let columns = vec![
             Column::new(session::SESSION.into(), session_ids.collect::<Vec<_>>()),
-            Column::new(session::COUNT.into(), rows.iter().map(|row| row.count as i64).collect::<Vec<_>>()),
+            Column::new(
+                session::COUNT.into(),
+                rows.iter().map(|row| row.count as i64).collect::<Vec<_>>(),
+            ),
             ids(session::PRODUCT, Coded::Product),
             ids(session::CATEGORY_CODE, Coded::CategoryCode),
             ids(session::EVENT_TYPE, Coded::EventType),
@@ -356,8 +369,12 @@ fn list<T: PolarsNumericType>(
     n_values: usize,
     value: impl Fn(&Event) -> T::Native,
 ) -> Column {
-    let mut lists =
-        ListPrimitiveChunkedBuilder::<T>::new(name.into(), rows.len(), n_values, T::get_static_dtype());
+    let mut lists = ListPrimitiveChunkedBuilder::<T>::new(
+        name.into(),
+        rows.len(),
+        n_values,
+        T::get_static_dtype(),
+    );
     let mut values = Vec::new();
     for row in rows {
         values.clear();
@@ -375,7 +392,10 @@ mod tests {
     fn weekdays_start_on_monday_at_one_seventh() {
         // 2019-10-01 was a Tuesday, 2019-10-06 a Sunday.
         let (sin, cos) = weekday(1_569_888_000);
-        assert!((sin - 0.974_927_7).abs() < 1e-6 && (cos + 0.222_521_8).abs() < 1e-6, "{sin} {cos}");
+        assert!(
+            (sin - 0.974_927_7).abs() < 1e-6 && (cos + 0.222_521_8).abs() < 1e-6,
+            "{sin} {cos}"
+        );
         let (sin, cos) = weekday(1_570_320_000);
         assert!((sin - 8.975_979e-7).abs() < 1e-9 && (cos - 1.0).abs() < 1e-6, "{sin} {cos}");
     }

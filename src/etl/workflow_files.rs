@@ -127,7 +127,8 @@ impl Workflow {
     /// One row per category, by ascending id.
     fn category_table(&self) -> PolarsResult<DataFrame> {
         let (ids, means) = self.by_value(Coded::Category, &self.mean_price);
-        let columns = vec![Column::new(event::CATEGORY.into(), ids), Column::new(MEAN_PRICE.into(), means)];
+        let columns =
+            vec![Column::new(event::CATEGORY.into(), ids), Column::new(MEAN_PRICE.into(), means)];
         DataFrame::new(columns[0].len(), columns)
     }
 
@@ -174,8 +175,9 @@ impl Workflow {
                 read_vocabulary(path, column)?
             });
         }
-        let mut vocabularies: [_; 7] =
-            vocabularies.try_into().unwrap_or_else(|_| unreachable!("one for each of `Coded::ALL`"));
+        let mut vocabularies: [_; 7] = vocabularies
+            .try_into()
+            .unwrap_or_else(|_| unreachable!("one for each of `Coded::ALL`"));
         let products = read_products(dir.join(PRODUCTS), &mut vocabularies)?;
         let mean_price = read_mean_prices(dir.join(CATEGORIES), &mut vocabularies)?;
         Ok(Self { statistics, vocabularies, products, mean_price })
@@ -190,7 +192,8 @@ fn read_statistics(dir: &Path) -> Result<Saved<Statistics>, Error> {
     let path = dir.join(STATISTICS);
     let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let broken = |problem: String| Error::Workflow { path: path.clone(), problem };
-    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
     // The format comes first, because files of another format may have other keys.
     let SavedFormat { format } =
         SavedFormat::deserialize(&json).map_err(|error| broken(error.to_string()))?;
@@ -322,7 +325,11 @@ fn by_code<T: Copy>(
 }
 
 /// A column of integers or of text. All cells must be of that type.
-fn column_of<'v>(name: &str, is_int: bool, cells: impl Iterator<Item = Option<ColumnValue<'v>>>) -> Column {
+fn column_of<'v>(
+    name: &str,
+    is_int: bool,
+    cells: impl Iterator<Item = Option<ColumnValue<'v>>>,
+) -> Column {
     if is_int {
         let ints = cells.map(|cell| cell.and_then(ColumnValue::as_int));
         Int64Chunked::from_iter_options(name.into(), ints).into_column()
@@ -375,17 +382,23 @@ impl StoredTable {
 
     /// A column of floats; NaN for null.
     fn floats(&self, name: &str) -> Result<Vec<f64>, Error> {
-        self.column(name, |column| Ok(column.f64()?.iter().map(|cell| cell.unwrap_or(f64::NAN)).collect()))
+        self.column(name, |column| {
+            Ok(column.f64()?.iter().map(|cell| cell.unwrap_or(f64::NAN)).collect())
+        })
     }
 
     /// Whether the cells of an encoded column are integers. Session ids may be either.
     fn holds_ints(&self, column: Coded) -> bool {
         let is_int64 = |cells: &Column| cells.dtype() == &DataType::Int64;
-        column.is_int() || column == Coded::Session && self.frame.column(column.name()).is_ok_and(is_int64)
+        column.is_int()
+            || column == Coded::Session && self.frame.column(column.name()).is_ok_and(is_int64)
     }
 
     /// The cells of an encoded column.
-    fn cells(&self, column: Coded) -> Result<Box<dyn Iterator<Item = Option<ColumnValue<'_>>> + '_>, Error> {
+    fn cells(
+        &self,
+        column: Coded,
+    ) -> Result<Box<dyn Iterator<Item = Option<ColumnValue<'_>>> + '_>, Error> {
         let is_int = self.holds_ints(column);
         self.column(column.name(), |cells| {
             Ok(if is_int {

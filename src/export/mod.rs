@@ -79,13 +79,18 @@ pub enum ExportError {
          which `bireme export` uses without this flag"
     )]
     PythonBackend,
-    #[error("`{run_dir}` holds a {model} model, which only counts: GRU and XLNet models can be exported")]
+    #[error(
+        "`{run_dir}` holds a {model} model, which only counts: GRU and XLNet models can be exported"
+    )]
     OnlyCounts { run_dir: PathBuf, model: String },
     #[error("`{0}` is missing: the run was trained on sessions without a fitted workflow")]
     NoWorkflow(PathBuf),
     #[error("`{0}` does not exist")]
     NoLibrary(PathBuf),
-    #[error("`{0}` is not a Triton backend: it is not a shared library that defines `{BACKEND_FUNCTION}`")]
+    #[error(
+        "`{0}` is not a Triton backend: it is not a shared library that defines \
+         `{BACKEND_FUNCTION}`"
+    )]
     NotABackend(PathBuf),
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -119,7 +124,8 @@ impl UserError for ExportError {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::NoLibrary(_) | Self::NotABackend(_) => {
-                "`cargo build` makes it beside `bireme`, and `--backend-library` names another place"
+                "`cargo build` makes it beside `bireme`, and `--backend-library` names another \
+                 place"
             }
             Self::NoWorkflow(_) => "train on what `bireme preprocess` wrote",
             _ => return None,
@@ -166,8 +172,10 @@ fn is_backend(file: &[u8]) -> bool {
 
 /// The configuration of the network.
 fn neural<'a>(options: &ExportOptions, config: &'a Config) -> Result<Neural<'a>, ExportError> {
-    let only_counts =
-        || ExportError::OnlyCounts { run_dir: options.run_dir.clone(), model: config.model.title() };
+    let only_counts = || ExportError::OnlyCounts {
+        run_dir: options.run_dir.clone(),
+        model: config.model.title(),
+    };
     config.model.neural().ok_or_else(only_counts)
 }
 
@@ -176,7 +184,10 @@ fn neural<'a>(options: &ExportOptions, config: &'a Config) -> Result<Neural<'a>,
 ///
 /// # Errors
 /// See [`ExportError`].
-pub fn export(options: &ExportOptions, note: &mut dyn FnMut(&str)) -> Result<Exported, ExportError> {
+pub fn export(
+    options: &ExportOptions,
+    note: &mut dyn FnMut(&str),
+) -> Result<Exported, ExportError> {
     let names = checked_options(options)?;
     let added = OutputEntries::create(&options.out, &options.name, note)?;
     let aside = added.path();
@@ -194,7 +205,8 @@ pub fn export(options: &ExportOptions, note: &mut dyn FnMut(&str)) -> Result<Exp
         let dir = aside.join(&config.name).join(version.to_string());
         fs::create_dir_all(&dir).map_err(io("create", &dir))?;
         let path = aside.join(&config.name).join(bireme_serve::model_config::CONFIG);
-        fs::write(&path, bireme_serve::model_config::to_text(config)).map_err(io("write", &path))?;
+        fs::write(&path, bireme_serve::model_config::to_text(config))
+            .map_err(io("write", &path))?;
     }
     let folder = |name: &str| aside.join(name).join(version.to_string());
 
@@ -308,21 +320,29 @@ impl ServedRun {
         let network = Network::new(&neural, &features, data.max_length, run.seed, Device::Cpu);
         let mut network = network.map_err(mismatch(dir))?;
         let values = network.parameters().values();
-        network.parameters().assign(&values, &tensors.weights, &[]).map_err(mismatch(&checkpoint))?;
+        network
+            .parameters()
+            .assign(&values, &tensors.weights, &[])
+            .map_err(mismatch(&checkpoint))?;
         network.serve_with_tables_in(options.tables);
         let products = workflow.vocabulary(Coded::Product);
         if products.cardinality() as i64 != features.n_items() {
-            let problem =
-                format!("it has {} items, and the schema has {}", products.cardinality(), features.n_items());
+            let problem = format!(
+                "it has {} items, and the schema has {}",
+                products.cardinality(),
+                features.n_items()
+            );
             return Err(mismatch(&workflow_dir)(problem));
         }
-        let product_ids = (0..products.cardinality() as u32).map(|item| match products.value(item) {
-            Some(ColumnValue::Int(product)) => product,
-            _ => -1,
-        });
+        let product_ids =
+            (0..products.cardinality() as u32).map(|item| match products.value(item) {
+                Some(ColumnValue::Int(product)) => product,
+                _ => -1,
+            });
         let product_ids = product_ids.collect();
         let columns = features.columns().iter();
-        let cardinalities = columns.map(|f| f.cardinality().filter(|_| f.is_categorical())).collect();
+        let cardinalities =
+            columns.map(|f| f.cardinality().filter(|_| f.is_categorical())).collect();
         Ok(Self {
             dir: dir.clone(),
             state,
@@ -341,13 +361,15 @@ impl ServedRun {
 
     fn preprocessor(&self) -> Result<Preprocessor, ExportError> {
         let columns = self.features.columns().iter();
-        let n_recommendable = (self.features.n_items() - crate::metrics::FIRST_ITEM).max(1) as usize;
+        let n_recommendable =
+            (self.features.n_items() - crate::metrics::FIRST_ITEM).max(1) as usize;
         let settings = ServingSettings {
             max_length: self.network.served_length(self.config.data.max_length),
             columns: columns.map(|f| ModelColumn::new(&f.name, f.is_categorical())).collect(),
             top_k: TOP_K,
             max_top_k: MAX_TOP_K,
-            max_sessions: (MAX_SCORES_BYTES / (4 * self.features.n_items() as usize)).clamp(1, MAX_SESSIONS),
+            max_sessions: (MAX_SCORES_BYTES / (4 * self.features.n_items() as usize))
+                .clamp(1, MAX_SESSIONS),
             n_recommendable: Some(n_recommendable),
         };
         Ok(Preprocessor::new(self.workflow.clone(), settings))

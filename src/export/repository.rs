@@ -14,8 +14,8 @@ use bireme_serve::protocol::model_config::SchedulingChoice;
 use bireme_serve::protocol::model_ensembling::Step;
 use bireme_serve::protocol::model_instance_group::Kind;
 use bireme_serve::protocol::{
-    ModelConfig, ModelDynamicBatching, ModelEnsembling, ModelInput, ModelInstanceGroup, ModelOutput,
-    ModelParameter,
+    ModelConfig, ModelDynamicBatching, ModelEnsembling, ModelInput, ModelInstanceGroup,
+    ModelOutput, ModelParameter,
 };
 
 use super::script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
@@ -37,7 +37,12 @@ pub struct ModelNames {
 impl ModelNames {
     pub fn new(name: &str) -> Self {
         let with = |part: &str| format!("{name}_{part}");
-        Self { ensemble: name.to_owned(), scores: with("scores"), etl: with("etl"), model: with("model") }
+        Self {
+            ensemble: name.to_owned(),
+            scores: with("scores"),
+            etl: with("etl"),
+            model: with("model"),
+        }
     }
 }
 
@@ -69,7 +74,10 @@ fn output(name: &str, datatype: DataType, dims: Vec<i64>) -> ModelOutput {
 fn request() -> Vec<ModelInput> {
     INPUTS
         .iter()
-        .map(|of| ModelInput { optional: of.optional, ..input(of.name, of.datatype, of.dims.to_vec()) })
+        .map(|of| ModelInput {
+            optional: of.optional,
+            ..input(of.name, of.datatype, of.dims.to_vec())
+        })
         .collect()
 }
 
@@ -79,9 +87,16 @@ fn etl_config(name: &str, etl: &Preprocessor) -> ModelConfig {
         name: name.to_owned(),
         backend: "bireme".to_owned(),
         input: request(),
-        output: outputs.into_iter().map(|(name, datatype, dims)| output(name, datatype, dims)).collect(),
+        output: outputs
+            .into_iter()
+            .map(|(name, datatype, dims)| output(name, datatype, dims))
+            .collect(),
         // For a few cores: an execution takes a fraction of a millisecond.
-        instance_group: vec![ModelInstanceGroup { count: 2, kind: Kind::Cpu.into(), ..Default::default() }],
+        instance_group: vec![ModelInstanceGroup {
+            count: 2,
+            kind: Kind::Cpu.into(),
+            ..Default::default()
+        }],
         ..Default::default()
     }
 }
@@ -98,7 +113,9 @@ fn model_config(name: &str, etl: &Preprocessor, n_items: i64) -> ModelConfig {
         name: name.to_owned(),
         platform: "pytorch_libtorch".to_owned(),
         max_batch_size: etl.settings().max_sessions as i32,
-        input: inputs.map(|(name, datatype, dims)| input(name, datatype, dims[1..].to_vec())).collect(),
+        input: inputs
+            .map(|(name, datatype, dims)| input(name, datatype, dims[1..].to_vec()))
+            .collect(),
         output: vec![
             output(OUTPUT, DataType::Fp32, vec![n_items]),
             output(ITEM_IDS, DataType::Int64, vec![-1]),
@@ -146,14 +163,17 @@ fn ensemble_config(
         ),
     ];
     let mut declared = vec![output(SESSION, DataType::Bytes, vec![-1, 1])];
-    declared.extend(outputs.iter().map(|(name, datatype, dims)| output(name, *datatype, dims.clone())));
+    declared
+        .extend(outputs.iter().map(|(name, datatype, dims)| output(name, *datatype, dims.clone())));
     declared.push(output(FALLBACK, DataType::Bool, vec![-1, 1]));
     ModelConfig {
         name: name.to_owned(),
         platform: "ensemble".to_owned(),
         input: request(),
         output: declared,
-        scheduling_choice: Some(SchedulingChoice::EnsembleScheduling(ModelEnsembling { step: steps })),
+        scheduling_choice: Some(SchedulingChoice::EnsembleScheduling(ModelEnsembling {
+            step: steps,
+        })),
         ..Default::default()
     }
 }

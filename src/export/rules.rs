@@ -79,7 +79,10 @@ fn input_positions(config: &ModelConfig, arguments: &[String]) -> Result<Vec<usi
     }
     numbers_of(&names).ok_or_else(|| {
         let unknown = names.iter().find(|name| place(name).is_none()).unwrap_or(&names[0]);
-        format!("input `{unknown}` is neither an argument of `forward` nor numbered as `<name>__<number>`")
+        format!(
+            "input `{unknown}` is neither an argument of `forward` nor numbered as \
+             `<name>__<number>`"
+        )
     })
 }
 
@@ -129,7 +132,8 @@ fn check_outputs(
             && size[1..].iter().zip(&output.dims).all(|(size, dim)| *dim < 0 || size == dim);
         if !fits {
             return Err(format!(
-                "output `{}` has the shape {size:?} for {n_sessions} sessions, the configuration {:?}",
+                "output `{}` has the shape {size:?} for {n_sessions} sessions, the configuration \
+                 {:?}",
                 output.name, output.dims
             ));
         }
@@ -179,7 +183,8 @@ mod tests {
         let positions = |names: &[&str]| input_positions(&config(names, &[]), &arguments);
         assert_eq!(positions(&["b", "a"]), Ok(vec![1, 0]));
         assert_eq!(positions(&["x__1", "y__0"]), Ok(vec![1, 0]));
-        for names in [&["x__0", "y__2"][..], &["a", "y__1"], &["x", "y"], &["x__0", "y__0"], &["a"]] {
+        for names in [&["x__0", "y__2"][..], &["a", "y__1"], &["x", "y"], &["x__0", "y__0"], &["a"]]
+        {
             assert!(positions(names).is_err(), "{names:?}");
         }
     }

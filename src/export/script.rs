@@ -74,16 +74,21 @@ impl Script<'_> {
         inputs.push((PLACES, ints(&[0, 0])));
         tch::no_grad(|| {
             trace(path, &inputs, |inputs| {
-                let (columns, [length, hidden, places]) = inputs.split_at(self.columns.len()) else {
+                let (columns, [length, hidden, places]) = inputs.split_at(self.columns.len())
+                else {
                     unreachable!("three inputs follow the columns")
                 };
-                let columns: Vec<Tensor> =
-                    columns.iter().zip(self.cardinalities).map(|(column, n)| self.fit(column, *n)).collect();
+                let columns: Vec<Tensor> = columns
+                    .iter()
+                    .zip(self.cardinalities)
+                    .map(|(column, n)| self.fit(column, *n))
+                    .collect();
                 let lengths = length.reshape([-1]).clamp(1, self.max_length);
                 let scores = self.network.next_scores(&columns, &lengths, self.max_length);
                 let fallback = columns[0].lt(FIRST_ITEM).all_dim(1, false);
                 let _ = set_rows(&scores, &fallback, &popularity);
-                let Ranked { items, scores: item_scores, is_valid } = ranking.best(&scores, hidden, places);
+                let Ranked { items, scores: item_scores, is_valid } =
+                    ranking.best(&scores, hidden, places);
                 let ids = product_ids.index_select(0, &items.reshape([-1])).reshape_as(&items);
                 let is_padding = is_valid.logical_not();
                 let ids = ids.masked_fill(&is_padding, -1);
@@ -171,8 +176,10 @@ impl Ranking {
         }
         let n_blocks = self.n_items / self.block;
         let whole = n_blocks * self.block;
-        let maxima =
-            scores.narrow(1, 0, whole).view([-1, n_blocks, self.block]).amax([2i64].as_slice(), false);
+        let maxima = scores
+            .narrow(1, 0, whole)
+            .view([-1, n_blocks, self.block])
+            .amax([2i64].as_slice(), false);
         let (_, blocks) = maxima.topk(k, 1, true, false);
         let inside = Tensor::arange(self.block, (Kind::Int64, Device::Cpu));
         let mut items = (blocks.unsqueeze(2) * self.block + inside).flatten(1, 2);

@@ -55,7 +55,10 @@ impl AdamWStep {
 pub fn adamw(buffers: &mut AdamWBuffers, scale: &Tensor, step: AdamWStep) {
     let AdamWBuffers { values, gradients, m, v } = buffers;
     let n = values.numel();
-    assert!([&*gradients, m, v].iter().all(|buffer| buffer.numel() == n), "the buffers differ in size");
+    assert!(
+        [&*gradients, m, v].iter().all(|buffer| buffer.numel() == n),
+        "the buffers differ in size"
+    );
     if values.device() != Device::Cpu {
         fused_by_libtorch(buffers, scale, step);
         if step.decay_factor < 1.0 {
@@ -69,10 +72,13 @@ pub fn adamw(buffers: &mut AdamWBuffers, scale: &Tensor, step: AdamWStep) {
     let n_each = part_len(n, BLOCK);
     assert_disjoint(&[values, gradients, m, v], &[]);
     // SAFETY: the buffers are disjoint, and only this function uses them during the call.
-    let [values, gradients, m, v] = [values, gradients, m, v].map(|x| unsafe { elements_mut::<f32>(x) });
+    let [values, gradients, m, v] =
+        [values, gradients, m, v].map(|x| unsafe { elements_mut::<f32>(x) });
     let moments = m.chunks_mut(n_each).zip(v.chunks_mut(n_each));
     let parts = values.chunks_mut(n_each).zip(gradients.chunks_mut(n_each)).zip(moments);
-    in_parallel(parts, |((values, gradients), (m, v))| Part { values, gradients, m, v }.update(scale, step));
+    in_parallel(parts, |((values, gradients), (m, v))| {
+        Part { values, gradients, m, v }.update(scale, step)
+    });
 }
 
 /// Elements that are skipped together if gradient and moments are zero: about one row of a table.
@@ -141,7 +147,16 @@ fn fused_by_libtorch(buffers: &AdamWBuffers, scale: &Tensor, step: AdamWStep) {
         // SAFETY: the pointers are to four live tensors, two numbers, a live tensor, and room for
         // `capacity` characters.
         unsafe {
-            bireme_fused_adamw(buffers, n_steps, step.learning_rate, betas, epsilon, divisor, error, capacity)
+            bireme_fused_adamw(
+                buffers,
+                n_steps,
+                step.learning_rate,
+                betas,
+                epsilon,
+                divisor,
+                error,
+                capacity,
+            )
         }
     });
     result.unwrap_or_else(|problem| panic!("{problem}"));
@@ -155,7 +170,8 @@ mod tests {
 
     #[test]
     fn the_fused_step_equals_the_step_on_the_cpu() {
-        let wave = |frequency: f64| (Tensor::arange(1000, (Kind::Float, Device::Cpu)) * frequency).sin();
+        let wave =
+            |frequency: f64| (Tensor::arange(1000, (Kind::Float, Device::Cpu)) * frequency).sin();
         let buffers = || {
             let zeros = || Tensor::zeros([1000], (Kind::Float, Device::Cpu));
             AdamWBuffers { values: wave(0.7), gradients: zeros(), m: zeros(), v: zeros() }

@@ -10,8 +10,8 @@
 // Runs the backward closure in `slot` once. Takes ownership of `gradient`, the gradient of the
 // output, and returns ownership of the gradients of the `n` inputs. Returns 0, or 1 with a message
 // in `error` and no gradients.
-extern "C" int bireme_run_backward(void* slot, at::Tensor* gradient, at::Tensor** input_gradients, size_t n,
-                                   char* error, size_t capacity);
+extern "C" int bireme_run_backward(void* slot, at::Tensor* gradient, at::Tensor** input_gradients,
+                                   size_t n, char* error, size_t capacity);
 // Frees `slot`, whether the closure has run or not.
 extern "C" void bireme_free_backward(void* slot);
 
@@ -20,7 +20,8 @@ namespace {
 struct Operation : torch::autograd::Node {
   void* slot;
 
-  Operation(torch::autograd::edge_list&& inputs, void* slot) : Node(std::move(inputs)), slot(slot) {}
+  Operation(torch::autograd::edge_list&& inputs, void* slot)
+      : Node(std::move(inputs)), slot(slot) {}
   ~Operation() override { bireme_free_backward(slot); }
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
@@ -29,8 +30,9 @@ struct Operation : torch::autograd::Node {
     if (!gradients[0].defined()) return results;
     std::vector<at::Tensor*> input_gradients(num_outputs());
     char error[1024] = "";
-    int failed = bireme_run_backward(slot, new at::Tensor(std::move(gradients[0])), input_gradients.data(),
-                                     input_gradients.size(), error, sizeof error);
+    auto* gradient = new at::Tensor(std::move(gradients[0]));
+    int failed = bireme_run_backward(slot, gradient, input_gradients.data(), input_gradients.size(),
+                                     error, sizeof error);
     // Throws; autograd passes the exception to the caller of the backward pass.
     TORCH_CHECK(failed == 0, error);
     for (size_t i = 0; i < results.size(); ++i) {
@@ -46,8 +48,8 @@ struct Operation : torch::autograd::Node {
 // Makes `output` depend on `inputs` in autograd's graph if gradients are recorded and an input
 // requires one. Takes ownership of `slot`, also if it fails. Returns 0, or 1 with a message in
 // `error`.
-extern "C" int bireme_attach_backward(at::Tensor* output, at::Tensor** inputs, size_t n, void* slot, char* error,
-                                      size_t capacity) {
+extern "C" int bireme_attach_backward(at::Tensor* output, at::Tensor** inputs, size_t n, void* slot,
+                                      char* error, size_t capacity) {
   bool is_owned = false;
   int failed = guarded(error, capacity, [&] {
     torch::autograd::variable_list all;

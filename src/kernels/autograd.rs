@@ -69,7 +69,8 @@ unsafe extern "C" fn bireme_run_backward(
     };
     // A panic must not unwind into C++, which is undefined behaviour.
     let gradients = catch_unwind(AssertUnwindSafe(|| {
-        let backward = slot.take().expect("the backward pass runs once, because it frees its inputs");
+        let backward =
+            slot.take().expect("the backward pass runs once, because it frees its inputs");
         let gradients = backward(gradient);
         assert_eq!(gradients.len(), n, "one gradient per input");
         gradients
@@ -117,7 +118,8 @@ mod tests {
 
     #[test]
     fn gradients_equal_those_of_libtorch() {
-        let [a, b] = [[1f32, 2.0], [3.0, -4.0]].map(|x| Tensor::from_slice(&x).set_requires_grad(true));
+        let [a, b] =
+            [[1f32, 2.0], [3.0, -4.0]].map(|x| Tensor::from_slice(&x).set_requires_grad(true));
         let witness = Arc::new(());
         let gradients = |product: &dyn Fn(&Tensor, &Tensor) -> Tensor| {
             let (a_squared, twice_b) = (&a * &a, &b * 2.0);
@@ -125,8 +127,15 @@ mod tests {
             Tensor::run_backward(&[loss], &[&a, &b], false, false)
         };
         let (ours, theirs) = (gradients(&|a, b| product(a, b, &witness)), gradients(&|a, b| a * b));
-        assert!(ours.iter().zip(&theirs).all(|(ours, theirs)| ours.equal(theirs)), "{ours:?} {theirs:?}");
-        assert_eq!(Arc::strong_count(&witness), 1, "the closure is not freed after the backward pass");
+        assert!(
+            ours.iter().zip(&theirs).all(|(ours, theirs)| ours.equal(theirs)),
+            "{ours:?} {theirs:?}"
+        );
+        assert_eq!(
+            Arc::strong_count(&witness),
+            1,
+            "the closure is not freed after the backward pass"
+        );
     }
 
     #[test]

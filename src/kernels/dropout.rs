@@ -33,7 +33,8 @@ impl DropoutMask {
         let mut columns: Vec<i32> = draw(0, drawn.iter().product::<i64>() as usize).collect();
         if size[1..] != *drawn {
             let whole = Tensor::from_slice(&columns).view(drawn);
-            let part = size[1..].iter().zip(0..).fold(whole, |part, (&n, dim)| part.narrow(dim, 0, n));
+            let part =
+                size[1..].iter().zip(0..).fold(whole, |part, (&n, dim)| part.narrow(dim, 0, n));
             columns = Vec::try_from(part.reshape([-1])).expect("i32 numbers on the CPU");
         }
         Self {
@@ -66,7 +67,8 @@ impl DropoutMask {
         // writes to `x` during the call.
         let (values, outputs) = unsafe { (elements(&x), elements_mut(&mut output)) };
         let values = values.chunks(n_rows * n_columns);
-        let parts = values.zip(outputs.chunks_mut(n_rows * n_columns)).zip(self.rows.chunks(n_rows));
+        let parts =
+            values.zip(outputs.chunks_mut(n_rows * n_columns)).zip(self.rows.chunks(n_rows));
         in_parallel(parts, |((x, output), rows)| {
             let (threshold, kept) = (threshold(p), (1.0 / (1.0 - p)) as f32);
             vectors::run(DropRows { x, output, rows, columns: &self.columns, threshold, kept });
@@ -78,7 +80,8 @@ impl DropoutMask {
     fn to_tensor(&self, device: Device, p: f64) -> Tensor {
         let numbers = send(&Tensor::from_slice(&[&self.rows[..], &self.columns].concat()), device);
         let (n_rows, n_columns) = (self.rows.len() as i64, self.columns.len() as i64);
-        let products = numbers.narrow(0, 0, n_rows).unsqueeze(1) * numbers.narrow(0, n_rows, n_columns);
+        let products =
+            numbers.narrow(0, 0, n_rows).unsqueeze(1) * numbers.narrow(0, n_rows, n_columns);
         (products.ge(i64::from(threshold(p))) * (1.0 / (1.0 - p))).view(self.size.as_slice())
     }
 }
@@ -165,14 +168,16 @@ mod tests {
         let x = (&dropped - p) / spread;
         // The means of rows and of columns vary as much as the means of independent numbers.
         for (dim, n_values) in [(0, n), (1, d)] {
-            let means = x.mean_dim([dim].as_slice(), false, Kind::Double) * (n_values as f64).sqrt();
+            let means =
+                x.mean_dim([dim].as_slice(), false, Kind::Double) * (n_values as f64).sqrt();
             let variance = means.square().mean(Kind::Double).double_value(&[]);
             assert!((variance - 1.0).abs() < 0.2, "along {dim}: {variance}");
         }
         // Neighbours share a row number or a column number, and yet their products have mean zero.
         let shifted = |row: i64, column: i64| x.narrow(0, row, n - 3).narrow(1, column, d - 3);
         for (row, column) in [(0, 1), (1, 0), (1, 1), (0, 3), (3, 0)] {
-            let correlation = (shifted(0, 0) * shifted(row, column)).mean(Kind::Double).double_value(&[]);
+            let correlation =
+                (shifted(0, 0) * shifted(row, column)).mean(Kind::Double).double_value(&[]);
             assert!(correlation.abs() < 5e-3, "{row}, {column}: {correlation}");
         }
         let squares = shifted(0, 0) * shifted(0, 1) * shifted(1, 0) * shifted(1, 1);

@@ -38,7 +38,8 @@ pub(crate) unsafe fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
 
 /// `None` for an empty tensor: libtorch then returns a null pointer, which a slice must not have.
 fn first_element<T: Element>(tensor: &Tensor) -> Option<*mut T> {
-    let is_valid = tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
+    let is_valid =
+        tensor.kind() == T::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous();
     assert!(is_valid, "{tensor:?} is not contiguous {:?} on the CPU", T::KIND);
     (tensor.numel() > 0).then(|| tensor.data_ptr().cast())
 }

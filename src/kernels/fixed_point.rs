@@ -49,8 +49,10 @@ impl FixedPointSum {
         }
         assert_disjoint(&[&self.total, terms], &[]);
         // SAFETY: the tensors are disjoint, and only this function uses them during the call.
-        let (total, terms) = unsafe { (elements_mut::<i64>(&mut self.total), elements_mut::<f32>(terms)) };
-        let (n_bad, total) = total.split_last_mut().expect("the total is one longer than the terms");
+        let (total, terms) =
+            unsafe { (elements_mut::<i64>(&mut self.total), elements_mut::<f32>(terms)) };
+        let (n_bad, total) =
+            total.split_last_mut().expect("the total is one longer than the terms");
         let n_each = part_len(terms.len(), BLOCK);
         let parts = total.chunks_mut(n_each).zip(terms.chunks_mut(n_each));
         let n_bad_by_part = in_parallel(parts, |(total, terms)| {
@@ -80,8 +82,10 @@ impl FixedPointSum {
         }
         assert_disjoint(&[&self.total, sums], &[]);
         // SAFETY: the tensors are disjoint, and only this function uses them during the call.
-        let (total, sums) = unsafe { (elements_mut::<i64>(&mut self.total), elements_mut::<f32>(sums)) };
-        let (n_bad, total) = total.split_last_mut().expect("the total is one longer than the terms");
+        let (total, sums) =
+            unsafe { (elements_mut::<i64>(&mut self.total), elements_mut::<f32>(sums)) };
+        let (n_bad, total) =
+            total.split_last_mut().expect("the total is one longer than the terms");
         let unit = if *n_bad == 0 { UNIT } else { f64::NAN };
         *n_bad = 0;
         let n_each = part_len(sums.len(), BLOCK);
@@ -197,12 +201,16 @@ mod tests {
 
     #[test]
     fn sums_do_not_depend_on_the_order_and_the_grouping_of_the_terms() {
-        let term = |i: i32| Tensor::from_slice(&[1e-9f32, 0.1, 3.7, -123.4]) * f64::from(i * i - 40) / 7.0;
+        let term =
+            |i: i32| Tensor::from_slice(&[1e-9f32, 0.1, 3.7, -123.4]) * f64::from(i * i - 40) / 7.0;
         let in_groups = |n_groups: usize| {
             let mut whole = FixedPointSum::new(&term(0));
             for group in (0..n_groups).rev() {
                 let mut part = FixedPointSum::new(&term(0));
-                (0..12).skip(group).step_by(n_groups).for_each(|i| part.add_and_clear(&mut term(i)));
+                (0..12)
+                    .skip(group)
+                    .step_by(n_groups)
+                    .for_each(|i| part.add_and_clear(&mut term(i)));
                 *whole.total_mut() += part.total;
             }
             let mut sums = Tensor::zeros([4], (Kind::Float, Device::Cpu));
@@ -238,10 +246,18 @@ mod tests {
     fn terms_are_rounded_as_libtorch_rounds_them_and_cleared() {
         let unit = UNIT as f32;
         let terms = [0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 1.4999, 1e3].map(|n: f32| n * unit);
-        let large =
-            [0.1f32, -3.7e-3, 2.0f32.powi(-12), 2.0f32.powi(-13) * 1.000_001, 123.456, -1e6, 1_048_576.0];
+        let large = [
+            0.1f32,
+            -3.7e-3,
+            2.0f32.powi(-12),
+            2.0f32.powi(-13) * 1.000_001,
+            123.456,
+            -1e6,
+            1_048_576.0,
+        ];
         let terms: Vec<f32> = terms.into_iter().chain(large).cycle().take(100_000).collect();
-        let expected = (Tensor::from_slice(&terms).to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
+        let expected =
+            (Tensor::from_slice(&terms).to_kind(Kind::Double) / UNIT).round().to_kind(Kind::Int64);
         let (mut sum, mut cleared) =
             (FixedPointSum::new(&Tensor::from_slice(&terms)), Tensor::from_slice(&terms));
         sum.add_and_clear(&mut cleared);
@@ -249,6 +265,9 @@ mod tests {
         let mut sums = Tensor::zeros([100_000], (Kind::Float, Device::Cpu));
         FixedPointSum { total: sum.total.copy() }.move_into(&mut sums);
         assert!(sums.equal(&from_fixed_point(&expected)));
-        assert_eq!((sum.total.int64_value(&[100_000]), cleared.count_nonzero(None).int64_value(&[])), (0, 0));
+        assert_eq!(
+            (sum.total.int64_value(&[100_000]), cleared.count_nonzero(None).int64_value(&[])),
+            (0, 0)
+        );
     }
 }

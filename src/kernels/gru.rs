@@ -49,9 +49,11 @@ pub fn gru_layer(x: &Tensor, n_sessions: &[i64], layer: &[&Tensor]) -> Tensor {
         (states, scan)
     });
     let saved_states = states.shallow_clone();
-    with_backward(states, &[x, input_weights, state_weights, input_bias, state_bias], move |gradient| {
-        scan.backward(&saved_states, gradient)
-    })
+    with_backward(
+        states,
+        &[x, input_weights, state_weights, input_bias, state_bias],
+        move |gradient| scan.backward(&saved_states, gradient),
+    )
 }
 
 /// The tensors of a forward pass that its backward pass needs.
@@ -82,9 +84,20 @@ impl Scan {
             // states until it returns. The previous states are other rows of theirs.
             let (gates, recurrent, previous, states) = unsafe {
                 let previous = previous.as_ref().map_or(&[][..], |previous| elements(previous));
-                (elements_mut(&mut gates), elements(&recurrent), previous, elements_mut(&mut states))
+                (
+                    elements_mut(&mut gates),
+                    elements(&recurrent),
+                    previous,
+                    elements_mut(&mut states),
+                )
             };
-            vectors::run(ForwardStep { width: self.width as usize, gates, recurrent, previous, states });
+            vectors::run(ForwardStep {
+                width: self.width as usize,
+                gates,
+                recurrent,
+                previous,
+                states,
+            });
         }
     }
 
@@ -96,7 +109,8 @@ impl Scan {
         let mut through_next = gradient.narrow(0, 0, 0);
         for (number, step) in self.steps.iter().enumerate().rev() {
             let previous = self.previous_states(states, number);
-            let mut to_previous = gradient.new_empty([len(step), width], (Kind::Float, gradient.device()));
+            let mut to_previous =
+                gradient.new_empty([len(step), width], (Kind::Float, gradient.device()));
             let (mut gates, gradients) = (rows(&self.gates, step), rows(&gradient, step));
             // SAFETY: only this function has the gates, which it allocated in the forward pass, and
             // `to_previous`. Nothing writes to the others during the call.
@@ -179,11 +193,13 @@ impl Loop for ForwardStep<'_> {
     fn run<const FUSES: bool>(self) {
         let width = self.width;
         let zeros = vec![0.0; width];
-        let positions = self.gates.chunks_exact_mut(4 * width).zip(self.recurrent.chunks_exact(3 * width));
+        let positions =
+            self.gates.chunks_exact_mut(4 * width).zip(self.recurrent.chunks_exact(3 * width));
         for (position, ((gates, recurrent), states)) in
             positions.zip(self.states.chunks_exact_mut(width)).enumerate()
         {
-            let previous = self.previous.get(position * width..(position + 1) * width).unwrap_or(&zeros);
+            let previous =
+                self.previous.get(position * width..(position + 1) * width).unwrap_or(&zeros);
             let [n, r, z, recurrent_n] = quarters(gates, width);
             let (recurrent, new_recurrent_n) = recurrent.split_at(2 * width);
             let (recurrent_r, recurrent_z) = recurrent.split_at(width);
@@ -218,7 +234,8 @@ impl Loop for BackwardStep<'_> {
     fn run<const FUSES: bool>(self) {
         let width = self.width;
         let zeros = vec![0.0; width];
-        let positions = self.gates.chunks_exact_mut(4 * width).zip(self.gradients.chunks_exact(width));
+        let positions =
+            self.gates.chunks_exact_mut(4 * width).zip(self.gradients.chunks_exact(width));
         for (position, ((gates, gradients), to_previous)) in
             positions.zip(self.to_previous.chunks_exact_mut(width)).enumerate()
         {
@@ -288,7 +305,8 @@ mod tests {
             let layer: Vec<&Tensor> = layer.iter().collect();
             let gradients = |states: &Tensor| {
                 // A different weight for each number, so that swapped numbers change the loss.
-                let weights = Tensor::arange(states.numel() as i64, (Kind::Float, Device::Cpu)).sin();
+                let weights =
+                    Tensor::arange(states.numel() as i64, (Kind::Float, Device::Cpu)).sin();
                 let loss = (states * weights.view_as(states)).sum(Kind::Float);
                 let inputs = [&[&x], &layer[..]].concat();
                 Tensor::run_backward(&[loss], &inputs, false, false)
@@ -296,8 +314,13 @@ mod tests {
             let ours = gru_layer(&x, n_sessions, &layer);
             let theirs = libtorch_states(&x, n_sessions, &layer);
             assert!(ours.allclose(&theirs, 1e-5, 1e-6, false), "{n_sessions:?}");
-            for (number, (ours, theirs)) in gradients(&ours).iter().zip(gradients(&theirs)).enumerate() {
-                assert!(ours.allclose(&theirs, 1e-4, 1e-5, false), "{n_sessions:?}: gradient {number}");
+            for (number, (ours, theirs)) in
+                gradients(&ours).iter().zip(gradients(&theirs)).enumerate()
+            {
+                assert!(
+                    ours.allclose(&theirs, 1e-4, 1e-5, false),
+                    "{n_sessions:?}: gradient {number}"
+                );
             }
         }
     }

@@ -6,7 +6,10 @@ use std::ffi::{c_char, c_int};
 ///
 /// # Errors
 /// The function fails; the error is its message, cut to `capacity` bytes.
-pub(crate) fn guarded(capacity: usize, call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<(), String> {
+pub(crate) fn guarded(
+    capacity: usize,
+    call: impl FnOnce(*mut c_char, usize) -> c_int,
+) -> Result<(), String> {
     let mut message: Vec<c_char> = vec![0; capacity];
     if call(message.as_mut_ptr(), message.len()) == 0 { Ok(()) } else { Err(text(&message)) }
 }

@@ -22,7 +22,8 @@ pub fn map<T>(
         // An empty file cannot be mapped.
         return Ok((Tensor::empty([0], (Kind::Uint8, Device::Cpu)), parse(&[])?));
     }
-    let name = path.to_str().ok_or_else(|| TchError::FileFormat("its path is not UTF-8".to_owned()))?;
+    let name =
+        path.to_str().ok_or_else(|| TchError::FileFormat("its path is not UTF-8".to_owned()))?;
     let file = Tensor::f_from_file(name, false, n_bytes as i64, (Kind::Uint8, Device::Cpu))?;
     // SAFETY: only this function has the tensor, and `parse` cannot keep the slice.
     let parsed = parse(unsafe { elements(&file) })?;

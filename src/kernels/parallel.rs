@@ -10,7 +10,10 @@ pub fn part_len(n: usize, block: usize) -> usize {
 }
 
 /// Runs `work` on all parts in parallel, one thread per part, and returns the results in order.
-pub fn in_parallel<P: Send, R: Send>(parts: impl Iterator<Item = P>, work: impl Fn(P) -> R + Sync) -> Vec<R> {
+pub fn in_parallel<P: Send, R: Send>(
+    parts: impl Iterator<Item = P>,
+    work: impl Fn(P) -> R + Sync,
+) -> Vec<R> {
     let mut parts = parts;
     let Some(first) = parts.next() else { return Vec::new() };
     let work = &work;
@@ -19,9 +22,9 @@ pub fn in_parallel<P: Send, R: Send>(parts: impl Iterator<Item = P>, work: impl 
         // This thread takes the first part.
         let mut results = vec![work(first)];
         results.extend(
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
+            threads.into_iter().map(|thread| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            }),
         );
         results
     })

@@ -25,7 +25,8 @@ pub fn softmax_rows(z: &mut Tensor, bias: &Tensor) -> Tensor {
     assert_disjoint(&[z], &[&bias]);
     // SAFETY: `logs` was allocated here, `z` shares no memory with `bias`, and only this function
     // uses them during the call.
-    let (z, bias, log_sums) = unsafe { (elements_mut(z), elements(&bias), elements_mut(&mut logs)) };
+    let (z, bias, log_sums) =
+        unsafe { (elements_mut(z), elements(&bias), elements_mut(&mut logs)) };
     vectors::run(Rows { z, n_columns, bias, logs: log_sums });
     logs
 }
@@ -37,7 +38,8 @@ pub fn logsumexp_rows(z: &Tensor) -> Tensor {
         return z.logsumexp([1i64].as_slice(), false);
     }
     let (n_rows, n_columns) = (z.size()[0] as usize, z.size()[1] as usize);
-    let (z, mut logs) = (z.contiguous(), Tensor::empty([n_rows as i64], (Kind::Float, Device::Cpu)));
+    let (z, mut logs) =
+        (z.contiguous(), Tensor::empty([n_rows as i64], (Kind::Float, Device::Cpu)));
     let n_each = part_len(n_rows, 1);
     // SAFETY: `logs` was allocated here, and nothing writes to `z` during the call.
     let (rows, log_sums) = unsafe { (elements::<f32>(&z), elements_mut(&mut logs)) };
@@ -59,7 +61,9 @@ impl Loop for LogSums<'_> {
         for (row, log) in self.z.chunks_exact(self.n_columns).zip(self.logs) {
             let mut largest = [f32::NEG_INFINITY; LANES];
             for row in row.chunks(LANES) {
-                row.iter().zip(&mut largest).for_each(|(z, largest)| *largest = larger(*largest, *z));
+                row.iter()
+                    .zip(&mut largest)
+                    .for_each(|(z, largest)| *largest = larger(*largest, *z));
             }
             let largest = largest.into_iter().fold(f32::NEG_INFINITY, larger);
             let mut sums = [0.0; LANES];
@@ -157,7 +161,8 @@ mod tests {
 
     #[test]
     fn a_nan_makes_its_row_nan_and_a_very_small_logit_does_not() {
-        let mut z = Tensor::from_slice2(&[[0.0, f32::NAN], [0.0, -1e30], [0.0, f32::INFINITY], [0.0, 0.0]]);
+        let mut z =
+            Tensor::from_slice2(&[[0.0, f32::NAN], [0.0, -1e30], [0.0, f32::INFINITY], [0.0, 0.0]]);
         let logs = softmax_rows(&mut z, &Tensor::from_slice(&[0.0f32, 0.0]));
         let logs = Vec::<f32>::try_from(logs).unwrap();
         assert!(logs[0].is_nan() && logs[2].is_nan());

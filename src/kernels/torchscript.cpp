@@ -48,8 +48,8 @@ extern "C" {
 // Ends the trace that `atm_create_for_tracing` began: `module.forward` takes arguments of these
 // names and returns the outputs as a tuple. `topk` returns as many scores as the last argument has
 // columns, or all if there are fewer.
-int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size_t n_outputs, const char** arguments,
-                       size_t n_arguments, char* error, size_t capacity) {
+int bireme_end_tracing(torch::jit::Module* module, torch::Tensor** outputs, size_t n_outputs,
+                       const char** arguments, size_t n_arguments, char* error, size_t capacity) {
   int failed = guarded(error, capacity, [&] {
     auto state = torch::jit::tracer::getTracingState();
     TORCH_CHECK(state, "no trace has begun");
@@ -75,7 +75,8 @@ void bireme_abandon_tracing() { torch::jit::tracer::setTracingState(nullptr); }
 
 // Writes the names of the arguments of `forward` in the module saved at `path` to `names`,
 // separated by spaces.
-int bireme_arguments(const char* path, char* names, size_t names_capacity, char* error, size_t capacity) {
+int bireme_arguments(const char* path, char* names, size_t names_capacity, char* error,
+                     size_t capacity) {
   return guarded(error, capacity, [&] {
     auto module = torch::jit::load(path);
     std::string joined;

@@ -57,10 +57,12 @@ pub fn trace(
 ) -> Result<(), String> {
     let c_string = |text: &[u8]| CString::new(text).map_err(|error| error.to_string());
     let file = c_string(path.as_os_str().as_bytes())?;
-    let names = inputs.iter().map(|(name, _)| c_string(name.as_bytes())).collect::<Result<Vec<_>, _>>()?;
+    let names =
+        inputs.iter().map(|(name, _)| c_string(name.as_bytes())).collect::<Result<Vec<_>, _>>()?;
     let names: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
     let inputs: Vec<Tensor> = inputs.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-    let mut pointers: Vec<*mut C_tensor> = inputs.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect();
+    let mut pointers: Vec<*mut C_tensor> =
+        inputs.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect();
     let mut name = c_string(b"Recommender")?.into_bytes_with_nul();
     let count = |n: usize| c_int::try_from(n).map_err(|error| error.to_string());
     // SAFETY: `name` is a C string and `pointers` holds as many live tensors as passed; neither is

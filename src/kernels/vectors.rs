@@ -90,7 +90,9 @@ mod tests {
                 let exp_error = f64::from(exp::<FUSES>(-x.abs())) / (-wide.abs()).exp() - 1.0;
                 let sigmoid_error = f64::from(sigmoid::<FUSES>(x)) - (1.0 + (-wide).exp()).recip();
                 let tanh_error = f64::from(tanh::<FUSES>(x)) - wide.tanh();
-                for (largest, error) in self.largest.iter_mut().zip([exp_error, sigmoid_error, tanh_error]) {
+                for (largest, error) in
+                    self.largest.iter_mut().zip([exp_error, sigmoid_error, tanh_error])
+                {
                     *largest = largest.max(error.abs());
                 }
             }
@@ -103,7 +105,10 @@ mod tests {
         let (mut vector, mut scalar) = ([0.0; 3], [0.0; 3]);
         run(Errors { xs: &xs, largest: &mut vector });
         Errors { xs: &xs, largest: &mut scalar }.run::<false>();
-        assert!(vector.into_iter().chain(scalar).all(|error| error < 2e-7), "{vector:?} {scalar:?}");
+        assert!(
+            vector.into_iter().chain(scalar).all(|error| error < 2e-7),
+            "{vector:?} {scalar:?}"
+        );
     }
 
     #[test]

@@ -36,15 +36,19 @@ impl Reminders {
     fn hidden(self, known: &Batch) -> Tensor {
         let hidden: Vec<Vec<i64>> = match self {
             Reminders::All => Vec::new(),
-            Reminders::Earlier => {
-                known.sessions().iter().map(|session| session[session.len() - 1..].to_vec()).collect()
-            }
+            Reminders::Earlier => known
+                .sessions()
+                .iter()
+                .map(|session| session[session.len() - 1..].to_vec())
+                .collect(),
             Reminders::None => known.sessions(),
         };
         let max_hidden = hidden.iter().map(Vec::len).max().unwrap_or(0);
         let padding = |session: &Vec<i64>| std::iter::repeat_n(-1, max_hidden - session.len());
-        let rows: Vec<i64> =
-            hidden.iter().flat_map(|session| session.iter().copied().chain(padding(session))).collect();
+        let rows: Vec<i64> = hidden
+            .iter()
+            .flat_map(|session| session.iter().copied().chain(padding(session)))
+            .collect();
         Tensor::from_slice(&rows)
             .view([known.n_sessions() as i64, max_hidden as i64])
             .to_device(known.items().device())
@@ -110,7 +114,8 @@ impl Tally {
             self.at_rank[rank_bin(rank)] += 1;
         }
         if let Some(losses) = losses {
-            self.loss += (losses * LOSS_UNIT).round().to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]);
+            self.loss +=
+                (losses * LOSS_UNIT).round().to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]);
         }
     }
 
@@ -131,7 +136,11 @@ impl Tally {
         let n_sessions: i64 = self.at_rank.iter().sum();
         Metrics {
             n_sessions,
-            loss: if has_loss { self.loss as f64 / LOSS_UNIT / n_sessions as f64 } else { f64::NAN },
+            loss: if has_loss {
+                self.loss as f64 / LOSS_UNIT / n_sessions as f64
+            } else {
+                f64::NAN
+            },
             ndcg_at_10: Measure::NdcgAt10.mean(&self.at_rank),
             ndcg_at_20: Measure::NdcgAt20.mean(&self.at_rank),
             recall_at_10: Measure::RecallAt10.mean(&self.at_rank),
@@ -185,7 +194,8 @@ pub fn evaluate(
         let max_hidden = item_table.gather_counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
         let hidden = hidden.pad([0, max_hidden - hidden.size()[1]], "constant", -1.0);
         let gather = |local: &Tensor| item_table.gather_rows(local, &counts);
-        let (encoded, hidden, all_targets) = (gather(&encoded)?, gather(&hidden)?, gather(&targets)?);
+        let (encoded, hidden, all_targets) =
+            (gather(&encoded)?, gather(&hidden)?, gather(&targets)?);
         let (mut ranks, mut losses) = (Vec::new(), Vec::new());
         for group in item_table.target_groups(&counts) {
             let n = group.end - group.start;
@@ -202,8 +212,8 @@ pub fn evaluate(
             ranks.push(ranking.ranks);
             losses.push(ranking.losses);
         }
-        let [ranks, losses] =
-            [ranks, losses].map(|groups| item_table.local_rows_of(&Tensor::cat(&groups, 0), &counts));
+        let [ranks, losses] = [ranks, losses]
+            .map(|groups| item_table.local_rows_of(&Tensor::cat(&groups, 0), &counts));
         if !bool::try_from(losses.isfinite().all()).expect("a truth value") {
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }

@@ -36,8 +36,9 @@ impl Outcomes {
     /// Adds a block of sessions: the rank of each target, the number of known events and the
     /// target, all `[B]`.
     pub(super) fn add(&mut self, ranks: &Tensor, n_known: &[usize], targets: &Tensor) {
-        let [ranks, targets] = [ranks, targets]
-            .map(|tensor| Vec::<i64>::try_from(tensor.to_device(Device::Cpu)).expect("numbers are i64 [B]"));
+        let [ranks, targets] = [ranks, targets].map(|tensor| {
+            Vec::<i64>::try_from(tensor.to_device(Device::Cpu)).expect("numbers are i64 [B]")
+        });
         let n_known = n_known.iter().map(|&n| n as i64);
         let rows = ranks.into_iter().zip(n_known).zip(targets);
         self.numbers.extend(rows.map(|((rank, n_known), target)| [rank, n_known, target]));
@@ -51,7 +52,8 @@ impl Outcomes {
         occurrences: &[i64],
         collective: &dyn Collective,
     ) -> Result<Vec<SessionOutcome>, CollectiveError> {
-        let bytes: Vec<u8> = self.numbers.iter().flatten().flat_map(|number| number.to_le_bytes()).collect();
+        let bytes: Vec<u8> =
+            self.numbers.iter().flatten().flat_map(|number| number.to_le_bytes()).collect();
         let bytes = collective.gather_bytes(&bytes)?.concat();
         if collective.root().is_none() {
             return Ok(Vec::new());

@@ -61,7 +61,8 @@ pub fn rank_targets(
         let found = chunk
             .gather(1, &column, false)
             .where_self(&in_chunk, &chunk.new_zeros([1], (chunk.kind(), chunk.device())));
-        target_scores = Some(target_scores.map_or_else(|| found.shallow_clone(), |sum: Tensor| sum + &found));
+        target_scores =
+            Some(target_scores.map_or_else(|| found.shallow_clone(), |sum: Tensor| sum + &found));
         log_sums.push(logsumexp_rows(&chunk).unsqueeze(0));
         if let Some((_, recommendable)) = recommendable_part(items, &chunk, hidden) {
             top_scores.add(&recommendable);
@@ -83,8 +84,9 @@ pub fn rank_targets(
     let mut threshold = top_scores.threshold();
     let mut n_better = Tensor::zeros_like(targets);
     let in_top = Tensor::zeros([item_table.len()], (Kind::Bool, targets.device()));
-    let rescore =
-        |items: &Range<i64>| only_chunk.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone);
+    let rescore = |items: &Range<i64>| {
+        only_chunk.as_ref().map_or_else(|| scores(items.clone()), Tensor::shallow_clone)
+    };
     if let (Some(threshold), Some(ranks)) = (&mut threshold, item_table.ranks()) {
         let local = chunks.iter().map(|items| recommendable_part(items, &rescore(items), hidden));
         threshold.reserve_for_lower_ranks(local.flatten().map(|(_, chunk)| chunk), ranks)?;
@@ -101,9 +103,14 @@ pub fn rank_targets(
         let members = threshold.members(&chunk);
         // A session with fewer than `k` recommendable items has the threshold −∞, which hidden
         // items reach.
-        let members =
-            if hidden.numel() > 0 { members.logical_and(&chunk.isneginf().logical_not()) } else { members };
-        in_top.narrow(0, items.start - first, items.end - items.start).copy_(&members.any_dim(0, false));
+        let members = if hidden.numel() > 0 {
+            members.logical_and(&chunk.isneginf().logical_not())
+        } else {
+            members
+        };
+        in_top
+            .narrow(0, items.start - first, items.end - items.start)
+            .copy_(&members.any_dim(0, false));
     }
     let n_better = item_table.sum(n_better)?;
     let worst = Tensor::full_like(targets, item_table.n_items + 1);
@@ -114,16 +121,22 @@ pub fn rank_targets(
 
 /// Returns the recommendable items of a chunk and their scores, `[B, C]`. Sets the scores of hidden
 /// items to −∞ in place.
-fn recommendable_part(items: &Range<i64>, chunk: &Tensor, hidden: &Tensor) -> Option<(Range<i64>, Tensor)> {
+fn recommendable_part(
+    items: &Range<i64>,
+    chunk: &Tensor,
+    hidden: &Tensor,
+) -> Option<(Range<i64>, Tensor)> {
     let first = items.start.max(FIRST_ITEM);
     if first >= items.end {
         return None;
     }
     if hidden.numel() > 0 {
-        let rows =
-            Tensor::arange(chunk.size()[0], (Kind::Int64, chunk.device())).unsqueeze(1).expand_as(hidden);
+        let rows = Tensor::arange(chunk.size()[0], (Kind::Int64, chunk.device()))
+            .unsqueeze(1)
+            .expand_as(hidden);
         let in_chunk = hidden.ge(items.start).logical_and(&hidden.lt(items.end));
-        let [rows, columns] = [rows, hidden - items.start].map(|indices| indices.masked_select(&in_chunk));
+        let [rows, columns] =
+            [rows, hidden - items.start].map(|indices| indices.masked_select(&in_chunk));
         let lowest = chunk.new_full([1], f64::NEG_INFINITY, (chunk.kind(), chunk.device()));
         let _ = chunk.shallow_clone().index_put_(&[Some(rows), Some(columns)], &lowest, false);
     }
@@ -145,7 +158,8 @@ impl TopScores {
 
     /// Adds the scores `[B, C]` of a chunk.
     fn add(&mut self, chunk: &Tensor) {
-        let best = |scores: &Tensor| scores.topk((self.k + 1).min(scores.size()[1]), 1, true, true).0;
+        let best =
+            |scores: &Tensor| scores.topk((self.k + 1).min(scores.size()[1]), 1, true, true).0;
         let chunk = best(chunk);
         self.scores = Some(match &self.scores {
             None => chunk,
@@ -159,8 +173,11 @@ impl TopScores {
         let scores = self.scores.take().expect("every rank has a recommendable item");
         // A rank may have fewer than k + 1 items; the exchange needs equal sizes.
         let missing = self.k + 1 - scores.size()[1];
-        let padding =
-            scores.new_full([scores.size()[0], missing], f64::NEG_INFINITY, (scores.kind(), scores.device()));
+        let padding = scores.new_full(
+            [scores.size()[0], missing],
+            f64::NEG_INFINITY,
+            (scores.kind(), scores.device()),
+        );
         let all = ranks.stack_ranks(&Tensor::cat(&[scores, padding], 1))?;
         let all = all.permute([1, 0, 2]).reshape([all.size()[1], -1]);
         self.scores = Some(all.topk((self.k + 1).min(n_items), 1, true, true).0);
@@ -178,7 +195,8 @@ impl TopScores {
             Tensor::zeros([scores.size()[0]], (Kind::Bool, scores.device()))
         };
         let tied_sessions = is_tied.nonzero().squeeze_dim(1);
-        let n_open = n_true(&scores.narrow(1, 0, k).eq_tensor(&last)).index_select(0, &tied_sessions);
+        let n_open =
+            n_true(&scores.narrow(1, 0, k).eq_tensor(&last)).index_select(0, &tied_sessions);
         Some(TopThreshold { last, tied_sessions, n_open })
     }
 }
@@ -209,7 +227,8 @@ impl TopThreshold {
             return Ok(());
         }
         let last = self.last.index_select(0, &self.tied_sessions);
-        let n_tied = chunks.map(|chunk| n_true(&chunk.index_select(0, &self.tied_sessions).eq_tensor(&last)));
+        let n_tied = chunks
+            .map(|chunk| n_true(&chunk.index_select(0, &self.tied_sessions).eq_tensor(&last)));
         let n_tied = n_tied.fold(self.n_open.zeros_like(), |sum, n| sum + n);
         let on_lower_ranks = ranks.stack_ranks(&n_tied)?.narrow(0, 0, ranks.rank() as i64);
         let on_lower_ranks = on_lower_ranks.sum_dim_intlist([0i64].as_slice(), false, Kind::Int64);
@@ -224,7 +243,8 @@ impl TopThreshold {
         if self.tied_sessions.numel() == 0 {
             return members;
         }
-        let [chunk, last] = [chunk, &self.last].map(|scores| scores.index_select(0, &self.tied_sessions));
+        let [chunk, last] =
+            [chunk, &self.last].map(|scores| scores.index_select(0, &self.tied_sessions));
         let tied = chunk.eq_tensor(&last);
         let included = tied.logical_and(&tied.cumsum(1, Kind::Int).le_tensor(&self.n_open));
         self.n_open = (&self.n_open - n_true(&tied)).clamp_min(0);

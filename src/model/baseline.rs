@@ -101,7 +101,8 @@ impl Baseline {
             BaselineKind::None => {}
             BaselineKind::LastDay(counts) => push("last_day", Tensor::from_slice(counts)),
             BaselineKind::Successors(pairs) => {
-                let flat: Vec<i64> = pairs.iter().flat_map(|(&(item, next), &n)| [item, next, n]).collect();
+                let flat: Vec<i64> =
+                    pairs.iter().flat_map(|(&(item, next), &n)| [item, next, n]).collect();
                 push("pairs", Tensor::from_slice(&flat).view([-1, 3]));
             }
             BaselineKind::Neighbours(neighbours) => {
@@ -136,7 +137,9 @@ impl Baseline {
         let check_items = |name: &str, items: &[i64]| {
             let is_known = |item: i64| usize::try_from(item).is_ok_and(|item| item < n_items);
             match items.iter().find(|&&item| !is_known(item)) {
-                Some(item) => Err(format!("`{name}` has the item {item}, the schema has {n_items} items")),
+                Some(item) => {
+                    Err(format!("`{name}` has the item {item}, the schema has {n_items} items"))
+                }
                 None => Ok(()),
             }
         };
@@ -155,8 +158,11 @@ impl Baseline {
                 check_items("session_items", &items)?;
                 let mut rest = &items[..];
                 for length in lengths {
-                    let split = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length));
-                    let (session, after) = split.ok_or("`session_lengths` does not fit `session_items`")?;
+                    let split = usize::try_from(length)
+                        .ok()
+                        .and_then(|length| rest.split_at_checked(length));
+                    let (session, after) =
+                        split.ok_or("`session_lengths` does not fit `session_items`")?;
                     neighbours.add(session);
                     rest = after;
                 }
@@ -182,7 +188,8 @@ impl Recommender for Baseline {
 
     /// Pairs (item, score) of each session, f64 `[B, E, 2]`, padded with −1.
     fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
-        let scored: Vec<_> = known.sessions().iter().map(|session| self.session_scores(session)).collect();
+        let scored: Vec<_> =
+            known.sessions().iter().map(|session| self.session_scores(session)).collect();
         let longest = scored.iter().map(Vec::len).max().unwrap_or(0);
         let mut padded = vec![-1.0; scored.len() * longest * 2];
         for (row, session) in padded.chunks_exact_mut(2 * longest.max(1)).zip(&scored) {

@@ -113,7 +113,8 @@ impl HostPackedSequence {
             }
             n_sessions.push(n as i64);
         }
-        let outputs = plan.outputs.iter().map(|&position| index_of_position[position as usize]).collect();
+        let outputs =
+            plan.outputs.iter().map(|&position| index_of_position[position as usize]).collect();
         Self { positions, n_sessions, outputs }
     }
 }
@@ -136,7 +137,8 @@ impl Layout {
             .enumerate()
             .flat_map(|(session, &n)| (0..n).map(move |offset| (session * length + offset) as i64))
             .collect();
-        let output_cells: Vec<i64> = plan.outputs.iter().map(|&position| cells[position as usize]).collect();
+        let output_cells: Vec<i64> =
+            plan.outputs.iter().map(|&position| cells[position as usize]).collect();
         let padding = batch.n_events() as i64;
         let input_rows: Vec<i64> = plan
             .inputs
@@ -151,7 +153,9 @@ impl Layout {
         let max_outputs = plan.outputs_per_session.iter().copied().max().unwrap_or(0);
         let slots = plan.outputs_per_session.iter().enumerate();
         let slots: Vec<i64> = slots
-            .flat_map(|(session, &n)| (0..n).map(move |number| (session * max_outputs + number) as i64))
+            .flat_map(|(session, &n)| {
+                (0..n).map(move |number| (session * max_outputs + number) as i64)
+            })
             .collect();
         let fills_slots = slots.len() == plan.lengths.len() * max_outputs;
         let are_equal = plan.lengths.iter().all(|&n| n == length);
@@ -194,7 +198,11 @@ impl Layout {
                 outputs: next(),
             }),
             outputs_by_segment: batch.by_segment(&plan.outputs_per_session),
-            sessions_by_segment: batch.segments.iter().map(|segment| segment.n_sessions as i64).collect(),
+            sessions_by_segment: batch
+                .segments
+                .iter()
+                .map(|segment| segment.n_sessions as i64)
+                .collect(),
         };
         layout.mask = match &plan.mask {
             AttentionMask::Full => LayoutMask::Full,
@@ -226,8 +234,11 @@ impl Layout {
         let offsets = Tensor::arange(length, (Kind::Int64, lengths.device())).unsqueeze(0);
         let event = session.unsqueeze(1) * width + &offsets;
         let padding = lengths.ones_like().sum(Kind::Int64) * width;
-        let after_end =
-            if masks { (&padding + 1).where_self(&offsets.eq_tensor(&ends), &padding) } else { padding };
+        let after_end = if masks {
+            (&padding + 1).where_self(&offsets.eq_tensor(&ends), &padding)
+        } else {
+            padding
+        };
         let input_rows = event.where_self(&offsets.lt_tensor(&ends), &after_end).reshape([-1]);
         let output_offsets = if masks { lengths.shallow_clone() } else { lengths - 1 };
         let output_cells = session * length + output_offsets;
@@ -294,7 +305,8 @@ impl Layout {
             LayoutMask::Permuted(order) => {
                 let later = is_unavailable(&order.unsqueeze(1), &order.unsqueeze(2));
                 let mask = later.logical_and(&key.ne_tensor(&query));
-                self.padding().map_or(mask.shallow_clone(), |padding| mask.logical_or(&padding.unsqueeze(1)))
+                self.padding()
+                    .map_or(mask.shallow_clone(), |padding| mask.logical_or(&padding.unsqueeze(1)))
             }
         };
         Some(mask.expand([-1, self.length, self.length], false))
@@ -309,11 +321,13 @@ impl Layout {
         match &self.mask {
             LayoutMask::Full => padding,
             LayoutMask::Causal => {
-                let key = Tensor::arange(self.length, (Kind::Int64, self.input_rows.device())).unsqueeze(0);
+                let key = Tensor::arange(self.length, (Kind::Int64, self.input_rows.device()))
+                    .unsqueeze(0);
                 Some(key.gt_tensor(&self.output_offsets().unsqueeze(1)))
             }
             LayoutMask::Permuted(order) => {
-                let query_order = order.reshape([-1]).index_select(0, &self.output_cells).unsqueeze(1);
+                let query_order =
+                    order.reshape([-1]).index_select(0, &self.output_cells).unsqueeze(1);
                 let mask = is_unavailable(&order.index_select(0, &sessions), &query_order);
                 Some(padding.map_or(mask.shallow_clone(), |padding| mask.logical_or(&padding)))
             }

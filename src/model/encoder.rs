@@ -38,7 +38,10 @@ pub(super) struct EncoderInput {
 
 impl EncoderInput {
     pub fn whole(columns: Vec<Tensor>, lookups: &[Lookup<'_>]) -> Self {
-        Self { columns, vectors: lookups.iter().map(|lookup| lookup.vectors.shallow_clone()).collect() }
+        Self {
+            columns,
+            vectors: lookups.iter().map(|lookup| lookup.vectors.shallow_clone()).collect(),
+        }
     }
 
     /// The `n` events from `first` on, and the padding event.
@@ -80,7 +83,9 @@ impl Encoder {
         let input_block = Input::declare(input, features, first_table, masks, width, builder)?;
         let (body, attends_to_padding) = match config {
             Neural::Gru(gru) => (Body::Gru(Gru::declare(gru, builder)), false),
-            Neural::Xlnet(xlnet) => (Body::Xlnet(Xlnet::declare(xlnet, builder)), xlnet.attend_to_padding),
+            Neural::Xlnet(xlnet) => {
+                (Body::Xlnet(Xlnet::declare(xlnet, builder)), xlnet.attend_to_padding)
+            }
         };
         Ok(Self {
             input: input_block,

@@ -60,8 +60,10 @@ impl Gru {
             // A trace does not know the number of sessions and computes the padding as well.
             None => {
                 let x = layout.pad(x);
-                let h0 = x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
-                let (states, _) = x.gru(&h0, &layers, true, self.n_layers, 0.0, training, false, true);
+                let h0 =
+                    x.select(1, 0).zeros_like().expand([self.n_layers, -1, -1], false).contiguous();
+                let (states, _) =
+                    x.gru(&h0, &layers, true, self.n_layers, 0.0, training, false, true);
                 take_rows(&states.reshape([-1, self.width]), &layout.output_cells)
             }
         };
@@ -75,7 +77,13 @@ impl Gru {
     }
 
     /// All layers over packed positions on a GPU: `[P, D]` → `[P, D]`.
-    fn cudnn_states(&self, x: &Tensor, n_sessions: &[i64], layers: &[&Tensor], training: bool) -> Tensor {
+    fn cudnn_states(
+        &self,
+        x: &Tensor,
+        n_sessions: &[i64],
+        layers: &[&Tensor],
+        training: bool,
+    ) -> Tensor {
         let n = n_sessions.first().copied().unwrap_or(0);
         let h0 = x.new_zeros([self.n_layers, n, self.width], (x.kind(), x.device()));
         let sizes = Tensor::from_slice(n_sessions);

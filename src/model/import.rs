@@ -33,7 +33,8 @@ pub fn parameter_name(original: &str) -> Result<Option<String>, String> {
         return Ok(Some("item_table.bias".to_owned()));
     }
     let task = rest.find("task_block.").map_or(rest, |start| &rest[start..]);
-    let in_task = task.strip_prefix("task_block.0.0.").map(|part| format!("head.projection.{part}"));
+    let in_task =
+        task.strip_prefix("task_block.0.0.").map(|part| format!("head.projection.{part}"));
     linear("body.0.projection_module.0.0.", "input.projection")
         .or_else(|| linear("body.1.0.0.", "input.to_body"))
         .or(in_task)
@@ -44,7 +45,8 @@ pub fn parameter_name(original: &str) -> Result<Option<String>, String> {
 /// The name without the prefixes of DistributedDataParallel (`module.`) and the parts that
 /// `torch.compile` inserts (`_orig_mod.`).
 fn without_wrappers(name: &str) -> String {
-    let mut name = name.split('.').filter(|part| *part != "_orig_mod").collect::<Vec<_>>().join(".");
+    let mut name =
+        name.split('.').filter(|part| *part != "_orig_mod").collect::<Vec<_>>().join(".");
     while let Some(rest) = name.strip_prefix("module.") {
         name = rest.to_owned();
     }
@@ -89,11 +91,13 @@ mod tests {
             rename(original, "item", |_| true)
                 .map(|renamed| renamed.into_iter().map(|(name, ())| name).collect())
         };
-        for prefix in ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."] {
+        for prefix in ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."]
+        {
             let renamed: Vec<String> = names(&[&format!("{prefix}{plain}")]).unwrap();
             assert_eq!(renamed, ["gru.weight_ih_l0"], "{prefix}");
         }
-        let compiled: Vec<String> = names(&["heads.0.body._orig_mod.2.module.weight_ih_l0"]).unwrap();
+        let compiled: Vec<String> =
+            names(&["heads.0.body._orig_mod.2.module.weight_ih_l0"]).unwrap();
         assert_eq!(compiled, ["gru.weight_ih_l0"]);
         let twice: Result<Vec<String>, String> = names(&[plain, &format!("module.{plain}")]);
         assert!(twice.unwrap_err().contains("occurs twice"));
@@ -101,9 +105,11 @@ mod tests {
 
     #[test]
     fn names_of_other_models_are_refused() {
-        for name in
-            ["bert.encoder.layer.0.weight", "heads.0.body.7.weight", "heads.0.body.1.0.0.running_mean"]
-        {
+        for name in [
+            "bert.encoder.layer.0.weight",
+            "heads.0.body.7.weight",
+            "heads.0.body.1.0.0.running_mean",
+        ] {
             assert!(parameter_name(name).unwrap_err().contains(name));
         }
     }

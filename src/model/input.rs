@@ -34,7 +34,9 @@ impl InputConfig {
     pub(super) fn aggregated_width(&self, features: &Features) -> Result<i64, String> {
         let columns = features.columns();
         let mut widths: Vec<(&str, i64)> = (0..columns.len())
-            .filter_map(|column| Some((columns[column].name.as_str(), self.column_width(features, column)?)))
+            .filter_map(|column| {
+                Some((columns[column].name.as_str(), self.column_width(features, column)?))
+            })
             .collect();
         if let Continuous::Projected { width } = self.continuous
             && widths.len() < columns.len()
@@ -47,7 +49,8 @@ impl InputConfig {
         match widths.iter().find(|(_, width)| *width != self.item_width) {
             None => Ok(self.item_width),
             Some((name, width)) => Err(format!(
-                "`model.input.aggregation` cannot be `sum`: feature `{name}` has the width {width}, the item {}",
+                "`model.input.aggregation` cannot be `sum`: feature `{name}` has the width \
+                 {width}, the item {}",
                 self.item_width
             )),
         }
@@ -91,7 +94,11 @@ pub(super) struct Lookup<'a> {
 
 impl Input {
     /// Declares a table for every categorical feature except the item id, whose table comes first.
-    pub(super) fn declare_tables(config: &InputConfig, features: &Features, builder: &mut ParameterBuilder) {
+    pub(super) fn declare_tables(
+        config: &InputConfig,
+        features: &Features,
+        builder: &mut ParameterBuilder,
+    ) {
         for feature in &features.columns()[1..] {
             if let Some(n_rows) = feature.cardinality().filter(|_| feature.is_categorical()) {
                 let name = format!("tables.{}.weight", feature.name);
@@ -114,7 +121,8 @@ impl Input {
         builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
         let columns = features.columns();
-        let continuous: Vec<usize> = (0..columns.len()).filter(|&i| !columns[i].is_categorical()).collect();
+        let continuous: Vec<usize> =
+            (0..columns.len()).filter(|&i| !columns[i].is_categorical()).collect();
         let mut tables = first_table..;
         // (name, width, channel)
         let mut channels: Vec<(&str, i64, Channel)> = Vec::new();
@@ -139,7 +147,11 @@ impl Input {
             && !continuous.is_empty()
         {
             let projection = builder.linear("input.continuous", continuous.len() as i64, width);
-            channels.push(("continuous", width, Channel::Values { columns: continuous, projection }));
+            channels.push((
+                "continuous",
+                width,
+                Channel::Values { columns: continuous, projection },
+            ));
         }
         channels.sort_by_key(|(name, ..)| *name);
 
@@ -153,8 +165,9 @@ impl Input {
                 (channel, norm)
             })
             .collect();
-        let projection =
-            config.projection_width.map(|projected| builder.linear("input.projection", width, projected));
+        let projection = config
+            .projection_width
+            .map(|projected| builder.linear("input.projection", width, projected));
         let width = config.projection_width.unwrap_or(width);
         let mask = masks.then(|| builder.normal("input.mask", &[width], 0.001));
         let to_body = builder.linear("input.to_body", width, body_width);
@@ -233,7 +246,8 @@ impl Input {
                     }
                     Channel::Value { column } => value(*column),
                     Channel::Values { columns, projection } => {
-                        let values: Vec<Tensor> = columns.iter().map(|&column| value(column)).collect();
+                        let values: Vec<Tensor> =
+                            columns.iter().map(|&column| value(column)).collect();
                         projection.apply(parameters, &Tensor::cat(&values, 1)).relu()
                     }
                     Channel::SoftOneHot { column, mixture, vectors } => mixture
@@ -246,7 +260,9 @@ impl Input {
             .collect();
         let mut events = match self.aggregation {
             Aggregation::Concat => Tensor::cat(&channels, 1),
-            Aggregation::Sum => channels[1..].iter().fold(channels[0].shallow_clone(), |sum, x| sum + x),
+            Aggregation::Sum => {
+                channels[1..].iter().fold(channels[0].shallow_clone(), |sum, x| sum + x)
+            }
         };
         if let Some(projection) = self.projection {
             events = projection.apply(parameters, &events).relu();
@@ -271,7 +287,11 @@ fn swap_sources(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
         let mut generator =
             ChaCha8Rng::seed_from_u64(derive_seed(segment.seed, "swap noise", &[column as u64]));
         sources.extend((first..first + n).map(|event| {
-            if generator.random_bool(probability) { generator.random_range(first..first + n) } else { event }
+            if generator.random_bool(probability) {
+                generator.random_range(first..first + n)
+            } else {
+                event
+            }
         }));
     }
     sources

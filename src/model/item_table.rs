@@ -72,7 +72,8 @@ impl<'a> ItemTable<'a> {
     /// Whether the tensor of this name, a parameter or its optimizer state, is an item table.
     pub fn is_item_table(name: &str) -> bool {
         ITEM_TABLES.iter().any(|table| {
-            name.strip_suffix(table).is_some_and(|prefix| prefix.is_empty() || prefix.ends_with('.'))
+            name.strip_suffix(table)
+                .is_some_and(|prefix| prefix.is_empty() || prefix.ends_with('.'))
         })
     }
 
@@ -118,7 +119,10 @@ impl<'a> ItemTable<'a> {
 
     /// Number of chunks of `chunk_rows` rows on each rank.
     pub fn n_chunks_by_rank(&self, chunk_rows: i64) -> Vec<i64> {
-        self.rows_by_rank().into_iter().map(|rows| div_ceil(rows.end - rows.start, chunk_rows)).collect()
+        self.rows_by_rank()
+            .into_iter()
+            .map(|rows| div_ceil(rows.end - rows.start, chunk_rows))
+            .collect()
     }
 
     /// Splits the targets of all ranks, `counts` of each, into the groups that are worked on
@@ -136,7 +140,8 @@ impl<'a> ItemTable<'a> {
         if !self.is_sharded() {
             return LocalRows { rows: items.shallow_clone(), is_local: None };
         }
-        let is_local = items.ge(self.rows.start).logical_and(&items.lt(self.rows.end)).to_kind(Kind::Float);
+        let is_local =
+            items.ge(self.rows.start).logical_and(&items.lt(self.rows.end)).to_kind(Kind::Float);
         let rows = (items - self.rows.start).clamp(0, self.len() - 1);
         LocalRows { rows, is_local: Some(is_local) }
     }
@@ -158,7 +163,11 @@ impl<'a> ItemTable<'a> {
     }
 
     /// *All ranks.* Sums `all: [sum of counts, ..]` over ranks; each rank keeps its own rows.
-    pub fn reduce_scatter_rows(&self, all: &Tensor, counts: &[i64]) -> Result<Tensor, CollectiveError> {
+    pub fn reduce_scatter_rows(
+        &self,
+        all: &Tensor,
+        counts: &[i64],
+    ) -> Result<Tensor, CollectiveError> {
         match self.ranks {
             Some(ranks) => ranks.scatter_rows(all, counts),
             None => Ok(all.shallow_clone()),
@@ -207,7 +216,11 @@ impl<'a> ItemTable<'a> {
     }
 
     /// *All ranks.* Requests the rows of items `[N]`, `counts` of each rank.
-    pub(super) fn request(&self, items: &Tensor, counts: &[i64]) -> Result<RowRequest<'a>, CollectiveError> {
+    pub(super) fn request(
+        &self,
+        items: &Tensor,
+        counts: &[i64],
+    ) -> Result<RowRequest<'a>, CollectiveError> {
         let Some(ranks) = self.ranks else { return Ok(RowRequest::replicated(items)) };
         let located = self.locate(&ranks.gather_rows(items, counts)?);
         Ok(RowRequest { located, remote: Some(Remote { ranks, counts: counts.to_vec() }) })
@@ -329,8 +342,12 @@ mod tests {
 
     #[test]
     fn item_tables_are_recognized_by_name() {
-        for name in ["item_table.weight", "m.item_table.weight", "sum.item_table.bias", "v.head.table.weight"]
-        {
+        for name in [
+            "item_table.weight",
+            "m.item_table.weight",
+            "sum.item_table.bias",
+            "v.head.table.weight",
+        ] {
             assert!(ItemTable::is_item_table(name));
         }
         for name in ["tables.item_table.weight.x", "xitem_table.weight", "head.projection.weight"] {

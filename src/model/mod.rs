@@ -40,8 +40,8 @@ use network::ITEM_TABLE;
 
 use crate::collective::CollectiveError;
 pub use crate::config::{
-    Decay, GruConfig, HeadConfig, InputConfig, LossConfig, ModelConfig, NeighboursConfig, Neural, Objective,
-    XlnetConfig,
+    Decay, GruConfig, HeadConfig, InputConfig, LossConfig, ModelConfig, NeighboursConfig, Neural,
+    Objective, XlnetConfig,
 };
 use crate::data::{Batch, Features};
 
@@ -57,7 +57,9 @@ impl ModelConfig {
             ModelConfig::Vsknn(_) if n_items > 1 << 32 => {
                 Err(format!("`kind` vsknn knows at most {} items, not {n_items}", 1u64 << 32))
             }
-            _ => self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ())),
+            _ => self
+                .neural()
+                .map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ())),
         }
     }
 }

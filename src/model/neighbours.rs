@@ -77,15 +77,19 @@ impl Neighbours {
         let known: Vec<u32> =
             session.iter().filter(|&&item| item >= FIRST_ITEM).map(|&item| item as u32).collect();
         let n = known.len();
-        let distinct: Vec<(usize, u32)> =
-            (1..=n).zip(known.iter().copied()).filter(|&(p, item)| !known[p..].contains(&item)).collect();
+        let distinct: Vec<(usize, u32)> = (1..=n)
+            .zip(known.iter().copied())
+            .filter(|&(p, item)| !known[p..].contains(&item))
+            .collect();
 
         // The sample needs only the `sample_size` most recent sessions of each item: an older one
         // has that many more recent candidates.
         let weights = distinct.iter().flat_map(|&(p, item)| {
             let weight = config.weighting.of_position(p, n) / distinct.len() as f64;
             let sessions = &sessions_by_item[item as usize];
-            sessions[sessions.len().saturating_sub(config.sample_size)..].iter().map(move |&s| (s, weight))
+            sessions[sessions.len().saturating_sub(config.sample_size)..]
+                .iter()
+                .map(move |&s| (s, weight))
         });
         let mut sample = sum_by_key(weights.collect());
         sample.reverse();

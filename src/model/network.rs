@@ -78,11 +78,13 @@ fn join_parts<'a>(parts: impl ExactSizeIterator<Item = &'a Tensor>) -> Tensor {
     let last = parts.len() - 1;
     let mut rows: Vec<Tensor> = parts
         .enumerate()
-        .map(
-            |(number, part)| {
-                if number == last { part.shallow_clone() } else { part.narrow(0, 0, part.size()[0] - 1) }
-            },
-        )
+        .map(|(number, part)| {
+            if number == last {
+                part.shallow_clone()
+            } else {
+                part.narrow(0, 0, part.size()[0] - 1)
+            }
+        })
         .collect();
     if last == 0 { rows.remove(0) } else { Tensor::cat(&rows, 0) }
 }
@@ -167,7 +169,8 @@ fn predicted_events(parts: &[(Plan, Batch)], device: Device) -> Tensor {
 
 /// `batch` with the items of the events `places: [N]` replaced by `items: [N]`.
 fn replace_items(batch: &Batch, places: &Tensor, items: &Tensor) -> Batch {
-    let mut replaced = batch.with_columns(batch.columns.iter().map(Tensor::shallow_clone).collect());
+    let mut replaced =
+        batch.with_columns(batch.columns.iter().map(Tensor::shallow_clone).collect());
     replaced.columns[0] = batch.items().index_copy(0, places, items);
     replaced
 }
@@ -204,8 +207,9 @@ impl<'a> Network<'a> {
         item_table: ItemTable<'a>,
     ) -> Result<Self, String> {
         let mut builder = ParameterBuilder::default();
-        let declared =
-            with_seed(seed, || declare_parameters(config, features, max_length, &item_table, &mut builder));
+        let declared = with_seed(seed, || {
+            declare_parameters(config, features, max_length, &item_table, &mut builder)
+        });
         let Declared { scored_table, n_tables, encoder, detector } = declared?;
         let parameters = Parameters::new(builder, device);
         Ok(Self {
@@ -272,7 +276,8 @@ impl<'a> Network<'a> {
         timer: &mut PhaseTimer,
     ) -> Result<LossSum, CollectiveError> {
         let parts = batch.split(self.n_parts(batch)).into_iter();
-        let planned = parts.map(|part| (self.objective.training(&part, self.encoder.attends()), part));
+        let planned =
+            parts.map(|part| (self.objective.training(&part, self.encoder.attends()), part));
         let planned = planned.collect();
         self.backward_parts(batch, planned, negatives, hooks, timer)
     }
@@ -383,7 +388,12 @@ impl<'a> Network<'a> {
         for (plan, part) in parts {
             let n_events = part.n_events() as i64;
             // Handles of tensors may be sent to another thread, but not shared with it.
-            work.push((self.parameters.share(), input.part(first, n_events).into_leaves(), plan, part));
+            work.push((
+                self.parameters.share(),
+                input.part(first, n_events).into_leaves(),
+                plan,
+                part,
+            ));
             first += n_events;
         }
         let encoder = &self.encoder;
@@ -391,7 +401,12 @@ impl<'a> Network<'a> {
             let mut dropout = dropout.of_part(&part);
             let states = encoder.states(&parameters, &input, plan, &part, Some(&mut dropout));
             let vectors = encoder.vectors(&parameters, &states);
-            EncodedPart { vectors, parameters, looked_up: input.vectors, n_draws: dropout.n_draws() }
+            EncodedPart {
+                vectors,
+                parameters,
+                looked_up: input.vectors,
+                n_draws: dropout.n_draws(),
+            }
         })
     }
 
@@ -443,8 +458,14 @@ impl<'a> Network<'a> {
         let logits = detector.apply(&self.parameters, &states).squeeze_dim(1);
         let no_weight = None::<&Tensor>;
         let loss = weight
-            * logits.binary_cross_entropy_with_logits(&is_replaced, no_weight, no_weight, Reduction::Sum);
-        let gradients = backward_from(&loss, &self.parameters, self.other_parameters(), &input.vectors);
+            * logits.binary_cross_entropy_with_logits(
+                &is_replaced,
+                no_weight,
+                no_weight,
+                Reduction::Sum,
+            );
+        let gradients =
+            backward_from(&loss, &self.parameters, self.other_parameters(), &input.vectors);
         self.add_gradients(&[gradients], &lookups, hooks)?;
         Ok(loss.detach().to_kind(Kind::Double))
     }
@@ -476,15 +497,21 @@ impl<'a> Network<'a> {
                 let gradient = join_parts(of_parts.iter().map(|of_part| &of_part[number]));
                 // The vector of the padding row is read, but not learnt.
                 let gradient = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
-                if lookup.table == ITEM_TABLE && self.add_late_rows(&lookup.rows, &gradient, hooks)? {
+                if lookup.table == ITEM_TABLE
+                    && self.add_late_rows(&lookup.rows, &gradient, hooks)?
+                {
                     continue;
                 }
                 let mut of_table = self.gradients.of(lookup.table);
                 let is_reproducible = self.item_table.is_reproducible();
-                lookup.request.scatter_gradients(&self.item_table, &gradient, |rows, gradient| {
-                    add_rows(&mut of_table, rows, gradient, is_reproducible);
-                    hooks.shard_updated(&mut self.gradients);
-                })?;
+                lookup.request.scatter_gradients(
+                    &self.item_table,
+                    &gradient,
+                    |rows, gradient| {
+                        add_rows(&mut of_table, rows, gradient, is_reproducible);
+                        hooks.shard_updated(&mut self.gradients);
+                    },
+                )?;
             }
             Ok(())
         })
@@ -513,7 +540,8 @@ impl<'a> Network<'a> {
     pub fn read(&self, batch: &Batch, plan: Plan) -> Result<Tensor, CollectiveError> {
         tch::no_grad(|| {
             let columns = self.encoder.input.columns(batch, false);
-            let lookups = self.encoder.input.look_up(&self.parameters, &columns, &self.item_table)?;
+            let lookups =
+                self.encoder.input.look_up(&self.parameters, &columns, &self.item_table)?;
             let input = EncoderInput::whole(columns, &lookups);
             Ok(self.encoder.states(&self.parameters, &input, plan, batch, None))
         })
@@ -539,9 +567,9 @@ impl<'a> Network<'a> {
     /// Largest number of events of a session that the exported model reads.
     pub fn served_length(&self, max_length: usize) -> usize {
         // A model that attends to padding reads sessions of exactly one length, mask included.
-        self.encoder
-            .padded_length
-            .map_or(max_length, |length| length - usize::from(self.objective.masks(self.encoder.attends())))
+        self.encoder.padded_length.map_or(max_length, |length| {
+            length - usize::from(self.objective.masks(self.encoder.attends()))
+        })
     }
 
     /// Turns all parameters into constants, tables of vectors in type `kind`, which are most of a
@@ -581,14 +609,17 @@ impl Recommender for Network<'_> {
     }
 
     fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
-        let states = self.read(known, self.objective.next(&known.lengths, self.encoder.attends()))?;
+        let states =
+            self.read(known, self.objective.next(&known.lengths, self.encoder.attends()))?;
         Ok(tch::no_grad(|| self.encoder.vectors(&self.parameters, &states)))
     }
 
     fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
         tch::no_grad(|| {
             let first = items.start - self.item_table.rows.start;
-            let rows = |index: usize| self.parameters.leaf(index).narrow(0, first, items.end - items.start);
+            let rows = |index: usize| {
+                self.parameters.leaf(index).narrow(0, first, items.end - items.start)
+            };
             let table = rows(self.scored_table);
             if table.kind() == Kind::Float {
                 return rows(ITEM_BIAS).addmm(encoded, &table.tr());

@@ -58,17 +58,24 @@ impl Objective {
         let sessions = batch.lengths.iter().zip(&batch.session_seeds);
         match *self {
             Objective::Causal { drop, reverse } => {
-                let events: Vec<_> = sessions.map(|(&n, &seed)| augment(n, drop, reverse, seed)).collect();
+                let events: Vec<_> =
+                    sessions.map(|(&n, &seed)| augment(n, drop, reverse, seed)).collect();
                 Plan::causal(&batch.lengths, &events)
             }
             Objective::Masked { probability } | Objective::Replaced { probability, .. } => {
-                let hidden = sessions.map(|(&n, &seed)| hide(n, probability, seed)).collect::<Vec<_>>();
+                let hidden =
+                    sessions.map(|(&n, &seed)| hide(n, probability, seed)).collect::<Vec<_>>();
                 Plan::masked(&hidden)
             }
             Objective::Permutation { probability, max_span } => {
-                let orders: Vec<_> =
-                    sessions.map(|(&n, &seed)| prediction_order(n, probability, max_span, seed)).collect();
-                if attends { Plan::permuted(&orders) } else { Plan::permuted_causal(&batch.lengths, &orders) }
+                let orders: Vec<_> = sessions
+                    .map(|(&n, &seed)| prediction_order(n, probability, max_span, seed))
+                    .collect();
+                if attends {
+                    Plan::permuted(&orders)
+                } else {
+                    Plan::permuted_causal(&batch.lengths, &orders)
+                }
             }
         }
     }
@@ -106,7 +113,8 @@ impl Objective {
             AttentionMask::Permuted(_) => AttentionMask::Permuted(order),
             other => other,
         };
-        let lengths = lengths.iter().map(|length| length + usize::from(self.masks(attends))).collect();
+        let lengths =
+            lengths.iter().map(|length| length + usize::from(self.masks(attends))).collect();
         let outputs_per_session = vec![1; outputs.len()];
         Plan { lengths, inputs, mask, outputs, outputs_per_session, targets: Vec::new() }
     }
@@ -122,9 +130,11 @@ impl Plan {
             // The last event is only a target, the first only an input.
             let n = order.len().saturating_sub(1);
             let event = |&offset: &usize| (first + offset) as i64;
-            plan.outputs.extend((plan.inputs.len()..plan.inputs.len() + n).map(|position| position as i64));
+            plan.outputs
+                .extend((plan.inputs.len()..plan.inputs.len() + n).map(|position| position as i64));
             plan.targets.extend(order.iter().skip(1).map(event));
-            plan.inputs.extend(order.iter().take(n).map(|offset| PositionInput::Event(event(offset))));
+            plan.inputs
+                .extend(order.iter().take(n).map(|offset| PositionInput::Event(event(offset))));
             plan.lengths.push(n);
             plan.outputs_per_session.push(n);
             first += length;
@@ -138,7 +148,8 @@ impl Plan {
         let mut plan = Self::empty(AttentionMask::Full);
         for session in hidden {
             let first = plan.inputs.len() as i64;
-            let hidden = session.iter().zip(first..).filter(|(hidden, _)| **hidden).map(|(_, event)| event);
+            let hidden =
+                session.iter().zip(first..).filter(|(hidden, _)| **hidden).map(|(_, event)| event);
             plan.outputs.extend(hidden);
             plan.inputs.extend(session.iter().zip(first..).map(|(&is_hidden, event)| {
                 if is_hidden { PositionInput::Mask } else { PositionInput::Event(event) }
@@ -226,7 +237,11 @@ impl Plan {
                 AttentionMask::Permuted(_) => AttentionMask::Permuted(order),
                 other => other,
             },
-            outputs: self.outputs.iter().map(|&position| new_positions[position as usize]).collect(),
+            outputs: self
+                .outputs
+                .iter()
+                .map(|&position| new_positions[position as usize])
+                .collect(),
             ..self
         }
     }
@@ -363,7 +378,10 @@ mod tests {
     fn every_position_is_hidden_equally_often() {
         let mut counts = [0; 5];
         for seed in 0..100_000 {
-            hide(5, 0.15, seed).iter().zip(&mut counts).for_each(|(&hidden, n)| *n += i64::from(hidden));
+            hide(5, 0.15, seed)
+                .iter()
+                .zip(&mut counts)
+                .for_each(|(&hidden, n)| *n += i64::from(hidden));
         }
         for n in counts {
             // 0.15 + 0.85 / 5, within the correction for all five hidden plus five standard
@@ -394,6 +412,9 @@ mod tests {
         assert_eq!(plan.outputs, [1, 4]);
         assert_eq!(plan.targets, [1, 2]);
         use PositionInput::{Event, Mask, Padding};
-        assert_eq!(plan.inputs, [Event(0), Mask, Padding, Padding, Mask, Event(3), Event(4), Padding]);
+        assert_eq!(
+            plan.inputs,
+            [Event(0), Mask, Padding, Padding, Mask, Event(3), Event(4), Padding]
+        );
     }
 }

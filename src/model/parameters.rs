@@ -77,7 +77,12 @@ impl ParameterBuilder {
     }
 
     /// One number `value` for each local item.
-    pub fn item_bias(&mut self, name: impl Into<String>, value: f64, table: &ItemTable<'_>) -> usize {
+    pub fn item_bias(
+        &mut self,
+        name: impl Into<String>,
+        value: f64,
+        table: &ItemTable<'_>,
+    ) -> usize {
         let full = || Tensor::full([table.len()], value, (Kind::Float, Device::Cpu));
         self.add_item_table(name.into(), &[table.len()], table, full)
     }
@@ -128,7 +133,12 @@ impl ParameterBuilder {
     /// A layer norm with unit weight and zero bias.
     pub fn layer_norm(&mut self, name: &str, width: i64, epsilon: f64) -> LayerNorm {
         let weight = self.constant(format!("{name}.weight"), &[width], 1.0);
-        LayerNorm { weight, bias: self.constant(format!("{name}.bias"), &[width], 0.0), width, epsilon }
+        LayerNorm {
+            weight,
+            bias: self.constant(format!("{name}.bias"), &[width], 0.0),
+            width,
+            epsilon,
+        }
     }
 
     fn add(&mut self, name: String, size: &[i64], draw: impl FnOnce() -> Tensor) -> usize {
@@ -194,7 +204,8 @@ impl View {
 
     /// Its part of a flat buffer of all parameters, shaped like it.
     pub fn of(&self, flat: &Tensor) -> Tensor {
-        flat.narrow(0, self.range.start, self.range.end - self.range.start).view(self.shape.as_slice())
+        flat.narrow(0, self.range.start, self.range.end - self.range.start)
+            .view(self.shape.as_slice())
     }
 }
 
@@ -213,9 +224,12 @@ pub struct Parameters {
 /// Says what `name` is and should be.
 pub fn copy_rows(name: &str, from: &Tensor, to: &Tensor, may_grow: bool) -> Result<(), String> {
     let (size, wanted) = (from.size(), to.size());
-    let is_grown = may_grow && size.len() == wanted.len() && size[1..] == wanted[1..] && size[0] < wanted[0];
+    let is_grown =
+        may_grow && size.len() == wanted.len() && size[1..] == wanted[1..] && size[0] < wanted[0];
     if size != wanted && !is_grown {
-        return Err(format!("parameter `{name}` has the shape {size:?}, the model's is {wanted:?}"));
+        return Err(format!(
+            "parameter `{name}` has the shape {size:?}, the model's is {wanted:?}"
+        ));
     }
     let mut rows = if is_grown { to.narrow(0, 0, size[0]) } else { to.shallow_clone() };
     tch::no_grad(|| rows.copy_(from));
@@ -240,7 +254,8 @@ impl Parameters {
         // allocated.
         drop(declared);
         return_freed_memory();
-        let leaves = views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
+        let leaves =
+            views.iter().map(|view| view.of(&values).detach().set_requires_grad(true)).collect();
         let n_sharded = n_sharded.checked_sub(1).map_or(0, |last| views[last].end());
         Self { views: views.into(), values, leaves, n_sharded }
     }
@@ -303,10 +318,14 @@ impl Parameters {
     /// Splits a flat tensor whose first element belongs at offset `first` of all values.
     pub fn named_from(&self, flat: &Tensor, first: i64) -> Vec<(String, Tensor)> {
         let covered = first..first + flat.size()[0];
-        let inside = |view: &&View| covered.start <= view.range.start && view.range.end <= covered.end;
+        let inside =
+            |view: &&View| covered.start <= view.range.start && view.range.end <= covered.end;
         let named = |view: &View| {
             let n = view.range.end - view.range.start;
-            (view.name.clone(), flat.narrow(0, view.range.start - first, n).view(view.shape.as_slice()))
+            (
+                view.name.clone(),
+                flat.narrow(0, view.range.start - first, n).view(view.shape.as_slice()),
+            )
         };
         self.views.iter().filter(inside).map(named).collect()
     }
@@ -316,7 +335,12 @@ impl Parameters {
     ///
     /// # Errors
     /// Names the first parameter that is missing, unknown or of another shape.
-    pub fn assign(&self, flat: &Tensor, named: &[(String, Tensor)], growing: &[View]) -> Result<(), String> {
+    pub fn assign(
+        &self,
+        flat: &Tensor,
+        named: &[(String, Tensor)],
+        growing: &[View],
+    ) -> Result<(), String> {
         self.check_names(named.iter().map(|(name, _)| name.as_str()))?;
         named.iter().try_for_each(|(name, tensor)| self.assign_one(flat, name, tensor, growing))
     }
@@ -341,8 +365,13 @@ impl Parameters {
     ///
     /// # Errors
     /// Names the first parameter that is unknown or missing.
-    pub fn check_names<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
-        if let Some(name) = names.clone().find(|name| self.views.iter().all(|view| view.name != *name)) {
+    pub fn check_names<'a>(
+        &self,
+        names: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<(), String> {
+        if let Some(name) =
+            names.clone().find(|name| self.views.iter().all(|view| view.name != *name))
+        {
             return Err(format!("unknown parameter `{name}`"));
         }
         match self.views.iter().find(|view| names.clone().all(|name| view.name != name)) {
@@ -424,8 +453,9 @@ mod tests {
 
     #[test]
     fn a_table_takes_fewer_rows_where_it_may_have_grown() {
-        let saved =
-            |rows: i64| vec![("table".to_owned(), Tensor::full([rows, 2], 5.0, (Kind::Float, Device::Cpu)))];
+        let saved = |rows: i64| {
+            vec![("table".to_owned(), Tensor::full([rows, 2], 5.0, (Kind::Float, Device::Cpu)))]
+        };
         let mut builder = ParameterBuilder::default();
         builder.constant("table", &[3, 2], 1.0);
         let parameters = Parameters::new(builder, Device::Cpu);
@@ -436,7 +466,10 @@ mod tests {
         assert!(parameters.assign(&values, &saved(4), growing).is_err());
         parameters.assign(&values, &saved(2), growing).unwrap();
         let table = &parameters.named(&values)[0].1;
-        assert_eq!(Vec::<f32>::try_from(table.reshape([-1])).unwrap(), [5.0, 5.0, 5.0, 5.0, 1.0, 1.0]);
+        assert_eq!(
+            Vec::<f32>::try_from(table.reshape([-1])).unwrap(),
+            [5.0, 5.0, 5.0, 5.0, 1.0, 1.0]
+        );
         parameters.assign(&values, &saved(3), &[]).unwrap();
         assert_eq!(table.sum(Kind::Float).double_value(&[]), 30.0);
     }

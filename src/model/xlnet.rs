@@ -81,7 +81,14 @@ struct Projections {
 impl Xlnet {
     /// Declares the parameters.
     pub fn declare(config: &XlnetConfig, builder: &mut ParameterBuilder) -> Self {
-        let &XlnetConfig { width, n_heads, dropout, init_std: std, layer_norm_epsilon: epsilon, .. } = config;
+        let &XlnetConfig {
+            width,
+            n_heads,
+            dropout,
+            init_std: std,
+            layer_norm_epsilon: epsilon,
+            ..
+        } = config;
         let shape = XlnetShape { width, n_heads, dropout };
         let matrix = [width, n_heads, shape.head_width()];
         let layers = (0..config.n_layers).map(|layer| {
@@ -123,7 +130,8 @@ impl Xlnet {
         // The query at each output position. A lookup, because a trace does not know their number.
         let repeat = |query: Tensor| take_rows(&query, &layout.outputs.zeros_like());
         // States of the output positions: of the second stream, or in the last layer.
-        let mut output_states = query.map(|query| apply_dropout(&mut dropout, repeat(query), p, outputs));
+        let mut output_states =
+            query.map(|query| apply_dropout(&mut dropout, repeat(query), p, outputs));
         for (number, layer) in self.layers.iter().enumerate() {
             let is_last = number + 1 == self.layers.len();
             // Nothing attends to the states of the last layer, so only output positions need them.
@@ -133,8 +141,13 @@ impl Xlnet {
             let all_attend = !is_last || output_states.is_none();
             let projections = layer.project(context, &h, all_attend, &table);
             if let Some(states) = &mut output_states {
-                let attended =
-                    layer.attend_from_outputs(context, states, &projections, &output_mask, &mut dropout);
+                let attended = layer.attend_from_outputs(
+                    context,
+                    states,
+                    &projections,
+                    &output_mask,
+                    &mut dropout,
+                );
                 *states = layer.feed_forward(context, attended, states, outputs, &mut dropout);
             }
             if all_attend {
@@ -181,7 +194,8 @@ impl Layer {
     ) -> Tensor {
         let LayerContext { parameters, shape, layout } = context;
         let q = projections.q.as_ref().expect("all attend");
-        let bias = |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
+        let bias =
+            |index: usize| parameters.leaf(index).view([1, shape.n_heads, 1, shape.head_width()]);
         let by_content = (q + bias(self.r_w_bias)).matmul(&projections.k.transpose(2, 3));
         // The relative shift of Dai et al. 2019. The product is `[B, H, L, 2L]`. Its column p
         // belongs to δ = L − p, so the score (i, j) is in column L + j − i. Reading the same memory
@@ -196,7 +210,8 @@ impl Layer {
         let mask = mask.as_ref().map(|mask| mask.unsqueeze(1));
         let weights = attention_weights(by_content + by_position, mask, shape);
         let weights = dropout_weights(dropout, weights, shape.dropout, &layout.sessions_by_segment);
-        let attended = weights.matmul(&projections.v).transpose(1, 2).reshape([-1, length, shape.width]);
+        let attended =
+            weights.matmul(&projections.v).transpose(1, 2).reshape([-1, length, shape.width]);
         layout.pack(&attended).matmul(&matrix(parameters, self.o).tr())
     }
 
@@ -210,12 +225,18 @@ impl Layer {
         dropout: &mut Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let LayerContext { parameters, shape, layout } = context;
-        let q = states.matmul(&matrix(parameters, self.q)).view([-1, shape.n_heads, shape.head_width()]);
+        let q = states.matmul(&matrix(parameters, self.q)).view([
+            -1,
+            shape.n_heads,
+            shape.head_width(),
+        ]);
         // Queries are grouped by session for one batched product with the session's keys.
         let queries = layout.pad_outputs(&(&q + parameters.leaf(self.r_w_bias)));
         let by_content = layout.pack_outputs(&queries.matmul(&projections.k.transpose(2, 3)));
-        let by_position =
-            (&q + parameters.leaf(self.r_r_bias)).transpose(0, 1).matmul(&projections.r).transpose(0, 1);
+        let by_position = (&q + parameters.leaf(self.r_r_bias))
+            .transpose(0, 1)
+            .matmul(&projections.r)
+            .transpose(0, 1);
         // Few rows: a gather of column L + j − i replaces the relative shift.
         let key = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
         let columns = key - layout.output_offsets().unsqueeze(1) + layout.length;

@@ -48,7 +48,13 @@ impl Optimizer {
 
     /// Updates `values: [n]` by one step with `gradients: [n]` times `scale: []` and sets the
     /// gradients to zero. `schedule_factor` multiplies the learning rates.
-    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, schedule_factor: f64) {
+    pub fn step(
+        &mut self,
+        values: &Tensor,
+        gradients: &Tensor,
+        scale: &Tensor,
+        schedule_factor: f64,
+    ) {
         let start = self.adamw_start;
         let adamw_part = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
         let learning_rate = schedule_factor * self.learning_rate;
@@ -70,7 +76,8 @@ impl Optimizer {
 
     /// The state for a checkpoint: name, start in the flat buffers, and tensor.
     pub fn state(&self) -> Vec<(&'static str, i64, &Tensor)> {
-        let mut state = vec![("m", self.adamw_start, &self.adamw.m), ("v", self.adamw_start, &self.adamw.v)];
+        let mut state =
+            vec![("m", self.adamw_start, &self.adamw.m), ("v", self.adamw_start, &self.adamw.v)];
         state.extend(self.tables.as_ref().map(|tables| ("sum", 0, &tables.adagrad.sum)));
         state
     }
@@ -95,7 +102,13 @@ impl Adagrad {
 
     /// Updates the tables in `values: [n]` by one step with `gradients: [n]` times `scale: []` and
     /// sets the gradients of the tables to zero.
-    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, learning_rate: f64) {
+    pub fn step(
+        &mut self,
+        values: &Tensor,
+        gradients: &Tensor,
+        scale: &Tensor,
+        learning_rate: f64,
+    ) {
         tch::no_grad(|| {
             for table in &self.tables {
                 let [mut values, mut gradients, mut sum] =
@@ -156,7 +169,13 @@ impl AdamW {
 
     /// Updates `values: [n]` by one step with `gradients: [n]` times `scale: []` and sets the
     /// gradients to zero.
-    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, learning_rate: f64) {
+    pub fn step(
+        &mut self,
+        values: &Tensor,
+        gradients: &Tensor,
+        scale: &Tensor,
+        learning_rate: f64,
+    ) {
         self.n_steps += 1;
         let decay_factor = 1.0 - learning_rate * self.weight_decay;
         let step = AdamWStep { learning_rate, n_steps: self.n_steps, decay_factor };
@@ -174,7 +193,8 @@ impl AdamW {
                     v: v.index_select(0, &rows),
                 };
                 adamw(&mut selected, scale, step);
-                let updated = [(&mut values, selected.values), (&mut m, selected.m), (&mut v, selected.v)];
+                let updated =
+                    [(&mut values, selected.values), (&mut m, selected.m), (&mut v, selected.v)];
                 for (buffer, new_rows) in updated {
                     let _ = buffer.index_copy_(0, &rows, &new_rows);
                 }
@@ -237,7 +257,8 @@ mod tests {
         let mut adamw = AdamW::new(&values, &[], decay);
         let (mut p, mut m, mut v) = ([0.3f64, -0.7, 1e-4], [0.0; 3], [0.0; 3]);
         for t in 1..=6 {
-            let g: Vec<f64> = (0..3).map(|i| (f64::from(t) * 0.7 + f64::from(i)).sin() * 1e-3).collect();
+            let g: Vec<f64> =
+                (0..3).map(|i| (f64::from(t) * 0.7 + f64::from(i)).sin() * 1e-3).collect();
             // The scale below undoes the factor, as clipping would.
             let gradients = Tensor::from_slice(&g).to_kind(Kind::Float) * 4.0;
             adamw.step(&values, &gradients, &Tensor::from(0.25f32), lr);
@@ -296,7 +317,8 @@ mod tests {
 
     /// The numbers of the parameters that `flat` contains. It starts at the first parameter.
     fn numbers(parameters: &Parameters, flat: &Tensor) -> Vec<f32> {
-        let elements = |(_, tensor): &(String, Tensor)| Vec::<f32>::try_from(tensor.reshape([-1])).unwrap();
+        let elements =
+            |(_, tensor): &(String, Tensor)| Vec::<f32>::try_from(tensor.reshape([-1])).unwrap();
         parameters.named(flat).iter().flat_map(elements).collect()
     }
 
@@ -346,7 +368,9 @@ mod tests {
         let dense = values.copy();
         let mut lazy = AdamW::new(&values, &parameters.views()[..2], 0.0);
         let mut adamw = AdamW::new(&values, &[], 0.0);
-        for (step, gradients) in [[0.5f32, 0.1, 0.0, 0.0, 0.0, 2.0, 0.3, 0.0], [0.0; 8]].iter().enumerate() {
+        for (step, gradients) in
+            [[0.5f32, 0.1, 0.0, 0.0, 0.0, 2.0, 0.3, 0.0], [0.0; 8]].iter().enumerate()
+        {
             for (optimizer, values) in [(&mut lazy, &values), (&mut adamw, &dense)] {
                 let gradients = flat(&parameters, gradients);
                 optimizer.step(values, &gradients, &Tensor::from(1f32), 0.1);

@@ -59,10 +59,15 @@ impl<'a> TensorView<'a> {
     pub fn n_elements(&self) -> Result<usize, String> {
         let Self { name, shape, .. } = self;
         if let Some(number) = shape.iter().position(|&size| size < 0) {
-            return Err(format!("input `{name}` has the shape {shape:?}: dimension {number} is negative"));
+            return Err(format!(
+                "input `{name}` has the shape {shape:?}: dimension {number} is negative"
+            ));
         }
-        let product = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size as usize));
-        product.ok_or_else(|| format!("input `{name}` has the shape {shape:?}: too many elements to count"))
+        let product =
+            shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size as usize));
+        product.ok_or_else(|| {
+            format!("input `{name}` has the shape {shape:?}: too many elements to count")
+        })
     }
 
     /// Checks that the data holds as many elements as the shape requires.
@@ -81,7 +86,9 @@ impl<'a> TensorView<'a> {
         } else {
             format!("{} bytes", data.len())
         };
-        Err(format!("input `{name}` of shape {shape:?} must hold {n} elements of {datatype}, not {holds}"))
+        Err(format!(
+            "input `{name}` of shape {shape:?} must hold {n} elements of {datatype}, not {holds}"
+        ))
     }
 
     fn check_type(&self, datatype: DataType) -> Result<(), String> {
@@ -162,11 +169,18 @@ impl<'a> TensorView<'a> {
                 take(&mut rest, length as usize)
             });
             texts.push(text.ok_or_else(|| {
-                format!("input `{}`, element {number}: its length goes past the end of the data", self.name)
+                format!(
+                    "input `{}`, element {number}: its length goes past the end of the data",
+                    self.name
+                )
             })?);
         }
         if !rest.is_empty() {
-            return Err(format!("input `{}` has {} bytes after its {n} elements", self.name, rest.len()));
+            return Err(format!(
+                "input `{}` has {} bytes after its {n} elements",
+                self.name,
+                rest.len()
+            ));
         }
         Ok(texts)
     }
@@ -199,7 +213,13 @@ mod tests {
             assert!(error.contains(message), "{error}");
         }
         let short = Tensor { data: vec![0; 15], ..Tensor::ints("n", &[2], [1, 2]) };
-        assert!(short.view().i64s().unwrap_err().contains("must hold 2 elements of INT64, not 15 bytes"));
+        assert!(
+            short
+                .view()
+                .i64s()
+                .unwrap_err()
+                .contains("must hold 2 elements of INT64, not 15 bytes")
+        );
         assert!(short.view().f64s().unwrap_err().contains("must be of type FP64, not INT64"));
         let latin = Tensor { data: vec![1, 0, 0, 0, 0xe9], shape: vec![1], ..good };
         assert!(latin.view().texts().unwrap_err().contains("not UTF-8"));

@@ -89,14 +89,17 @@ pub fn parse(descriptor: &MessageDescriptor, text: &str) -> Result<Parsed, TextE
         return Err(at(offset, format!("messages are nested more than {DEEPEST} deep")));
     }
     let edited = outline.edited();
-    let message = DynamicMessage::parse_text_format(descriptor.clone(), &edited).map_err(|error| {
-        let offset = error.labels().and_then(|mut labels| labels.next()).map(|label| label.offset());
-        let offset = offset.map_or(text.len(), |offset| outline.original(offset));
-        at(offset, error.to_string())
-    })?;
+    let message =
+        DynamicMessage::parse_text_format(descriptor.clone(), &edited).map_err(|error| {
+            let offset =
+                error.labels().and_then(|mut labels| labels.next()).map(|label| label.offset());
+            let offset = offset.map_or(text.len(), |offset| outline.original(offset));
+            at(offset, error.to_string())
+        })?;
     let (mut line_of_value, mut line_of_ignored) = (lines(text), lines(text));
     let values = outline.values.into_iter();
-    let values = values.map(|(field, offset)| ValueLine { field, line: line_of_value(offset) }).collect();
+    let values =
+        values.map(|(field, offset)| ValueLine { field, line: line_of_value(offset) }).collect();
     let ignored = outline.ignored.into_iter();
     let ignored = ignored.map(|(path, range)| Ignored { path, line: line_of_ignored(range.start) });
     Ok(Parsed { message, ignored: ignored.collect(), values })
@@ -162,7 +165,9 @@ impl<'a> Outline<'a> {
         };
         for (_, range) in &self.ignored {
             copy(copied..range.start, &mut edited);
-            edited.extend(self.text[range.clone()].bytes().map(|b| if b == b'\n' { '\n' } else { ' ' }));
+            edited.extend(
+                self.text[range.clone()].bytes().map(|b| if b == b'\n' { '\n' } else { ' ' }),
+            );
             copied = range.end;
         }
         copy(copied..self.text.len(), &mut edited);
@@ -209,7 +214,12 @@ impl<'a> Outline<'a> {
     }
 
     /// Scans the fields up to `close`; `None` if the structure is broken.
-    fn fields(&mut self, message: Option<&MessageDescriptor>, close: Option<u8>, depth: usize) -> Option<()> {
+    fn fields(
+        &mut self,
+        message: Option<&MessageDescriptor>,
+        close: Option<u8>,
+        depth: usize,
+    ) -> Option<()> {
         if depth > DEEPEST {
             self.too_deep = Some(self.at);
             return None;
@@ -316,7 +326,8 @@ impl<'a> Outline<'a> {
                 let values = kind.and_then(Kind::as_enum);
                 let is_name = word.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
                 return Some(
-                    !is_name || values.is_none_or(|values| values.get_value_by_name(word).is_some()),
+                    !is_name
+                        || values.is_none_or(|values| values.get_value_by_name(word).is_some()),
                 );
             }
         }
@@ -399,11 +410,13 @@ mod tests {
 
     #[test]
     fn fields_and_values_of_newer_versions_are_ignored_and_named() {
-        let text = "feature {\n  name: 'a'\n  later { feature: 'b' x [ { y: 1 } ] } type: QUATERNION\n}\n\
+        let text = "feature \
+                    {\n  name: 'a'\n  later { feature: 'b' x [ { y: 1 } ] } type: QUATERNION\n}\n\
                     later: -1.5f, feature { later [ '}', \"]\" ]; name: 'b' [of.other]: 7 }\n\
                     [type.googleapis.com/any.Thing] { x: 1 }";
         let parsed = parse(&descriptor(), text).unwrap();
-        let ignored: Vec<_> = parsed.ignored.iter().map(|field| (field.path.as_str(), field.line)).collect();
+        let ignored: Vec<_> =
+            parsed.ignored.iter().map(|field| (field.path.as_str(), field.line)).collect();
         let expected = [
             ("feature.later", 3),
             ("feature.type", 3),
@@ -414,10 +427,15 @@ mod tests {
         ];
         assert_eq!(ignored, expected);
         assert_eq!(names(text), ["a", "b"]);
-        let lines: Vec<_> = parsed.values.iter().map(|place| (place.field.as_str(), place.line)).collect();
-        let expected = [("feature", 1), ("later", 5), ("feature", 5), ("[type.googleapis.com/any.Thing]", 6)];
+        let lines: Vec<_> =
+            parsed.values.iter().map(|place| (place.field.as_str(), place.line)).collect();
+        let expected =
+            [("feature", 1), ("later", 5), ("feature", 5), ("[type.googleapis.com/any.Thing]", 6)];
         assert_eq!(lines, expected);
-        assert!(list(&parsed.ignored).starts_with("`feature.later` (line 3), `feature.type` (line 3), "));
+        assert!(
+            list(&parsed.ignored)
+                .starts_with("`feature.later` (line 3), `feature.type` (line 3), ")
+        );
     }
 
     #[test]

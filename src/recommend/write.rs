@@ -61,7 +61,9 @@ fn rows<'a>(session: &'a Session<'_>) -> impl Iterator<Item = Row<'a>> {
     let seen = session.seen.iter().map(move |product| row("seen", product, None)).zip(1..);
     let recommended = session.recommended.iter();
     let recommended = recommended
-        .map(move |Recommendation { product, score }| row("recommended", product, Some(f64::from(*score))))
+        .map(move |Recommendation { product, score }| {
+            row("recommended", product, Some(f64::from(*score)))
+        })
         .zip(1..);
     seen.chain(recommended).map(|(row, place)| Row { place, ..row })
 }
@@ -80,8 +82,10 @@ enum Encoder<W: Write + Send> {
 const GROUP_ROWS: usize = 1 << 16;
 
 const SCHEMA: &str = "message recommendations {
-    required binary session (utf8); required binary list (utf8); required int64 place; required int64 product_id;
-    optional binary brand (utf8); optional binary category_code (utf8); required double price; optional double score;
+    required binary session (utf8); required binary list (utf8);
+    required int64 place; required int64 product_id;
+    optional binary brand (utf8); optional binary category_code (utf8);
+    required double price; optional double score;
     required boolean fallback; }";
 
 impl<W: Write + Send> RecommendationWriter<W> {
@@ -93,7 +97,8 @@ impl<W: Write + Send> RecommendationWriter<W> {
             RecommendationFormat::Json => Encoder::Json(out),
             RecommendationFormat::Csv => Encoder::Csv(Box::new(csv::Writer::from_writer(out))),
             RecommendationFormat::Parquet => {
-                let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();
+                let properties =
+                    WriterProperties::builder().set_compression(Compression::SNAPPY).build();
                 let schema = Arc::new(parse_message_type(SCHEMA)?);
                 let file = SerializedFileWriter::new(out, schema, Arc::new(properties))?;
                 Encoder::Parquet(Box::new(file), Vec::new())
@@ -164,9 +169,11 @@ fn write_table(session: &Session<'_>, out: &mut dyn Write) -> io::Result<()> {
             score,
         ]
     };
-    let seen = (1..).zip(&session.seen).map(|(place, product)| cells(place, product, String::new()));
+    let seen =
+        (1..).zip(&session.seen).map(|(place, product)| cells(place, product, String::new()));
     let recommended = (1..).zip(&session.recommended);
-    let recommended = recommended.map(|(place, of)| cells(place, &of.product, format!("{:.2}", of.score)));
+    let recommended =
+        recommended.map(|(place, of)| cells(place, &of.product, format!("{:.2}", of.score)));
     // One table, so that the columns of both lists are equally wide.
     let rows: Vec<_> = seen.chain(recommended).collect();
     let columns = [Align::Right, Align::Left, Align::Left, Align::Left, Align::Right, Align::Left];
@@ -206,7 +213,10 @@ impl From<Row<'_>> for ParquetRow {
     }
 }
 
-fn write_group<W: Write + Send>(file: &mut SerializedFileWriter<W>, rows: &[ParquetRow]) -> io::Result<()> {
+fn write_group<W: Write + Send>(
+    file: &mut SerializedFileWriter<W>,
+    rows: &[ParquetRow],
+) -> io::Result<()> {
     if rows.is_empty() {
         return Ok(());
     }

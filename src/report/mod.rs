@@ -145,7 +145,8 @@ impl Report {
         let open = || {
             let records = OpenOptions::new().create(true).append(true).open(&path)?;
             if records.metadata()?.len() < n_bytes {
-                let problem = format!("it is shorter than the {n_bytes} bytes that the checkpoint recorded");
+                let problem =
+                    format!("it is shorter than the {n_bytes} bytes that the checkpoint recorded");
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, problem));
             }
             records.set_len(n_bytes).map(|()| records)
@@ -173,10 +174,12 @@ impl Report {
         let Some(root) = &mut self.root else { return };
         root.day = DayProgress { start: Instant::now(), n_before: n_done, n_steps };
         if io::stderr().is_terminal() {
-            let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
-            let style =
-                ProgressStyle::with_template("day {prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left")
-                    .expect("a valid template");
+            let bar =
+                ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template(
+                "day {prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left",
+            )
+            .expect("a valid template");
             bar.set_style(style);
             bar.set_prefix(day.to_string());
             bar.enable_steady_tick(Duration::from_secs(1));
@@ -212,7 +215,8 @@ impl Report {
         written.map_err(|source| ReportError { path: root.path.clone(), source })?;
         match record {
             Record::Step { day, epoch, step, loss, lr, sessions_per_s, .. } => {
-                let figures = format!("loss {loss:7.4}  lr {lr:.2e}  {sessions_per_s:7.0} sessions/s");
+                let figures =
+                    format!("loss {loss:7.4}  lr {lr:.2e}  {sessions_per_s:7.0} sessions/s");
                 if let Some(bar) = &root.bar {
                     bar.set_message(figures);
                 } else {
@@ -226,7 +230,8 @@ impl Report {
             }
             Record::Day { day, n_sessions, seconds, sessions_per_s } => {
                 self.say(&format!(
-                    "day {day}: trained on {n_sessions} sessions in {seconds:.1} s, {sessions_per_s:.0} sessions/s"
+                    "day {day}: trained on {n_sessions} sessions in {seconds:.1} s, \
+                     {sessions_per_s:.0} sessions/s"
                 ));
             }
             Record::Phases { seconds, .. } => {
@@ -242,7 +247,8 @@ impl Report {
             Record::Checkpoint { .. } => {}
             Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds } => {
                 self.say(&format!(
-                    "after day {train_day}, on day {eval_day} ({}): {}  coverage@20 {coverage_at_20:.4}  {seconds:.1} s",
+                    "after day {train_day}, on day {eval_day} ({}): {}  coverage@20 \
+                     {coverage_at_20:.4}  {seconds:.1} s",
                     split.name(),
                     figures(metrics)
                 ));
@@ -263,11 +269,13 @@ impl Report {
 
 /// The metrics of an evaluation on one line.
 pub fn figures(metrics: &Metrics) -> String {
-    let Metrics { n_sessions, loss, ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20, mrr_at_20 } = metrics;
+    let Metrics { n_sessions, loss, .. } = metrics;
+    let Metrics { ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20, mrr_at_20, .. } = metrics;
     let loss = if loss.is_nan() { "  none".to_owned() } else { format!("{loss:.4}") };
     format!(
-        "loss {loss}  NDCG@10 {ndcg_at_10:.4}  NDCG@20 {ndcg_at_20:.4}  Recall@10 {recall_at_10:.4}  \
-         Recall@20 {recall_at_20:.4}  MRR@20 {mrr_at_20:.4}  ({n_sessions} sessions)"
+        "loss {loss}  NDCG@10 {ndcg_at_10:.4}  NDCG@20 {ndcg_at_20:.4}  Recall@10 \
+         {recall_at_10:.4}  Recall@20 {recall_at_20:.4}  MRR@20 {mrr_at_20:.4}  ({n_sessions} \
+         sessions)"
     )
 }
 
@@ -275,9 +283,15 @@ pub fn figures(metrics: &Metrics) -> String {
 ///
 /// # Errors
 /// Returns an error if a write fails.
-pub fn write_results(_: Root, run_dir: &Path, title: &str, metrics: &Metrics) -> Result<(), ReportError> {
+pub fn write_results(
+    _: Root,
+    run_dir: &Path,
+    title: &str,
+    metrics: &Metrics,
+) -> Result<(), ReportError> {
     let path = run_dir.join(RESULTS);
     let &Metrics { ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20, .. } = metrics;
     let text = results_text(title, [ndcg_at_10, ndcg_at_20, recall_at_10, recall_at_20]);
-    output::write(&path, text.as_bytes()).map_err(|error| ReportError { path, source: error.into() })
+    output::write(&path, text.as_bytes())
+        .map_err(|error| ReportError { path, source: error.into() })
 }

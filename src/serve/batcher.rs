@@ -51,7 +51,11 @@ struct Job {
 
 impl Job {
     fn n_rows(&self) -> usize {
-        self.request.inputs.first().and_then(|tensor| tensor.shape.first()).map_or(1, |&rows| rows as usize)
+        self.request
+            .inputs
+            .first()
+            .and_then(|tensor| tensor.shape.first())
+            .map_or(1, |&rows| rows as usize)
     }
 }
 
@@ -89,7 +93,8 @@ impl Batcher {
         observe: Observe,
     ) -> std::io::Result<Self> {
         let state = Mutex::default();
-        let queue = Arc::new(Queue { state, changed: Condvar::new(), coming: AtomicUsize::new(0), policy });
+        let queue =
+            Arc::new(Queue { state, changed: Condvar::new(), coming: AtomicUsize::new(0), policy });
         let batcher = Self(queue);
         let observe = Arc::new(observe);
         for _ in 0..policy.n_instances.max(1) {
@@ -138,7 +143,9 @@ impl Announcement {
         }
         // Takes back the announcement, which also wakes the threads.
         drop(self);
-        answered.await.unwrap_or_else(|_| Err(RequestError::internal("the model's thread has ended")))
+        answered
+            .await
+            .unwrap_or_else(|_| Err(RequestError::internal("the model's thread has ended")))
     }
 }
 
@@ -174,7 +181,8 @@ impl Queue {
                 break;
             }
             let left = max_delay - waited;
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         let (mut n, mut n_rows) = (0, 0);
         for job in &state.jobs {
@@ -192,7 +200,11 @@ impl Queue {
     }
 }
 
-fn execute(executor: &dyn Executor, mut jobs: Vec<Job>, observe: &dyn Fn(&[Duration], usize, Duration)) {
+fn execute(
+    executor: &dyn Executor,
+    mut jobs: Vec<Job>,
+    observe: &dyn Fn(&[Duration], usize, Duration),
+) {
     jobs.retain(|job| !job.answer.is_closed());
     if jobs.is_empty() {
         return;
@@ -202,7 +214,8 @@ fn execute(executor: &dyn Executor, mut jobs: Vec<Job>, observe: &dyn Fn(&[Durat
     // A panic in the model's code must not end the server.
     let answers = catch_unwind(AssertUnwindSafe(|| executor.execute(&requests)));
     let computed = begun.elapsed();
-    let queued: Vec<Duration> = jobs.iter().map(|job| begun.saturating_duration_since(job.arrived)).collect();
+    let queued: Vec<Duration> =
+        jobs.iter().map(|job| begun.saturating_duration_since(job.arrived)).collect();
     observe(&queued, jobs.iter().map(Job::n_rows).sum(), computed);
     match answers {
         Ok(answers) => {
@@ -214,9 +227,9 @@ fn execute(executor: &dyn Executor, mut jobs: Vec<Job>, observe: &dyn Fn(&[Durat
         }
         Err(_) => {
             for job in jobs {
-                let _ = job
-                    .answer
-                    .send(Err(RequestError::internal("the model failed; the server's log has the reason")));
+                let _ = job.answer.send(Err(RequestError::internal(
+                    "the model failed; the server's log has the reason",
+                )));
             }
         }
     }
@@ -242,7 +255,10 @@ mod tests {
     }
 
     fn request(name: &str, rows: i64) -> InferRequest {
-        InferRequest { inputs: vec![Tensor::ints(name, &[rows], 0..rows)], ..InferRequest::default() }
+        InferRequest {
+            inputs: vec![Tensor::ints(name, &[rows], 0..rows)],
+            ..InferRequest::default()
+        }
     }
 
     fn batcher(max_batch: usize, max_delay: Duration, max_queue: usize) -> (Batcher, Arc<Echo>) {

@@ -39,7 +39,8 @@ impl Keys {
     /// The file cannot be read, or holds no key.
     pub fn read(path: &Path) -> std::io::Result<Self> {
         let text = std::fs::read_to_string(path)?;
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let lines =
+            text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
         let keys: HashSet<_> = lines.map(digest).collect();
         if keys.is_empty() {
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "it holds no key"));
@@ -75,7 +76,8 @@ impl Gate {
     pub fn in_front_of(self: &Arc<Self>, router: Router) -> Router {
         let measured = router.layer(from_fn_with_state(self.clone(), measure));
         // gRPC compresses its messages itself; these layers leave them alone.
-        let compressed = measured.layer(CompressionLayer::new()).layer(RequestDecompressionLayer::new());
+        let compressed =
+            measured.layer(CompressionLayer::new()).layer(RequestDecompressionLayer::new());
         compressed.layer(from_fn_with_state(self.clone(), admit))
     }
 }
@@ -136,8 +138,9 @@ fn normalise_encoding(headers: &mut HeaderMap) -> Result<(), RequestError> {
         [one] if one == "deflate" => "deflate",
         others => {
             let others = quoted(&others.join(", "));
-            let problem =
-                format!("the body is encoded with {others}; this server reads `gzip` and `deflate`");
+            let problem = format!(
+                "the body is encoded with {others}; this server reads `gzip` and `deflate`"
+            );
             return Err(RequestError::new(RequestErrorKind::Encoding, problem));
         }
     };
@@ -156,7 +159,8 @@ async fn measure(State(gate): State<Arc<Gate>>, request: Request, next: Next) ->
     let limits = &gate.service.limits;
     let memory = gate.service.memory.clone();
     let meter = Arc::new(Meter { memory, max: limits.body, taken: Mutex::default() });
-    let request = request.map(|body| Body::new(Metered { body, meter: meter.clone(), linger: None }));
+    let request =
+        request.map(|body| Body::new(Metered { body, meter: meter.clone(), linger: None }));
     let answered = tokio::time::timeout(limits.time, next.run(request)).await;
     // The meter's error comes first: the handler saw only a body that broke off.
     let fault = meter.taken().fault.take();

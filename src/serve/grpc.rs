@@ -14,7 +14,9 @@ use tonic::codec::CompressionEncoding;
 use tonic::{Request as Call, Response, Status, Streaming};
 
 use crate::model::ServedModel;
-use crate::protocol::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
+use crate::protocol::grpc_inference_service_server::{
+    GrpcInferenceService, GrpcInferenceServiceServer,
+};
 use crate::protocol::infer_parameter::ParameterChoice;
 use crate::protocol::model_infer_request::InferInputTensor;
 use crate::protocol::model_infer_response::InferOutputTensor;
@@ -22,12 +24,13 @@ use crate::protocol::model_metadata_response::TensorMetadata;
 use crate::protocol::model_repository_parameter::ParameterChoice as RepositoryChoice;
 use crate::protocol::repository_index_response::ModelIndex;
 use crate::protocol::{
-    InferParameter, InferTensorContents, ModelConfigRequest, ModelConfigResponse, ModelInferRequest,
-    ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse,
-    ModelStatisticsRequest, ModelStatisticsResponse, ModelStreamInferResponse, RepositoryIndexRequest,
-    RepositoryIndexResponse, RepositoryModelLoadRequest, RepositoryModelLoadResponse,
-    RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse,
-    ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
+    InferParameter, InferTensorContents, ModelConfigRequest, ModelConfigResponse,
+    ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse,
+    ModelReadyRequest, ModelReadyResponse, ModelStatisticsRequest, ModelStatisticsResponse,
+    ModelStreamInferResponse, RepositoryIndexRequest, RepositoryIndexResponse,
+    RepositoryModelLoadRequest, RepositoryModelLoadResponse, RepositoryModelUnloadRequest,
+    RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
+    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
 use crate::request::{self, InferRequest};
 use crate::request_error::{RequestError, RequestErrorKind};
@@ -63,13 +66,25 @@ pub fn metadata(model: &ServedModel) -> ModelMetadataResponse {
     let tensor = |name: &String, number: i32, dims: &[i64]| TensorMetadata {
         name: name.clone(),
         datatype: DataType::from_number(number).map_or("", DataType::name).to_owned(),
-        shape: (config.max_batch_size > 0).then_some(-1).into_iter().chain(dims.iter().copied()).collect(),
+        shape: (config.max_batch_size > 0)
+            .then_some(-1)
+            .into_iter()
+            .chain(dims.iter().copied())
+            .collect(),
     };
     ModelMetadataResponse {
         name: config.name.clone(),
         versions: vec![model.version.to_string()],
-        platform: if config.platform.is_empty() { config.backend.clone() } else { config.platform.clone() },
-        inputs: config.input.iter().map(|input| tensor(&input.name, input.data_type, &input.dims)).collect(),
+        platform: if config.platform.is_empty() {
+            config.backend.clone()
+        } else {
+            config.platform.clone()
+        },
+        inputs: config
+            .input
+            .iter()
+            .map(|input| tensor(&input.name, input.data_type, &input.dims))
+            .collect(),
         outputs: config
             .output
             .iter()
@@ -93,7 +108,8 @@ pub fn read(message: ModelInferRequest) -> Result<(InferRequest, Option<Duration
     }
     let mut raw = raw.into_iter();
     let read = |InferInputTensor { name, datatype, shape, contents, .. }| {
-        let datatype = DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
+        let datatype =
+            DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
         let data = match (raw.next(), contents) {
             (Some(bytes), None) => bytes.into(),
             (None, Some(contents)) => bytes_of(&name, datatype, &contents)?,
@@ -108,7 +124,9 @@ pub fn read(message: ModelInferRequest) -> Result<(InferRequest, Option<Duration
         Ok(Tensor { name, datatype, shape, data })
     };
     let inputs = inputs.into_iter().map(read).collect::<Result<_, _>>()?;
-    if let Some(output) = outputs.iter().find(|output| output.parameters.contains_key("classification")) {
+    if let Some(output) =
+        outputs.iter().find(|output| output.parameters.contains_key("classification"))
+    {
         return Err(request::no_classes(&output.name));
     }
     let mut timeout = None;
@@ -116,15 +134,20 @@ pub fn read(message: ModelInferRequest) -> Result<(InferRequest, Option<Duration
     for (name, InferParameter { parameter_choice }) in parameters {
         let value = match parameter_choice {
             None => {
-                return Err(RequestError::invalid(format!("parameter {} has no value", quoted(&name))));
+                return Err(RequestError::invalid(format!(
+                    "parameter {} has no value",
+                    quoted(&name)
+                )));
             }
             Some(ParameterChoice::BoolParam(value)) => Parameter::Bool(value),
             Some(ParameterChoice::Int64Param(value)) => Parameter::Int(value),
             Some(ParameterChoice::StringParam(value)) => Parameter::Text(value),
             Some(ParameterChoice::DoubleParam(value)) => Parameter::Float(value),
-            Some(ParameterChoice::Uint64Param(value)) => i64::try_from(value)
-                .map(Parameter::Int)
-                .map_err(|_| RequestError::invalid(format!("parameter {} is too large", quoted(&name))))?,
+            Some(ParameterChoice::Uint64Param(value)) => {
+                i64::try_from(value).map(Parameter::Int).map_err(|_| {
+                    RequestError::invalid(format!("parameter {} is too large", quoted(&name)))
+                })?
+            }
         };
         if name == request::TIMEOUT {
             timeout = request::timeout(&value)?;
@@ -138,7 +161,11 @@ pub fn read(message: ModelInferRequest) -> Result<(InferRequest, Option<Duration
 }
 
 /// The bytes of a tensor whose elements are given in `contents`.
-fn bytes_of(name: &str, datatype: DataType, contents: &InferTensorContents) -> Result<Vec<u8>, RequestError> {
+fn bytes_of(
+    name: &str,
+    datatype: DataType,
+    contents: &InferTensorContents,
+) -> Result<Vec<u8>, RequestError> {
     let InferTensorContents {
         bool_contents,
         int_contents,
@@ -161,9 +188,10 @@ fn bytes_of(name: &str, datatype: DataType, contents: &InferTensorContents) -> R
         (Encoding::Float, Some(8)) => {
             Ok(fp64_contents.iter().flat_map(|value| value.to_le_bytes()).collect())
         }
-        (Encoding::Float, _) => {
-            Err(RequestError::invalid(format!("input {}: {datatype} must be given raw", quoted(name))))
-        }
+        (Encoding::Float, _) => Err(RequestError::invalid(format!(
+            "input {}: {datatype} must be given raw",
+            quoted(name)
+        ))),
         (Encoding::Text, _) => {
             let mut data = Vec::new();
             for bytes in bytes_contents {
@@ -184,14 +212,20 @@ fn integers<T: Copy + Into<i128>>(
     for &value in values {
         let value: i128 = value.into();
         datatype.push_integer(value, &mut data).ok_or_else(|| {
-            RequestError::invalid(format!("input {}: {value} does not fit {datatype}", quoted(name)))
+            RequestError::invalid(format!(
+                "input {}: {value} does not fit {datatype}",
+                quoted(name)
+            ))
         })?;
     }
     Ok(data)
 }
 
 impl GrpcCalls {
-    async fn infer(&self, message: ModelInferRequest) -> Result<(ModelInferResponse, Held), RequestError> {
+    async fn infer(
+        &self,
+        message: ModelInferRequest,
+    ) -> Result<(ModelInferResponse, Held), RequestError> {
         let (name, version) = (message.model_name.clone(), message.model_version.clone());
         let id = message.id.clone();
         let (request, timeout) = read(message)?;
@@ -206,7 +240,12 @@ impl GrpcCalls {
         };
         for Tensor { name, datatype, shape, data } in outputs {
             let datatype = datatype.name().to_owned();
-            response.outputs.push(InferOutputTensor { name, datatype, shape, ..Default::default() });
+            response.outputs.push(InferOutputTensor {
+                name,
+                datatype,
+                shape,
+                ..Default::default()
+            });
             response.raw_output_contents.push(data);
         }
         Ok((response, held))
@@ -234,7 +273,10 @@ impl GrpcInferenceService for GrpcCalls {
         Ok(Response::new(ModelReadyResponse { ready: self.model(&name, &version).is_ok() }))
     }
 
-    async fn server_metadata(&self, _: Call<ServerMetadataRequest>) -> GrpcResult<ServerMetadataResponse> {
+    async fn server_metadata(
+        &self,
+        _: Call<ServerMetadataRequest>,
+    ) -> GrpcResult<ServerMetadataResponse> {
         Ok(Response::new(ServerMetadataResponse {
             name: "bireme".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -242,7 +284,10 @@ impl GrpcInferenceService for GrpcCalls {
         }))
     }
 
-    async fn model_metadata(&self, call: Call<ModelMetadataRequest>) -> GrpcResult<ModelMetadataResponse> {
+    async fn model_metadata(
+        &self,
+        call: Call<ModelMetadataRequest>,
+    ) -> GrpcResult<ModelMetadataResponse> {
         let ModelMetadataRequest { name, version } = call.into_inner();
         Ok(Response::new(metadata(&*self.model(&name, &version)?)))
     }
@@ -285,7 +330,10 @@ impl GrpcInferenceService for GrpcCalls {
         Ok(Response::new(Box::pin(answers)))
     }
 
-    async fn model_config(&self, call: Call<ModelConfigRequest>) -> GrpcResult<ModelConfigResponse> {
+    async fn model_config(
+        &self,
+        call: Call<ModelConfigRequest>,
+    ) -> GrpcResult<ModelConfigResponse> {
         let ModelConfigRequest { name, version } = call.into_inner();
         let config = self.model(&name, &version)?.config.clone();
         Ok(Response::new(ModelConfigResponse { config: Some(config) }))

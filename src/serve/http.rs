@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::json::{self, HEADER_LENGTH};
 use crate::model::ServedModel;
 use crate::model_config;
+use crate::protocol::model_metadata_response::TensorMetadata;
 use crate::protocol::{ModelStatistics, StatisticDuration};
 use crate::request_error::{RequestError, RequestErrorKind};
 use crate::service::{Answered, EXTENSIONS, ModelRef, RETRY_AFTER, Service};
@@ -32,10 +33,13 @@ pub const HEALTH: &str = "/v2/health/";
 
 impl IntoResponse for RequestError {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.kind.http()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status =
+            StatusCode::from_u16(self.kind.http()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, axum::Json(json!({ "error": self.message }))).into_response();
         if matches!(self.kind, RequestErrorKind::Full | RequestErrorKind::Unavailable) {
-            response.headers_mut().insert(RETRY_AFTER_HEADER, HeaderValue::from_static(RETRY_AFTER));
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER_HEADER, HeaderValue::from_static(RETRY_AFTER));
         }
         response
     }
@@ -73,7 +77,10 @@ struct Named {
     version: String,
 }
 
-fn find(service: &Service, Named { model, version }: &Named) -> Result<Arc<ServedModel>, RequestError> {
+fn find(
+    service: &Service,
+    Named { model, version }: &Named,
+) -> Result<Arc<ServedModel>, RequestError> {
     service.repository.model(model, version)
 }
 
@@ -82,7 +89,8 @@ async fn ready(State(service): ServiceState) -> StatusCode {
 }
 
 async fn server_metadata() -> Response {
-    let about = json!({ "name": "bireme", "version": env!("CARGO_PKG_VERSION"), "extensions": EXTENSIONS });
+    let about =
+        json!({ "name": "bireme", "version": env!("CARGO_PKG_VERSION"), "extensions": EXTENSIONS });
     axum::Json(about).into_response()
 }
 
@@ -90,12 +98,14 @@ async fn model_ready(State(service): ServiceState, Path(named): Path<Named>) -> 
     find(&service, &named).map(|_| StatusCode::OK.into_response())
 }
 
+fn tensor_json(TensorMetadata { name, datatype, shape }: TensorMetadata) -> Value {
+    json!({ "name": name, "datatype": datatype, "shape": shape })
+}
+
 async fn metadata(State(service): ServiceState, Path(named): Path<Named>) -> HttpResult {
     let message = crate::grpc::metadata(&*find(&service, &named)?);
-    let tensors = |tensors: Vec<crate::protocol::model_metadata_response::TensorMetadata>| -> Vec<Value> {
-        let tensor = |tensor: crate::protocol::model_metadata_response::TensorMetadata| json!({ "name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape });
-        tensors.into_iter().map(tensor).collect()
-    };
+    let tensors =
+        |tensors: Vec<TensorMetadata>| tensors.into_iter().map(tensor_json).collect::<Vec<_>>();
     Ok(axum::Json(json!({
         "name": message.name,
         "versions": message.versions,
@@ -151,7 +161,8 @@ async fn statistics(State(service): ServiceState, Path(named): Path<Named>) -> H
 
 async fn all_statistics(State(service): ServiceState) -> Response {
     let models = service.repository.loaded();
-    let models: Vec<Value> = models.iter().map(|model| statistics_json(&model.statistics())).collect();
+    let models: Vec<Value> =
+        models.iter().map(|model| statistics_json(&model.statistics())).collect();
     axum::Json(json!({ "model_stats": models })).into_response()
 }
 
@@ -169,7 +180,8 @@ async fn infer(
     let of = ModelRef { name: &model, version: &version };
     let Answered { model, outputs, held } = service.infer(of, request, asked.timeout).await?;
     let json::WrittenBody { body, header_length } = asked.answer(&model, &outputs)?;
-    let kind = if header_length.is_some() { "application/octet-stream" } else { "application/json" };
+    let kind =
+        if header_length.is_some() { "application/octet-stream" } else { "application/json" };
     let mut response = Response::new(Body::from(body));
     response.extensions_mut().insert(held);
     let headers = response.headers_mut();
@@ -182,7 +194,9 @@ async fn infer(
 
 fn text_of_header(value: &HeaderValue) -> Result<&str, RequestError> {
     value.to_str().map_err(|_| {
-        RequestError::invalid(format!("`{HEADER_LENGTH}` must be a number of bytes in ASCII digits"))
+        RequestError::invalid(format!(
+            "`{HEADER_LENGTH}` must be a number of bytes in ASCII digits"
+        ))
     })
 }
 
@@ -192,7 +206,8 @@ async fn read(body: Body) -> Result<Bytes, RequestError> {
         let mut source: Option<&dyn std::error::Error> = Some(&error);
         while let Some(cause) = source {
             let kind = cause.downcast_ref().map(std::io::Error::kind);
-            if let Some(ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other) = kind {
+            if let Some(ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other) = kind
+            {
                 return RequestError::invalid("the body does not match its `Content-Encoding`");
             }
             source = cause.source();
@@ -222,7 +237,8 @@ async fn index(State(service): ServiceState, body: Body) -> HttpResult {
     let models = models.into_iter().filter(|model| !only_ready || model.version.is_some());
     let models = models.map(|model| match model.version {
         Some(version) => {
-            json!({ "name": model.name, "version": version.to_string(), "state": "READY", "reason": "" })
+            let version = version.to_string();
+            json!({ "name": model.name, "version": version, "state": "READY", "reason": "" })
         }
         None => json!({ "name": model.name, "state": "UNAVAILABLE", "reason": model.reason }),
     });

@@ -104,7 +104,9 @@ fn unreadable(json: &[u8], error: &serde_json::Error) -> RequestError {
     match error.classify() {
         Category::Data => {}
         Category::Eof => {
-            return RequestError::invalid(format!("the body is not JSON: it ends early, at {place}"));
+            return RequestError::invalid(format!(
+                "the body is not JSON: it ends early, at {place}"
+            ));
         }
         _ if error.to_string().starts_with("recursion limit") => {
             return RequestError::invalid(format!(
@@ -297,29 +299,35 @@ fn push(data: &mut Vec<u8>, datatype: DataType, cell: &ParsedElement<'_>) -> Opt
 pub fn read(body: &[u8], header_length: Option<&str>) -> Result<ParsedRequest, RequestError> {
     let length = match header_length {
         None => body.len(),
-        Some(text) => text.parse().ok().filter(|&length| length <= body.len()).ok_or_else(|| {
-            RequestError::invalid(format!(
-                "`{HEADER_LENGTH}` is {}, and the body has {} bytes",
-                quoted(text),
-                body.len()
-            ))
-        })?,
+        Some(text) => {
+            text.parse().ok().filter(|&length| length <= body.len()).ok_or_else(|| {
+                RequestError::invalid(format!(
+                    "`{HEADER_LENGTH}` is {}, and the body has {} bytes",
+                    quoted(text),
+                    body.len()
+                ))
+            })?
+        }
     };
     let (json, mut binary) = body.split_at(length);
     // serde would accept a list of the fields' values in place of an object.
     if json.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
         return Err(RequestError::invalid("the body must be an object with `inputs`, not a list"));
     }
-    let parsed: Body<'_> = serde_json::from_slice(json).map_err(|error| unreadable(json, &error))?;
+    let parsed: Body<'_> =
+        serde_json::from_slice(json).map_err(|error| unreadable(json, &error))?;
     let lacks = |what: &str| RequestError::invalid(format!("the request lacks {what}"));
     let given = parsed.inputs.ok_or_else(|| lacks("`inputs`"))?;
     let mut inputs = Vec::with_capacity(given.len());
-    for (number, JsonInput { name, datatype, shape, parameters, data }) in given.into_iter().enumerate() {
+    for (number, JsonInput { name, datatype, shape, parameters, data }) in
+        given.into_iter().enumerate()
+    {
         let name = name.ok_or_else(|| lacks(&format!("`inputs[{number}].name`")))?;
         let of_input = |key: &str| lacks(&format!("the `{key}` of input {}", quoted(&name)));
         let datatype = datatype.ok_or_else(|| of_input("datatype"))?;
         let shape = shape.ok_or_else(|| of_input("shape"))?;
-        let datatype = DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
+        let datatype =
+            DataType::parse(&datatype).ok_or_else(|| request::unknown_type(&name, &datatype))?;
         let data = match (parameters.get("binary_data_size"), data) {
             (Some(size), None) => {
                 let size = match size {
@@ -335,7 +343,8 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<ParsedRequest, R
                 let (own, rest) = binary.split_at_checked(size).ok_or_else(|| {
                     let (name, n) = (quoted(&name), binary.len());
                     RequestError::invalid(format!(
-                        "`binary_data_size` of input {name} is {size}, and {n} bytes are left of the body"
+                        "`binary_data_size` of input {name} is {size}, and {n} bytes are left of \
+                         the body"
                     ))
                 })?;
                 binary = rest;
@@ -371,7 +380,9 @@ pub fn read(body: &[u8], header_length: Option<&str>) -> Result<ParsedRequest, R
             "binary_data_output" => {}
             // Over gRPC a negative timeout means no limit, as in Triton.
             request::TIMEOUT if matches!(value, Parameter::Int(..0)) => {
-                return Err(RequestError::invalid(format!("parameter `timeout` is {value}: it is negative")));
+                return Err(RequestError::invalid(format!(
+                    "parameter `timeout` is {value}: it is negative"
+                )));
             }
             request::TIMEOUT => timeout = request::timeout(&value)?,
             _ => {
@@ -487,12 +498,14 @@ impl ParsedRequest {
         model: &'a ServedModel,
         outputs: &'a [Tensor],
     ) -> Result<WrittenBody, RequestError> {
-        let is_binary = |tensor: &&Tensor| *self.binary.get(&tensor.name).unwrap_or(&self.all_binary);
+        let is_binary =
+            |tensor: &&Tensor| *self.binary.get(&tensor.name).unwrap_or(&self.all_binary);
         let output = |tensor: &'a Tensor| InferResponseOutput {
             name: tensor.name.as_str(),
             datatype: tensor.datatype.name(),
             shape: &tensor.shape,
-            parameters: is_binary(&tensor).then_some(BinarySize { binary_data_size: tensor.data.len() }),
+            parameters: is_binary(&tensor)
+                .then_some(BinarySize { binary_data_size: tensor.data.len() }),
             data: (!is_binary(&tensor)).then_some(Elements(tensor)),
         };
         let answer = InferResponse {
@@ -516,9 +529,11 @@ mod tests {
 
     #[test]
     fn lists_in_lists_and_binary_tensors_are_read() {
-        let json = br#"{"id":"7","parameters":{"exclude_seen":true,"timeout":1500,"binary_data_output":true},
+        let json = br#"{"id":"7",
+                      "parameters":{"exclude_seen":true,"timeout":1500,"binary_data_output":true},
             "inputs":[{"name":"a","datatype":"INT64","shape":[2,1],"data":[[1],[-2]]},
-                      {"name":"b","datatype":"FP32","shape":[2],"parameters":{"binary_data_size":8}},
+                      {"name":"b","datatype":"FP32","shape":[2],
+                        "parameters":{"binary_data_size":8}},
                       {"name":"c","datatype":"BYTES","shape":[2],"data":["x","\u00e9\n"]}],
             "outputs":[{"name":"o","parameters":{"binary_data":false}}]}"#;
         let mut body = json.to_vec();
@@ -530,7 +545,10 @@ mod tests {
         assert_eq!(*c, Tensor::texts("c", &[2], ["x", "é\n"]));
         assert_eq!(asked.request.parameters, [("exclude_seen".to_owned(), Parameter::Bool(true))]);
         assert_eq!(asked.timeout, Some(Duration::from_micros(1500)));
-        assert_eq!((asked.id.as_deref(), asked.all_binary, asked.binary["o"]), (Some("7"), true, false));
+        assert_eq!(
+            (asked.id.as_deref(), asked.all_binary, asked.binary["o"]),
+            (Some("7"), true, false)
+        );
     }
 
     #[test]
@@ -573,27 +591,45 @@ mod tests {
             (r#"{"inputs":[],"inputs":[]}"#.to_owned(), "a key is given twice"),
             (r#"{"inputs":[{"name":"a"}]}"#.to_owned(), "lacks the `datatype` of input `a`"),
             (r#"{"inputs":[{"name":["a"]}]}"#.to_owned(), "`inputs[0].name` must be a text"),
-            (r#"{"inputs":[{"shape":[1,2.5]}]}"#.to_owned(), "`inputs[0].shape[1]` must be a whole number"),
+            (
+                r#"{"inputs":[{"shape":[1,2.5]}]}"#.to_owned(),
+                "`inputs[0].shape[1]` must be a whole number",
+            ),
             (r#"{"inputs":[],"id":7}"#.to_owned(), "`id` must be a text"),
             (r#"{"inputs":[],"parameters":[]}"#.to_owned(), "`parameters` must be an object"),
             (
                 r#"{"inputs":[],"parameters":{"x":null}}"#.to_owned(),
                 "parameter `x` must be true, false, a number",
             ),
-            (r#"{"inputs":[],"parameters":{"timeout":"1s"}}"#.to_owned(), "microseconds, not the text `1s`"),
-            (r#"{"inputs":[],"parameters":{"timeout":-1}}"#.to_owned(), "`timeout` is -1: it is negative"),
-            (r#"{"inputs":[],"parameters":{"triton_x":1}}"#.to_owned(), "`triton_x`: names that begin with"),
+            (
+                r#"{"inputs":[],"parameters":{"timeout":"1s"}}"#.to_owned(),
+                "microseconds, not the text `1s`",
+            ),
+            (
+                r#"{"inputs":[],"parameters":{"timeout":-1}}"#.to_owned(),
+                "`timeout` is -1: it is negative",
+            ),
+            (
+                r#"{"inputs":[],"parameters":{"triton_x":1}}"#.to_owned(),
+                "`triton_x`: names that begin with",
+            ),
             (
                 r#"{"inputs":[],"parameters":{"binary_data_output":"no"}}"#.to_owned(),
                 "`binary_data_output` must be true or false, not the text `no`",
             ),
             (input(r#""datatype":"INT9","data":[1]"#), "unknown type `INT9`; types are BOOL, "),
             (input(r#""datatype":"INT8","data":[300]"#), "element 0: 300 does not fit INT8"),
-            (input(r#""datatype":"INT64","data":["x"]"#), "element 0: the text `x` does not fit INT64"),
+            (
+                input(r#""datatype":"INT64","data":["x"]"#),
+                "element 0: the text `x` does not fit INT64",
+            ),
             (input(r#""datatype":"INT64","data":[1.0]"#), "element 0: 1.0 does not fit INT64"),
             (input(r#""datatype":"INT64","data":[null]"#), "`inputs[0].data"),
             (input(r#""datatype":"INT64","data":{"a":1}"#), "must be a list of numbers"),
-            (input(r#""datatype":"INT64""#), "must have `data` or `binary_data_size`, and has neither"),
+            (
+                input(r#""datatype":"INT64""#),
+                "must have `data` or `binary_data_size`, and has neither",
+            ),
             (
                 input(r#""datatype":"INT64","parameters":{"binary_data_size":8}"#),
                 "is 8, and 0 bytes are left",
@@ -619,6 +655,11 @@ mod tests {
             assert_eq!(read(body.as_bytes(), None).unwrap().timeout, limit);
         }
         assert!(read(b"{}", Some("3")).unwrap_err().message.contains("has 2 bytes"));
-        assert!(read(br#"{"inputs":[]}1234"#, Some("13")).unwrap_err().message.contains("4 bytes follow"));
+        assert!(
+            read(br#"{"inputs":[]}1234"#, Some("13"))
+                .unwrap_err()
+                .message
+                .contains("4 bytes follow")
+        );
     }
 }

@@ -19,7 +19,8 @@ pub const VARIABLE: &str = "BIREME_LOG";
 /// Starts the log, which includes panics. A second call in a process has no effect.
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_writer(stderr).with_env_filter(filter).with_target(false);
+    let log =
+        tracing_subscriber::fmt().with_writer(stderr).with_env_filter(filter).with_target(false);
     // tracing would report a failed write on stderr too, and panic.
     let log = log.log_internal_errors(false);
     let started = match format {

@@ -50,7 +50,8 @@ impl ServedModel {
     ) -> Result<Self, String> {
         let statistics = Arc::new(Statistics::default());
         let observe = {
-            let (name, statistics, metrics) = (config.name.clone(), statistics.clone(), metrics.clone());
+            let (name, statistics, metrics) =
+                (config.name.clone(), statistics.clone(), metrics.clone());
             Box::new(move |queued: &[Duration], n_rows: usize, took: Duration| {
                 statistics.ran(n_rows, took);
                 metrics.ran(&name, queued, n_rows);
@@ -90,7 +91,8 @@ impl ServedModel {
         let mut known: Vec<String> = config.input.iter().map(|input| input.name.clone()).collect();
         let mut steps: Vec<EnsembleStep> = Vec::new();
         while !waiting.is_empty() {
-            let is_ready = |step: &EnsembleStep| step.inputs.iter().all(|(_, tensor)| known.contains(tensor));
+            let is_ready =
+                |step: &EnsembleStep| step.inputs.iter().all(|(_, tensor)| known.contains(tensor));
             let ready = waiting.iter().position(is_ready).ok_or_else(|| {
                 format!("nothing makes the inputs of step `{}`", waiting[0].model.config.name)
             })?;
@@ -101,7 +103,13 @@ impl ServedModel {
         if let Some(output) = config.output.iter().find(|output| !known.contains(&output.name)) {
             return Err(format!("no step makes the output `{}`", output.name));
         }
-        Ok(Self { config, version, work: Work::Ensemble(steps), statistics: Arc::default(), metrics })
+        Ok(Self {
+            config,
+            version,
+            work: Work::Ensemble(steps),
+            statistics: Arc::default(),
+            metrics,
+        })
     }
 
     pub fn parts(&self) -> impl Iterator<Item = &Arc<Self>> {
@@ -127,8 +135,9 @@ impl ServedModel {
     /// As [`ServedModel::infer`], and a request that does not fit the model.
     pub fn infer_and_wait(&self, request: InferRequest) -> Result<Vec<Tensor>, RequestError> {
         request.check(&self.config, usize::MAX)?;
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().build().map_err(RequestError::internal)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .map_err(RequestError::internal)?;
         runtime.block_on(self.infer(request))
     }
 
@@ -158,7 +167,11 @@ impl ServedModel {
         answer.map(|answer| answer.outputs)
     }
 
-    async fn run(&self, steps: &[EnsembleStep], request: InferRequest) -> Result<ModelAnswer, RequestError> {
+    async fn run(
+        &self,
+        steps: &[EnsembleStep],
+        request: InferRequest,
+    ) -> Result<ModelAnswer, RequestError> {
         let InferRequest { inputs, outputs, parameters, max_answer } = request;
         let wanted: Vec<&str> = if outputs.is_empty() {
             self.config.output.iter().map(|output| output.name.as_str()).collect()
@@ -167,7 +180,8 @@ impl ServedModel {
         };
         // Announce to all steps at once, so that each model waits for requests that are still in
         // the step before.
-        let coming: Vec<Option<Announcement>> = steps.iter().map(|step| step.model.announce()).collect();
+        let coming: Vec<Option<Announcement>> =
+            steps.iter().map(|step| step.model.announce()).collect();
         let mut tensors: HashMap<String, Tensor> =
             inputs.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         for (number, (step, coming)) in steps.iter().zip(coming).enumerate() {
@@ -178,14 +192,18 @@ impl ServedModel {
             };
             // Optional inputs may be absent; the step's model checks the others.
             let inputs = step.inputs.iter().filter_map(|(name, tensor)| {
-                let found =
-                    if is_used_later(tensor) { tensors.get(tensor).cloned() } else { tensors.remove(tensor) };
+                let found = if is_used_later(tensor) {
+                    tensors.get(tensor).cloned()
+                } else {
+                    tensors.remove(tensor)
+                };
                 found.map(|found| Tensor { name: name.clone(), ..found })
             });
             let inputs = inputs.collect();
             let outputs = step.outputs.iter().filter(|(_, tensor)| is_used_later(tensor));
             let outputs = outputs.map(|(name, _)| name.clone()).collect();
-            let request = InferRequest { inputs, outputs, parameters: parameters.clone(), max_answer };
+            let request =
+                InferRequest { inputs, outputs, parameters: parameters.clone(), max_answer };
             // Boxed, because a step may be an ensemble, whose future would contain itself.
             for made in Box::pin(step.model.answer(request, coming)).await? {
                 let of_ensemble = step.outputs.iter().find(|(name, _)| *name == made.name);
@@ -207,12 +225,17 @@ impl ServedModel {
 }
 
 /// Refuses, before anything is computed, a request whose outputs would be larger than allowed.
-fn check_answer(config: &ModelConfig, n_rows: usize, request: &InferRequest) -> Result<(), RequestError> {
+fn check_answer(
+    config: &ModelConfig,
+    n_rows: usize,
+    request: &InferRequest,
+) -> Result<(), RequestError> {
     let Some(max) = request.max_answer.filter(|_| config.max_batch_size > 0) else { return Ok(()) };
     let is_wanted = |name: &String| request.outputs.is_empty() || request.outputs.contains(name);
     let outputs = config.output.iter().filter(|output| is_wanted(&output.name));
     // Dimensions that depend on the request (−1) are small.
-    let of_row = outputs.map(|output| output.dims.iter().map(|&dim| dim.max(1) as usize).product::<usize>());
+    let of_row =
+        outputs.map(|output| output.dims.iter().map(|&dim| dim.max(1) as usize).product::<usize>());
     let n_bytes = of_row.sum::<usize>().saturating_mul(4).saturating_mul(n_rows);
     if n_bytes <= max {
         return Ok(());
@@ -232,8 +255,10 @@ fn policy(config: &ModelConfig) -> BatchPolicy {
         _ => None,
     };
     // Batches larger than preferred would make the first requests wait for the last.
-    let preferred = batching.and_then(|batching| batching.preferred_batch_size.iter().max().copied());
-    let max_batch = batching.map_or(0, |_| preferred.unwrap_or(config.max_batch_size).max(0) as usize);
+    let preferred =
+        batching.and_then(|batching| batching.preferred_batch_size.iter().max().copied());
+    let max_batch =
+        batching.map_or(0, |_| preferred.unwrap_or(config.max_batch_size).max(0) as usize);
     let queue = batching.and_then(|batching| batching.default_queue_policy.as_ref());
     let delay = batching.map_or(0, |batching| batching.max_queue_delay_microseconds);
     BatchPolicy {
@@ -258,8 +283,9 @@ impl Executor for Preprocessor {
 
 impl Executor for ScriptModule {
     fn execute(&self, requests: &[&InferRequest]) -> Vec<Result<Vec<Tensor>, String>> {
-        let calls =
-            requests.iter().map(|&request| ModuleCall { inputs: views(request), wanted: &request.outputs });
+        let calls = requests
+            .iter()
+            .map(|&request| ModuleCall { inputs: views(request), wanted: &request.outputs });
         Self::execute(self, &calls.collect::<Vec<_>>())
     }
 }

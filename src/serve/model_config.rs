@@ -35,7 +35,8 @@ static ORDERED: LazyLock<MessageDescriptor> = LazyLock::new(|| {
 fn descriptor(change: impl FnOnce(&mut FileDescriptorSet)) -> MessageDescriptor {
     let mut files = FileDescriptorSet::decode(DESCRIPTORS).expect("the build script wrote it");
     change(&mut files);
-    let pool = DescriptorPool::from_file_descriptor_set(files).expect("the build script compiled it");
+    let pool =
+        DescriptorPool::from_file_descriptor_set(files).expect("the build script compiled it");
     pool.get_message_by_name("inference.ModelConfig").expect("it is in proto/model_config.proto")
 }
 
@@ -46,10 +47,11 @@ fn dynamic(config: &ModelConfig, descriptor: &MessageDescriptor) -> DynamicMessa
 
 /// The configuration as JSON, with the field names of `config.pbtxt`.
 pub fn to_json(config: &ModelConfig) -> serde_json::Value {
-    let options = SerializeOptions::new().use_proto_field_name(true).stringify_64_bit_integers(false);
+    let options =
+        SerializeOptions::new().use_proto_field_name(true).stringify_64_bit_integers(false);
     let message = dynamic(config, &DESCRIPTOR);
-    let json =
-        message.serialize_with_options(serde_json::value::Serializer, &options.skip_default_fields(false));
+    let json = message
+        .serialize_with_options(serde_json::value::Serializer, &options.skip_default_fields(false));
     json.expect("names and numbers only")
 }
 
@@ -71,19 +73,24 @@ pub struct ParsedConfig {
 /// # Errors
 /// Text that cannot be parsed, with the place, or a field that this server would need.
 pub fn from_text(text: &str) -> Result<ParsedConfig, String> {
-    let Parsed { message, ignored, .. } = text::parse(&ORDERED, text).map_err(|error| error.to_string())?;
-    let config =
-        ModelConfig::decode(message.encode_to_vec().as_slice()).map_err(|error| error.to_string())?;
+    let Parsed { message, ignored, .. } =
+        text::parse(&ORDERED, text).map_err(|error| error.to_string())?;
+    let config = ModelConfig::decode(message.encode_to_vec().as_slice())
+        .map_err(|error| error.to_string())?;
     match unsupported(&config) {
-        Some(field) => Err(format!("this server does not implement `{field}`, on which results depend")),
+        Some(field) => {
+            Err(format!("this server does not implement `{field}`, on which results depend"))
+        }
         None => Ok(ParsedConfig { config, ignored }),
     }
 }
 
 /// The first field that changes results and is not implemented.
 fn unsupported(config: &ModelConfig) -> Option<&'static str> {
-    let is_in_sequences = matches!(config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
-    let is_decoupled = config.model_transaction_policy.as_ref().is_some_and(|policy| policy.decoupled);
+    let is_in_sequences =
+        matches!(config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
+    let is_decoupled =
+        config.model_transaction_policy.as_ref().is_some_and(|policy| policy.decoupled);
     let fields = [
         ("sequence_batching", is_in_sequences),
         ("model_transaction_policy.decoupled", is_decoupled),
@@ -117,7 +124,8 @@ mod tests {
     fn a_configuration_survives_its_text() {
         let names = ["b", "a", "d", "c", "f", "e"];
         let map = || names.map(|name| (name.to_owned(), format!("\"{name}\" é"))).into();
-        let step = Step { model_name: "m".into(), model_version: -1, input_map: map(), output_map: map() };
+        let step =
+            Step { model_name: "m".into(), model_version: -1, input_map: map(), output_map: map() };
         let config = ModelConfig {
             name: "n".into(),
             input: vec![ModelInput {
@@ -133,11 +141,17 @@ mod tests {
             ..ModelConfig::default()
         };
         let text = to_text(&config);
-        assert_eq!(from_text(&text).unwrap(), ParsedConfig { config: config.clone(), ignored: Vec::new() });
+        assert_eq!(
+            from_text(&text).unwrap(),
+            ParsedConfig { config: config.clone(), ignored: Vec::new() }
+        );
         assert_eq!(to_text(&config), text, "the same bytes each time");
         let json = to_json(&config);
         let step = &json["ensemble_scheduling"]["step"][0];
-        assert_eq!((&step["input_map"]["b"], &step["model_version"]), (&"\"b\" é".into(), &(-1).into()));
+        assert_eq!(
+            (&step["input_map"]["b"], &step["model_version"]),
+            (&"\"b\" é".into(), &(-1).into())
+        );
         assert_eq!(json["input"][0]["data_type"], "TYPE_STRING");
     }
 
@@ -149,16 +163,25 @@ mod tests {
             output [
               { name: "y", data_type: TYPE_FP32, dims: [ 1 ], label_filename: "labels.txt" }
             ]
-            instance_group [ { count: 3 kind: KIND_CPU rate_limiter { resources [ { name: "R" count: 4 } ] } } ]
-            optimization { execution_accelerators { gpu_execution_accelerator: [ { name: "tensorrt" } ] } }
-            model_warmup [{ name: "w" batch_size: 1 inputs { key: "x" value: { zero_data: true } } }]
+            instance_group [
+              { count: 3 kind: KIND_CPU rate_limiter { resources [ { name: "R" count: 4 } ] } }
+            ]
+            optimization {
+              execution_accelerators { gpu_execution_accelerator: [ { name: "tensorrt" } ] }
+            }
+            model_warmup [
+              { name: "w" batch_size: 1 inputs { key: "x" value: { zero_data: true } } }
+            ]
             response_cache { enable: true }
             dynamic_batching { priority_levels: 2, preferred_batch_size: [ 4, 8 ] }
             model_transaction_policy { decoupled: false }
             version_policy: { all { } }
             parameters: { key: "INFERENCE_MODE" value: { string_value: 'true' } }"#;
         let ParsedConfig { config, ignored } = from_text(text).unwrap();
-        assert_eq!((config.instance_group[0].count, config.input[0].dims.as_slice()), (3, &[-1, 1][..]));
+        assert_eq!(
+            (config.instance_group[0].count, config.input[0].dims.as_slice()),
+            (3, &[-1, 1][..])
+        );
         let ignored: Vec<&str> = ignored.iter().map(|field| field.path.as_str()).collect();
         let expected = [
             "input.format",

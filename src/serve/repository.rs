@@ -100,7 +100,11 @@ impl Repository {
     ///
     /// # Errors
     /// The folder cannot be read, or holds no model.
-    pub fn open(dir: &Path, compute: Compute, metrics: Arc<Metrics>) -> Result<Self, RepositoryError> {
+    pub fn open(
+        dir: &Path,
+        compute: Compute,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, RepositoryError> {
         let repository = Self {
             dir: dir.to_owned(),
             compute,
@@ -147,7 +151,8 @@ impl Repository {
         // A model whose folder was removed may still be loaded.
         let all: BTreeSet<&String> = names.iter().chain(models.keys()).collect();
         let indexed = |name: &String| {
-            let version = models.get(name).and_then(|versions| versions.keys().next_back().copied());
+            let version =
+                models.get(name).and_then(|versions| versions.keys().next_back().copied());
             let reason = reasons.get(name).cloned().unwrap_or_default();
             Indexed { name: name.clone(), version, reason }
         };
@@ -190,8 +195,13 @@ impl Repository {
             return not_ready(name, reason);
         }
         match self.names() {
-            Ok(names) if names.iter().any(|known| known == name) => not_ready(name, "it has not been loaded"),
-            _ => RequestError::new(RequestErrorKind::NotFound, format!("unknown model {}", quoted(name))),
+            Ok(names) if names.iter().any(|known| known == name) => {
+                not_ready(name, "it has not been loaded")
+            }
+            _ => RequestError::new(
+                RequestErrorKind::NotFound,
+                format!("unknown model {}", quoted(name)),
+            ),
         }
     }
 
@@ -226,9 +236,11 @@ impl Repository {
     /// Loaded ensembles with a step that was just loaded.
     fn dependents(&self, fresh: &BTreeMap<String, Versions>) -> Vec<String> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
-        let is_made_of_fresh =
-            |loaded: &Loaded| loaded.model.parts().any(|part| fresh.contains_key(&part.config.name));
-        let dependents = models.iter().filter(|(_, versions)| versions.values().any(is_made_of_fresh));
+        let is_made_of_fresh = |loaded: &Loaded| {
+            loaded.model.parts().any(|part| fresh.contains_key(&part.config.name))
+        };
+        let dependents =
+            models.iter().filter(|(_, versions)| versions.values().any(is_made_of_fresh));
         dependents.map(|(name, _)| name.clone()).filter(|name| !fresh.contains_key(name)).collect()
     }
 
@@ -250,15 +262,21 @@ impl Repository {
         if !is_plain || !path.is_file() {
             return Err(format!("the repository has no model {}", quoted(name)));
         }
-        let text = fs::read_to_string(&path).map_err(|error| format!("`{}`: {error}", path.display()))?;
-        let read = from_text(&text).map_err(|problem| format!("`{}`: {problem}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).map_err(|error| format!("`{}`: {error}", path.display()))?;
+        let read =
+            from_text(&text).map_err(|problem| format!("`{}`: {problem}", path.display()))?;
         self.warn_of(&read, &path);
         let mut config = read.config;
         if config.name.is_empty() {
             name.clone_into(&mut config.name);
         }
         if config.name != name {
-            return Err(format!("`{}` is of a model named {}", path.display(), quoted(&config.name)));
+            return Err(format!(
+                "`{}` is of a model named {}",
+                path.display(),
+                quoted(&config.name)
+            ));
         }
         let mut versions = Versions::new();
         for version in chosen_versions(config.version_policy.as_ref(), &dir)? {
@@ -303,16 +321,20 @@ impl Repository {
         let mut warnings = Vec::new();
         if !ignored.is_empty() {
             let fields = text::list(ignored);
-            warnings.push(format!("`{path}`: ignored what this server does not implement: {fields}"));
+            warnings
+                .push(format!("`{path}`: ignored what this server does not implement: {fields}"));
         }
-        let asks_for_gpu = |group: &ModelInstanceGroup| group.kind() == Kind::Gpu || !group.gpus.is_empty();
+        let asks_for_gpu =
+            |group: &ModelInstanceGroup| group.kind() == Kind::Gpu || !group.gpus.is_empty();
         if config.instance_group.iter().any(asks_for_gpu) {
             let device = if self.compute.device.is_cuda() {
                 "the GPU that the server was started with"
             } else {
                 "the CPU"
             };
-            warnings.push(format!("`{path}`: `instance_group` asks for GPUs; the model runs on {device}"));
+            warnings.push(format!(
+                "`{path}`: `instance_group` asks for GPUs; the model runs on {device}"
+            ));
         }
         let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
         for warning in warnings {
@@ -324,7 +346,12 @@ impl Repository {
     }
 
     /// Loads a version of a model with an executor.
-    fn load_version(&self, config: &ModelConfig, version: u64, dir: &Path) -> Result<Loaded, String> {
+    fn load_version(
+        &self,
+        config: &ModelConfig,
+        version: u64,
+        dir: &Path,
+    ) -> Result<Loaded, String> {
         let mut files = Files::new();
         list_files(dir, &mut files).map_err(|error| error.to_string())?;
         files.sort();
@@ -332,7 +359,9 @@ impl Repository {
             let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
             models.get(&config.name).and_then(|versions| versions.get(&version)).cloned()
         };
-        if let Some(same) = before.filter(|before| before.files == files && before.model.config == *config) {
+        if let Some(same) =
+            before.filter(|before| before.files == files && before.model.config == *config)
+        {
             return Ok(same);
         }
         let is_network = config.backend == "pytorch" || config.platform == "pytorch_libtorch";
@@ -354,13 +383,21 @@ impl Repository {
                 }
                 (backend, platform) => {
                     let (backend, platform) = (quoted(backend), quoted(platform));
-                    return Err(format!("this server has no backend {backend} for the platform {platform}"));
+                    return Err(format!(
+                        "this server has no backend {backend} for the platform {platform}"
+                    ));
                 }
             };
         // A GPU runs its batches one by one.
-        let n_threads = if is_network && self.compute.device.is_cuda() { 1 } else { self.compute.n_threads };
-        let model =
-            ServedModel::that_runs(config.clone(), version, executor, n_threads, self.metrics.clone())?;
+        let n_threads =
+            if is_network && self.compute.device.is_cuda() { 1 } else { self.compute.n_threads };
+        let model = ServedModel::that_runs(
+            config.clone(),
+            version,
+            executor,
+            n_threads,
+            self.metrics.clone(),
+        )?;
         Ok(Loaded { model: Arc::new(model), files })
     }
 
@@ -384,11 +421,14 @@ impl Repository {
         loop {
             let is_made_of_gone = |versions: &Versions| {
                 let mut parts = versions.values().flat_map(|loaded| loaded.model.parts());
-                parts.find(|part| gone.contains_key(&part.config.name)).map(|part| part.config.name.clone())
+                parts
+                    .find(|part| gone.contains_key(&part.config.name))
+                    .map(|part| part.config.name.clone())
             };
             let others = models.iter().filter(|(name, _)| !gone.contains_key(*name));
-            let next =
-                others.filter_map(|(name, versions)| Some((name.clone(), is_made_of_gone(versions)?))).next();
+            let next = others
+                .filter_map(|(name, versions)| Some((name.clone(), is_made_of_gone(versions)?)))
+                .next();
             let Some((name, part)) = next else { break };
             gone.insert(name, format!("its step `{part}` was unloaded"));
         }
@@ -409,14 +449,16 @@ fn chosen_versions(policy: Option<&ModelVersionPolicy>, dir: &Path) -> Result<Ve
     };
     let mut versions: Vec<u64> = entries.filter_map(number).collect();
     versions.sort_unstable();
-    let newest = |n: usize, versions: Vec<u64>| versions[versions.len().saturating_sub(n)..].to_vec();
+    let newest =
+        |n: usize, versions: Vec<u64>| versions[versions.len().saturating_sub(n)..].to_vec();
     let chosen = match policy.and_then(|policy| policy.policy_choice.as_ref()) {
         None => newest(1, versions),
         Some(PolicyChoice::Latest(latest)) => newest(latest.num_versions.max(1) as usize, versions),
         Some(PolicyChoice::All(_)) => versions,
-        Some(PolicyChoice::Specific(specific)) => {
-            versions.into_iter().filter(|&version| specific.versions.contains(&(version as i64))).collect()
-        }
+        Some(PolicyChoice::Specific(specific)) => versions
+            .into_iter()
+            .filter(|&version| specific.versions.contains(&(version as i64)))
+            .collect(),
     };
     if chosen.is_empty() {
         return Err(format!("`{}` has no version to load", dir.display()));

@@ -27,7 +27,9 @@ pub const TIMEOUT: &str = "timeout";
 /// The value is not a whole number.
 pub fn timeout(value: &Parameter) -> Result<Option<Duration>, RequestError> {
     match value {
-        Parameter::Int(microseconds @ 1..) => Ok(Some(Duration::from_micros(microseconds.unsigned_abs()))),
+        Parameter::Int(microseconds @ 1..) => {
+            Ok(Some(Duration::from_micros(microseconds.unsigned_abs())))
+        }
         Parameter::Int(_) => Ok(None),
         other => Err(RequestError::invalid(format!(
             "parameter `{TIMEOUT}` must be a whole number of microseconds, not {other}"
@@ -71,10 +73,15 @@ impl InferRequest {
             if !known.clone().any(|name| name == tensor.name) {
                 let names = known.collect::<Vec<_>>().join("`, `");
                 let name = quoted(&tensor.name);
-                return Err(RequestError::invalid(format!("unknown input {name}; inputs are `{names}`")));
+                return Err(RequestError::invalid(format!(
+                    "unknown input {name}; inputs are `{names}`"
+                )));
             }
             if self.inputs[..number].iter().any(|other| other.name == tensor.name) {
-                return Err(RequestError::invalid(format!("input `{}` is given twice", tensor.name)));
+                return Err(RequestError::invalid(format!(
+                    "input `{}` is given twice",
+                    tensor.name
+                )));
             }
         }
         let mut n_rows = None;
@@ -111,7 +118,9 @@ impl InferRequest {
             if rows > max_rows {
                 return Err(RequestError::new(
                     RequestErrorKind::TooLarge,
-                    format!("input `{name}` has {rows} rows, and at most {max_rows} are served at once"),
+                    format!(
+                        "input `{name}` has {rows} rows, and at most {max_rows} are served at once"
+                    ),
                 ));
             }
             if is_batched {
@@ -129,10 +138,13 @@ impl InferRequest {
                 }
             }
         }
-        let missing =
-            self.outputs.iter().find(|name| !config.output.iter().any(|output| output.name == **name));
+        let missing = self
+            .outputs
+            .iter()
+            .find(|name| !config.output.iter().any(|output| output.name == **name));
         missing.map_or(Ok(()), |name| {
-            let outputs: Vec<&str> = config.output.iter().map(|output| output.name.as_str()).collect();
+            let outputs: Vec<&str> =
+                config.output.iter().map(|output| output.name.as_str()).collect();
             let (name, outputs) = (quoted(name), outputs.join("`, `"));
             Err(RequestError::invalid(format!("unknown output {name}; outputs are `{outputs}`")))
         })

@@ -50,7 +50,8 @@ pub enum ServeError {
     #[error("cannot read API keys from `{path}`")]
     Keys { path: PathBuf, source: std::io::Error },
     #[error(
-        "{} is not an address to listen on, such as `127.0.0.1:8000`, `[::1]:8000` or `localhost:8000`",
+        "{} is not an address to listen on, such as `127.0.0.1:8000`, `[::1]:8000` or \
+         `localhost:8000`",
         quoted(address)
     )]
     Address { address: String, source: std::io::Error },
@@ -96,7 +97,8 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
     let metrics = Arc::new(Metrics::default());
     let keys = match &options.api_keys {
         Some(path) => {
-            let keys = Keys::read(path).map_err(|source| ServeError::Keys { path: path.clone(), source })?;
+            let keys = Keys::read(path)
+                .map_err(|source| ServeError::Keys { path: path.clone(), source })?;
             Some(keys)
         }
         None => None,
@@ -114,7 +116,8 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
     tch::set_num_threads(1);
     keep_freed_memory();
     let loading = {
-        let (dir, models, metrics) = (options.repository.clone(), options.models.clone(), metrics.clone());
+        let (dir, models, metrics) =
+            (options.repository.clone(), options.models.clone(), metrics.clone());
         let compute = Compute { device: options.device, n_threads: options.n_threads.max(1) };
         tokio::task::spawn_blocking(move || {
             let repository = Repository::open(&dir, compute, metrics)?;
@@ -126,7 +129,9 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
         })
     };
     let repository = tokio::select! {
-        loaded = loading => loaded.map_err(|error| ServeError::System(std::io::Error::other(error)))??,
+        loaded = loading => {
+            loaded.map_err(|error| ServeError::System(std::io::Error::other(error)))??
+        }
         // No request has been accepted yet.
         _ = terminated.recv() => return Ok(()),
         _ = interrupted.recv() => return Ok(()),
@@ -135,7 +140,8 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
     if options.api_keys.is_none() {
         for address in [addresses.http, addresses.grpc] {
             if !address.ip().is_loopback() {
-                tracing::warn!(%address, "without API keys, any client that reaches this address may infer, load and unload");
+                tracing::warn!(%address, "without API keys, any client that reaches this address \
+                                          may infer, load and unload");
             }
         }
     }
@@ -165,7 +171,10 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
             _ = hung_up.recv() => reload(&service),
         }
     }
-    tracing::info!(seconds = options.drain.as_secs_f64(), "ending: requests under way are answered");
+    tracing::info!(
+        seconds = options.drain.as_secs_f64(),
+        "ending: requests under way are answered"
+    );
     service.end();
     drop(ended);
     let _ = end.send(());
@@ -284,12 +293,14 @@ impl Acceptor {
             if let Err(error) = prepare(&stream, idle) {
                 tracing::debug!(%error, "cannot prepare a connection");
             }
-            let (builder, handler, watcher) = (builder.clone(), handler.clone(), graceful.watcher());
+            let (builder, handler, watcher) =
+                (builder.clone(), handler.clone(), graceful.watcher());
             let metrics = service.metrics.clone();
             tokio::spawn(async move {
                 metrics.connections.inc();
                 if version == HttpVersion::Http1 || sends_preface(&stream, idle).await {
-                    let connection = builder.serve_connection(TokioIo::new(stream), handler).into_owned();
+                    let connection =
+                        builder.serve_connection(TokioIo::new(stream), handler).into_owned();
                     if let Err(error) = watcher.watch(connection).await {
                         tracing::debug!(error, "a connection broke off");
                     }

@@ -157,11 +157,18 @@ impl Service {
             }
             loaded
         });
-        loading.await.map_err(RequestError::internal)?.map_err(|error: RepositoryError| error.into())
+        loading
+            .await
+            .map_err(RequestError::internal)?
+            .map_err(|error: RepositoryError| error.into())
     }
 
     /// Unloads a model in a thread of its own. Errors as [`Repository::unload`].
-    pub async fn unload(self: &Arc<Self>, name: String, with_steps: bool) -> Result<(), RequestError> {
+    pub async fn unload(
+        self: &Arc<Self>,
+        name: String,
+        with_steps: bool,
+    ) -> Result<(), RequestError> {
         let service = self.clone();
         let unloading = tokio::task::spawn_blocking(move || {
             let unloaded = service.repository.unload(&name, with_steps);
@@ -175,8 +182,12 @@ impl Service {
 ///
 /// # Errors
 /// Other bodies take the memory.
-pub fn reserve(memory: &Arc<Semaphore>, n_bytes: usize) -> Result<OwnedSemaphorePermit, RequestError> {
-    let permit = u32::try_from(n_bytes).ok().and_then(|n| memory.clone().try_acquire_many_owned(n).ok());
+pub fn reserve(
+    memory: &Arc<Semaphore>,
+    n_bytes: usize,
+) -> Result<OwnedSemaphorePermit, RequestError> {
+    let permit =
+        u32::try_from(n_bytes).ok().and_then(|n| memory.clone().try_acquire_many_owned(n).ok());
     let full = || {
         RequestError::new(
             RequestErrorKind::Full,

@@ -140,7 +140,12 @@ impl Statistics {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub fn answered(&self, took: Duration, answer: Result<&ModelAnswer, &RequestError>, n_rows: usize) {
+    pub fn answered(
+        &self,
+        took: Duration,
+        answer: Result<&ModelAnswer, &RequestError>,
+        n_rows: usize,
+    ) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.with(|counts| match answer {
             Ok(answer) => {

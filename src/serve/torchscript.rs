@@ -80,7 +80,8 @@ impl ScriptModule {
     /// A file that libtorch cannot load, or a type that libtorch does not have.
     pub fn load(path: &Path, config: &ModelConfig, device: Device) -> Result<Self, String> {
         let inputs = config.input.iter().map(|input| Declared::new(&input.name, input.data_type));
-        let outputs = config.output.iter().map(|output| Declared::new(&output.name, output.data_type));
+        let outputs =
+            config.output.iter().map(|output| Declared::new(&output.name, output.data_type));
         Ok(Self {
             module: CModule::load_on_device(path, device).map_err(one_line)?,
             device,
@@ -112,7 +113,8 @@ impl ScriptModule {
             }
         }
         for Group { members, .. } in groups {
-            let batched = if members.len() > 1 { self.run_batch(&members, calls).ok() } else { None };
+            let batched =
+                if members.len() > 1 { self.run_batch(&members, calls).ok() } else { None };
             let answered = batched.unwrap_or_else(|| {
                 // One request may have failed the batch: run each alone, so that only it fails.
                 let alone = |Member { call, inputs }: &Member| {
@@ -126,7 +128,10 @@ impl ScriptModule {
                 answers[member.call] = Some(answer);
             }
         }
-        answers.into_iter().map(|answer| answer.expect("every call is in a group or refused")).collect()
+        answers
+            .into_iter()
+            .map(|answer| answer.expect("every call is in a group or refused"))
+            .collect()
     }
 
     /// The tensors of a request, in the order of the configuration.
@@ -137,7 +142,10 @@ impl ScriptModule {
             let view = view.ok_or_else(|| format!("input `{name}` is missing"))?;
             view.check()?;
             if view.datatype != *datatype {
-                return Err(format!("input `{name}` must be of type {datatype}, not {}", view.datatype));
+                return Err(format!(
+                    "input `{name}` must be of type {datatype}, not {}",
+                    view.datatype
+                ));
             }
             Torch::f_from_data_size(view.data, view.shape, declared.kind_of_bytes())
                 .and_then(|tensor| tensor.f_to_kind(*kind))
@@ -148,14 +156,17 @@ impl ScriptModule {
     }
 
     fn run(&self, inputs: &[Torch]) -> Result<Vec<Torch>, String> {
-        let inputs: Vec<_> = inputs.iter().map(|input| IValue::Tensor(input.shallow_clone())).collect();
+        let inputs: Vec<_> =
+            inputs.iter().map(|input| IValue::Tensor(input.shallow_clone())).collect();
         let tensor = |value| match value {
             IValue::Tensor(tensor) => Ok(tensor),
             _ => Err("`forward` returned something other than tensors".to_owned()),
         };
         // The setting is thread-local. Optimizing gains little, and each new shape costs it again.
         tch::jit::f_set_graph_executor_optimize(false).map_err(one_line)?;
-        let outputs: Vec<Torch> = match no_grad(|| self.module.forward_is(&inputs)).map_err(one_line)? {
+        let outputs: Vec<Torch> = match no_grad(|| self.module.forward_is(&inputs))
+            .map_err(one_line)?
+        {
             IValue::Tuple(values) => values.into_iter().map(tensor).collect::<Result<_, _>>()?,
             value => vec![tensor(value)?],
         };
@@ -218,7 +229,8 @@ impl ScriptModule {
                     Ok(output.shallow_clone())
                 }
             });
-            answers.push(self.answer(&own.collect::<Result<Vec<_>, _>>().map_err(one_line)?, wanted));
+            answers
+                .push(self.answer(&own.collect::<Result<Vec<_>, _>>().map_err(one_line)?, wanted));
             start += n;
         }
         Ok(answers)

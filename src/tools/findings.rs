@@ -64,11 +64,14 @@ impl UserError for FolderError {
 /// Returns an error if not.
 pub fn check_folder(dir: &Path) -> Result<(), FolderError> {
     let path = || dir.to_owned();
-    let metadata = fs::metadata(dir).map_err(|source| FolderError::Open { path: path(), source })?;
+    let metadata =
+        fs::metadata(dir).map_err(|source| FolderError::Open { path: path(), source })?;
     if !metadata.is_dir() {
         return Err(FolderError::NotAFolder(path()));
     }
-    tempfile::tempfile_in(dir).map(drop).map_err(|source| FolderError::Write { path: path(), source })
+    tempfile::tempfile_in(dir)
+        .map(drop)
+        .map_err(|source| FolderError::Write { path: path(), source })
 }
 
 /// Throughput of a file system, in bytes per second.
@@ -136,7 +139,11 @@ pub fn listed(numbers: &[f64], unit: f64) -> String {
 
 /// `16 bytes`, `4 MiB`.
 pub fn size(bytes: f64) -> String {
-    if bytes < 1024.0 { format!("{bytes:.0} bytes") } else { format!("{:.0} MiB", bytes / 1024.0 / 1024.0) }
+    if bytes < 1024.0 {
+        format!("{bytes:.0} bytes")
+    } else {
+        format!("{:.0} MiB", bytes / 1024.0 / 1024.0)
+    }
 }
 
 #[cfg(test)]

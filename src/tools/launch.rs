@@ -60,7 +60,9 @@ pub enum LaunchError {
 impl UserError for LaunchError {
     fn exit_code(&self) -> i32 {
         match self {
-            Self::Missing(_) | Self::NoAllocation | Self::HostsOfSrun | Self::Hosts { .. } => REFUSED,
+            Self::Missing(_) | Self::NoAllocation | Self::HostsOfSrun | Self::Hosts { .. } => {
+                REFUSED
+            }
             Self::Start { .. } | Self::Failed { .. } => FAILED,
         }
     }
@@ -104,7 +106,9 @@ impl Launch {
             }
         }
         let Some(hosts) = &self.hosts else { return Ok(()) };
-        File::open(hosts).map(drop).map_err(|source| LaunchError::Hosts { path: hosts.clone(), source })
+        File::open(hosts)
+            .map(drop)
+            .map_err(|source| LaunchError::Hosts { path: hosts.clone(), source })
     }
 
     /// Runs this program with `arguments` on `ranks` ranks and returns the command as typed in a
@@ -112,7 +116,12 @@ impl Launch {
     ///
     /// # Errors
     /// Returns an error if the command cannot be started or fails.
-    pub fn run(&self, ranks: usize, arguments: &[String], log: &Path) -> Result<String, LaunchError> {
+    pub fn run(
+        &self,
+        ranks: usize,
+        arguments: &[String],
+        log: &Path,
+    ) -> Result<String, LaunchError> {
         let words = self.words(ranks, arguments);
         let command = shell::quoted(&words);
         let start = |source| LaunchError::Start { command: command.clone(), source };
@@ -140,7 +149,9 @@ impl Launch {
         let ranks = ranks.to_string();
         // No binding to single cores: the loader and the math libraries of a rank start threads.
         let mut words: Vec<String> = match self.launcher {
-            Launcher::Mpirun => ["mpirun", "-np", &ranks, "--bind-to", "none"].map(str::to_owned).to_vec(),
+            Launcher::Mpirun => {
+                ["mpirun", "-np", &ranks, "--bind-to", "none"].map(str::to_owned).to_vec()
+            }
             Launcher::Srun => ["srun", "--mpi=pmix", "-n", &ranks].map(str::to_owned).to_vec(),
         };
         if let Some(hosts) = &self.hosts {
@@ -182,7 +193,8 @@ fn reason(log: &str) -> String {
         return single_line(message);
     }
     let is_empty = |line: &&str| line.trim().trim_matches(['-', '=', '*']).is_empty();
-    let paragraph: Vec<&str> = log.lines().skip_while(is_empty).take_while(|line| !is_empty(line)).collect();
+    let paragraph: Vec<&str> =
+        log.lines().skip_while(is_empty).take_while(|line| !is_empty(line)).collect();
     if paragraph.is_empty() {
         "the command wrote no message".to_owned()
     } else {
@@ -200,23 +212,31 @@ mod tests {
 
     #[test]
     fn the_reason_is_the_first_message_of_the_log() {
-        let of_mpirun =
-            "-----\nmpirun has detected an attempt to run\nas root.\n\nRunning as root is bad.\n-----\n";
+        let of_mpirun = "-----\nmpirun has detected an attempt to run\nas root.\n\n\
+                         Running as root is bad.\n-----\n";
         assert_eq!(reason(of_mpirun), "mpirun has detected an attempt to run as root");
-        let of_rank = format!("day 1: 3 sessions\nerror: `data` is missing\nhint: look\n{of_mpirun}");
+        let of_rank =
+            format!("day 1: 3 sessions\nerror: `data` is missing\nhint: look\n{of_mpirun}");
         assert_eq!(reason(&of_rank), "`data` is missing");
         assert_eq!(reason("\n---\n"), "the command wrote no message");
     }
 
     #[test]
     fn commands_can_be_typed_again() {
-        let arguments =
-            ["train".to_owned(), "--set".to_owned(), "train.loss={ kind = \"sampled\" }".to_owned()];
+        let arguments = [
+            "train".to_owned(),
+            "--set".to_owned(),
+            "train.loss={ kind = \"sampled\" }".to_owned(),
+        ];
         let typed = |launch: Launch| shell::quoted(&launch.words(2, &arguments));
         assert_eq!(
             typed(launch(Launcher::Mpirun, Some("hosts"))),
-            r#"mpirun -np 2 --bind-to none --hostfile hosts /bin/bireme train --set 'train.loss={ kind = "sampled" }'"#
+            "mpirun -np 2 --bind-to none --hostfile hosts /bin/bireme train --set 'train.loss={ \
+             kind = \"sampled\" }'"
         );
-        assert!(typed(launch(Launcher::Srun, None)).starts_with("srun --mpi=pmix -n 2 /bin/bireme train"));
+        assert!(
+            typed(launch(Launcher::Srun, None))
+                .starts_with("srun --mpi=pmix -n 2 /bin/bireme train")
+        );
     }
 }

@@ -76,7 +76,8 @@ impl InvalidLine {
     /// may be one line of a file.
     pub fn new(line: usize, error: &serde_json::Error) -> Self {
         let text = error.to_string();
-        let problem = text.rsplit_once(" at line ").map_or(&*text, |(problem, _)| problem).to_owned();
+        let problem =
+            text.rsplit_once(" at line ").map_or(&*text, |(problem, _)| problem).to_owned();
         Self { line, problem }
     }
 }
@@ -92,7 +93,8 @@ impl fmt::Display for InvalidLine {
 /// # Errors
 /// Returns the first line that is not a record.
 pub fn parse(text: &str) -> Result<Vec<LoggedRecord>, InvalidLine> {
-    let record =
-        |(line, text)| serde_json::from_str(text).map_err(|error| InvalidLine::new(line + 1, &error));
+    let record = |(line, text)| {
+        serde_json::from_str(text).map_err(|error| InvalidLine::new(line + 1, &error))
+    };
     text.lines().enumerate().map(record).collect()
 }

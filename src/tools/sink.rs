@@ -23,7 +23,9 @@ enum Writer {
 
 /// Whether the name ends in `.gz`.
 pub fn is_gzip(path: &Path) -> bool {
-    path.extension().and_then(OsStr::to_str).is_some_and(|extension| extension.eq_ignore_ascii_case("gz"))
+    path.extension()
+        .and_then(OsStr::to_str)
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gz"))
 }
 
 impl Sink {
@@ -57,9 +59,11 @@ impl Sink {
         let Self { path, writer } = self;
         let file = match writer {
             Writer::Plain(file) => file,
-            Writer::Gzip(encoder) => {
-                encoder.finish().map_err(|source| OutputError::Io { action: "write", path, source })?
-            }
+            Writer::Gzip(encoder) => encoder.finish().map_err(|source| OutputError::Io {
+                action: "write",
+                path,
+                source,
+            })?,
         };
         file.publish()
     }

@@ -136,7 +136,8 @@ impl fmt::Display for SynthReport {
             ("recall@20, best from the last item alone", format!("{:.4}", self.reach.first_order)),
             ("recall@20, best from the whole session", format!("{:.4}", self.reach.whole_session)),
         ];
-        let rows: Vec<_> = lines.map(|(name, value)| [name.to_owned(), format!("{value:>12}")]).into();
+        let rows: Vec<_> =
+            lines.map(|(name, value)| [name.to_owned(), format!("{value:>12}")]).into();
         f.write_str(&table::aligned([Align::Left, Align::Right], &rows).join("\n"))
     }
 }
@@ -156,9 +157,15 @@ impl SynthOptions {
         let most_born = items / 2;
         if days > most_born {
             let why = format!(
-                "each day after the first releases at least one item, and at most {most_born} of {items} items are released later"
+                "each day after the first releases at least one item, and at most {most_born} of \
+                 {items} items are released later"
             );
-            return Err(SynthError::Option { option: "--days", given: days.into(), fault: "many", why });
+            return Err(SynthError::Option {
+                option: "--days",
+                given: days.into(),
+                fault: "many",
+                why,
+            });
         }
         let least = MIN_ROWS_PER_DAY * u64::from(days);
         if events < least {
@@ -213,10 +220,16 @@ pub fn synth(options: &SynthOptions, out: &mut dyn Write) -> Result<SynthReport,
     let labels = Labels::draw(&shop, &mut rng)?;
     let mut out = BufWriter::with_capacity(1 << 18, out);
     let rows = Rows::begin(labels, &mut out)?;
-    let WrittenSessions { with_id, most_live } = write_events(options, &shop, rows, &mut stream(1))?;
+    let WrittenSessions { with_id, most_live } =
+        write_events(options, &shop, rows, &mut stream(1))?;
     out.flush()?;
     let reach = Reach::estimate(&shop, REACH_SESSIONS, &mut stream(2));
-    Ok(SynthReport { rows: options.events, sessions: with_id, most_live_sessions: most_live, reach })
+    Ok(SynthReport {
+        rows: options.events,
+        sessions: with_id,
+        most_live_sessions: most_live,
+        reach,
+    })
 }
 
 struct WrittenSessions {
@@ -258,8 +271,11 @@ fn write_events(
             }
         } else if let Some(mut next) = live.peek_mut() {
             let Reverse((second, serial)) = next.due;
-            next.event_type =
-                if next.visit.advance(shop, rng) { EventType::View } else { next.event_type.after(rng) };
+            next.event_type = if next.visit.advance(shop, rng) {
+                EventType::View
+            } else {
+                next.event_type.after(rng)
+            };
             rows.write(second, next.event_type, next.visit.item(), &next.visitor)?;
             if next.visit.rows_left() > 0 {
                 let gap = u64::from(session::GAP_SECONDS.draw(rng));
@@ -292,7 +308,10 @@ mod tests {
     fn rows(text: &str) -> Vec<[&str; 9]> {
         let columns = |line: &'_ str| line.split(',').count();
         assert!(text.lines().all(|line| columns(line) == 9));
-        text.lines().skip(1).map(|line| std::array::from_fn(|at| line.split(',').nth(at).unwrap())).collect()
+        text.lines()
+            .skip(1)
+            .map(|line| std::array::from_fn(|at| line.split(',').nth(at).unwrap()))
+            .collect()
     }
 
     fn share(rows: &[[&str; 9]], holds: impl Fn(&[&str; 9]) -> bool) -> f64 {
@@ -394,7 +413,8 @@ mod tests {
 
     #[test]
     fn sessions_under_way_grow_with_the_rows_a_day_alone() {
-        let live = |events, days| make(&SynthOptions { events, days, ..SMALL }).1.most_live_sessions;
+        let live =
+            |events, days| make(&SynthOptions { events, days, ..SMALL }).1.most_live_sessions;
         let (short, long) = (live(20_000, 1), live(160_000, 8));
         assert!(long < 2 * short, "{short} {long}");
     }
@@ -407,12 +427,18 @@ mod tests {
             assert!(out.is_empty());
             error
         };
-        assert_eq!(refused(SynthOptions { items: 0, ..SMALL }), "`--items 0` is too few: the least is 100");
-        assert_eq!(refused(SynthOptions { days: 0, ..SMALL }), "`--days 0` is too few: the least is 1");
+        assert_eq!(
+            refused(SynthOptions { items: 0, ..SMALL }),
+            "`--items 0` is too few: the least is 100"
+        );
+        assert_eq!(
+            refused(SynthOptions { days: 0, ..SMALL }),
+            "`--days 0` is too few: the least is 1"
+        );
         assert_eq!(
             refused(SynthOptions { days: 501, ..SMALL }),
-            "`--days 501` is too many: each day after the first releases at least one item, and at most 500 of \
-             1000 items are released later"
+            "`--days 501` is too many: each day after the first releases at least one item, and at \
+             most 500 of 1000 items are released later"
         );
         assert_eq!(
             refused(SynthOptions { events: 1499, ..SMALL }),

@@ -11,7 +11,8 @@ pub enum Align {
 
 /// One line per row, each column as wide as its longest cell, with two spaces between columns.
 pub fn aligned<const N: usize>(columns: [Align; N], rows: &[[String; N]]) -> Vec<String> {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let width =
+        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);
     let line = |row: &[String; N]| {
         let cells = row.iter().zip(columns).zip(widths).map(|((cell, align), width)| match align {

@@ -41,7 +41,8 @@ impl Learner for BaselineLearner {
     }
 
     fn resume(&mut self, from: &SharedCheckpoint<'_>) -> Result<(), TrainError> {
-        let weights = from.weights().map(|saved| saved.map(|(name, tensor)| (name.to_owned(), tensor)));
+        let weights =
+            from.weights().map(|saved| saved.map(|(name, tensor)| (name.to_owned(), tensor)));
         let weights = weights.collect::<Result<Vec<_>, _>>()?;
         Ok(self.load_weights(&weights).map_err(|problem| from.mismatch(problem))?)
     }

@@ -9,7 +9,9 @@ use crate::checkpoint::State;
 use crate::collective::Collective;
 use crate::config::{Config, TableLayout, TrainConfig};
 use crate::data::plan::StepShape;
-use crate::data::{DataError, Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split, Window};
+use crate::data::{
+    DataError, Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split, Window,
+};
 use crate::model::ItemTable;
 
 /// The data of a run.
@@ -48,7 +50,8 @@ impl Dataset {
         let n_micro_batches = step_shape(&config.train).n_streams;
         if world_size > n_micro_batches {
             let limit = format!(
-                "the {n_micro_batches} micro-batches of a global batch: lower `train.micro_batch` or start fewer ranks"
+                "the {n_micro_batches} micro-batches of a global batch: lower `train.micro_batch` \
+                 or start fewer ranks"
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
@@ -95,7 +98,11 @@ impl Dataset {
     ///
     /// # Errors
     /// A file cannot be read, or a row is invalid.
-    pub fn check_rows(&self, ranks: (usize, usize), n_threads: usize) -> Result<RowCheck, TrainError> {
+    pub fn check_rows(
+        &self,
+        ranks: (usize, usize),
+        n_threads: usize,
+    ) -> Result<RowCheck, TrainError> {
         Ok(RowCheck::begin(&self.files, ranks, n_threads, N_CHECKED_AT_START)?)
     }
 
@@ -133,16 +140,25 @@ impl Dataset {
 }
 
 /// Checks that every rank gets rows of the item table, if it is sharded.
-pub(super) fn check_shards(config: &Config, n_items: i64, world_size: usize) -> Result<(), DataError> {
-    let is_sharded = config.parallel.item_table == TableLayout::Sharded && config.model.neural().is_some();
+pub(super) fn check_shards(
+    config: &Config,
+    n_items: i64,
+    world_size: usize,
+) -> Result<(), DataError> {
+    let is_sharded =
+        config.parallel.item_table == TableLayout::Sharded && config.model.neural().is_some();
     let n_shards = ItemTable::max_shards(n_items);
     if is_sharded && world_size > n_shards {
-        let limit = format!("the largest number of shards, {n_shards}, of an item table of {n_items} rows");
+        let limit =
+            format!("the largest number of shards, {n_shards}, of an item table of {n_items} rows");
         return Err(DataError::TooManyRanks { world_size, limit });
     }
     Ok(())
 }
 
 pub(super) fn step_shape(config: &TrainConfig) -> StepShape {
-    StepShape { n_streams: config.global_batch / config.micro_batch, micro_batch: config.micro_batch }
+    StepShape {
+        n_streams: config.global_batch / config.micro_batch,
+        micro_batch: config.micro_batch,
+    }
 }

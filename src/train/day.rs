@@ -78,9 +78,13 @@ impl Day<'_> {
     /// Requests to this rank: by signals, and by the clock for a checkpoint.
     pub fn requests(&self) -> Requests {
         let every = self.config.checkpoint.every_minutes;
-        let minutes = self.saver.as_ref().map_or(0.0, |saver| saver.since_last().as_secs_f64() / 60.0);
+        let minutes =
+            self.saver.as_ref().map_or(0.0, |saver| saver.since_last().as_secs_f64() / 60.0);
         let is_due = every > 0.0 && minutes >= every;
-        Requests { stop: self.signals.stop_requested(), save: self.signals.save_requested() || is_due }
+        Requests {
+            stop: self.signals.stop_requested(),
+            save: self.signals.save_requested() || is_due,
+        }
     }
 
     /// *All ranks.* Records a finished step and writes a checkpoint if one is due; breaks if a stop
@@ -130,7 +134,11 @@ impl Day<'_> {
         {
             saver.finish()?;
         }
-        Ok(if stop && n_done < n_steps { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        Ok(if stop && n_done < n_steps {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        })
     }
 
     /// Records the last finished step, with averages over the steps since the last record.
@@ -138,14 +146,25 @@ impl Day<'_> {
         let &StepValues { loss, n_targets, .. } = values;
         let (day, step) = (self.plan.day, self.state.position.day_step);
         let now = Instant::now();
-        let last = std::mem::replace(&mut self.last_record, LastRecord { time: now, day_step: step });
-        let n_sessions: usize = (last.day_step..step).map(|step| self.plan.sessions_in_step(step)).sum();
+        let last =
+            std::mem::replace(&mut self.last_record, LastRecord { time: now, day_step: step });
+        let n_sessions: usize =
+            (last.day_step..step).map(|step| self.plan.sessions_in_step(step)).sum();
         let epoch = (step - 1) / self.plan.steps_per_epoch();
         let sessions_per_s = n_sessions as f64 / (now - last.time).as_secs_f64();
-        self.report.record(&Record::Step { day, epoch, step, loss, n_targets, lr, sessions_per_s })?;
+        self.report.record(&Record::Step {
+            day,
+            epoch,
+            step,
+            loss,
+            n_targets,
+            lr,
+            sessions_per_s,
+        })?;
         if let Some(phases) = self.timer.take() {
             let n_steps = (step - last.day_step) as f64;
-            let seconds = phases.into_iter().map(|(name, seconds)| (name, seconds / n_steps)).collect();
+            let seconds =
+                phases.into_iter().map(|(name, seconds)| (name, seconds / n_steps)).collect();
             self.report.record(&Record::Phases { day, step, seconds })?;
         }
         Ok(())

@@ -44,8 +44,13 @@ pub enum TrainError {
     },
     /// The weights of some ranks differ; all ranks return this error.
     #[error(
-        "after day {day}, step {step}, the weights of {} differ from those of the other ranks{}: run again from the last checkpoint",
-        ranks.iter().map(|(rank, host)| format!("rank {rank} on {host}")).collect::<Vec<_>>().join(" and "),
+        "after day {day}, step {step}, the weights of {} differ from those of the other ranks{}: \
+         run again from the last checkpoint",
+        ranks
+            .iter()
+            .map(|(rank, host)| format!("rank {rank} on {host}"))
+            .collect::<Vec<_>>()
+            .join(" and "),
         if *is_tie { ", or theirs are wrong" } else { "" }
     )]
     Desync {
@@ -59,7 +64,8 @@ pub enum TrainError {
     },
     /// The data files of some ranks differ.
     #[error(
-        "the data files of rank {rank} differ from those of rank 0: all ranks need the same files, on a shared file system or as complete copies"
+        "the data files of rank {rank} differ from those of rank 0: all ranks need the same files, \
+         on a shared file system or as complete copies"
     )]
     OtherData {
         /// The first rank that differs from rank 0.
@@ -86,7 +92,9 @@ impl UserError for TrainError {
             Self::OtherData { .. } | Self::Model(_) | Self::Loss(_) => REFUSED,
             Self::Weights(error) => error.exit_code(),
             Self::Memory(error) => error.exit_code(),
-            Self::Evaluate(_) | Self::Report(_) | Self::NotFinite { .. } | Self::Desync { .. } => FAILED,
+            Self::Evaluate(_) | Self::Report(_) | Self::NotFinite { .. } | Self::Desync { .. } => {
+                FAILED
+            }
         }
     }
 

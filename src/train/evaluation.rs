@@ -37,11 +37,21 @@ impl EvaluationTask<'_> {
     ) -> Result<(Record, Evaluation), TrainError> {
         let Self { file, features, occurrences, train_day, eval_day, split } = *self;
         let begun = Instant::now();
-        let evaluation =
-            evaluate(recommender, item_table, file, features, &config.evaluate, occurrences, collective)?;
+        let evaluation = evaluate(
+            recommender,
+            item_table,
+            file,
+            features,
+            &config.evaluate,
+            occurrences,
+            collective,
+        )?;
         let (metrics, coverage_at_20) = (evaluation.metrics.clone(), evaluation.coverage_at_20);
         let seconds = begun.elapsed().as_secs_f64();
-        Ok((Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds }, evaluation))
+        Ok((
+            Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds },
+            evaluation,
+        ))
     }
 
     /// Writes the outcomes to the run directory, on rank 0.

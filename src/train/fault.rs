@@ -55,7 +55,13 @@ impl Fault {
     }
 
     /// Called after each backward pass of a step.
-    pub fn before_reduction(&self, rank: usize, step: usize, gradients: &mut Gradients, sums: &mut LossSum) {
+    pub fn before_reduction(
+        &self,
+        rank: usize,
+        step: usize,
+        gradients: &mut Gradients,
+        sums: &mut LossSum,
+    ) {
         let Some(kind) = self.at(rank, step) else { return };
         let raise = |signal| signal_hook::low_level::raise(signal).expect("the signal exists");
         match kind {

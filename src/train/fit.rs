@@ -77,7 +77,8 @@ impl<'a> Training<'a> {
         let learner = learner(config, &data.features, place, item_table)?;
         let state = State::new(config, n_items, data.fingerprints.clone());
         let occurrences = vec![0; n_items as usize];
-        let mut training = Self { config, data, place, learner, state, occurrences, resumed_at: None };
+        let mut training =
+            Self { config, data, place, learner, state, occurrences, resumed_at: None };
         if let Some(from) = from {
             training.resume(&from)?;
         }
@@ -98,7 +99,8 @@ impl<'a> Training<'a> {
         };
         let n_steps = day_plan(self.config, training_day).n_steps();
         if !position.is_end_of_day() && day_steps != n_steps {
-            let problem = format!("its day {day} has {day_steps} steps, this run's day has {n_steps}");
+            let problem =
+                format!("its day {day} has {day_steps} steps, this run's day has {n_steps}");
             return Err(from.mismatch(problem).into());
         }
         self.learner.resume(from)?;
@@ -160,10 +162,16 @@ impl<'a> Training<'a> {
             // The checkpoint's occurrences include this day.
             Some(_) => {}
             None => {
-                add_occurrences(&mut self.occurrences, day.window.today(), &data.features, place.collective)?;
+                add_occurrences(
+                    &mut self.occurrences,
+                    day.window.today(),
+                    &data.features,
+                    place.collective,
+                )?;
                 let global_step = self.state.position.global_step;
                 let day_steps = plan.n_steps();
-                self.state.position = Position { day: day.day, day_step: 0, day_steps, global_step };
+                self.state.position =
+                    Position { day: day.day, day_step: 0, day_steps, global_step };
             }
         }
         let mut day = Day {
@@ -178,15 +186,26 @@ impl<'a> Training<'a> {
             saver: &mut run.saver,
             occurrences: &self.occurrences,
             n_trained: 0,
-            last_record: LastRecord { time: Instant::now(), day_step: self.state.position.day_step },
-            timer: PhaseTimer::new(place.device, config.train.time_phases, place.collective.watch()),
+            last_record: LastRecord {
+                time: Instant::now(),
+                day_step: self.state.position.day_step,
+            },
+            timer: PhaseTimer::new(
+                place.device,
+                config.train.time_phases,
+                place.collective.watch(),
+            ),
             state: &mut self.state,
         };
         day.train(&mut *self.learner)
     }
 
     /// *All ranks.* Evaluates on the day after `day`.
-    fn evaluate_day(&mut self, day: &TrainingDay, run: &mut RunContext<'_>) -> Result<Metrics, TrainError> {
+    fn evaluate_day(
+        &mut self,
+        day: &TrainingDay,
+        run: &mut RunContext<'_>,
+    ) -> Result<Metrics, TrainError> {
         let Self { config, data, place, .. } = *self;
         run.rows.poll()?;
         set_phase(format!("evaluating on day {}", day.day + 1));
@@ -199,7 +218,8 @@ impl<'a> Training<'a> {
             split: Split::Valid,
         };
         let (recommender, item_table) = (self.learner.recommender(), self.learner.item_table());
-        let (record, evaluation) = task.evaluate(recommender, &item_table, config, place.collective)?;
+        let (record, evaluation) =
+            task.evaluate(recommender, &item_table, config, place.collective)?;
         run.report.record(&record)?;
         task.save(run.run_dir, config, &evaluation, place.collective)?;
         let measured = config.checkpoint.keep_best.map(|measure| evaluation.metrics.get(measure));

@@ -33,8 +33,14 @@ impl<'a> GradientLearner<'a> {
         item_table: ItemTable<'a>,
     ) -> Result<Self, String> {
         let Config { run, data, train, .. } = config;
-        let network =
-            Network::with_item_table(model, features, data.max_length, run.seed, place.device, item_table)?;
+        let network = Network::with_item_table(
+            model,
+            features,
+            data.max_length,
+            run.seed,
+            place.device,
+            item_table,
+        )?;
         let optimizer = Optimizer::new(
             &network.parameters().values(),
             network.tables(),
@@ -62,7 +68,8 @@ impl<'a> GradientLearner<'a> {
     ) -> Result<StepOutcome, TrainError> {
         let (rank, step) = (day.rank(), day.state.position.global_step);
         for batch in micro_batches {
-            let mut sums = self.network.backward(batch, negatives, &mut self.sync, &mut day.timer)?;
+            let mut sums =
+                self.network.backward(batch, negatives, &mut self.sync, &mut day.timer)?;
             self.fault.before_reduction(rank, step, self.network.gradients_mut(), &mut sums);
             self.sync.accumulate(self.network.gradients_mut(), &sums);
         }
@@ -72,7 +79,8 @@ impl<'a> GradientLearner<'a> {
         day.timer.end("communication");
         // Reading the outcome waits for the device, so only a run that may skip steps does it here.
         if day.config.train.non_finite == NonFinite::Stop || outcome.read().is_finite() {
-            let (values, gradients) = (self.network.parameters().values(), self.network.gradients().all());
+            let (values, gradients) =
+                (self.network.parameters().values(), self.network.gradients().all());
             self.optimizer.step(&values, &gradients, &outcome.scale, rate_factor);
         } else {
             self.network.gradients_mut().zero();
@@ -84,7 +92,12 @@ impl<'a> GradientLearner<'a> {
 
     /// *All ranks.* Compares the replicated parameters of all ranks, bit by bit.
     fn compare_ranks(&self, day: &Day<'_>, n_done: usize) -> Result<(), TrainError> {
-        let bits = self.network.parameters().replicated_values().view_dtype(Kind::Int).to_kind(Kind::Int64);
+        let bits = self
+            .network
+            .parameters()
+            .replicated_values()
+            .view_dtype(Kind::Int)
+            .to_kind(Kind::Int64);
         let sums = [bits.sum(Kind::Int64), (&bits * &bits).sum(Kind::Int64)];
         let mine = sums.map(|sum| sum.int64_value(&[]));
         let all = day.place.collective.gather(&mine)?;
@@ -98,7 +111,8 @@ impl<'a> GradientLearner<'a> {
         }
         let hosts = day.place.collective.gather_bytes(crate::collective::host_name().as_bytes())?;
         let differing = (0..all.len()).filter(|&rank| all[rank] != right);
-        let ranks = differing.map(|rank| (rank, String::from_utf8_lossy(&hosts[rank]).into_owned()));
+        let ranks =
+            differing.map(|rank| (rank, String::from_utf8_lossy(&hosts[rank]).into_owned()));
         let is_tie = 2 * most <= all.len();
         Err(TrainError::Desync { day: day.plan.day, step: n_done, ranks: ranks.collect(), is_tie })
     }
@@ -177,7 +191,9 @@ impl Learner for GradientLearner<'_> {
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
         let (parameters, item_table) = (self.network.parameters(), self.network.item_table());
-        let local = weights.iter().map(|(name, tensor)| (name.clone(), item_table.local_part(name, tensor)));
+        let local = weights
+            .iter()
+            .map(|(name, tensor)| (name.clone(), item_table.local_part(name, tensor)));
         parameters.assign(&parameters.values(), &local.collect::<Vec<_>>(), &[])
     }
 

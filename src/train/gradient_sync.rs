@@ -18,14 +18,15 @@ pub(super) struct Requests {
     pub save: bool,
 }
 
-/// Sums the gradients of a step over micro-batches and ranks, in one of these ways:
+/// Sums the gradients of a step over micro-batches and ranks. The table lists what is summed when;
+/// the work of the third column overlaps with the backward pass of the encoder:
 ///
 /// | reduction | item table | during the backward pass | in `finish` |
 /// | --- | --- | --- | --- |
-/// | fast, bf16 | replicated | scoring gradients are reduced beside the encoder's backward pass, late rows are gathered | all other gradients |
-/// | fast, bf16 | sharded | rows are exchanged with the ranks that hold them | replicated gradients |
-/// | reproducible | replicated | nothing | all gradients, in fixed point |
-/// | reproducible | sharded | rows are exchanged and summed in fixed point | replicated gradients, in fixed point |
+/// | fast, bf16 | replicated | all-reduce of scoring gradients, gather of late rows | all others |
+/// | fast, bf16 | sharded | exchange of rows with the ranks that hold them | replicated |
+/// | reproducible | replicated | nothing | all, in fixed point |
+/// | reproducible | sharded | exchange of rows, in fixed point | replicated, in fixed point |
 ///
 /// The scalars of the step (summed loss, number of targets, requests) are reduced together with the
 /// gradients, so that one call does both.
@@ -48,16 +49,25 @@ pub(super) struct GradientSync<'a> {
 }
 
 impl<'a> GradientSync<'a> {
-    pub fn new(network: &Network<'a>, reduction: Reduction, collective: &'a dyn Collective) -> Self {
+    pub fn new(
+        network: &Network<'a>,
+        reduction: Reduction,
+        collective: &'a dyn Collective,
+    ) -> Self {
         let item_table = network.item_table().clone();
         let gradients = network.gradients();
         let is_reproducible = reduction == Reduction::Reproducible;
         let is_sharded = item_table.is_sharded();
         Self {
             wire: if reduction == Reduction::Bf16 { Kind::BFloat16 } else { Kind::Float },
-            replicated_sum: is_reproducible.then(|| FixedPointSum::new(&gradients.replicated_and_scalars())),
-            sharded_sum: (is_reproducible && is_sharded).then(|| FixedPointSum::new(&gradients.sharded())),
-            overlaps: collective.world_size() > 1 && !is_reproducible && !is_sharded && network.scores_once(),
+            replicated_sum: is_reproducible
+                .then(|| FixedPointSum::new(&gradients.replicated_and_scalars())),
+            sharded_sum: (is_reproducible && is_sharded)
+                .then(|| FixedPointSum::new(&gradients.sharded())),
+            overlaps: collective.world_size() > 1
+                && !is_reproducible
+                && !is_sharded
+                && network.scores_once(),
             scoring: network.scoring_parameters(),
             own_loss: Tensor::zeros([1], (Kind::Float, gradients.all().device())),
             item_table,
@@ -90,13 +100,17 @@ impl<'a> GradientSync<'a> {
     ) -> Result<StepOutcome, CollectiveError> {
         let no_loss = self.own_loss.zeros_like();
         if requests.stop || requests.save {
-            let [stop, save] = [requests.stop, requests.save].map(|is_set| f32::from(u8::from(is_set)));
+            let [stop, save] =
+                [requests.stop, requests.save].map(|is_set| f32::from(u8::from(is_set)));
             self.add_scalars(gradients, &no_loss, [0.0, stop, save]);
         }
         let sharded_squares = self.finish_sharded(gradients)?;
         // Behind the scoring parameters, if these are reduced already.
-        let mut rest =
-            if self.overlaps { gradients.from(self.scoring.end) } else { gradients.replicated_and_scalars() };
+        let mut rest = if self.overlaps {
+            gradients.from(self.scoring.end)
+        } else {
+            gradients.replicated_and_scalars()
+        };
         match &mut self.replicated_sum {
             Some(sum) => {
                 self.collective.all_reduce(sum.total_mut(), Reduce::Sum)?;
@@ -115,7 +129,11 @@ impl<'a> GradientSync<'a> {
     }
 
     /// *All ranks.* `rest: [n]` ends with the scalars.
-    fn all_reduce_rest(&self, rest: &mut Tensor, gradients: &Gradients) -> Result<(), CollectiveError> {
+    fn all_reduce_rest(
+        &self,
+        rest: &mut Tensor,
+        gradients: &Gradients,
+    ) -> Result<(), CollectiveError> {
         if self.wire == Kind::Float {
             return self.collective.all_reduce(rest, Reduce::Sum);
         }
@@ -149,7 +167,8 @@ impl<'a> GradientSync<'a> {
         for index in gradients.sharded_parameters() {
             let of_rows = sum_columns(gradients.of(index).reshape([item_table.len(), -1]).square());
             let missing = (block_rows - item_table.len() % block_rows) % block_rows;
-            let of_blocks = sum_columns(of_rows.constant_pad_nd([0, missing]).view([-1, block_rows]));
+            let of_blocks =
+                sum_columns(of_rows.constant_pad_nd([0, missing]).view([-1, block_rows]));
             total += item_table.gather_rows(&of_blocks, &n_blocks)?.sum(Kind::Float);
         }
         Ok(total)
@@ -167,7 +186,9 @@ impl GradientHooks for GradientSync<'_> {
             return Ok(());
         }
         let mut scoring = gradients.of_range(self.scoring.clone());
-        communicate_as(&mut scoring, self.wire, |sums| self.collective.reduce_during(sums, Reduce::Sum, work))
+        communicate_as(&mut scoring, self.wire, |sums| {
+            self.collective.reduce_during(sums, Reduce::Sum, work)
+        })
     }
 
     fn gather_late_rows(
@@ -204,8 +225,11 @@ pub(super) struct StepOutcome {
 
 impl StepOutcome {
     pub fn read(&self) -> StepValues {
-        let scalars = Vec::<f64>::try_from(self.scalars.to_kind(Kind::Double)).expect("five scalars");
-        let [loss, n_targets, n_stop, n_save, norm] = scalars[..] else { unreachable!("five scalars") };
+        let scalars =
+            Vec::<f64>::try_from(self.scalars.to_kind(Kind::Double)).expect("five scalars");
+        let [loss, n_targets, n_stop, n_save, norm] = scalars[..] else {
+            unreachable!("five scalars")
+        };
         StepValues {
             loss: loss / n_targets,
             n_targets: n_targets as usize,

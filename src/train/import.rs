@@ -26,7 +26,11 @@ impl ImportedWeights {
     ///
     /// # Errors
     /// The file cannot be read, its weights do not fit the model, or [`Days::open`] fails.
-    pub fn read((weights, day): (&Path, i64), data_dir: &Path, config: &Config) -> Result<Self, TrainError> {
+    pub fn read(
+        (weights, day): (&Path, i64),
+        data_dir: &Path,
+        config: &Config,
+    ) -> Result<Self, TrainError> {
         let days = Days::open(data_dir, &config.data)?;
         let features = days.features();
         let imported = weights_file::read(weights)?;
@@ -34,7 +38,8 @@ impl ImportedWeights {
         let place = RankContext { collective: &Solo, device: Device::Cpu };
         let item_table = ItemTable::replicated(features.n_items());
         let mut learner = learner(config, features, place, item_table)?;
-        let names: Vec<String> = learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
+        let names: Vec<String> =
+            learner.tensors().weights.into_iter().map(|(name, _)| name).collect();
         let wanted = |name: &str| names.iter().any(|other| other == name);
         import::rename(imported, &features.columns()[0].name, wanted)
             .and_then(|renamed| learner.load_weights(&renamed))

@@ -31,7 +31,12 @@ pub enum Purpose {
 
 /// The model does not fit into memory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{who} {} of memory, {} are {}: {largest}", format_bytes(*needed), format_bytes(u128::from(available.bytes)), available.what)]
+#[error(
+    "{who} {} of memory, {} are {}: {largest}",
+    format_bytes(*needed),
+    format_bytes(u128::from(available.bytes)),
+    available.what
+)]
 pub struct NotEnoughMemory {
     /// Subject and verb of the message, such as `this rank needs at least`.
     who: String,
@@ -102,7 +107,8 @@ pub fn check_memory(
         .filter(|(_, host)| **host == hosts[collective.rank()])
         .map(|(bytes, _)| bytes)
         .collect();
-    let needed: u128 = local_ranks.iter().map(|bytes| bytes[0] as u128).sum::<u128>().max(need.host);
+    let needed: u128 =
+        local_ranks.iter().map(|bytes| bytes[0] as u128).sum::<u128>().max(need.host);
     let available = local_ranks.iter().map(|bytes| bytes[1] as u64).min().unwrap_or(u64::MAX);
     let refuse = |who: String, needed, available| {
         let MemoryNeed { largest, hint, .. } = &need;
@@ -134,8 +140,8 @@ pub fn check_memory(
     }
 }
 
-const RAW_IDS: &str = "the largest item id of `schema.pbtxt` looks like a raw id: `bireme preprocess` numbers \
-                       products from 2 on, without gaps";
+const RAW_IDS: &str = "the largest item id of `schema.pbtxt` looks like a raw id: `bireme \
+                       preprocess` numbers products from 2 on, without gaps";
 
 /// Whether the catalogue is too large for the number of sessions.
 fn looks_like_raw_ids(n_items: i64, n_sessions: usize) -> bool {
@@ -152,7 +158,9 @@ impl MemoryNeed {
     ) -> Result<Self, String> {
         let n_items = features.n_items() as u128;
         let mut need = match config.model.neural() {
-            Some(neural) => Self::for_network(config, neural, features, item_table, place, is_writer)?,
+            Some(neural) => {
+                Self::for_network(config, neural, features, item_table, place, is_writer)?
+            }
             None => {
                 // Counts and scores, i64 and f64.
                 let bytes_per_item = 16
@@ -197,11 +205,13 @@ impl MemoryNeed {
             group.n_copies = 2 + n_states;
             group.is_item_table = ItemTable::is_item_table(name);
         }
-        let fixed_point = if config.run.reduction == Reduction::Reproducible { 8 * values } else { 0 };
-        let logits =
-            config.run.precision.logits_kind().elt_size_in_bytes() as u128 * item_table.len() as u128;
+        let fixed_point =
+            if config.run.reduction == Reduction::Reproducible { 8 * values } else { 0 };
+        let logits = config.run.precision.logits_kind().elt_size_in_bytes() as u128
+            * item_table.len() as u128;
         let trained = 4 * (2 * values + states) + fixed_point + logits;
-        let copied = if is_writer && item_table.ranks().is_none() { 4 * (values + states) } else { 0 };
+        let copied =
+            if is_writer && item_table.ranks().is_none() { 4 * (values + states) } else { 0 };
         let (host, device) = match place.device {
             Device::Cpu => (trained + copied, 0),
             // Initial values are drawn in host memory.
@@ -211,7 +221,8 @@ impl MemoryNeed {
         let Some((key, ParameterGroup { n, n_copies, is_item_table })) = largest else {
             return Ok(Self::default());
         };
-        let is_divisible = is_item_table && !item_table.is_sharded() && place.collective.world_size() > 1;
+        let is_divisible =
+            is_item_table && !item_table.is_sharded() && place.collective.world_size() > 1;
         let largest = format!(
             "most is for {key}, {} times {n_copies} (values, gradient, optimizer)",
             format_bytes(4 * n)
@@ -236,7 +247,13 @@ struct ParameterGroup {
 }
 
 /// Describes a parameter by the configuration keys that determine its size.
-fn key_of(name: &str, size: &[i64], config: &Config, neural: Neural<'_>, features: &Features) -> String {
+fn key_of(
+    name: &str,
+    size: &[i64],
+    config: &Config,
+    neural: Neural<'_>,
+    features: &Features,
+) -> String {
     let input = neural.input();
     let (width_key, n_layers) = match neural {
         Neural::Gru(gru) => ("hidden_width", gru.n_layers),
@@ -250,14 +267,16 @@ fn key_of(name: &str, size: &[i64], config: &Config, neural: Neural<'_>, feature
             TableLayout::Replicated => String::new(),
         };
         return format!(
-            "{part}the item table of {n_items} items (`schema.pbtxt`) by `model.input.item_width` {item_width}"
+            "{part}the item table of {n_items} items (`schema.pbtxt`) by `model.input.item_width` \
+             {item_width}"
         );
     }
     if let Some(table) = name.strip_prefix("tables.") {
         let (feature, rows) = (table.trim_end_matches(".weight"), size[0]);
         let feature_width = input.feature_width;
         return format!(
-            "the table of {rows} values of `{feature}` (`schema.pbtxt`) by `model.input.feature_width` {feature_width}"
+            "the table of {rows} values of `{feature}` (`schema.pbtxt`) by \
+             `model.input.feature_width` {feature_width}"
         );
     }
     if name.starts_with("gru.") || name.starts_with("xlnet.") {

@@ -24,7 +24,9 @@ use crate::checkpoint::{SharedCheckpoint, Tensors};
 use crate::collective::Collective;
 use crate::config::{Config, Reduction, TableLayout};
 use crate::data::Features;
-use crate::model::{Baseline, BaselineKind, ItemTable, ModelConfig, Neighbours, Neural, Recommender};
+use crate::model::{
+    Baseline, BaselineKind, ItemTable, ModelConfig, Neighbours, Neural, Recommender,
+};
 
 use baseline::BaselineLearner;
 pub use dataset::Dataset;
@@ -94,12 +96,18 @@ pub struct RankContext<'a> {
 }
 
 /// The item table as this rank holds it.
-pub fn item_table<'a>(config: &Config, n_items: i64, collective: &'a dyn Collective) -> ItemTable<'a> {
+pub fn item_table<'a>(
+    config: &Config,
+    n_items: i64,
+    collective: &'a dyn Collective,
+) -> ItemTable<'a> {
     match (config.parallel.item_table, config.run.reduction) {
         (TableLayout::Replicated, _) => ItemTable::replicated(n_items),
         (TableLayout::Sharded, Reduction::Reproducible) => {
             ItemTable::sharded(n_items, collective).reproducible()
         }
-        (TableLayout::Sharded, Reduction::Fast | Reduction::Bf16) => ItemTable::sharded(n_items, collective),
+        (TableLayout::Sharded, Reduction::Fast | Reduction::Bf16) => {
+            ItemTable::sharded(n_items, collective)
+        }
     }
 }

@@ -4,7 +4,9 @@
 //! | --- | --- |
 //! | SIGUSR1 | a checkpoint |
 //! | SIGUSR2 | a checkpoint, then a stop |
-//! | SIGTERM, SIGINT, SIGHUP | the same; a second SIGTERM or SIGINT ends a process without a launcher at once |
+//! | SIGTERM, SIGINT, SIGHUP | the same |
+//!
+//! A second SIGTERM or SIGINT ends a process without a launcher at once.
 //!
 //! SIGINT and SIGHUP stay ignored if they were ignored at the start, as under `nohup` and for
 //! background jobs of a script.
@@ -51,7 +53,9 @@ impl Signals {
         let stop = signals.stop.clone();
         // A launcher signals its ranks several times and kills them itself.
         let is_alone = !collective::is_launched();
-        thread::Builder::new().name("signals".to_owned()).spawn(move || wait(incoming, &stop, is_alone))?;
+        thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || wait(incoming, &stop, is_alone))?;
         Ok(signals)
     }
 

@@ -59,7 +59,17 @@ impl<'a> TrainedRun<'a> {
         let mismatch = |problem| CheckpointError::Mismatch { path: path.clone(), problem };
         learner.load_weights(&tensors.weights).map_err(mismatch)?;
         let features = days.features().clone();
-        Ok(Self { learner, exported: None, skipped, features, file, occurrences, train_day, eval_day, split })
+        Ok(Self {
+            learner,
+            exported: None,
+            skipped,
+            features,
+            file,
+            occurrences,
+            train_day,
+            eval_day,
+            split,
+        })
     }
 
     /// Rows of the catalogue `V`.
@@ -93,7 +103,8 @@ impl<'a> TrainedRun<'a> {
         save: Option<&Path>,
         collective: &dyn Collective,
     ) -> Result<Record, TrainError> {
-        let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } = *self;
+        let Self { ref file, ref features, ref occurrences, train_day, eval_day, split, .. } =
+            *self;
         let task = EvaluationTask { file, features, occurrences, train_day, eval_day, split };
         let (recommender, item_table): (&dyn Recommender, _) = match &self.exported {
             Some(exported) => (&**exported, ItemTable::replicated(exported.n_items())),

@@ -44,11 +44,12 @@ impl UserError for WeightsError {
 }
 
 const FROM_PYTORCH: &str = "convert it: `python -c 'import safetensors.torch as s, torch; \
-                            s.save_file(torch.load(\"model.pth\", map_location=\"cpu\"), \"model.safetensors\")'`";
+                            s.save_file(torch.load(\"model.pth\", map_location=\"cpu\"), \
+                            \"model.safetensors\")'`";
 const FROM_NUMPY: &str = "convert it: `python -c 'import safetensors.numpy as s, numpy; \
                           s.save_file(dict(numpy.load(\"model.npz\")), \"model.safetensors\")'`";
-const FROM_ELSEWHERE: &str = "weights are read as `safetensors.torch.save_file(model.state_dict(), FILE)` writes them, of a \
-                              session model of Transformers4Rec";
+const FROM_ELSEWHERE: &str = "weights are read as `safetensors.torch.save_file(model.state_dict(), \
+                              FILE)` writes them, of a session model of Transformers4Rec";
 
 /// Kinds of files, with a hint, by their first bytes.
 const KINDS: [(&[u8], &str, &str); 9] = [
@@ -73,7 +74,10 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, Tensor)>, WeightsError> {
         return Err(kind("a folder", "give the safetensors file in it"));
     }
     if !metadata.is_file() {
-        return Err(kind("a pipe or a device", "weights are mapped into memory: give a regular file"));
+        return Err(kind(
+            "a pipe or a device",
+            "weights are mapped into memory: give a regular file",
+        ));
     }
     if metadata.len() == 0 {
         return Err(kind("empty", FROM_ELSEWHERE));
@@ -113,7 +117,8 @@ fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
     File::open(path)?.take(1 << 16).read_to_end(&mut first)?;
     if first.starts_with(b"PK") {
         // The name of the first file of a zip archive follows a header of 30 bytes.
-        let name_len = first.get(26..28).map_or(0, |n| usize::from(u16::from_le_bytes([n[0], n[1]])));
+        let name_len =
+            first.get(26..28).map_or(0, |n| usize::from(u16::from_le_bytes([n[0], n[1]])));
         let name = first.get(30..30 + name_len).unwrap_or_default();
         let (kind, hint) = if name.ends_with(b".npy") {
             ("an archive of NumPy arrays", FROM_NUMPY)
@@ -130,8 +135,10 @@ fn diagnose(path: &Path, n_bytes: u64) -> io::Result<Option<Diagnosis>> {
         let end = header
             .and_then(|header| serde_json::from_slice::<serde_json::Value>(header).ok())
             .and_then(|header| {
-                let ends =
-                    header.as_object()?.values().filter_map(|tensor| tensor["data_offsets"][1].as_u64());
+                let ends = header
+                    .as_object()?
+                    .values()
+                    .filter_map(|tensor| tensor["data_offsets"][1].as_u64());
                 Some(expected.saturating_add(ends.max()?))
             });
         let expected = end.unwrap_or(expected);
@@ -166,11 +173,19 @@ mod tests {
         for (bytes, kind, hint) in [
             (zip("archive/data.pkl"), "a zip archive, as PyTorch saves", FROM_PYTORCH),
             (zip("arr_0.npy"), "an archive of NumPy arrays", FROM_NUMPY),
-            (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "a pickle, as older", FROM_PYTORCH),
+            (
+                b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(),
+                "a pickle, as older",
+                FROM_PYTORCH,
+            ),
             (b"\x89HDF\r\n\x1a\n\0\0".to_vec(), "an HDF5 file", FROM_ELSEWHERE),
             (b"GGUF\x03\0\0\0".to_vec(), "a GGUF file", FROM_ELSEWHERE),
             (b"\x93NUMPY\x01\0".to_vec(), "a NumPy array", FROM_NUMPY),
-            (b"{\"metadata\": {}}".to_vec(), "JSON", "give the safetensors file itself, not its index"),
+            (
+                b"{\"metadata\": {}}".to_vec(),
+                "JSON",
+                "give the safetensors file itself, not its index",
+            ),
             (Vec::new(), "empty", FROM_ELSEWHERE),
         ] {
             let (text, found) = message(&bytes);
@@ -189,7 +204,10 @@ mod tests {
         let whole = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 8]].concat();
         for n_bytes in [9, 30, whole.len() - 1] {
             let (text, _) = message(&whole[..n_bytes]);
-            assert!(text.starts_with(&format!("`FILE` is cut off: it has {n_bytes} bytes")), "{text}");
+            assert!(
+                text.starts_with(&format!("`FILE` is cut off: it has {n_bytes} bytes")),
+                "{text}"
+            );
         }
     }
 
@@ -205,10 +223,16 @@ mod tests {
             assert_eq!(read_one(Tensor::from_slice(&[1.0f32]).to_kind(kind)), Ok(1), "{kind:?}");
         }
         let integers = read_one(Tensor::from_slice(&[1i64])).unwrap_err();
-        assert!(integers.ends_with("tensor `a` is of type Int64, not floating-point"), "{integers}");
+        assert!(
+            integers.ends_with("tensor `a` is of type Int64, not floating-point"),
+            "{integers}"
+        );
         for value in [f64::NAN, 1e300] {
             let error = read_one(Tensor::from_slice(&[value])).unwrap_err();
-            assert!(error.ends_with("tensor `a` holds NaN, or numbers that are infinite as f32"), "{error}");
+            assert!(
+                error.ends_with("tensor `a` holds NaN, or numbers that are infinite as f32"),
+                "{error}"
+            );
         }
     }
 }

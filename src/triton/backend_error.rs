@@ -52,7 +52,12 @@ impl BackendError {
         let message = c_text(&self.message);
         // SAFETY: both texts are terminated and outlive the call, which keeps neither.
         let error = unsafe {
-            api::TRITONSERVER_LogMessage(api::LOG_ERROR, c"bireme-triton".as_ptr(), 0, message.as_ptr())
+            api::TRITONSERVER_LogMessage(
+                api::LOG_ERROR,
+                c"bireme-triton".as_ptr(),
+                0,
+                message.as_ptr(),
+            )
         };
         // SAFETY: the call gave the error to this caller. A log that cannot be written to is
         // nothing to log.

@@ -42,7 +42,8 @@ pub unsafe fn model_initialize<B: Backend>(model: *mut api::Model) -> *mut api::
         // SAFETY: the model is alive.
         let files = unsafe { files(model) }?;
         let backend = B::load(&files).map_err(|error| BackendError::of(error.as_ref()))?;
-        let has_batch_dimension = files.config["max_batch_size"].as_i64().is_some_and(|size| size > 0);
+        let has_batch_dimension =
+            files.config["max_batch_size"].as_i64().is_some_and(|size| size > 0);
         let state = Box::into_raw(Box::new(Loaded { backend, has_batch_dimension }));
         // SAFETY: the model is alive, and from here on owns the box, up to `model_finalize`.
         unsafe { check(api::TRITONBACKEND_ModelSetState(model, state.cast())) }
@@ -140,12 +141,15 @@ unsafe fn serve<B: Backend>(
         )))
     });
     let compute_end = now();
-    let rows = |request| if loaded.has_batch_dimension { crate::Request::n_rows(request) } else { 1 };
+    let rows =
+        |request| if loaded.has_batch_dimension { crate::Request::n_rows(request) } else { 1 };
     let batch_size = requests.iter().map(rows).sum::<u64>();
     drop(requests);
 
     let mut outcomes = match outcomes {
-        Ok(outcomes) => outcomes.into_iter().map(|outcome| outcome.map_err(BackendError::invalid)).collect(),
+        Ok(outcomes) => {
+            outcomes.into_iter().map(|outcome| outcome.map_err(BackendError::invalid)).collect()
+        }
         Err(fault) => vec![Err(fault); incoming.len()],
     }
     .into_iter();
@@ -210,11 +214,12 @@ unsafe fn files(model: *mut api::Model) -> Result<ModelFiles, BackendError> {
     // SAFETY: the message is the caller's; its text lives up to its deletion, and is parsed before.
     let config = unsafe {
         check(api::TRITONBACKEND_ModelConfig(model, 1, &mut message))?;
-        let config = check(api::TRITONSERVER_MessageSerializeToJson(message, &mut json, &mut n_bytes))
-            .and_then(|()| {
-                serde_json::from_slice(slice::from_raw_parts(json.cast(), n_bytes))
-                    .map_err(|error| BackendError::of(&error))
-            });
+        let config =
+            check(api::TRITONSERVER_MessageSerializeToJson(message, &mut json, &mut n_bytes))
+                .and_then(|()| {
+                    serde_json::from_slice(slice::from_raw_parts(json.cast(), n_bytes))
+                        .map_err(|error| BackendError::of(&error))
+                });
         check(api::TRITONSERVER_MessageDelete(message))?;
         config?
     };

@@ -31,8 +31,12 @@ impl Request<'_> {
     /// If the configuration has a `max_batch_size` above 0, the first dimension of tensors is the
     /// batch.
     pub fn inputs(&self) -> Vec<TensorView<'_>> {
-        let view =
-            |&RequestInput { name, datatype, shape, ref data }| TensorView { name, datatype, shape, data };
+        let view = |&RequestInput { name, datatype, shape, ref data }| TensorView {
+            name,
+            datatype,
+            shape,
+            data,
+        };
         self.inputs.iter().map(view).collect()
     }
 
@@ -43,7 +47,10 @@ impl Request<'_> {
 
     /// The request's share of the rows of a batch.
     pub(crate) fn n_rows(&self) -> u64 {
-        self.inputs.first().and_then(|input| input.shape.first()).map_or(1, |&rows| rows.max(1) as u64)
+        self.inputs
+            .first()
+            .and_then(|input| input.shape.first())
+            .map_or(1, |&rows| rows.max(1) as u64)
     }
 }
 
@@ -68,10 +75,13 @@ impl Incoming {
         // below.
         let n_inputs = unsafe { count(|n| api::TRITONBACKEND_RequestInputCount(self.0, n)) }?;
         // SAFETY: as above.
-        let n_parameters = unsafe { count(|n| api::TRITONBACKEND_RequestParameterCount(self.0, n)) }?;
+        let n_parameters =
+            unsafe { count(|n| api::TRITONBACKEND_RequestParameterCount(self.0, n)) }?;
         Ok(Request {
             inputs: (0..n_inputs).map(|index| self.input(index)).collect::<Result<_, _>>()?,
-            parameters: (0..n_parameters).map(|index| self.parameter(index)).collect::<Result<_, _>>()?,
+            parameters: (0..n_parameters)
+                .map(|index| self.parameter(index))
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -116,7 +126,9 @@ impl Incoming {
                 ))?;
             }
             if memory == api::MEMORY_GPU {
-                return Err(BackendError::unsupported(format!("input `{name}` is in the memory of a GPU")));
+                return Err(BackendError::unsupported(format!(
+                    "input `{name}` is in the memory of a GPU"
+                )));
             }
             // SAFETY: the buffer holds `n_bytes` bytes in the host's memory and lives as long as
             // the input.
@@ -134,7 +146,9 @@ impl Incoming {
         let (mut key, mut kind, mut value) = (ptr::null(), 0, ptr::null());
         // SAFETY: the request is alive, and every pointer leads to a variable of its own.
         unsafe {
-            check(api::TRITONBACKEND_RequestParameter(self.0, index, &mut key, &mut kind, &mut value))
+            check(api::TRITONBACKEND_RequestParameter(
+                self.0, index, &mut key, &mut kind, &mut value,
+            ))
         }?;
         // SAFETY: the key belongs to the request, and `value` leads to a value of its kind; both
         // are copied.
@@ -183,9 +197,11 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        // SAFETY: the request belongs to `self`, and whatever was read of it borrows `self` and is
-        // gone.
-        if let Err(fault) = unsafe { check(api::TRITONBACKEND_RequestRelease(self.0, api::RELEASE_ALL)) } {
+        // SAFETY: the request belongs to `self`, and all that was read of it borrows `self`, so that
+        // no borrow is left.
+        let released =
+            unsafe { check(api::TRITONBACKEND_RequestRelease(self.0, api::RELEASE_ALL)) };
+        if let Err(fault) = released {
             fault.log();
         }
     }

@@ -9,11 +9,13 @@ use bireme_etl::{BadRows, Coded, Error, PreprocessOptions, preprocess};
 
 use crate::support::{HEADER, bytes, rows, run, scratch};
 
-const GOOD: &str = "2020-01-01 00:00:00 UTC,view,1,10,a.b,acme,1.5,7,s1\n2020-01-01 00:00:01 UTC,view,2,10,a.b,acme,2.5,7,s1\n";
+const GOOD: &str = "2020-01-01 00:00:00 UTC,view,1,10,a.b,acme,1.5,7,s1\n\
+                    2020-01-01 00:00:01 UTC,view,2,10,a.b,acme,2.5,7,s1\n";
 
 /// The entries of a folder beside the events.
 fn left_behind(dir: &Path) -> Vec<String> {
-    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| !name.starts_with("events.")).collect()
 }
 
@@ -36,13 +38,21 @@ fn a_bad_cell_is_named_with_line_and_column() {
         ("2020-01-01 00:00:00 UTC,view,one,10,,,1,7,s1", "product_id", "`one` is not an integer"),
         ("2020-01-01 00:00:00 UTC,view,,10,,,1,7,s1", "product_id", "the cell is empty"),
         ("2020-01-01 00:00:00 UTC,view,1,1.5,,,1,7,s1", "category_id", "`1.5` is not an integer"),
-        ("2020-01-01 00:00:00 UTC,view,1,10,,,-0.5,7,s1", "price", "`-0.5` is not a price: it is below zero"),
+        (
+            "2020-01-01 00:00:00 UTC,view,1,10,,,-0.5,7,s1",
+            "price",
+            "`-0.5` is not a price: it is below zero",
+        ),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,inf,7,s1", "price", "not finite"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,NaN,7,s1", "price", "not finite"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,cheap,7,s1", "price", "`cheap` is not a number"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,,7,s1", "price", "the cell is empty"),
         ("2020-01-01 00:00:00 UTC,view,1,10,,,1,me,s1", "user_id", "`me` is not an integer"),
-        ("2020-01-01 00:00:00 UTC,view,1,10,,,1,7", "user_session", "the row has 8 fields instead of 9"),
+        (
+            "2020-01-01 00:00:00 UTC,view,1,10,,,1,7",
+            "user_session",
+            "the row has 8 fields instead of 9",
+        ),
         ("2020-01-01 00:00:00 UTC,view,1,1", "category_code", "the row has 4 fields instead of 9"),
         (
             "2020-01-01 00:00:00 UTC,view,1,10,,,1,7,s1,more",
@@ -78,7 +88,10 @@ fn quoted_separators_do_not_hide_a_short_row() {
     assert_eq!((report.rows.read, report.rows.without_session, report.n_events), (4, 1, 3));
     // One separator too many in quotes, one too few in the last row.
     let text = refused(&format!("{csv}2020-01-01 00:00:02 UTC,view,3,10,,,3.5,7\n"));
-    assert!(text.contains("line 7, column `user_session`: the row has 8 fields instead of 9"), "{text}");
+    assert!(
+        text.contains("line 7, column `user_session`: the row has 8 fields instead of 9"),
+        "{text}"
+    );
 }
 
 /// Rows of one product each, a second apart, with these texts verbatim in the column `brand`.
@@ -113,7 +126,8 @@ fn a_wrong_quote_costs_its_own_line_and_no_other() {
     brands[199] = "\"LG\" 24\"";
     let csv = with_brands(&brands);
     assert!(
-        refused(&csv).ends_with("line 101, column `brand`: there is text after the field's closing quote")
+        refused(&csv)
+            .ends_with("line 101, column `brand`: there is text after the field's closing quote")
     );
     assert_eq!(skipped(&csv), (Some(101), 300, 2));
     let cases: &[(&[&str], u64)] = &[
@@ -140,7 +154,11 @@ fn a_wrong_quote_costs_its_own_line_and_no_other() {
             let csv = with_brands(&brands);
             for csv in [csv.clone(), csv.replace('\n', "\r\n"), csv.trim_end().to_owned()] {
                 let (line, n_read, bad) = skipped(&csv);
-                assert_eq!((n_read, bad), (20 + wrong.len() as u64, n_bad), "{wrong:?} at {at}: {csv}");
+                assert_eq!(
+                    (n_read, bad),
+                    (20 + wrong.len() as u64, n_bad),
+                    "{wrong:?} at {at}: {csv}"
+                );
                 assert_eq!(line.is_some(), n_bad > 0, "{wrong:?}");
             }
         }
@@ -169,7 +187,8 @@ fn headers_are_read_as_rows_are_and_refused_by_what_is_wrong() {
         plain.replace('\n', ",,\n"),
         plain.replacen('\n', ",\"of\ntwo\"\n", 1).replace("s1\n", "s1,\n"),
     ] {
-        let report = run(scratch().path(), &csv, |_| {}).unwrap_or_else(|error| panic!("{csv}: {error}"));
+        let report =
+            run(scratch().path(), &csv, |_| {}).unwrap_or_else(|error| panic!("{csv}: {error}"));
         assert_eq!(report.rows.read, 2, "{csv}");
     }
     let text = refused(&plain.replace("category_code", "brand"));
@@ -177,9 +196,9 @@ fn headers_are_read_as_rows_are_and_refused_by_what_is_wrong() {
     let text = refused(&plain.replacen('\n', ",x,x\n", 1).replace("s1\n", "s1,,\n"));
     assert!(text.ends_with("has the column `x` twice"), "{text}");
     let text = refused(&plain.replace("brand", "\"brand\"s"));
-    assert!(
-        text.ends_with("line 1: the header cannot be read: there is text after the field's closing quote")
-    );
+    assert!(text.ends_with(
+        "line 1: the header cannot be read: there is text after the field's closing quote"
+    ));
     for (separator, name) in [(";", "`;`"), ("\t", "`\\t`"), ("|", "`|`")] {
         let text = refused(&plain.replace(',', separator));
         assert!(text.ends_with(&format!("its fields seem to be separated by {name}")), "{text}");
@@ -205,19 +224,27 @@ fn numbers_are_refused_by_what_they_are() {
         (" 5", "is not an integer"),
     ] {
         let text = refused(&row(id));
-        assert!(text.ends_with(&format!("line 4, column `product_id`: `{id}` {problem}")), "{text}");
+        assert!(
+            text.ends_with(&format!("line 4, column `product_id`: `{id}` {problem}")),
+            "{text}"
+        );
     }
     // Long and hostile values are cut and escaped.
     let text = refused(&row(&format!("\u{1b}[31m{}", "9".repeat(10_000))));
     assert!(
-        text.chars().count() < 300 && text.contains("`\\u{1b}[31m999") && text.ends_with("is not an integer")
+        text.chars().count() < 300
+            && text.contains("`\\u{1b}[31m999")
+            && text.ends_with("is not an integer")
     );
 }
 
 #[test]
 fn odd_bytes_are_characters_of_their_cells() {
-    let report =
-        run(scratch().path(), &with_brands(&["a\0b", "a\rb", "\u{feff}", "\u{2028}", "a\u{b}"]), |_| {});
+    let report = run(
+        scratch().path(),
+        &with_brands(&["a\0b", "a\rb", "\u{feff}", "\u{2028}", "a\u{b}"]),
+        |_| {},
+    );
     let report = report.unwrap();
     assert_eq!((report.rows.read, report.n_values[Coded::Brand as usize]), (5, 5));
     let text = refused(&with_brands(&["a"]).replace(",view,1,", ",view,1\0,"));
@@ -230,7 +257,8 @@ fn odd_bytes_are_characters_of_their_cells() {
     let at = csv.windows(3).position(|bytes| bytes == b",a,").unwrap();
     csv[at + 1] = 0xff;
     fs::write(dir.path().join("events.csv"), csv).unwrap();
-    let options = PreprocessOptions::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
+    let options =
+        PreprocessOptions::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
     assert_eq!(preprocess(&options, &mut |_| {}).unwrap().rows.read, 2);
 }
 
@@ -250,9 +278,13 @@ fn bytes_that_are_no_text_are_named() {
     let mut csv = format!("{HEADER}\n{GOOD}").into_bytes();
     csv.extend_from_slice(b"2020-01-01 00:00:00 UTC,view,1,10,,\xff\xfe,1,7,s1\n");
     fs::write(dir.path().join("events.csv"), csv).unwrap();
-    let options = PreprocessOptions::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
+    let options =
+        PreprocessOptions::new(vec![dir.path().join("events.csv")], dir.path().join("out"));
     let error = preprocess(&options, &mut |_| {}).unwrap_err();
-    assert!(error.to_string().ends_with("line 4, column `brand`: the cell is not UTF-8"), "{error}");
+    assert!(
+        error.to_string().ends_with("line 4, column `brand`: the cell is not UTF-8"),
+        "{error}"
+    );
     assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0));
 }
 
@@ -273,15 +305,17 @@ fn a_missing_column_is_named() {
 
 #[test]
 fn nothing_to_do_is_said() {
-    for csv in [format!("{HEADER}\n"), format!("{HEADER}\n2020-01-01 00:00:00 UTC,view,1,1,,,1,1,\n")] {
+    for csv in
+        [format!("{HEADER}\n"), format!("{HEADER}\n2020-01-01 00:00:00 UTC,view,1,1,,,1,1,\n")]
+    {
         let dir = scratch();
         let error = run(dir.path(), &csv, |_| {}).unwrap_err();
         assert!(error.to_string().contains("is an event of a session"), "{error}");
         assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0));
     }
     let dir = scratch();
-    let error =
-        run(dir.path(), &format!("{HEADER}\n{GOOD}"), |options| options.days = Some(5..=6)).unwrap_err();
+    let error = run(dir.path(), &format!("{HEADER}\n{GOOD}"), |options| options.days = Some(5..=6))
+        .unwrap_err();
     assert_eq!(error.to_string(), "no session has 2 events or more in days 5..6");
 }
 
@@ -298,7 +332,8 @@ fn files_that_cannot_be_read_are_named() {
         if let Some(content) = content {
             fs::write(&path, content).unwrap();
         }
-        let error = preprocess(&PreprocessOptions::new(vec![path], out.clone()), &mut |_| {}).unwrap_err();
+        let error =
+            preprocess(&PreprocessOptions::new(vec![path], out.clone()), &mut |_| {}).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0), "{error}");
     }
@@ -314,7 +349,8 @@ fn a_truncated_gzip_file_is_refused() {
     let path = dir.path().join("events.csv.gz");
     fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
     let error =
-        preprocess(&PreprocessOptions::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
+        preprocess(&PreprocessOptions::new(vec![path], dir.path().join("out")), &mut |_| {})
+            .unwrap_err();
     assert!(error.to_string().contains("events.csv.gz"), "{error}");
     assert_eq!((error.exit_code(), left_behind(dir.path()).len()), (2, 0), "{error}");
 }
@@ -353,7 +389,10 @@ fn a_parquet_column_of_the_wrong_type_and_a_bad_row_are_named() {
     );
     let negative = || Column::new("price".into(), [-1.0, 2.0, -3.0]);
     let bad = run(negative(), BadRows::Refuse).unwrap_err();
-    assert!(bad.to_string().ends_with("row 3, column `price`: -3 is not a price: it is below zero"), "{bad}");
+    assert!(
+        bad.to_string().ends_with("row 3, column `price`: -3 is not a price: it is below zero"),
+        "{bad}"
+    );
     assert_eq!((bad.exit_code(), left_behind(dir.path()).len()), (2, 0));
     let report = run(negative(), BadRows::Skip).unwrap();
     assert_eq!(
@@ -368,13 +407,18 @@ fn bad_rows_are_left_out_and_counted_if_asked() {
     run(good.path(), &format!("{HEADER}\n{GOOD}"), |_| {}).unwrap();
     let dir = scratch();
     let csv = format!(
-        "{HEADER}\nnever,view,9,10,,,1,7,s1\n{GOOD}2020-01-01 00:00:00 UTC,view,1,10,,,1,7,s1,more\n\
+        "{HEADER}\nnever,view,9,10,,,1,7,s1\n{GOOD}2020-01-01 00:00:00 \
+         UTC,view,1,10,,,1,7,s1,more\n\
          2020-01-01 00:00:00 UTC,view,9,10,,,-1,7,s2\n2020-01-01 00:00:00 UTC,view,9,10,,,1,7"
     );
     let report = run(dir.path(), &csv, |options| options.bad_rows = BadRows::Skip).unwrap();
     assert_eq!((report.rows.read, report.rows.bad, report.rows.without_session), (6, 4, 0));
     assert!(bytes(&dir.path().join("out")) == bytes(&good.path().join("out")));
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "the events and the sessions, no copy");
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        2,
+        "the events and the sessions, no copy"
+    );
 }
 
 #[test]
@@ -445,7 +489,8 @@ fn an_output_that_cannot_be_written_is_refused() {
         return;
     }
     let error =
-        run(scratch().path(), &format!("{HEADER}\n{GOOD}"), |options| options.out = out.into()).unwrap_err();
+        run(scratch().path(), &format!("{HEADER}\n{GOOD}"), |options| options.out = out.into())
+            .unwrap_err();
     assert!(matches!(error, Error::Output(_)) && error.exit_code() == 2, "{error}");
 }
 
@@ -468,6 +513,7 @@ fn rows_that_are_left_out_are_named_by_their_lines() {
     assert_eq!(warnings(0), [""; 0]);
     assert_eq!(warnings(1), [format!("warning: `{file}`: left out line 2")]);
     assert_eq!(warnings(3), [format!("warning: `{file}`: left out lines 2, 3, 4")]);
-    let many = format!("warning: `{file}`: left out lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more");
+    let many =
+        format!("warning: `{file}`: left out lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more");
     assert_eq!(warnings(12), [many]);
 }

@@ -18,7 +18,12 @@ fn split(csv: &str) -> [String; 2] {
         *first = (*first).min(line);
     }
     // Days are counted from the first event of a session on.
-    let first = begun.iter().filter(|(session, _)| !session.is_empty()).map(|(_, line)| *line).min().unwrap();
+    let first = begun
+        .iter()
+        .filter(|(session, _)| !session.is_empty())
+        .map(|(_, line)| *line)
+        .min()
+        .unwrap();
     let end = format!("2019-10-07{}", &first[10..19]);
     let of = |is_early: bool| {
         let rows = lines().filter(|line| (begun[&session(line)] < end.as_str()) == is_early);
@@ -74,8 +79,9 @@ fn ids_and_statistics_stay_and_new_values_follow() {
     run(whole.path(), &csv, |_| {}).unwrap();
     let later = |out: &Path| -> Vec<_> {
         let rows = rows(out).into_iter().filter(|row| row.day_index > 6);
-        let mut rows: Vec<_> =
-            rows.map(|row| (row.day_index, row.split.name(), row.session, row.count, row.products)).collect();
+        let mut rows: Vec<_> = rows
+            .map(|row| (row.day_index, row.split.name(), row.session, row.count, row.products))
+            .collect();
         rows.sort();
         rows
     };
@@ -102,10 +108,14 @@ fn sessions_that_are_there_are_left_out_and_nothing_new_is_refused() {
     }
 
     let error = run(dir.path(), &csv, |options| options.extend = true).unwrap_err();
-    assert!(matches!(&error, Error::Nothing(text) if text.contains("begins after day 10")), "{error}");
+    assert!(
+        matches!(&error, Error::Nothing(text) if text.contains("begins after day 10")),
+        "{error}"
+    );
     assert!(bytes(&dir.path().join("out")) == a);
     // A session of an existing day that the folder lacks is reported, not added.
-    let late = "2019-10-02 10:00:00 UTC,view,1001,1,,,1.5,1,late\n2019-10-02 10:00:01 UTC,view,1002,1,,,1.5,1,late\n";
+    let late = "2019-10-02 10:00:00 UTC,view,1001,1,,,1.5,1,late\n\
+                2019-10-02 10:00:01 UTC,view,1002,1,,,1.5,1,late\n";
     let fresh = scratch();
     run(fresh.path(), &early, |_| {}).unwrap();
     let [_, after] = split(&csv);
@@ -137,7 +147,11 @@ fn session_ids_that_were_numbers_throughout_need_not_stay_so() {
     }
     let sessions = workflow(dir.path());
     let sessions = sessions.vocabulary(Coded::Session);
-    let ids: Vec<_> =
-        (2..7).map(|id| crate::support::decoded(&workflow(dir.path()), Coded::Session, id)).collect();
-    assert_eq!((sessions.len(), ids), (5, ["7", "8", "9", "x", "10"].map(|id| Some(id.to_owned())).into()));
+    let ids: Vec<_> = (2..7)
+        .map(|id| crate::support::decoded(&workflow(dir.path()), Coded::Session, id))
+        .collect();
+    assert_eq!(
+        (sessions.len(), ids),
+        (5, ["7", "8", "9", "x", "10"].map(|id| Some(id.to_owned())).into())
+    );
 }

@@ -72,10 +72,12 @@ fn table(csv: &str) -> DataFrame {
         let name = PlSmallStr::from_str(name);
         match name.as_str() {
             "price" => {
-                Float64Chunked::from_iter_options(name, cells.map(|cell| cell?.parse().ok())).into_column()
+                Float64Chunked::from_iter_options(name, cells.map(|cell| cell?.parse().ok()))
+                    .into_column()
             }
             "product_id" | "category_id" | "user_id" => {
-                Int64Chunked::from_iter_options(name, cells.map(|cell| cell?.parse().ok())).into_column()
+                Int64Chunked::from_iter_options(name, cells.map(|cell| cell?.parse().ok()))
+                    .into_column()
             }
             _ => StringChunked::from_iter_options(name, cells).into_column(),
         }
@@ -93,11 +95,14 @@ fn parquet_gives_the_same() {
         if let Some(unit) = unit {
             let per_second = if unit == TimeUnit::Milliseconds { 1_000 } else { 1_000_000_000 };
             let seconds = csv.lines().skip(1).map(|line| {
-                let time = chrono::NaiveDateTime::parse_from_str(&line[..19], "%Y-%m-%d %H:%M:%S").unwrap();
+                let time = chrono::NaiveDateTime::parse_from_str(&line[..19], "%Y-%m-%d %H:%M:%S")
+                    .unwrap();
                 time.and_utc().timestamp() * per_second
             });
             let times = Int64Chunked::from_vec("event_time".into(), seconds.collect());
-            table.with_column(times.into_datetime(unit, Some(TimeZone::UTC)).into_column()).unwrap();
+            table
+                .with_column(times.into_datetime(unit, Some(TimeZone::UTC)).into_column())
+                .unwrap();
         }
         let path = dir.path().join("events.parquet");
         ParquetWriter::new(File::create(&path).unwrap()).finish(&mut table).unwrap();
@@ -117,7 +122,12 @@ fn optional_columns_may_be_missing() {
         })
         .collect();
     let report = run(dir.path(), &csv, |_| {}).unwrap();
-    assert_eq!(report.n_values[3..6].iter().filter(|n| **n == 0).count(), 2, "{:?}", report.n_values);
+    assert_eq!(
+        report.n_values[3..6].iter().filter(|n| **n == 0).count(),
+        2,
+        "{:?}",
+        report.n_values
+    );
     for row in crate::support::rows(&dir.path().join("out")) {
         assert!(
             row.lists["brand-list_seq"]
@@ -216,11 +226,17 @@ fn a_zip_archive_is_read_if_it_holds_one_file() {
     let n_rows = csv.lines().count() as u64 - 1;
     let read = |bytes: &[u8]| read(dir.path(), "events.csv", bytes);
     assert_eq!(read(&zip(&[("2019-Oct.csv", csv.as_bytes())])), Ok(n_rows));
-    let of_a_mac =
-        [("a/", &b""[..]), ("a/2019-Oct.csv", csv.as_bytes()), ("__MACOSX/a/._2019-Oct.csv", &b"x"[..])];
+    let of_a_mac = [
+        ("a/", &b""[..]),
+        ("a/2019-Oct.csv", csv.as_bytes()),
+        ("__MACOSX/a/._2019-Oct.csv", &b"x"[..]),
+    ];
     assert_eq!(read(&zip(&of_a_mac)), Ok(n_rows));
     let cases: &[(Files<'_>, &str)] = &[
-        (&[("a.csv", b"x"), ("b\x1b.csv", b"y")], "a zip archive with 2 files: `a.csv`, `b\\u{1b}.csv`"),
+        (
+            &[("a.csv", b"x"), ("b\x1b.csv", b"y")],
+            "a zip archive with 2 files: `a.csv`, `b\\u{1b}.csv`",
+        ),
         (&[], "a zip archive without a file"),
         (&[("xl/workbook.xml", b""), ("xl/styles.xml", b"")], "an Excel workbook"),
         (&[("word/document.xml", b""), ("[Content_Types].xml", b"")], "an Office document"),
@@ -241,7 +257,8 @@ fn a_zip_archive_is_read_if_it_holds_one_file() {
 #[test]
 fn other_formats_are_refused_by_their_kind() {
     let dir = scratch();
-    let utf16: Vec<u8> = format!("\u{feff}{}", shop(5)).encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let utf16: Vec<u8> =
+        format!("\u{feff}{}", shop(5)).encode_utf16().flat_map(u16::to_le_bytes).collect();
     let mut tar = vec![0; 1024];
     tar[257..262].copy_from_slice(b"ustar");
     let cases: &[(&[u8], &str)] = &[

@@ -41,7 +41,10 @@ fn the_golden_events_give_the_golden_sessions() {
 
     let stats = &golden["stats"];
     assert_eq!(report.rows.read, stats["csv_rows"].as_u64().unwrap());
-    assert_eq!(report.rows.read - report.rows.without_session, stats["rows_with_session"].as_u64().unwrap());
+    assert_eq!(
+        report.rows.read - report.rows.without_session,
+        stats["rows_with_session"].as_u64().unwrap()
+    );
     assert_eq!(
         report.rows.read - report.rows.without_session - report.n_repeats,
         stats["after_dedup"].as_u64().unwrap()
@@ -64,7 +67,10 @@ fn the_golden_events_give_the_golden_sessions() {
     assert_eq!(written.len(), wanted.len());
     for wanted in wanted {
         let id = wanted["uuid"].as_str().unwrap();
-        let row = written.iter().find(|row| row.session == id).unwrap_or_else(|| panic!("no session {id}"));
+        let row = written
+            .iter()
+            .find(|row| row.session == id)
+            .unwrap_or_else(|| panic!("no session {id}"));
         check_session(row, wanted);
     }
     let per_day: Vec<i64> =
@@ -99,8 +105,14 @@ fn check_statistics(workflow: &Workflow, golden: &Value) {
 fn check_vocabularies(workflow: &Workflow, golden: &Value) {
     for column in Coded::ALL.into_iter().filter(|column| *column != Coded::Session) {
         let wanted = &golden["canonical_mappings"][column.name()];
-        let (values, counts) = (wanted["values"].as_array().unwrap(), wanted["count"].as_array().unwrap());
-        assert_eq!(workflow.vocabulary(column).cardinality(), values.len() + 1, "{}", column.name());
+        let (values, counts) =
+            (wanted["values"].as_array().unwrap(), wanted["count"].as_array().unwrap());
+        assert_eq!(
+            workflow.vocabulary(column).cardinality(),
+            values.len() + 1,
+            "{}",
+            column.name()
+        );
         for (place, (value, count)) in values.iter().zip(counts).enumerate() {
             let id = place as i64 + 1;
             assert_eq!(decoded(workflow, column, id), text(value), "{} {id}", column.name());
@@ -111,7 +123,8 @@ fn check_vocabularies(workflow: &Workflow, golden: &Value) {
     // The original encodes sessions twice and breaks ties by the first code: here sessions are
     // identified by their ids.
     let wanted = &golden["canonical_mappings"]["user_session"];
-    let (values, counts) = (wanted["values"].as_array().unwrap(), wanted["count"].as_array().unwrap());
+    let (values, counts) =
+        (wanted["values"].as_array().unwrap(), wanted["count"].as_array().unwrap());
     let vocabulary = workflow.vocabulary(Coded::Session);
     assert_eq!(vocabulary.cardinality(), values.len() + 1);
     let mut by_count = Vec::new();
@@ -131,7 +144,8 @@ fn check_session(row: &Row, wanted: &Value) {
     assert_eq!(row.count, wanted["product_id-count"].as_i64().unwrap(), "{}", row.session);
     assert_eq!(row.day_index, wanted["day_index"].as_i64().unwrap(), "{}", row.session);
     for (name, values) in &row.lists {
-        let wanted: Vec<f64> = wanted[name].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+        let wanted: Vec<f64> =
+            wanted[name].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
         assert_eq!(values.len(), wanted.len(), "{} {name}", row.session);
         let is_ids = COLUMNS.iter().any(|(_, column)| column == name);
         for (found, wanted) in values.iter().zip(&wanted) {

@@ -8,7 +8,8 @@ use bireme_etl::{BadRows, Error, PreprocessOptions, first_events, preprocess};
 
 use crate::support::{HEADER, run, scratch};
 
-const ROWS: &str = "2019-10-01 10:00:00 UTC,view,11,7,,,1,1,s\n2019-10-01 10:00:05 UTC,view,22,7,,,1,1,s\n";
+const ROWS: &str =
+    "2019-10-01 10:00:00 UTC,view,11,7,,,1,1,s\n2019-10-01 10:00:05 UTC,view,22,7,,,1,1,s\n";
 
 #[test]
 fn a_file_that_is_given_twice_is_refused() {
@@ -21,9 +22,12 @@ fn a_file_that_is_given_twice_is_refused() {
     symlink(".", path("here")).unwrap();
     for again in ["x.csv", "./x.csv", "hard.csv", "soft.csv", "here/x.csv"] {
         let files = ["x.csv", "y.csv", again].map(path).to_vec();
-        let refused =
-            preprocess(&PreprocessOptions::new(files.clone(), path("out")), &mut |_| {}).unwrap_err();
-        assert!(matches!(refused, Error::SameInput { .. }) && refused.exit_code() == 2, "{refused}");
+        let refused = preprocess(&PreprocessOptions::new(files.clone(), path("out")), &mut |_| {})
+            .unwrap_err();
+        assert!(
+            matches!(refused, Error::SameInput { .. }) && refused.exit_code() == 2,
+            "{refused}"
+        );
         assert!(refused.to_string().contains(&path(again).display().to_string()), "{refused}");
         let refused = first_events(&files, 10, BadRows::Refuse).unwrap_err();
         assert!(matches!(refused, Error::SameInput { .. }), "{refused}");
@@ -59,19 +63,28 @@ fn few_events_far_from_all_others_are_named() {
     for (time, expected) in [
         (
             "1970-01-01 00:00:00",
-            "18170 days before all others: `day_index` counts from there, and the others begin at 18171",
+            "18170 days before all others: `day_index` counts from there, and the others begin at \
+             18171",
         ),
         ("0001-01-01 00:00:00", "days before all others"),
         ("9999-12-31 23:59:59", "days after all others: its `day_index` is 2914"),
         ("2021-10-01 00:00:00", "days after all others: its `day_index` is 731"),
     ] {
         // After a row without a session, which counts as a row too.
-        let csv =
-            format!("{HEADER}\n{ROWS}{}{time} UTC,view,1,7,,,1,1,bot\n{usual}", ROWS.replace(",s", ","));
+        let csv = format!(
+            "{HEADER}\n{ROWS}{}{time} UTC,view,1,7,,,1,1,bot\n{usual}",
+            ROWS.replace(",s", ",")
+        );
         let warnings = warnings(&csv, |_| {});
-        assert!(matches!(&warnings[..], [warning] if warning.contains(expected)), "{time}: {warnings:?}");
+        assert!(
+            matches!(&warnings[..], [warning] if warning.contains(expected)),
+            "{time}: {warnings:?}"
+        );
         let place = warnings[0].split(':').next().unwrap();
-        assert!(["`DIR/events.csv`, line 6", "`DIR/events.csv`, row 5"].contains(&place), "{place}");
+        assert!(
+            ["`DIR/events.csv`, line 6", "`DIR/events.csv`, row 5"].contains(&place),
+            "{place}"
+        );
     }
 }
 
@@ -92,5 +105,8 @@ fn an_extension_is_compared_with_what_it_extends() {
 fn sessions_of_one_event_are_warned_of() {
     let csv = format!("{HEADER}\n{ROWS}");
     let warned = warnings(&csv, |options| options.settings.min_length = 1);
-    assert!(matches!(&warned[..], [warning] if warning.contains("sessions of one event")), "{warned:?}");
+    assert!(
+        matches!(&warned[..], [warning] if warning.contains("sessions of one event")),
+        "{warned:?}"
+    );
 }

@@ -27,7 +27,8 @@ fn events(n: u64) -> Vec<String> {
             let (second, nanos) = (i / 20 % 60, i * 50_000_000 % 1_000_000_000 + i);
             let (minute, product, session) = (i / 1200, random.below(40), random.below(n / 8));
             format!(
-                "2019-10-{:02} 10:{minute:02}:{second:02}.{nanos:09} UTC,view,{product},{},,brand{},{}.5,1,{session:x}s",
+                "2019-10-{:02} 10:{minute:02}:{second:02}.{nanos:09} \
+                 UTC,view,{product},{},,brand{},{}.5,1,{session:x}s",
                 1 + random.below(3),
                 product % 7,
                 random.below(5),
@@ -59,7 +60,11 @@ fn the_order_of_rows_files_and_threads_leave_no_trace() {
         let first = first.get_or_insert_with(|| out.clone());
         assert!(first.keys().eq(out.keys()));
         for (path, bytes) in &out {
-            assert!(bytes == &first[path], "{}: {n_files} files, {threads} threads", path.display());
+            assert!(
+                bytes == &first[path],
+                "{}: {n_files} files, {threads} threads",
+                path.display()
+            );
         }
         for i in (1..rows.len()).rev() {
             rows.swap(i, random.below(i as u64 + 1) as usize);
@@ -137,10 +142,9 @@ fn what_is_derived_is_derived_from_seconds() {
     let times = ["10:00:00", "10:00:07", "23:59:59"];
     let out = |fraction: &str| {
         let dir = scratch();
-        let rows = times
-            .iter()
-            .zip(1..)
-            .map(|(time, product)| row(&format!("2019-10-01 {time}{fraction} UTC"), product) + "\n");
+        let rows = times.iter().zip(1..).map(|(time, product)| {
+            row(&format!("2019-10-01 {time}{fraction} UTC"), product) + "\n"
+        });
         run(dir.path(), &format!("{HEADER}\n{}", rows.collect::<String>()), |_| {}).unwrap();
         bytes(&dir.path().join("out/sessions_by_day"))
     };
@@ -152,7 +156,8 @@ fn the_latest_event_describes_a_product_also_after_an_extension() {
     let dir = scratch();
     let event = |time: &str, brand: &str, session: &str| {
         format!(
-            "{time} UTC,view,1,7,,{brand},1,1,{session}\n2019-10-03 12:00:00 UTC,view,2,7,,,1,1,{session}\n"
+            "{time} UTC,view,1,7,,{brand},1,1,{session}\n\
+             2019-10-03 12:00:00 UTC,view,2,7,,,1,1,{session}\n"
         )
     };
     let later = event("2019-10-01 10:00:00.9", "later", "a");
@@ -176,12 +181,18 @@ fn the_latest_event_describes_a_product_also_after_an_extension() {
 fn requests_in_service_are_ordered_alike() {
     let dir = scratch();
     let times = ["10:00:00.3", "10:00:00.000000001", "10:00:00", "09:59:59.9999"];
-    let rows =
-        times.iter().zip(1..).map(|(time, product)| row(&format!("2019-10-01T{time}Z"), product) + "\n");
+    let rows = times
+        .iter()
+        .zip(1..)
+        .map(|(time, product)| row(&format!("2019-10-01T{time}Z"), product) + "\n");
     run(dir.path(), &format!("{HEADER}\n{}", rows.collect::<String>()), |_| {}).unwrap();
     let workflow = Workflow::load(&dir.path().join("out").join(WORKFLOW)).unwrap();
     let id = |product: i64| {
-        i64::from(workflow.vocabulary(bireme_etl::Coded::Product).id(bireme_etl::ColumnValue::Int(product)))
+        i64::from(
+            workflow
+                .vocabulary(bireme_etl::Coded::Product)
+                .id(bireme_etl::ColumnValue::Int(product)),
+        )
     };
     let expected: Vec<i64> = [4, 3, 2, 1].map(id).to_vec();
     let settings = ServingSettings {

@@ -9,11 +9,13 @@ use bireme_etl::{Error, PreprocessOptions, PreprocessReport, preprocess};
 
 use crate::support::{HEADER, bytes, run, scratch, shop};
 
-const ROWS: &str = "2019-10-01 10:00:00 UTC,view,11,7,,,1,1,s\n2019-10-01 10:00:05 UTC,view,22,7,,,1,1,s\n";
+const ROWS: &str =
+    "2019-10-01 10:00:00 UTC,view,11,7,,,1,1,s\n2019-10-01 10:00:05 UTC,view,22,7,,,1,1,s\n";
 
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }

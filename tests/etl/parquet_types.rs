@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bireme_base::user_error::UserError;
-use bireme_etl::{BadRows, EventTime, PreprocessOptions, RawEvent, RowCounts, first_events, preprocess};
+use bireme_etl::{
+    BadRows, EventTime, PreprocessOptions, RawEvent, RowCounts, first_events, preprocess,
+};
 use parquet::basic::{Compression, Encoding};
 use parquet::column::writer::ColumnWriter;
 use parquet::data_type::{ByteArray, FixedLenByteArray, Int96};
@@ -133,7 +135,8 @@ fn read(columns: &Columns, bad_rows: BadRows) -> Result<(Vec<RawEvent>, RowCount
 }
 
 fn events(columns: &Columns) -> Vec<RawEvent> {
-    let (events, counts) = read(columns, BadRows::Refuse).unwrap_or_else(|e| panic!("{columns:?}: {e:?}"));
+    let (events, counts) =
+        read(columns, BadRows::Refuse).unwrap_or_else(|e| panic!("{columns:?}: {e:?}"));
     assert_eq!((counts.read, counts.bad, events.len()), (3, 0, 3));
     events
 }
@@ -184,9 +187,17 @@ fn ids_beyond_64_bits_are_bad_rows() {
     let (events, counts) = read(&with(column), BadRows::Skip).unwrap();
     assert_eq!((events.len(), counts.read, counts.bad), (2, 3, 1));
     let wide: [&[u8]; 3] = [&[0; 17], &[1; 17], &[0; 17]];
-    let column = ("required fixed_len_byte_array(17)", "category_id", "(DECIMAL(39,0))", Values::Bytes(wide));
+    let column = (
+        "required fixed_len_byte_array(17)",
+        "category_id",
+        "(DECIMAL(39,0))",
+        Values::Bytes(wide),
+    );
     let (_, text) = read(&with(column), BadRows::Refuse).unwrap_err();
-    assert!(text.contains("row 2, column `category_id`") && text.ends_with("64-bit integer"), "{text}");
+    assert!(
+        text.contains("row 2, column `category_id`") && text.ends_with("64-bit integer"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -204,9 +215,19 @@ fn prices_of_every_number_are_read() {
         ("required int32", "(INTEGER(8,false))", Values::Int([1, 2, 255]), [1.0, 2.0, 255.0]),
         ("required int64", "", Values::Int([1, 2, 3]), [1.0, 2.0, 3.0]),
         ("required int32", "(DECIMAL(9,2))", Values::Int([12_345, 250, 0]), [123.45, 2.5, 0.0]),
-        ("required int64", "(DECIMAL(18,4))", Values::Int([1_234_500, 25_000, 0]), [123.45, 2.5, 0.0]),
+        (
+            "required int64",
+            "(DECIMAL(18,4))",
+            Values::Int([1_234_500, 25_000, 0]),
+            [123.45, 2.5, 0.0],
+        ),
         ("required binary", "(DECIMAL(9,2))", Values::Bytes(bytes), [123.45, -0.06, 0.0]),
-        ("required fixed_len_byte_array(20)", "(DECIMAL(40,2))", Values::Bytes(wide), [123.45, 2.5, 0.0]),
+        (
+            "required fixed_len_byte_array(20)",
+            "(DECIMAL(40,2))",
+            Values::Bytes(wide),
+            [123.45, 2.5, 0.0],
+        ),
         ("required fixed_len_byte_array(2)", "(FLOAT16)", Values::Bytes(half), [1.5, 2.5, 0.0]),
         ("required binary", "(UTF8)", Values::Bytes([b"1.5", b"2e1", b"0"]), [1.5, 20.0, 0.0]),
     ] {
@@ -227,8 +248,8 @@ fn prices_of_every_number_are_read() {
 #[test]
 fn times_of_every_unit_keep_their_fractions() {
     let second = 1_577_836_800;
-    let expected =
-        [(0, 0), (1, 500_000_000), (2, 0)].map(|(s, nanos)| EventTime { seconds: second + s, nanos });
+    let expected = [(0, 0), (1, 500_000_000), (2, 0)]
+        .map(|(s, nanos)| EventTime { seconds: second + s, nanos });
     let ticks = |per_second: i64| {
         Values::Int([
             second * per_second,
@@ -258,16 +279,27 @@ fn times_of_every_unit_keep_their_fractions() {
 #[test]
 fn text_is_read_from_every_type_of_text_and_bytes_that_are_none_are_bad_rows() {
     for annotation in ["(UTF8)", "(ENUM)", "(JSON)", ""] {
-        let column =
-            ("required binary", "brand", annotation, Values::Bytes([b"a", "\u{e4}".as_bytes(), b""]));
+        let column = (
+            "required binary",
+            "brand",
+            annotation,
+            Values::Bytes([b"a", "\u{e4}".as_bytes(), b""]),
+        );
         let brands: Vec<_> = events(&with(column)).into_iter().map(|event| event.brand).collect();
         assert_eq!(brands, [Some("a".to_owned()), Some("\u{e4}".to_owned()), None]);
         for name in ["brand", "user_session", "event_time", "price", "product_id"] {
-            let mut columns =
-                with(("required binary", name, annotation, Values::Bytes([b"\xff", b"\xff", b"\xff"])));
+            let mut columns = with((
+                "required binary",
+                name,
+                annotation,
+                Values::Bytes([b"\xff", b"\xff", b"\xff"]),
+            ));
             columns[1].3 = Values::Bytes([b"view", b"view", b"view"]);
             let (code, text) = read(&columns, BadRows::Refuse).unwrap_err();
-            assert!(text.ends_with(&format!("row 1, column `{name}`: the cell is not UTF-8")), "{text}");
+            assert!(
+                text.ends_with(&format!("row 1, column `{name}`: the cell is not UTF-8")),
+                "{text}"
+            );
             assert_eq!(code, 2);
         }
     }
@@ -280,18 +312,21 @@ fn nulls_are_empty_cells() {
         let found = events(&with((kind, "category_id", annotation, Values::Nulls)));
         assert!(found.iter().all(|event| event.category_id.is_none()));
         let (_, text) =
-            read(&with((kind, "product_id", annotation, Values::Nulls)), BadRows::Refuse).unwrap_err();
+            read(&with((kind, "product_id", annotation, Values::Nulls)), BadRows::Refuse)
+                .unwrap_err();
         assert!(text.ends_with("row 1, column `product_id`: the cell is empty"), "{text}");
     }
     let (_, counts) =
-        read(&with(("optional binary", "user_session", "(UTF8)", Values::Nulls)), BadRows::Refuse).unwrap();
+        read(&with(("optional binary", "user_session", "(UTF8)", Values::Nulls)), BadRows::Refuse)
+            .unwrap();
     assert_eq!((counts.read, counts.without_session), (3, 3));
     let (_, text) =
         read(&with(("optional double", "price", "", Values::Nulls)), BadRows::Refuse).unwrap_err();
     assert!(text.ends_with("row 1, column `price`: the cell is empty"), "{text}");
 }
 
-const LIST: &str = "optional group NAME (LIST) { repeated group list { optional binary element (UTF8); } }";
+const LIST: &str =
+    "optional group NAME (LIST) { repeated group list { optional binary element (UTF8); } }";
 const STRUCT: &str = "optional group NAME { optional int32 part (DECIMAL(9,2)); }";
 const MAP: &str = "optional group NAME (MAP) { repeated group key_value { required int32 key; } }";
 
@@ -305,7 +340,12 @@ fn other_types_are_refused_by_column_and_type_and_not_looked_at_beside() {
         ("required int32", "(DECIMAL(9,2))", Values::Int([1; 3]), "DECIMAL(9,2)"),
         ("required fixed_len_byte_array(16)", "", Values::Bytes(fixed), "FIXED_LEN_BYTE_ARRAY"),
         ("required fixed_len_byte_array(16)", "(UUID)", Values::Bytes(fixed), "UUID"),
-        ("required fixed_len_byte_array(16)", "(DECIMAL(38,10))", Values::Bytes(fixed), "DECIMAL(38,10)"),
+        (
+            "required fixed_len_byte_array(16)",
+            "(DECIMAL(38,10))",
+            Values::Bytes(fixed),
+            "DECIMAL(38,10)",
+        ),
         ("required double", "", Values::Float([1.0; 3]), "DOUBLE"),
         ("required binary", "(BSON)", Values::Bytes([b"1"; 3]), "BSON"),
         ("repeated int32", "", Values::Int([1; 3]), "repeated INT32"),
@@ -315,8 +355,10 @@ fn other_types_are_refused_by_column_and_type_and_not_looked_at_beside() {
     ];
     for (kind, annotation, values, name) in cases {
         let (code, text) =
-            read(&with((kind, "product_id", annotation, values.clone())), BadRows::Refuse).unwrap_err();
-        let expected = format!("column `product_id`: an integer is needed, and the column holds {name}");
+            read(&with((kind, "product_id", annotation, values.clone())), BadRows::Refuse)
+                .unwrap_err();
+        let expected =
+            format!("column `product_id`: an integer is needed, and the column holds {name}");
         assert!(text.ends_with(&expected), "{kind}: {text}");
         assert_eq!(code, 2);
         // A column that is not used may have any type.
@@ -352,15 +394,26 @@ fn every_codec_and_encoding_gives_the_same() {
     };
     for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
         for codec in codecs {
-            check(WriterProperties::builder().set_compression(codec).set_writer_version(version).build());
+            check(
+                WriterProperties::builder()
+                    .set_compression(codec)
+                    .set_writer_version(version)
+                    .build(),
+            );
         }
-        for encoding in [Encoding::PLAIN, Encoding::DELTA_BYTE_ARRAY, Encoding::DELTA_LENGTH_BYTE_ARRAY] {
-            let builder =
-                WriterProperties::builder().set_writer_version(version).set_dictionary_enabled(false);
+        for encoding in
+            [Encoding::PLAIN, Encoding::DELTA_BYTE_ARRAY, Encoding::DELTA_LENGTH_BYTE_ARRAY]
+        {
+            let builder = WriterProperties::builder()
+                .set_writer_version(version)
+                .set_dictionary_enabled(false);
             check(builder.set_column_encoding("user_session".into(), encoding).build());
         }
-        let builder = WriterProperties::builder().set_writer_version(version).set_dictionary_enabled(false);
-        check(builder.set_column_encoding("product_id".into(), Encoding::DELTA_BINARY_PACKED).build());
+        let builder =
+            WriterProperties::builder().set_writer_version(version).set_dictionary_enabled(false);
+        check(
+            builder.set_column_encoding("product_id".into(), Encoding::DELTA_BINARY_PACKED).build(),
+        );
     }
 }
 

@@ -32,7 +32,8 @@ fn recount(path: &Path) -> Recount {
     let mut n_rows = 0;
     for row in reader.records().map(Result::unwrap).filter(|row| row.len() == header.len()) {
         n_rows += 1;
-        let time = NaiveDateTime::parse_from_str(&row[at("event_time")], "%Y-%m-%d %H:%M:%S UTC").unwrap();
+        let time =
+            NaiveDateTime::parse_from_str(&row[at("event_time")], "%Y-%m-%d %H:%M:%S UTC").unwrap();
         if !row[at("user_session")].is_empty() {
             let session = row[at("user_session")].to_string();
             events.entry(session).or_default().push((time.and_utc().timestamp(), row));
@@ -52,19 +53,33 @@ fn recount(path: &Path) -> Recount {
         rows.sort_by_key(|(time, _)| *time);
         let mut kept: Vec<(i64, csv::StringRecord)> = Vec::new();
         for row in rows {
-            if kept.last().is_some_and(|(_, last)| last[at("product_id")] == row.1[at("product_id")]) {
+            if kept
+                .last()
+                .is_some_and(|(_, last)| last[at("product_id")] == row.1[at("product_id")])
+            {
                 found.n_repeats += 1;
             } else {
                 kept.push(row);
             }
         }
         for (_, row) in &kept {
-            for (column, value) in header.iter().zip(row.iter()).filter(|(_, value)| !value.is_empty()) {
-                *found.values.entry(column.clone()).or_default().entry(value.to_owned()).or_default() += 1;
+            for (column, value) in
+                header.iter().zip(row.iter()).filter(|(_, value)| !value.is_empty())
+            {
+                *found
+                    .values
+                    .entry(column.clone())
+                    .or_default()
+                    .entry(value.to_owned())
+                    .or_default() += 1;
             }
         }
         if kept.len() >= 2 {
-            found.sessions.entry((kept[0].0 - first) / 86_400 + 1).or_default().insert(session.clone());
+            found
+                .sessions
+                .entry((kept[0].0 - first) / 86_400 + 1)
+                .or_default()
+                .insert(session.clone());
         }
         let products = kept.iter().map(|(_, row)| row[at("product_id")].parse().unwrap()).collect();
         found.products_of.insert(session, products);
@@ -89,7 +104,10 @@ fn check(path: &Path, bad_rows: BadRows) -> (PreprocessReport, Recount) {
         let products = &recount.products_of[&row.session];
         assert_eq!(row.count as usize, products.len(), "{}", row.session);
         assert_eq!(row.products, products[..products.len().min(20)], "{}", row.session);
-        assert!(written.entry(row.day_index).or_default().insert(row.session), "a session is there twice");
+        assert!(
+            written.entry(row.day_index).or_default().insert(row.session),
+            "a session is there twice"
+        );
     }
     assert_eq!(written, recount.sessions);
 
@@ -108,7 +126,12 @@ fn check(path: &Path, bad_rows: BadRows) -> (PreprocessReport, Recount) {
         });
         for (place, (count, value)) in ranked.into_iter().enumerate() {
             let id = place as u32 + 2;
-            assert_eq!(decoded(&workflow, column, i64::from(id)), Some(value), "{} {id}", column.name());
+            assert_eq!(
+                decoded(&workflow, column, i64::from(id)),
+                Some(value),
+                "{} {id}",
+                column.name()
+            );
             assert_eq!(vocabulary.count(id).map(u64::from), Some(count), "{} {id}", column.name());
         }
     }
@@ -138,7 +161,8 @@ fn the_cut_row_at_the_end_of_october_is_named() {
     let lines = std::fs::read_to_string(&path).unwrap().lines().count() as u64;
     let dir = scratch();
     let error =
-        preprocess(&PreprocessOptions::new(vec![path], dir.path().join("out")), &mut |_| {}).unwrap_err();
+        preprocess(&PreprocessOptions::new(vec![path], dir.path().join("out")), &mut |_| {})
+            .unwrap_err();
     let Error::BadRow { number, column, problem, place, .. } = &error else { panic!("{error}") };
     assert_eq!((*place, *number, column.as_str()), ("line", lines, "user_session"));
     assert!(problem.contains("8 fields instead of 9"), "{problem}");

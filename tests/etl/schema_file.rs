@@ -15,7 +15,10 @@ fn the_schema_holds_for_every_row() {
     assert_eq!(schema.features.len(), 10);
     let item = schema.item_id().unwrap();
     assert_eq!(item.name, "product_id-list_seq");
-    assert_eq!(item.cardinality().unwrap() as usize, workflow.vocabulary(Coded::Product).cardinality());
+    assert_eq!(
+        item.cardinality().unwrap() as usize,
+        workflow.vocabulary(Coded::Product).cardinality()
+    );
     for day in days(&out) {
         for split in Split::ALL {
             let table = read(&out.join(SESSIONS_BY_DAY).join(day.to_string()).join(split.file()));
@@ -34,7 +37,11 @@ fn the_schema_holds_for_every_row() {
                 };
                 let values = values.cast(&DataType::Float64).unwrap();
                 for value in values.f64().unwrap().into_no_null_iter() {
-                    assert!((min..=max).contains(&value), "{}: {value} is not in {min}..{max}", feature.name);
+                    assert!(
+                        (min..=max).contains(&value),
+                        "{}: {value} is not in {min}..{max}",
+                        feature.name
+                    );
                 }
             }
         }

@@ -65,11 +65,16 @@ fn unknown_values_are_served_as_unknown() {
     let workflow = Workflow::load(&dir.path().join("out").join(WORKFLOW)).unwrap();
     let time = "2030-01-01 00:00:00 UTC";
     let csv = format!(
-        "{HEADER}\n{time},swipe,99999999,7,no.such,nobody,10,1,new-a\n{time},view,1000,8,,,5,1,new-b\n\
+        "{HEADER}\n\
+         {time},swipe,99999999,7,no.such,nobody,10,1,new-a\n{time},view,1000,8,,,5,1,new-b\n\
          {time},view,99999998,9,,,12,1,new-a\n{time},view,1001,8,,,5,1,new-b\n"
     );
     let applied = workflow.apply(&table(&csv), &workflow.statistics.settings).unwrap();
-    assert_eq!(applied.session_ids, ["new-a", "new-b"], "both new sessions, in the order in which they came");
+    assert_eq!(
+        applied.session_ids,
+        ["new-a", "new-b"],
+        "both new sessions, in the order in which they came"
+    );
     let ids = |name: &str, row: usize| -> Vec<i64> {
         let lists = applied.sessions.column(name).unwrap().list().unwrap().clone();
         lists.get_as_series(row).unwrap().i64().unwrap().into_no_null_iter().collect()
@@ -120,7 +125,9 @@ fn preprocessor(dir: &std::path::Path, max_length: usize) -> Preprocessor {
     let columns = [("product_id-list_seq", true), ("price_log_norm-list_seq", false)];
     let settings = ServingSettings {
         max_length,
-        columns: columns.map(|(column, is_categorical)| ModelColumn::new(column, is_categorical)).to_vec(),
+        columns: columns
+            .map(|(column, is_categorical)| ModelColumn::new(column, is_categorical))
+            .to_vec(),
         top_k: 20,
         max_top_k: 100,
         max_sessions: 3,
@@ -130,7 +137,10 @@ fn preprocessor(dir: &std::path::Path, max_length: usize) -> Preprocessor {
 }
 
 fn output<'a>(outputs: &'a [Tensor], name: &str) -> &'a Tensor {
-    outputs.iter().find(|tensor| tensor.name == name).unwrap_or_else(|| panic!("no output `{name}`"))
+    outputs
+        .iter()
+        .find(|tensor| tensor.name == name)
+        .unwrap_or_else(|| panic!("no output `{name}`"))
 }
 
 #[test]
@@ -162,7 +172,11 @@ fn a_request_becomes_padded_rows_in_its_own_order() {
     let outputs = preprocessor.apply(&views, &seen).unwrap();
     assert_eq!(output(&outputs, "session").view().texts().unwrap(), ["z", "y", "x"]);
     let ints = |name: &str| output(&outputs, name).view().i64s().unwrap();
-    assert_eq!(ints("product_id_list_seq"), [3, 4, 5, 2, 0, 0, 1, 0, 0], "the last three events of `z`");
+    assert_eq!(
+        ints("product_id_list_seq"),
+        [3, 4, 5, 2, 0, 0, 1, 0, 0],
+        "the last three events of `z`"
+    );
     assert_eq!(ints("length"), [3, 1, 1]);
     assert_eq!(output(&outputs, "hidden").shape, [3, 4], "all four items of `z` have been seen");
     assert_eq!(ints("hidden"), [2, 3, 4, 5, 2, 0, 0, 0, 1, 0, 0, 0]);
@@ -170,8 +184,12 @@ fn a_request_becomes_padded_rows_in_its_own_order() {
     let prices = output(&outputs, "price_log_norm_list_seq").view().f32s().unwrap();
     assert!(prices[0] != 0.0 && prices[4] == 0.0 && prices.iter().all(|price| price.is_finite()));
 
-    let top_k =
-        Tensor { name: "top_k".into(), datatype: Type::Int32, shape: vec![1], data: vec![7, 0, 0, 0] };
+    let top_k = Tensor {
+        name: "top_k".into(),
+        datatype: Type::Int32,
+        shape: vec![1],
+        data: vec![7, 0, 0, 0],
+    };
     views.push(top_k.view());
     let outputs = preprocessor.apply(&views, &[]).unwrap();
     assert_eq!(output(&outputs, "places").shape, [3, 7]);
@@ -212,12 +230,21 @@ fn requests_that_make_no_sense_get_one_line() {
             refused(&set("product_id", Tensor::ints("product_id", &[2, 1], [1, 2]))),
             "has 2 rows, input `event_time` 1",
         ),
-        (refused(&set("user_session", Tensor::texts("user_session", &[1, 1], [""]))), "none of the 1 rows"),
+        (
+            refused(&set("user_session", Tensor::texts("user_session", &[1, 1], [""]))),
+            "none of the 1 rows",
+        ),
         (refused(&|tensors| *tensors = request(HEADER)), "none of the 0 rows"),
-        (refused(&|tensors| *tensors = request(&many)), "the request holds 4 sessions, and at most 3"),
+        (
+            refused(&|tensors| *tensors = request(&many)),
+            "the request holds 4 sessions, and at most 3",
+        ),
     ];
     for (message, expected) in cases {
-        assert!(message.contains(expected) && !message.contains('\n'), "{message:?} lacks {expected:?}");
+        assert!(
+            message.contains(expected) && !message.contains('\n'),
+            "{message:?} lacks {expected:?}"
+        );
     }
 }
 
@@ -226,18 +253,23 @@ fn a_product_is_described_by_its_latest_event() {
     let dir = scratch();
     let csv = format!(
         "{HEADER}\n2019-10-01 00:00:00 UTC,view,5,7,old.code,old,10,1,s\n\
-         2019-10-01 00:00:09 UTC,view,5,7,new.code,,12.5,1,t\n2019-10-01 00:00:05 UTC,view,6,7,,b,1,1,s\n\
+         2019-10-01 00:00:09 UTC,view,5,7,new.code,,12.5,1,t\n\
+         2019-10-01 00:00:05 UTC,view,6,7,,b,1,1,s\n\
          2019-10-01 00:00:07 UTC,view,6,7,,b,2,1,t\n"
     );
     run(dir.path(), &csv, |_| {}).unwrap();
     let workflow = Workflow::load(&dir.path().join("out").join(WORKFLOW)).unwrap();
-    let five = ProductInWords { product_id: 5, category_code: Some("new.code"), brand: None, price: 12.5 };
+    let five =
+        ProductInWords { product_id: 5, category_code: Some("new.code"), brand: None, price: 12.5 };
     let six = ProductInWords { product_id: 6, category_code: None, brand: Some("b"), price: 2.0 };
     assert_eq!(workflow.product(5), Some(five));
     assert_eq!(workflow.product(6), Some(six));
     assert_eq!(workflow.product(7), None);
     let without = workflow.without_visitors();
-    assert_eq!((without.vocabulary(Coded::Session).len(), without.vocabulary(Coded::Product).len()), (0, 2));
+    assert_eq!(
+        (without.vocabulary(Coded::Session).len(), without.vocabulary(Coded::Product).len()),
+        (0, 2)
+    );
 }
 
 #[test]

@@ -20,9 +20,12 @@ fn session(rows: &[Row], id: &str) -> Row {
 
 #[test]
 fn the_first_or_the_last_events_are_kept() {
-    for (keep, max_length, first, last) in
-        [(Keep::First, 20, 1, 20), (Keep::Last, 20, 11, 30), (Keep::First, 5, 1, 5), (Keep::Last, 50, 1, 30)]
-    {
+    for (keep, max_length, first, last) in [
+        (Keep::First, 20, 1, 20),
+        (Keep::Last, 20, 11, 30),
+        (Keep::First, 5, 1, 5),
+        (Keep::Last, 50, 1, 30),
+    ] {
         let dir = scratch();
         run(dir.path(), &long_and_short(), |options| {
             options.settings.keep = keep;
@@ -40,7 +43,8 @@ fn sessions_that_are_too_short_are_left_out_and_still_counted() {
     for (min_length, kept) in [(1, 3), (2, 2), (3, 1)] {
         let dir = scratch();
         let report =
-            run(dir.path(), &long_and_short(), |options| options.settings.min_length = min_length).unwrap();
+            run(dir.path(), &long_and_short(), |options| options.settings.min_length = min_length)
+                .unwrap();
         let out = dir.path().join("out");
         assert_eq!(rows(&out).len(), kept);
         assert_eq!((report.n_sessions, report.n_short), (3, 3 - kept as u64));
@@ -53,7 +57,8 @@ fn sessions_that_are_too_short_are_left_out_and_still_counted() {
 fn repeats_go_whatever_their_type_and_equal_seconds_stay_in_file_order() {
     let dir = scratch();
     let csv = format!(
-        "{HEADER}\n2020-01-01 00:00:09 UTC,view,3,1,,,1,1,a\n2020-01-01 00:00:05 UTC,view,7,1,,,1,1,a\n\
+        "{HEADER}\n2020-01-01 00:00:09 UTC,view,3,1,,,1,1,a\n\
+         2020-01-01 00:00:05 UTC,view,7,1,,,1,1,a\n\
          2020-01-01 00:00:05 UTC,cart,7,1,,,1,1,a\n2020-01-01 00:00:05 UTC,view,5,1,,,1,1,a\n\
          2020-01-01 00:00:05 UTC,purchase,7,1,,,1,1,a\n2020-01-01 00:00:09 UTC,view,2,1,,,1,1,a\n"
     );
@@ -66,7 +71,8 @@ fn repeats_go_whatever_their_type_and_equal_seconds_stay_in_file_order() {
 fn days_choose_events_by_the_calendar_and_first_times_know_them_all() {
     let dir = scratch();
     let csv = format!(
-        "{HEADER}\n2020-01-01 12:00:00 UTC,view,1,1,,,1,1,a\n2020-01-01 12:00:01 UTC,view,2,1,,,1,1,a\n\
+        "{HEADER}\n2020-01-01 12:00:00 UTC,view,1,1,,,1,1,a\n\
+         2020-01-01 12:00:01 UTC,view,2,1,,,1,1,a\n\
          2020-01-02 23:59:58 UTC,view,1,1,,,1,1,b\n2020-01-02 23:59:59 UTC,view,3,1,,,1,1,b\n\
          2020-01-03 00:00:00 UTC,view,4,1,,,1,1,b\n2020-01-03 13:00:00 UTC,view,4,1,,,1,1,c\n\
          2020-01-03 13:00:01 UTC,view,1,1,,,1,1,c\n"
@@ -90,7 +96,9 @@ fn days_choose_events_by_the_calendar_and_first_times_know_them_all() {
     // 1.4999.. days and 0 days: (x - mean) / std of two values is plus and minus the root of a
     // half.
     let recency = &rows[0].lists["product_recency_days_log_norm-list_seq"];
-    assert!((recency[0] - 0.5_f64.sqrt()).abs() < 1e-6 && (recency[1] + 0.5_f64.sqrt()).abs() < 1e-6);
+    assert!(
+        (recency[0] - 0.5_f64.sqrt()).abs() < 1e-6 && (recency[1] + 0.5_f64.sqrt()).abs() < 1e-6
+    );
 }
 
 #[test]

@@ -42,7 +42,10 @@ fn the_split_does_not_depend_on_the_order_of_the_rows() {
     run(a.path(), &csv, |_| {}).unwrap();
     run(b.path(), &shuffled, |_| {}).unwrap();
     let splits = |dir: &std::path::Path| -> BTreeMap<String, (i64, Split)> {
-        rows(&dir.join("out")).into_iter().map(|row| (row.session, (row.day_index, row.split))).collect()
+        rows(&dir.join("out"))
+            .into_iter()
+            .map(|row| (row.session, (row.day_index, row.split)))
+            .collect()
     };
     let (a, b) = (splits(a.path()), splits(b.path()));
     let common: Vec<_> = a.keys().filter(|id| b.contains_key(*id)).collect();

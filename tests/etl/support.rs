@@ -6,8 +6,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use bireme_etl::{
-    Coded, ColumnValue, Error, PreprocessOptions, PreprocessReport, SESSIONS_BY_DAY, Split, WORKFLOW,
-    Workflow, preprocess,
+    Coded, ColumnValue, Error, PreprocessOptions, PreprocessReport, SESSIONS_BY_DAY, Split,
+    WORKFLOW, Workflow, preprocess,
 };
 use polars::prelude::*;
 use tempfile::TempDir;
@@ -54,15 +54,23 @@ pub fn shop(n_sessions: u64) -> String {
         for _ in 0..length {
             let product = 1000 + random.below(30) * random.below(30);
             let category = 2_053_013_552_000_000_000 + product % 17;
-            let code =
-                if product.is_multiple_of(3) { String::new() } else { format!("kind.{}", product % 7) };
-            let brand =
-                if product.is_multiple_of(5) { String::new() } else { format!("brand{}", product % 11) };
+            let code = if product.is_multiple_of(3) {
+                String::new()
+            } else {
+                format!("kind.{}", product % 7)
+            };
+            let brand = if product.is_multiple_of(5) {
+                String::new()
+            } else {
+                format!("brand{}", product % 11)
+            };
             let kind = ["view", "view", "view", "cart", "purchase"][random.below(5) as usize];
             let price = (product % 97) as f64 * 1.37 + random.below(5) as f64;
             let time_text = text_of(time);
             let id = format!("{session:08x}-aaaa");
-            let row = format!("{time_text},{kind},{product},{category},{code},{brand},{price},{user},{id}");
+            let row = format!(
+                "{time_text},{kind},{product},{category},{code},{brand},{price},{user},{id}"
+            );
             rows.push((random.below(1_000_000), row.clone()));
             if random.below(4) == 0 {
                 rows.push((random.below(1_000_000), row));
@@ -127,8 +135,9 @@ pub fn rows(out: &Path) -> Vec<Row> {
 
 /// The rows of a table, as if in train of day 0.
 pub fn table_rows(table: &DataFrame, workflow: &Workflow) -> Vec<Row> {
-    let ints =
-        |name: &str| -> Vec<i64> { table.column(name).unwrap().i64().unwrap().into_no_null_iter().collect() };
+    let ints = |name: &str| -> Vec<i64> {
+        table.column(name).unwrap().i64().unwrap().into_no_null_iter().collect()
+    };
     let (sessions, counts) = (ints("user_session"), ints("product_id-count"));
     let lists: Vec<_> = (table.columns().iter())
         .filter(|column| column.name().ends_with("-list_seq"))
@@ -143,7 +152,8 @@ pub fn table_rows(table: &DataFrame, workflow: &Workflow) -> Vec<Row> {
             };
             let lists: BTreeMap<_, _> = lists.iter().map(values).collect();
             let products = lists["product_id-list_seq"].iter();
-            let decode = |id: &f64| decoded(workflow, Coded::Product, *id as i64).expect("a known product");
+            let decode =
+                |id: &f64| decoded(workflow, Coded::Product, *id as i64).expect("a known product");
             Row {
                 day_index: 0,
                 split: Split::Train,
@@ -165,8 +175,9 @@ pub fn decoded(workflow: &Workflow, column: Coded, id: i64) -> Option<String> {
 
 pub fn days(out: &Path) -> Vec<i64> {
     let entries = fs::read_dir(out.join(SESSIONS_BY_DAY)).expect("the days are there");
-    let mut days: Vec<i64> =
-        entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+    let mut days: Vec<i64> = entries
+        .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
+        .collect();
     days.sort_unstable();
     days
 }
@@ -185,7 +196,10 @@ pub fn bytes(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
             if path.is_dir() {
                 folders.push(path);
             } else {
-                found.insert(path.strip_prefix(dir).unwrap().to_path_buf(), fs::read(&path).unwrap());
+                found.insert(
+                    path.strip_prefix(dir).unwrap().to_path_buf(),
+                    fs::read(&path).unwrap(),
+                );
             }
         }
     }

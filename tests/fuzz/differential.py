@@ -17,6 +17,7 @@ import gzip
 import io
 import pathlib
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -28,7 +29,9 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-HEADER = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session".split(",")
+HEADER = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session".split(
+    ","
+)
 N = len(HEADER)
 TIME, TYPE, PRODUCT, CATEGORY, CODE, BRAND, PRICE, USER, SESSION = range(N)
 INTS = (PRODUCT, CATEGORY, USER)
@@ -76,9 +79,12 @@ def scan(data, at):
 
 
 def is_time(text):
+    # `strptime` also takes other white space for a space.
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", text, re.ASCII):
+        return False
     try:
         datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S UTC")
-        return len(text) == 23
+        return True
     except ValueError:
         return False
 
@@ -99,12 +105,14 @@ def row(fields, names, checked=False):
     """The cells by column, None without a session, False for a bad row."""
     if len(fields) != len(names):
         return False
-    try:
-        cells = {name: field.decode() for name, field in zip(names, fields) if name in HEADER}
-    except UnicodeDecodeError:
-        return False
+    cells = {name: field for name, field in zip(names, fields) if name in HEADER}
+    # The other cells of a row without a session are not looked at.
     if not cells["user_session"] and not checked:
         return None
+    try:
+        cells = {name: cell.decode() for name, cell in cells.items()}
+    except UnicodeDecodeError:
+        return False
     good = is_time(cells["event_time"]) and is_price(cells["price"]) and is_int(cells["product_id"])
     for name in ("category_id", "user_id"):
         good = good and (not cells.get(name) or is_int(cells[name]))
@@ -192,9 +200,33 @@ def read_csv(data):
 
 # Hostile files.
 
-TEXTS = ["", "acme", "a b", "größer", "24\" tv", "x\u2028y", "a\rb", " ", "'", "\\", "\\N", "NULL", "\x00", "0" * 50]
-QUOTED = ['"a,b"', '"two\nlines"', '"a""b"', '""', '"\n\n"', '"""', '"a\r\nb"', '"a,b,c\n,,,,,,,,\nd"']
-WRONG = ['"24 inch', '"LG" 24"', '"', '"a" ', '"a"b', '"""x"" y', '"a,b', 'x,y', '"\n']
+TEXTS = [
+    "",
+    "acme",
+    "a b",
+    "größer",
+    '24" tv',
+    "x\u2028y",
+    "a\rb",
+    " ",
+    "'",
+    "\\",
+    "\\N",
+    "NULL",
+    "\x00",
+    "0" * 50,
+]
+QUOTED = [
+    '"a,b"',
+    '"two\nlines"',
+    '"a""b"',
+    '""',
+    '"\n\n"',
+    '"""',
+    '"a\r\nb"',
+    '"a,b,c\n,,,,,,,,\nd"',
+]
+WRONG = ['"24 inch', '"LG" 24"', '"', '"a" ', '"a"b', '"""x"" y', '"a,b', "x,y", '"\n']
 
 
 def csv_file(rng, next_product):
@@ -238,7 +270,9 @@ def csv_file(rng, next_product):
         data = bytearray(data)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(",".join(names)) + 1, len(data) + 1)
-            data[at : at + rng.randint(0, 1)] = rng.choice([b'"', b",", b"\n", b"\r", b"\xff", b"", b"\x00"])
+            data[at : at + rng.randint(0, 1)] = rng.choice(
+                [b'"', b",", b"\n", b"\r", b"\xff", b"", b"\x00"]
+            )
         data = bytes(data)
     return rng.choice([b"", b"\xef\xbb\xbf"]) + data
 
@@ -253,7 +287,9 @@ def packed(rng, data):
         return gzip.compress(data[:at]) + gzip.compress(data[at:])
     if kind == "zip":
         out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])) as archive:
+        with zipfile.ZipFile(
+            out, "w", rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+        ) as archive:
             archive.writestr("events.csv", data)
         return out.getvalue()
     return data
@@ -261,13 +297,26 @@ def packed(rng, data):
 
 def parquet_file(rng, next_product, path):
     n = rng.choice([1, 5, 100, 3000])
-    ints = rng.choice([pa.int64(), pa.int32(), pa.uint32(), pa.uint64(), pa.decimal128(20, 0), pa.string()])
-    small = rng.choice([pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int64()])
-    stamp = rng.choice([pa.timestamp("ms"), pa.timestamp("us", "UTC"), pa.timestamp("ns"), pa.string()])
-    price = rng.choice(
-        [pa.float64(), pa.float32(), pa.decimal128(9, 2), pa.decimal256(50, 4), pa.int32(), pa.string()]
+    ints = rng.choice(
+        [pa.int64(), pa.int32(), pa.uint32(), pa.uint64(), pa.decimal128(20, 0), pa.string()]
     )
-    text = rng.choice([pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()])
+    small = rng.choice([pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int64()])
+    stamp = rng.choice(
+        [pa.timestamp("ms"), pa.timestamp("us", "UTC"), pa.timestamp("ns"), pa.string()]
+    )
+    price = rng.choice(
+        [
+            pa.float64(),
+            pa.float32(),
+            pa.decimal128(9, 2),
+            pa.decimal256(50, 4),
+            pa.int32(),
+            pa.string(),
+        ]
+    )
+    text = rng.choice(
+        [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()]
+    )
     maybe = lambda value: value if rng.random() < 0.8 else None
     start = datetime.datetime(2020, 1, 1)
     times = [start + datetime.timedelta(seconds=rng.randint(0, 10**6)) for _ in range(n)]
@@ -277,16 +326,33 @@ def parquet_file(rng, next_product, path):
     if pa.types.is_decimal(price):
         prices = [decimal.Decimal(p) / 4 for p in prices]
     encode = (lambda t: t.encode()) if text == pa.binary() else (lambda t: t)
-    number = (lambda i: str(i)) if ints == pa.string() else (lambda i: decimal.Decimal(i)) if pa.types.is_decimal(ints) else (lambda i: i)
+    number = (
+        (lambda i: str(i))
+        if ints == pa.string()
+        else (lambda i: decimal.Decimal(i))
+        if pa.types.is_decimal(ints)
+        else (lambda i: i)
+    )
     columns = {
         "event_time": pa.array(times, stamp),
-        "event_type": pa.array([encode(rng.choice(["view", "cart"])) for _ in range(n)], text if text == pa.binary() else pa.string()),
+        "event_type": pa.array(
+            [encode(rng.choice(["view", "cart"])) for _ in range(n)],
+            text if text == pa.binary() else pa.string(),
+        ),
         "product_id": pa.array([number(next_product()) for _ in range(n)], ints),
         "category_id": pa.array([maybe(rng.randint(0, 100)) for _ in range(n)], small),
-        "brand": pa.array([None if (b := maybe(rng.choice(TEXTS))) is None else encode(b) for _ in range(n)], pa.string() if pa.types.is_dictionary(text) else text),
+        "brand": pa.array(
+            [None if (b := maybe(rng.choice(TEXTS))) is None else encode(b) for _ in range(n)],
+            pa.string() if pa.types.is_dictionary(text) else text,
+        ),
         "price": pa.array([str(p) for p in prices] if price == pa.string() else prices, price),
-        "user_session": pa.array([maybe(f"s{rng.randint(0, n // 3)}") for _ in range(n)], pa.string()),
-        "beside": pa.array([rng.choice([[decimal.Decimal(1)], None, []]) for _ in range(n)], pa.list_(pa.decimal128(9, 2))),
+        "user_session": pa.array(
+            [maybe(f"s{rng.randint(0, n // 3)}") for _ in range(n)], pa.string()
+        ),
+        "beside": pa.array(
+            [rng.choice([[decimal.Decimal(1)], None, []]) for _ in range(n)],
+            pa.list_(pa.decimal128(9, 2)),
+        ),
     }
     if pa.types.is_dictionary(text):
         columns["brand"] = columns["brand"].dictionary_encode()
@@ -307,7 +373,13 @@ def parquet_file(rng, next_product, path):
     rows = []
     for cells in back:
         if cells["user_session"]:
-            rows.append({name: str(text_of(cells[name])) if cells.get(name) is not None else "" for name in HEADER if name in cells})
+            rows.append(
+                {
+                    name: str(text_of(cells[name])) if cells.get(name) is not None else ""
+                    for name in HEADER
+                    if name in cells
+                }
+            )
     return rows, len(back) - len(rows)
 
 
@@ -322,8 +394,20 @@ def run(bireme, path, *flags):
     """Runs the command with bounded memory and time."""
     with tempfile.TemporaryDirectory() as out:
         limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-        command = [bireme, "preprocess", "--events", str(path), "--out", out + "/o", "--min-length", "1", *flags]
-        done = subprocess.run(command, capture_output=True, timeout=60, preexec_fn=limit, check=False)
+        command = [
+            bireme,
+            "preprocess",
+            "--events",
+            str(path),
+            "--out",
+            out + "/o",
+            "--min-length",
+            "1",
+            *flags,
+        ]
+        done = subprocess.run(
+            command, capture_output=True, timeout=60, preexec_fn=limit, check=False
+        )
     error = done.stderr.decode(errors="replace")
     if done.returncode not in (0, 2) or "panicked" in error:
         raise Different(f"exit code {done.returncode}: {error[-500:]}")
@@ -378,16 +462,26 @@ def check_csv_module(data, rows, bad, without):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bireme", default="target/debug/bireme")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--format", choices=["csv", "parquet"], help="only files of this format")
     parser.add_argument("--keep", type=pathlib.Path, default=pathlib.Path("differences"))
     options = parser.parse_args()
-    began, seed, counts = time.monotonic(), options.seed, {"csv": 0, "parquet": 0, "broken": 0, "python": 0}
+    began, seed, counts = (
+        time.monotonic(),
+        options.seed,
+        {"csv": 0, "parquet": 0, "broken": 0, "python": 0},
+    )
     n_different = 0
-    kinds = {"csv": ["csv"], "parquet": ["parquet", "broken"], None: ["csv", "csv", "parquet", "broken"]}
+    kinds = {
+        "csv": ["csv"],
+        "parquet": ["parquet", "broken"],
+        None: ["csv", "csv", "parquet", "broken"],
+    }
     while time.monotonic() - began < options.seconds and n_different < 10:
         seed += 1
         rng = random.Random(seed)
@@ -415,7 +509,11 @@ def main():
                             del data[rng.randrange(4, len(data)) :]
                         for _ in range(rng.randint(1, 4)):
                             # Mostly the footer and page headers, which hold sizes.
-                            at = rng.randrange(len(data)) if rng.random() < 0.5 else -1 - rng.randrange(min(len(data), 2000))
+                            at = (
+                                rng.randrange(len(data))
+                                if rng.random() < 0.5
+                                else -1 - rng.randrange(min(len(data), 2000))
+                            )
                             data[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
                         path.write_bytes(data)
                         run(options.bireme, path, "--skip-bad-rows")

@@ -4,8 +4,8 @@
 # usage: tests/fuzz/run.sh TARGET SECONDS   fuzz `request`, `schema`, `workflow` or `events`
 #        tests/fuzz/run.sh TARGET keep      replace the seeds in git by at most 15 that cover as much
 #
-# Needs `cargo install cargo-fuzz`. Found inputs wait in tests/fuzz/target/found/TARGET for `keep`, and
-# an input that fails is in tests/fuzz/artifacts/TARGET.
+# Needs `cargo install cargo-fuzz`. Found inputs wait in tests/fuzz/target/found/TARGET for `keep`,
+# and an input that fails is in tests/fuzz/artifacts/TARGET.
 # Exit codes: 0 nothing failed; 2 wrong arguments; else that of `cargo fuzz`.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use bireme_etl::serving::{INPUTS, ModelColumn, Preprocessor, ServingSettings};
-use bireme_etl::{BadRows, PreprocessOptions, Schema, WORKFLOW, Workflow, first_events, preprocess};
+use bireme_etl::{
+    BadRows, PreprocessOptions, Schema, WORKFLOW, Workflow, first_events, preprocess,
+};
 use bireme_protocol::TensorView;
 use bireme_serve::model_config::{ParsedConfig, from_text, to_text};
 use bireme_serve::protocol::{ModelConfig, ModelInferRequest, ModelInput};
@@ -19,13 +21,14 @@ use prost::Message;
 use tempfile::TempDir;
 
 /// Three days of a shop with three products.
-const EVENTS: &str = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session
-2019-10-01 00:00:00 UTC,view,1003461,2053013555631882655,electronics.smartphone,xiaomi,489.07,520088904,aa
+const EVENTS: &str = "\
+event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session
+2019-10-01 00:00:00 UTC,view,1003461,2053013555631882655,phones,xiaomi,489.07,52,aa
 2019-10-01 00:00:05 UTC,cart,1003462,2053013555631882655,,,1.5,520088904,aa
-2019-10-01 12:00:00 UTC,view,1003461,2053013555631882655,electronics.smartphone,xiaomi,489.07,,bb
-2019-10-02 00:00:00 UTC,purchase,5000088,2053013566100866035,appliances.sewing_machine,janome,293.65,530496790,bb
+2019-10-01 12:00:00 UTC,view,1003461,2053013555631882655,phones,xiaomi,489.07,,bb
+2019-10-02 00:00:00 UTC,purchase,5000088,2053013566100866035,sewing,janome,293.65,53,bb
 2019-10-02 00:00:09 UTC,view,1003462,2053013555631882655,,,1.5,520088904,cc
-2019-10-03 00:00:00 UTC,view,1003461,2053013555631882655,electronics.smartphone,xiaomi,489.07,520088904,cc
+2019-10-03 00:00:00 UTC,view,1003461,2053013555631882655,phones,xiaomi,489.07,52,cc
 ";
 
 /// The folder of a fitted workflow.
@@ -39,9 +42,11 @@ static SHOP: LazyLock<TempDir> = LazyLock::new(|| {
 });
 
 static PREPROCESSOR: LazyLock<Preprocessor> = LazyLock::new(|| {
-    let workflow = Workflow::load(&SHOP.path().join("out").join(WORKFLOW)).expect("it has just been written");
+    let workflow =
+        Workflow::load(&SHOP.path().join("out").join(WORKFLOW)).expect("it has just been written");
     let columns = [("product_id-list_seq", true), ("price_log_norm-list_seq", false)];
-    let columns = columns.map(|(name, is_categorical)| ModelColumn::new(name, is_categorical)).into();
+    let columns =
+        columns.map(|(name, is_categorical)| ModelColumn::new(name, is_categorical)).into();
     let settings = ServingSettings {
         max_length: 20,
         columns,
@@ -133,9 +138,13 @@ pub fn workflow(bytes: &[u8]) {
     let settings = PREPROCESSOR.settings().clone();
     let events = dir.path().join("events.csv");
     fs::write(&events, EVENTS).expect("events are written");
-    let (events, _) = first_events(&[events], 10, BadRows::Refuse).expect("these events are in order");
+    let (events, _) =
+        first_events(&[events], 10, BadRows::Refuse).expect("these events are in order");
     let inputs = bireme_etl::serving::request(&events, 5, true);
-    serve(&Preprocessor::new(workflow, settings), &InferRequest { inputs, ..InferRequest::default() });
+    serve(
+        &Preprocessor::new(workflow, settings),
+        &InferRequest { inputs, ..InferRequest::default() },
+    );
 }
 
 fn copy(from: &Path, to: &Path, files: &mut Vec<std::path::PathBuf>) {
@@ -163,7 +172,8 @@ pub fn events(bytes: &[u8]) {
         options.bad_rows = if refused { BadRows::Skip } else { BadRows::Refuse };
         options.n_buckets = Some(2);
         if preprocess(&options, &mut |_| {}).is_ok() {
-            Workflow::load(&options.out.join(WORKFLOW)).expect("a workflow that was written is read");
+            Workflow::load(&options.out.join(WORKFLOW))
+                .expect("a workflow that was written is read");
         } else {
             assert!(!options.out.exists(), "what failed leaves nothing behind");
         }

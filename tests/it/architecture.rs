@@ -59,12 +59,14 @@ fn edges(graph: &Graph) -> BTreeSet<(&str, &str)> {
 
 /// Groups of nodes that reach each other.
 fn circles(graph: &Graph) -> BTreeSet<BTreeSet<&str>> {
-    let nodes: BTreeSet<&str> = edges(graph).into_iter().flat_map(|(from, to)| [from, to]).collect();
+    let nodes: BTreeSet<&str> =
+        edges(graph).into_iter().flat_map(|(from, to)| [from, to]).collect();
     let reached: BTreeMap<&str, BTreeSet<&str>> =
         nodes.into_iter().map(|node| (node, reachable(graph, node))).collect();
     let mut circles = BTreeSet::new();
     for (node, reached_from_node) in &reached {
-        let circle = reached_from_node.iter().copied().filter(|other| reached[other].contains(node));
+        let circle =
+            reached_from_node.iter().copied().filter(|other| reached[other].contains(node));
         let circle: BTreeSet<&str> = circle.collect();
         if circle.len() > 1 {
             circles.insert(circle);
@@ -79,7 +81,8 @@ fn reachable<'a>(graph: &'a Graph, start: &'a str) -> BTreeSet<&'a str> {
     let mut found = BTreeSet::new();
     let mut pending = vec![start];
     while let Some(node) = pending.pop() {
-        let next: Vec<&str> = edges.iter().filter(|(from, _)| *from == node).map(|(_, to)| *to).collect();
+        let next: Vec<&str> =
+            edges.iter().filter(|(from, _)| *from == node).map(|(_, to)| *to).collect();
         pending.extend(next.into_iter().filter(|to| found.insert(*to)));
     }
     found
@@ -127,7 +130,9 @@ fn main_package() -> Vec<(String, Source)> {
         (first, source)
     };
     let with_module = sources.into_iter().map(module);
-    with_module.filter(|(module, _)| !["main", "allocator", "lib"].contains(&module.as_str())).collect()
+    with_module
+        .filter(|(module, _)| !["main", "allocator", "lib"].contains(&module.as_str()))
+        .collect()
 }
 
 /// Arrows between the top-level modules of the main package.
@@ -138,7 +143,11 @@ fn module_graph() -> Graph {
     let reexported = lib.words_between(&["as"], ";");
     let mut graph = Graph::new();
     for (from, source) in main_package() {
-        assert!(modules.contains(&from), "src/lib.rs does not list the module of {}", source.path());
+        assert!(
+            modules.contains(&from),
+            "src/lib.rs does not list the module of {}",
+            source.path()
+        );
         for (to, line) in source.crate_paths() {
             let place = format!("{}:{line}", source.path());
             let is_known = modules.iter().any(|module| module == to) || reexported.contains(&to);
@@ -191,7 +200,12 @@ fn modules_use_only_modules_that_come_before_them() {
     let edges = edges(&graph).into_iter();
     let against: BTreeSet<_> = edges.filter(|(from, to)| position(from) < position(to)).collect();
     let known = BTreeSet::from_iter(AGAINST_THE_ORDER.iter().copied());
-    assert_eq!(against, known, "arrows against the order of src/lib.rs, and known ones\n{}", show(&graph));
+    assert_eq!(
+        against,
+        known,
+        "arrows against the order of src/lib.rs, and known ones\n{}",
+        show(&graph)
+    );
 }
 
 #[test]
@@ -214,7 +228,8 @@ fn unsafe_code_is_where_it_is_listed() {
     let mut listed: BTreeSet<&str> = UNSAFE.iter().map(|(place, _)| *place).collect();
     for source in sources("src") {
         let lines = source.lines_with(&["unsafe"]);
-        let place = UNSAFE.iter().map(|(place, _)| *place).find(|place| is_in(source.path(), &[place]));
+        let place =
+            UNSAFE.iter().map(|(place, _)| *place).find(|place| is_in(source.path(), &[place]));
         match place {
             Some(place) if !lines.is_empty() => _ = listed.remove(place),
             Some(_) => {}
@@ -256,6 +271,19 @@ fn only_the_console_and_the_commands_print() {
 }
 
 #[test]
+fn lines_end_at_100_columns() {
+    let folders = ["src", "tests/it", "tests/etl", "tests/fuzz/bin", "benches"];
+    for path in folders.iter().flat_map(|folder| files_below(&root().join(folder))) {
+        if !path.extension().is_some_and(|end| ["rs", "cpp", "h"].iter().any(|name| end == *name)) {
+            continue;
+        }
+        for (number, line) in (1..).zip(fs::read_to_string(&path).unwrap().lines()) {
+            assert!(line.chars().count() <= 100, "{}, line {number}", path.display());
+        }
+    }
+}
+
+#[test]
 fn test_modules_import_from_support_only() {
     for folder in ["tests/it", "tests/etl"] {
         for source in sources(folder) {
@@ -265,7 +293,11 @@ fn test_modules_import_from_support_only() {
             // `super` of a test module is the crate.
             let is_test_module = source.path.parent() == Some(Path::new(folder));
             let lines = source.lines_with(&["super", ":", ":"]);
-            assert!(!is_test_module || lines.is_empty(), "`super` in {}, lines {lines:?}", source.path());
+            assert!(
+                !is_test_module || lines.is_empty(),
+                "`super` in {}, lines {lines:?}",
+                source.path()
+            );
         }
     }
 }

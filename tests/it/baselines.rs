@@ -106,7 +106,8 @@ fn neighbours_score_as_by_hand() {
     let idf = NeighboursConfig { idf_weight: 2.0, ..linear() };
     let (one, two) = (1.0 + 2.0 * 4f64.ln(), 1.0 + 2.0 * 2f64.ln());
     let factors = [one, two, two, one, one];
-    let expected: Vec<_> = all.iter().zip(factors).map(|(&(item, score), idf)| (item, score * idf)).collect();
+    let expected: Vec<_> =
+        all.iter().zip(factors).map(|(&(item, score), idf)| (item, score * idf)).collect();
     assert_vsknn(&idf, &known, &expected);
 
     // An item counts once, where it was last: 3 weighs 0.9 and 4 weighs 1, and two items are
@@ -144,7 +145,9 @@ fn decays_are_as_written() {
 
 #[test]
 fn a_session_of_unknown_items_gets_the_most_popular() {
-    for evidence in [BaselineKind::None, BaselineKind::Successors(BTreeMap::new()), vsknn(&linear())] {
+    for evidence in
+        [BaselineKind::None, BaselineKind::Successors(BTreeMap::new()), vsknn(&linear())]
+    {
         let of_sessions = scores(&counted(evidence), &[&[1], &[9], &[1, 9, 1]]);
         assert_eq!(of_sessions, vec![POPULARITY.to_vec(); 3]);
     }
@@ -197,7 +200,8 @@ fn counts_are_restored_from_tensors() {
         }
         assert_eq!(scores(&loaded, &known), scores(&model, &known));
 
-        let refused = |n_items, tensors: &[_]| Baseline::new(evidence(), n_items).load(tensors).unwrap_err();
+        let refused =
+            |n_items, tensors: &[_]| Baseline::new(evidence(), n_items).load(tensors).unwrap_err();
         assert_eq!(refused(9, &model.tensors()), "`items` counts 10 items, the schema has 9");
         assert_eq!(refused(N_ITEMS, &[]), "tensor `items` is missing");
     }
@@ -226,7 +230,8 @@ fn counts_are_the_same_on_any_number_of_ranks_and_sessions_beat_popularity() {
         let finished = shop.evaluate(kind, &[]).success();
         assert_eq!(timeless(serde_json::from_str(&finished.stdout).unwrap()), evals[1], "{kind}");
 
-        let weights = |run: &str| fs::read(shop.newest_checkpoint(run).join("weights.safetensors")).unwrap();
+        let weights =
+            |run: &str| fs::read(shop.newest_checkpoint(run).join("weights.safetensors")).unwrap();
         for n_ranks in [2, 3] {
             let run = format!("{kind} {n_ranks}");
             let Some(finished) = shop.train_on(n_ranks, &run, &[]) else { continue };

@@ -38,15 +38,23 @@ fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
     fs::rename(&bundle, &moved).unwrap();
     // As it lies here, with the libraries that it looks for beside itself.
     let libtorch = fs::canonicalize(project.join(".libtorch")).unwrap();
-    run(Command::new("cp").args(["--recursive", "--link"]).arg(&libtorch).arg(root.join("opt/libtorch")));
+    run(Command::new("cp")
+        .args(["--recursive", "--link"])
+        .arg(&libtorch)
+        .arg(root.join("opt/libtorch")));
 
     let shop = SessionShop::new(100);
     shop.train("unbroken", &RESUMABLE).success();
     fs::create_dir(root.join("shop")).unwrap();
-    run(Command::new("cp").arg("--recursive").arg(shop.data()).arg(shop.config()).arg(root.join("shop")));
+    run(Command::new("cp")
+        .arg("--recursive")
+        .arg(shop.data())
+        .arg(shop.config())
+        .arg(root.join("shop")));
     // A mount namespace of its own, so that nothing stays mounted.
     let inside = |command: &str| {
-        let mounts = "mount -t proc proc \"$0/proc\" && mount -t sysfs sys \"$0/sys\" && mount --rbind /dev \"$0/dev\"";
+        let mounts = "mount -t proc proc \"$0/proc\" && mount -t sysfs sys \"$0/sys\" && mount \
+                      --rbind /dev \"$0/dev\"";
         let script = format!("{mounts} && exec chroot \"$0\" /bin/sh -c \"$1\"");
         let mut shell = Command::new("unshare");
         // Nothing of this machine's environment but what every machine has.
@@ -57,8 +65,10 @@ fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
     let mpi = inside("command -v mpirun || ls /usr/lib/x86_64-linux-gnu/libmpi*").output().unwrap();
     assert!(!mpi.status.success() && mpi.stdout.is_empty(), "{mpi:?}");
     let set: Vec<String> = RESUMABLE.iter().map(|word| format!("'{word}'")).collect();
-    let train =
-        format!("train --config /shop/config.toml --data /shop/data --run-dir /shop/run {}", set.join(" "));
+    let train = format!(
+        "train --config /shop/config.toml --data /shop/data --run-dir /shop/run {}",
+        set.join(" ")
+    );
     let ran = run(&mut inside(&format!(
         "BIREME_LIBTORCH=/opt/libtorch/torch BIREME_RANKS=2 /opt/elsewhere/launch/local.sh {train}"
     )));

@@ -53,8 +53,12 @@ fn zeros(n_elements: usize, kind: Kind, device: Device) -> Tensor {
 
 #[track_caller]
 fn assert_holds(tensor: &Tensor, expected: &[i64], what: &str) {
-    let found: Vec<i64> =
-        tensor.view([-1]).to_kind(Kind::Int64).to_device(Device::Cpu).try_into().expect("a flat tensor");
+    let found: Vec<i64> = tensor
+        .view([-1])
+        .to_kind(Kind::Int64)
+        .to_device(Device::Cpu)
+        .try_into()
+        .expect("a flat tensor");
     assert_eq!(found, expected, "{what}");
 }
 
@@ -96,7 +100,8 @@ fn every_call(ranks: &dyn Collective, device: Device) {
         }
     }
     // Only the flat order counts, and parameters are tensors too.
-    let mut weight = tensor(&values(rank, 6), Kind::Float, device).view([2, 3]).set_requires_grad(true);
+    let mut weight =
+        tensor(&values(rank, 6), Kind::Float, device).view([2, 3]).set_requires_grad(true);
     ranks.all_reduce(&mut weight, Reduce::Sum).unwrap();
     assert_eq!(weight.size(), [2, 3]);
     assert_holds(&weight.detach(), &reduced(world_size, 6, Reduce::Sum), "a weight");
@@ -123,12 +128,16 @@ fn every_helper(ranks: &dyn Collective) {
     for root in 0..world_size {
         assert_eq!(ranks.broadcast_bytes(own(rank), root).unwrap(), own(root));
     }
-    assert_eq!(ranks.gather_bytes(&own(rank)).unwrap(), (0..world_size).map(own).collect::<Vec<_>>());
+    assert_eq!(
+        ranks.gather_bytes(&own(rank)).unwrap(),
+        (0..world_size).map(own).collect::<Vec<_>>()
+    );
     assert_eq!(ranks.gather_bytes(&[]).unwrap(), vec![Vec::<u8>::new(); world_size]);
 
     assert_eq!(ranks.agree(Ok::<_, std::fmt::Error>(rank)).unwrap(), rank);
     // Ranks 1 and above fail; all hear of rank 1.
-    let tried = if rank == 0 { Ok(()) } else { Err(std::io::Error::other(format!("disk {rank} is full"))) };
+    let tried =
+        if rank == 0 { Ok(()) } else { Err(std::io::Error::other(format!("disk {rank} is full"))) };
     match ranks.agree(tried) {
         Ok(()) => assert_eq!(world_size, 1),
         Err(error) => {
@@ -169,7 +178,11 @@ fn every_refusal(ranks: &dyn Collective, device: Device) {
     refused(ranks.all_gather(&float(2), &mut doubles), "all_gather", "the part is f32 on");
     let whole = float(2 * world_size);
     let mut part = whole.narrow(0, 0, 2);
-    refused(ranks.reduce_scatter(&whole, &mut part, Reduce::Sum), "reduce_scatter", "lies inside the whole");
+    refused(
+        ranks.reduce_scatter(&whole, &mut part, Reduce::Sum),
+        "reduce_scatter",
+        "lies inside the whole",
+    );
 }
 
 fn everything(ranks: &dyn Collective, device: Device) {
@@ -258,7 +271,9 @@ fn job(n_ranks: usize, case: &str) -> Option<Finished> {
 /// This test program as it runs `case` of [`a_rank_of_a_job`].
 fn child(case: &str) -> Command {
     let mut child = Command::new(env::current_exe().unwrap());
-    child.args(["collective::a_rank_of_a_job", "--exact", "--ignored", "--nocapture"]).env(CASE, case);
+    child
+        .args(["collective::a_rank_of_a_job", "--exact", "--ignored", "--nocapture"])
+        .env(CASE, case);
     child
 }
 
@@ -272,11 +287,16 @@ fn a_rank_of_a_job() {
         "everything" => {
             let ranks = join().unwrap();
             assert_eq!(ranks.backend(), "mpi");
-            assert_eq!((ranks.local_rank(), ranks.local_size()), (ranks.rank(), ranks.world_size()));
+            assert_eq!(
+                (ranks.local_rank(), ranks.local_size()),
+                (ranks.rank(), ranks.world_size())
+            );
             everything(&*ranks, Device::Cpu);
             println!("rank {} of {} is done", ranks.rank(), ranks.world_size());
         }
-        "cut" => every_call(&Mpi::join().unwrap().with_max_elements(3).always_overlapping(), Device::Cpu),
+        "cut" => {
+            every_call(&Mpi::join().unwrap().with_max_elements(3).always_overlapping(), Device::Cpu)
+        }
         "panic" => {
             let ranks = join().unwrap();
             assert_ne!(ranks.rank(), 1, "rank 1 strikes a rock");
@@ -313,7 +333,8 @@ fn a_rank_of_a_job() {
         "strangers" => println!("told: {}", join().err().expect("MPI sees one rank")),
         "gpu" => {
             let ranks = join().unwrap();
-            let here = place(DeviceChoice::Cuda, 1, ranks.local_rank(), ranks.local_size()).unwrap();
+            let here =
+                place(DeviceChoice::Cuda, 1, ranks.local_rank(), ranks.local_size()).unwrap();
             let ranks = on_device(ranks, here.device).unwrap();
             assert_eq!(ranks.backend(), "nccl");
             everything(&*ranks, here.device);
@@ -368,7 +389,8 @@ fn ranks_with_different_calls_are_reported() {
     for told in [
         "`broadcast` on rank 0 of 2: called `broadcast` from rank 1 of 3 f32 elements, \
          but rank 1 called `broadcast` from rank 1 of 4 f32 elements",
-        "`all_reduce` on rank 1 of 2: called `all_reduce` (sum) of 1 i64 elements, but rank 0 called `barrier`",
+        "`all_reduce` on rank 1 of 2: called `all_reduce` (sum) of 1 i64 elements, but rank 0 \
+         called `barrier`",
     ] {
         assert!(stdout.contains(told), "{stdout}");
     }

@@ -22,7 +22,11 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// `$dir`.
 fn bash(shop: &SessionShop, line: &str) -> Finished {
     let mut command = Command::new("bash");
-    command.args(["-c", line]).env("B", PROGRAM).env("config", shop.config()).env("data", shop.data());
+    command
+        .args(["-c", line])
+        .env("B", PROGRAM)
+        .env("config", shop.config())
+        .env("data", shop.data());
     command.env("dir", shop.dir.path()).env("RUST_BACKTRACE", "0");
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
     run_within(&mut command, LIMIT)
@@ -71,7 +75,8 @@ fn output_that_is_not_read_is_no_error_and_a_full_disk_is_one() {
         }
         let full = bash(&shop, &format!("$B {command} > /dev/full"));
         assert_eq!(full.code, Some(1), "{command}: {full:#?}");
-        let errors: Vec<&str> = full.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+        let errors: Vec<&str> =
+            full.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
         assert_eq!(
             errors,
             ["error: cannot write to the standard output: No space left on device (os error 28)"],
@@ -95,9 +100,13 @@ fn a_job_whose_log_is_not_read_ends_without_panic() {
         return;
     }
     let shop = SessionShop::new(60);
-    let job = "mpirun --oversubscribe --bind-to none -np 2 $B train --config $config --data $data --run-dir $dir/run";
+    let job = "mpirun --oversubscribe --bind-to none -np 2 $B train --config $config --data $data \
+               --run-dir $dir/run";
     let finished = bash(&shop, &format!("{job} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"));
-    assert!(!finished.stderr.contains("panicked") && !finished.stderr.contains("internal"), "{finished:#?}");
+    assert!(
+        !finished.stderr.contains("panicked") && !finished.stderr.contains("internal"),
+        "{finished:#?}"
+    );
 }
 
 /// Starts the program and waits until `path` has `n` lines.
@@ -215,7 +224,8 @@ fn a_second_signal_ends_a_run_that_does_not_reach_its_checkpoint() {
 fn a_signal_at_the_start_stops_after_the_first_step() {
     let shop = SessionShop::of_twenty_steps();
     // The first file that the run writes comes long before its first step.
-    let child = start_until(&mut long_training(&shop, "run"), &shop.run_dir("run").join("run.json"), 1);
+    let child =
+        start_until(&mut long_training(&shop, "run"), &shop.run_dir("run").join("run.json"), 1);
     kill("INT", child.id());
     assert_eq!(end(child).code(), Some(3));
     assert!(!shop.checkpoints("run").is_empty());
@@ -258,8 +268,13 @@ fn an_internal_error_is_one_line_with_its_place_and_exit_code_1() {
     train.env("BIREME_FAULT", "panic@0:3").env("RUST_BACKTRACE", "0");
     let failed = run_within(&mut train, LIMIT);
     assert_eq!(failed.code, Some(1), "{failed:#?}");
-    let [.., error, hint] = &failed.stderr.lines().collect::<Vec<_>>()[..] else { panic!("{failed:#?}") };
-    assert!(error.starts_with("error: internal error: a planted panic (src/train/fault.rs:"), "{error}");
+    let [.., error, hint] = &failed.stderr.lines().collect::<Vec<_>>()[..] else {
+        panic!("{failed:#?}")
+    };
+    assert!(
+        error.starts_with("error: internal error: a planted panic (src/train/fault.rs:"),
+        "{error}"
+    );
     assert!(hint.starts_with("hint: ") && hint.contains("RUST_BACKTRACE=1"), "{hint}");
 }
 

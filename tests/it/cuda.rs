@@ -35,7 +35,8 @@ fn losses_on_a_gpu_are_those_on_a_cpu_for_any_number_of_ranks() {
         assert_close_losses(&shop, &gpu, &cpu, if is_drawn { 0.05 } else { 1e-3 });
         for (n_ranks, parallel) in [(2, &[][..]), (3, &SHARDED)] {
             let run = format!("{name} on {n_ranks}");
-            let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &[&set[..], parallel].concat()) else {
+            let Some(finished) = train_on_gpu(&shop, n_ranks, &run, &[&set[..], parallel].concat())
+            else {
                 return;
             };
             let told = finished.success().stderr;
@@ -100,8 +101,12 @@ fn an_exported_model_runs_on_a_gpu() {
         let on_gpu = shop.evaluate(name, &ON_GPU);
         let exported = shop.evaluate(name, &[&exported[..], &ON_GPU].concat());
         for metric in ["loss", "ndcg_at_20", "recall_at_20", "coverage_at_20"] {
-            let [a, b, c] = [&on_cpu, &on_gpu, &exported].map(|record| record[metric].as_f64().unwrap());
-            assert!((a - b).abs() < 1e-4 && (a - c).abs() < 1e-4, "{name}: {metric} {a}, {b} and {c}");
+            let [a, b, c] =
+                [&on_cpu, &on_gpu, &exported].map(|record| record[metric].as_f64().unwrap());
+            assert!(
+                (a - b).abs() < 1e-4 && (a - c).abs() < 1e-4,
+                "{name}: {metric} {a}, {b} and {c}"
+            );
         }
     }
 }

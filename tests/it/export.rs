@@ -77,7 +77,8 @@ fn exported_on(
 #[test]
 fn reproducible_exports_are_the_same_files_on_any_number_of_ranks() {
     let shop = EventShop::small();
-    let run = "[run]\nreduction = \"reproducible\"\nthreads_per_rank = 1\n[train]\nmax_steps_per_day = 6";
+    let run =
+        "[run]\nreduction = \"reproducible\"\nthreads_per_rank = 1\n[train]\nmax_steps_per_day = 6";
     for (name, model) in MODELS.into_iter().filter(|(name, _)| ["gru", "xlnet"].contains(name)) {
         let config = shop.path(&format!("{name}.toml"));
         fs::write(&config, format!("[data]\nfirst_day = 1\nlast_day = 2\n{model}\n{run}")).unwrap();
@@ -118,7 +119,8 @@ fn the_exported_modules_give_the_same_in_python() {
         let etl = Preprocessor::load(&repository.join(format!("{name}_etl/1"))).unwrap();
         let inputs = prepared(&etl, &request, &[]);
         let inputs_json: Vec<Json> = inputs.iter().map(tensor_json).collect();
-        let outputs = ScriptedModel::load(&repository, name, 0, Device::Cpu).unwrap().run(inputs).unwrap();
+        let outputs =
+            ScriptedModel::load(&repository, name, 0, Device::Cpu).unwrap().run(inputs).unwrap();
         json!({
             "path": repository.join(format!("{name}_model/1/model.pt")),
             "inputs": inputs_json,
@@ -152,8 +154,9 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
     let Some(shared) = shared() else { return };
     let events = shared.join("data/rees46-electronics/events.csv");
     let shop = EventShop::of_events(&events, "1..9999");
-    let features = "features = [\"brand-list_seq\", \"category_id-list_seq\", \"price_log_norm-list_seq\", \
-                    \"product_recency_days_log_norm-list_seq\", \"relative_price_to_avg_categ_id-list_seq\"]";
+    let features = "features = [\"brand-list_seq\", \"category_id-list_seq\", \
+                    \"price_log_norm-list_seq\", \"product_recency_days_log_norm-list_seq\", \
+                    \"relative_price_to_avg_categ_id-list_seq\"]";
     shop.train("model", &format!("{features}\n[model]\nkind = \"gru\"\nhidden_width = 32"));
     shop.export("model", &[]).success();
 
@@ -176,11 +179,14 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
         let file = days.file(day, Split::Train).unwrap();
         let sessions = file.read(&file.spans(0..file.n_sessions())).unwrap();
         for rows in (0..sessions.len().min(DAILY)).collect::<Vec<_>>().chunks(100) {
-            let batch =
-                Batch::new(&rows.iter().map(|&row| (&sessions, row)).collect::<Vec<_>>(), days.features());
+            let batch = Batch::new(
+                &rows.iter().map(|&row| (&sessions, row)).collect::<Vec<_>>(),
+                days.features(),
+            );
             let (known, _) = batch.split_last();
             let expected = network.scores(&network.encode(&known).unwrap(), 0..n_items);
-            let events: Vec<&Event> = rows.iter().flat_map(|&row| known_events(&raw[&names[row]])).collect();
+            let events: Vec<&Event> =
+                rows.iter().flat_map(|&row| known_events(&raw[&names[row]])).collect();
             let outputs = model.run(prepared(&etl, &request(&events), &[])).unwrap();
             assert!(distance(&outputs[0], &expected) < 1e-5);
             assert!(!bool::try_from(outputs[3].any()).unwrap());
@@ -189,9 +195,11 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
             let of_items = expected.narrow(1, 2, n_items - 2);
             let (best, _) = of_items.topk(20, 1, true, true);
             assert!(distance(&best, &outputs[2]) < 1e-5);
-            let index = |id: i64| i64::from(workflow.vocabulary(Coded::Product).id(ColumnValue::Int(id)));
+            let index =
+                |id: i64| i64::from(workflow.vocabulary(Coded::Product).id(ColumnValue::Int(id)));
             let ids: Vec<i64> = outputs[1].flatten(0, -1).try_into().unwrap();
-            let items = Tensor::from_slice(&ids.into_iter().map(index).collect::<Vec<_>>()).view([-1, 20]);
+            let items =
+                Tensor::from_slice(&ids.into_iter().map(index).collect::<Vec<_>>()).view([-1, 20]);
             assert!(distance(&expected.gather(1, &items, false), &best) < 1e-5);
             n_compared += rows.len();
         }
@@ -240,11 +248,18 @@ fn hidden_and_unknown_items_leave_the_rest_to_recommend() {
         cells.into_iter().collect()
     };
     let known: Vec<i64> = (2..n_items as u32)
-        .map(|item| if let Some(ColumnValue::Int(id)) = products.value(item) { id } else { panic!("{item}") })
+        .map(|item| {
+            if let Some(ColumnValue::Int(id)) = products.value(item) {
+                id
+            } else {
+                panic!("{item}")
+            }
+        })
         .collect();
     // One session of unknown items, one of a single known item, one of all but three of the
     // catalogue.
-    let mut events = vec![event(0, -5, "unknown"), event(1, -6, "unknown"), event(0, known[7], "one")];
+    let mut events =
+        vec![event(0, -5, "unknown"), event(1, -6, "unknown"), event(0, known[7], "one")];
     let all_but_three = known[..known.len() - 3].iter().zip(0..);
     events.extend(all_but_three.map(|(&product, second)| event(second, product, "many")));
     let request = request_of_rows(&events, 5);
@@ -283,12 +298,16 @@ fn exports_are_versions_and_what_cannot_be_exported_is_refused() {
     let checkpoint = checkpoints.last().unwrap().unwrap().file_name().into_string().unwrap();
     let finished = shop.export("model", &["--checkpoint", &checkpoint]).success();
     assert!(finished.stdout.contains("version 2 of `model`"), "{}", finished.stdout);
-    assert!(fs::read(repository.join("model_model/2/model.pt")).unwrap() == first, "the same bytes");
+    assert!(
+        fs::read(repository.join("model_model/2/model.pt")).unwrap() == first,
+        "the same bytes"
+    );
     let manifest = fs::read_to_string(repository.join("model/2/manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
     assert_eq!(manifest["files"]["model_model/2/model.pt"]["bytes"], first.len());
     assert_eq!(manifest["metrics"][0]["eval_day"], 2);
-    let left: Vec<_> = fs::read_dir(&repository).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(&repository).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 4, "{left:?}");
 
     shop.train("counts", "[model]\nkind = \"markov\"");

@@ -21,7 +21,8 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
         let set = ["--set", reduction];
         let Some(ended) = shop.train_with_fault(2, reduction, &set, nan) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
-        let message = "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
+        let message =
+            "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
         assert!(ended.stderr.contains(message), "{ended:#?}");
         // What was saved before is whole, and the run goes on from it.
         shop.train_on(2, reduction, &set).unwrap().success();
@@ -34,7 +35,10 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
         assert_eq!((skipped[0]["day"].as_i64(), skipped[0]["step"].as_i64()), (Some(2), Some(3)));
         let state = shop.newest_checkpoint(&skipping).join("state.json");
         let state: Value = serde_json::from_str(&fs::read_to_string(state).unwrap()).unwrap();
-        assert_eq!((state["n_skipped"].as_u64(), state["optimizer_steps"].as_u64()), (Some(1), Some(19)));
+        assert_eq!(
+            (state["n_skipped"].as_u64(), state["optimizer_steps"].as_u64()),
+            (Some(1), Some(19))
+        );
 
         let none = format!("{reduction} none");
         let set = ["--set", reduction, "--set", "train.non_finite={kind = \"skip\", limit = 0}"];
@@ -46,14 +50,19 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
 #[test]
 fn a_rank_with_diverging_weights_is_named() {
     let shop = SessionShop::of_twenty_steps();
-    for (n_ranks, message) in [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")] {
+    for (n_ranks, message) in
+        [(2, ", or theirs are wrong"), (3, "run again from the last checkpoint")]
+    {
         let set = ["--set", "run.compare_ranks_every=4"];
         let run = format!("{n_ranks}");
         let Some(ended) = shop.train_with_fault(n_ranks, &run, &set, "desync@1:5") else {
             return;
         };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
-        assert!(ended.stderr.contains("after day 1, step 8, the weights of rank 1 on "), "{ended:#?}");
+        assert!(
+            ended.stderr.contains("after day 1, step 8, the weights of rank 1 on "),
+            "{ended:#?}"
+        );
         assert!(ended.stderr.contains(message), "{ended:#?}");
     }
 }
@@ -63,13 +72,20 @@ fn a_rank_that_panics_or_runs_out_of_memory_ends_the_job_and_its_checkpoints_sta
     let shop = SessionShop::of_twenty_steps();
     for (fault, start, message) in [
         ("panic@1:14", "error: internal error: rank 1 of 2 on ", "a planted panic"),
-        ("memory@1:14", "error: rank 1 of 2 on ", "cannot allocate memory: 4194304.0 GiB asked for"),
+        (
+            "memory@1:14",
+            "error: rank 1 of 2 on ",
+            "cannot allocate memory: 4194304.0 GiB asked for",
+        ),
     ] {
         let Some(ended) = shop.train_with_fault(2, fault, &RESUMABLE, fault) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(60), "{ended:#?}");
         let line = ended.stderr.lines().find(|line| line.starts_with(start)).unwrap_or("");
-        assert!(line.contains(", day 2, step 5, after call ") && line.contains(message), "{ended:#?}");
+        assert!(
+            line.contains(", day 2, step 5, after call ") && line.contains(message),
+            "{ended:#?}"
+        );
         let on: &Path = &shop.newest_checkpoint(fault);
         assert!(on.join("manifest.json").exists());
         shop.train(fault, &RESUMABLE).success();
@@ -112,7 +128,9 @@ fn a_run_directory_has_one_owner() {
         assert!(finished.stderr.contains(&message), "{message}\n{finished:#?}");
     };
     let records = shop.records("run", "step").len();
-    for other in [&["--resume=auto"][..], &["--resume=never"], &["--resume=anyway"], &["--overwrite"]] {
+    for other in
+        [&["--resume=auto"][..], &["--resume=never"], &["--resume=anyway"], &["--overwrite"]]
+    {
         refused(&shop.train("run", &[&more[..], other].concat()));
     }
     if let Some(finished) = shop.train_on(2, "run", &more) {
@@ -171,15 +189,21 @@ fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
         let Some(ended) = shop.train_with_fault(3, fault, &set, fault) else { return };
         assert_eq!(ended.code, Some(1), "{ended:#?}");
         assert!(ended.took < Duration::from_secs(40), "{ended:#?}");
-        let line =
-            ended.stderr.lines().find(|line| line.contains(message) && line.contains("waited")).unwrap_or("");
+        let line = ended
+            .stderr
+            .lines()
+            .find(|line| line.contains(message) && line.contains("waited"))
+            .unwrap_or("");
         let (missing, how) = if message.contains("rank 0") {
             (2, "did not make the call")
         } else {
             (0, "does not respond, or waits")
         };
         assert!(line.contains(&format!("rank {missing} on ")) && line.contains(how), "{ended:#?}");
-        assert!(line.contains("`all_reduce` (sum) of ") && line.contains("day 2, step 5"), "{ended:#?}");
+        assert!(
+            line.contains("`all_reduce` (sum) of ") && line.contains("day 2, step 5"),
+            "{ended:#?}"
+        );
         assert!(ended.stderr.contains("  rank 0: call ") || missing == 0, "{ended:#?}");
         assert!(shop.newest_checkpoint(fault).join("manifest.json").exists());
         shop.train(fault, &set).success();
@@ -190,11 +214,15 @@ fn a_rank_that_hangs_or_is_stopped_is_named_and_the_job_ends() {
 fn a_run_directory_that_cannot_be_written_is_refused() {
     let shop = SessionShop::of_twenty_steps();
     let config = shop.config();
-    let (config, data) = (config.to_str().unwrap().to_owned(), shop.data().to_str().unwrap().to_owned());
+    let (config, data) =
+        (config.to_str().unwrap().to_owned(), shop.data().to_str().unwrap().to_owned());
     let train = ["train", "--config", &config, "--data", &data, "--run-dir", "/proc/run"];
     let refused = run_within(Command::new(PROGRAM).args(train), Duration::from_secs(60));
     assert_eq!(refused.code, Some(2), "{refused:#?}");
-    assert!(refused.stderr.contains("cannot write to the run directory `/proc/run`"), "{refused:#?}");
+    assert!(
+        refused.stderr.contains("cannot write to the run directory `/proc/run`"),
+        "{refused:#?}"
+    );
 }
 
 #[test]
@@ -203,8 +231,8 @@ fn a_data_file_that_is_cut_off_in_the_middle_of_a_run_ends_it() {
     let set = [&REPRODUCIBLE[..], &["--set", "train.epochs_per_day=30"]].concat();
     let file = shop.data().join("2/train.parquet");
     let whole = fs::read(&file).unwrap();
-    let (code, stderr) =
-        shop.train_and_interfere("run", &set, |_| fs::write(&file, &whole[..whole.len() / 2]).unwrap());
+    let (code, stderr) = shop
+        .train_and_interfere("run", &set, |_| fs::write(&file, &whole[..whole.len() / 2]).unwrap());
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains("2/train.parquet` is not a readable parquet file"), "{stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");
@@ -226,7 +254,10 @@ fn on_a_small_disk(shop: &SessionShop, script: &str) -> Option<Finished> {
     let folder = shop.dir.path().join("small");
     fs::create_dir(&folder).unwrap();
     let script = format!("mount -t tmpfs -o size=300k none '{}' && {script}", folder.display());
-    Some(run_within(Command::new("unshare").args(["--mount", "sh", "-c", &script]), Duration::from_secs(120)))
+    Some(run_within(
+        Command::new("unshare").args(["--mount", "sh", "-c", &script]),
+        Duration::from_secs(120),
+    ))
 }
 
 #[test]

@@ -9,7 +9,8 @@ mod targets;
 
 fn replay(name: &str, target: fn(&[u8])) {
     let corpus = root().join("tests/fuzz/corpus").join(name);
-    let mut paths: Vec<_> = fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut paths: Vec<_> =
+        fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     assert!((10..=15).contains(&paths.len()), "{} seeds of `{name}`", paths.len());
     for path in paths {

@@ -9,8 +9,8 @@ use bireme::model::head::{Logits, Negatives};
 use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::parameters::ParameterBuilder;
 use bireme::model::{
-    GruConfig, InputConfig, ItemTable, Layout, Network, Neural, NoHooks, Parameters, Recommender, Xlnet,
-    XlnetConfig, import,
+    GruConfig, InputConfig, ItemTable, Layout, Network, Neural, NoHooks, Parameters, Recommender,
+    Xlnet, XlnetConfig, import,
 };
 use bireme::optim::{Optimizer, OptimizerConfig, Schedule, TableOptimizer, average_and_clip};
 use serde_json::Value;
@@ -29,7 +29,9 @@ type Named = HashMap<String, Tensor>;
 fn columns_of(golden: &Named) -> Vec<(String, Tensor)> {
     let mut columns: Vec<(String, Tensor)> = golden
         .iter()
-        .filter_map(|(name, column)| Some((name.strip_prefix("in.")?.to_owned(), column.shallow_clone())))
+        .filter_map(|(name, column)| {
+            Some((name.strip_prefix("in.")?.to_owned(), column.shallow_clone()))
+        })
         .collect();
     columns.sort_by_key(|(name, _)| (name != ITEM, name.clone()));
     columns
@@ -39,7 +41,8 @@ fn features_of(golden: &Named, n_items: i64) -> Features {
     let columns: Vec<(String, Option<i64>)> = columns_of(golden)
         .into_iter()
         .map(|(name, column)| {
-            let table = golden.get(&format!("w.{TABLES}{name}.weight")).map(|table| table.size()[0]);
+            let table =
+                golden.get(&format!("w.{TABLES}{name}.weight")).map(|table| table.size()[0]);
             // Where weights are not stored, further rows have no effect.
             let n_rows = if name == ITEM { Some(n_items) } else { table.or(Some(500)) };
             (name, n_rows.filter(|_| column.kind() == Kind::Int64))
@@ -157,7 +160,9 @@ fn learn(
 ) -> (f64, Vec<(String, Tensor)>) {
     let n_targets = plan.targets.len() as f64;
     network.gradients_mut().zero();
-    let sum = network.backward_planned(batch, plan, negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+    let sum = network
+        .backward_planned(batch, plan, negatives, &mut NoHooks, &mut PhaseTimer::off())
+        .unwrap();
     assert_eq!(sum.n_targets as f64, n_targets);
     let gradients = network.parameters().named(&(network.gradients().all() / n_targets));
     (sum.loss.double_value(&[]) / n_targets, gradients)
@@ -227,7 +232,9 @@ fn gru_has_the_logits_of_the_original_at_evaluation() {
         let hidden = Tensor::full([n_known - 1], 30, (Kind::Int64, Device::Cpu));
         let known = Tensor::cat(&[hidden, visible.narrow(0, n_known - 1, 1)], 0).unsqueeze(0);
         let logits = network.scores(&network.encode(&pack(&[known])).unwrap(), 0..30);
-        assert!(distance(&logits, &golden["eval.act.4_logits_at_labels"].narrow(0, session, 1)) < 1e-5);
+        assert!(
+            distance(&logits, &golden["eval.act.4_logits_at_labels"].narrow(0, session, 1)) < 1e-5
+        );
     }
 }
 
@@ -243,7 +250,8 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
         let plan = masked_as(&golden, &batch);
         let width = info["d_model"].as_i64().unwrap();
         let at_labels = |phase: &str| {
-            let labels = golden[&format!("{phase}.labels_2d")].reshape([-1]).nonzero().squeeze_dim(1);
+            let labels =
+                golden[&format!("{phase}.labels_2d")].reshape([-1]).nonzero().squeeze_dim(1);
             golden[&format!("{phase}.act.2_body")].reshape([-1, width]).index_select(0, &labels)
         };
         // The last layer at the positions that are predicted alone, then at all of them.
@@ -251,10 +259,16 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
         assert!(distance(&states, &at_labels("train")) < tolerance, "{name}");
         let padded = plan.padded(length);
         let n = padded.inputs.len() as i64;
-        let everywhere =
-            Plan { outputs: (0..n).collect(), outputs_per_session: padded.lengths.clone(), ..padded };
+        let everywhere = Plan {
+            outputs: (0..n).collect(),
+            outputs_per_session: padded.lengths.clone(),
+            ..padded
+        };
         let states = network.read(&batch, everywhere).unwrap();
-        assert!(distance(&states, &golden["train.act.2_body"].reshape([-1, width])) < tolerance, "{name}");
+        assert!(
+            distance(&states, &golden["train.act.2_body"].reshape([-1, width])) < tolerance,
+            "{name}"
+        );
         // At evaluation the original hides the last event, where ours puts the mask behind those
         // known.
         let (known, targets) = batch.split_last();
@@ -262,8 +276,12 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
             Vec::<i64>::try_from(targets).unwrap(),
             Vec::<i64>::try_from(&golden["eval.labels_flat"]).unwrap()
         );
-        let logits = network.scores(&network.encode(&known).unwrap(), 0..info["vocab"].as_i64().unwrap());
-        assert!(distance(&logits, &golden["eval.act.4_logits_at_labels"]) < 10.0 * tolerance, "{name}");
+        let logits =
+            network.scores(&network.encode(&known).unwrap(), 0..info["vocab"].as_i64().unwrap());
+        assert!(
+            distance(&logits, &golden["eval.act.4_logits_at_labels"]) < 10.0 * tolerance,
+            "{name}"
+        );
     }
 }
 
@@ -307,7 +325,11 @@ fn weights_of(golden: &Named, info: &Value, network: &Network) -> Vec<(String, T
                     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
                     z ^= z >> 31;
                     let unit = (z >> 40) as f32 / 8_388_608.0 - 1.0;
-                    if original.ends_with("layer_norm.weight") { 1.0 + 0.2 * unit } else { 0.12 * unit }
+                    if original.ends_with("layer_norm.weight") {
+                        1.0 + 0.2 * unit
+                    } else {
+                        0.12 * unit
+                    }
                 })
                 .collect();
             Some((original.clone(), Tensor::from_slice(&values).view(shape.as_slice())))
@@ -327,7 +349,10 @@ fn xlnet_has_the_loss_and_every_gradient_of_the_original() {
             let batch = batch_of(&golden);
             let plan = masked_as(&golden, &batch);
             let (loss, gradients) = learn(&mut network, &batch, plan, &softmax(max_logits));
-            assert!((loss - golden["train.loss"].double_value(&[0])).abs() < 1e-6, "{name}: {loss}");
+            assert!(
+                (loss - golden["train.loss"].double_value(&[0])).abs() < 1e-6,
+                "{name}: {loss}"
+            );
             assert_eq!(gradients.len(), n_parameters);
             for (ours, gradient) in gradients {
                 let expected = &golden[&format!("train.grad.{}", originals[&ours])];
@@ -353,15 +378,22 @@ fn models_of_the_tutorials_size_have_the_gradients_of_the_original() {
     let originals = originals(seeds.keys());
     for (ours, gradient) in gradients {
         let original = &originals[&ours];
-        let expected: Vec<f64> = (&golden[&format!("train.gradsum.{original}")]).try_into().unwrap();
+        let expected: Vec<f64> =
+            (&golden[&format!("train.gradsum.{original}")]).try_into().unwrap();
         let found = gradient.to_kind(Kind::Double);
         let [norm, sum, most] =
             [found.norm(), found.sum(Kind::Double), found.abs().max()].map(|x| x.double_value(&[]));
-        assert!((norm - expected[0]).abs() <= 1e-4 * expected[0], "{ours}: norm {norm} {expected:?}");
+        assert!(
+            (norm - expected[0]).abs() <= 1e-4 * expected[0],
+            "{ours}: norm {norm} {expected:?}"
+        );
         // Terms cancel in a sum: what matters is how large they are.
         let size = found.abs().sum(Kind::Double).double_value(&[]);
         assert!((sum - expected[1]).abs() <= 1e-4 * size, "{ours}: sum {sum} {expected:?}");
-        assert!((most - expected[2]).abs() <= 1e-4 * expected[2], "{ours}: largest {most} {expected:?}");
+        assert!(
+            (most - expected[2]).abs() <= 1e-4 * expected[2],
+            "{ours}: largest {most} {expected:?}"
+        );
         let head = &golden[&format!("train.gradhead.{original}")];
         let ours_head = gradient.reshape([-1]).narrow(0, 0, head.size()[0]);
         assert!(distance(&ours_head, head) <= 1e-4 * expected[2], "{ours}: first values");
@@ -378,7 +410,11 @@ fn five_steps_end_in_the_weights_of_the_original() {
     let mut optimizer = Optimizer::new(
         &values,
         network.tables(),
-        OptimizerConfig { tables: TableOptimizer::Adamw, learning_rate: 6.66e-4, weight_decay: 0.0 },
+        OptimizerConfig {
+            tables: TableOptimizer::Adamw,
+            learning_rate: 6.66e-4,
+            weight_decay: 0.0,
+        },
     );
     for step in 0..5 {
         let plan = masked_as(&golden, &batch);
@@ -396,7 +432,8 @@ fn five_steps_end_in_the_weights_of_the_original() {
         assert!((loss - expected("losses")).abs() < 1e-5, "step {step}: {loss}");
         assert!((norm - expected("grad_norm_before_clip")).abs() < 1e-4, "step {step}: {norm}");
     }
-    let finals = golden.keys().filter_map(|name| name.strip_prefix("adamw_final.").map(str::to_owned));
+    let finals =
+        golden.keys().filter_map(|name| name.strip_prefix("adamw_final.").map(str::to_owned));
     let finals: Vec<String> = finals.collect();
     let originals = originals(finals.iter());
     for (ours, weight) in network.parameters().named(&values) {
@@ -412,9 +449,11 @@ fn metrics_are_those_of_the_original() {
     let golden = golden("metrics");
     let mut tally = Tally::default();
     for batch in ["b1", "b2"] {
-        let (scores, labels) = (&golden[&format!("scores.{batch}")], &golden[&format!("labels.{batch}")]);
+        let (scores, labels) =
+            (&golden[&format!("scores.{batch}")], &golden[&format!("labels.{batch}")]);
         // The original recommends every class; ours begin at index 2.
-        let never = Tensor::full([scores.size()[0], 2], f64::from(f32::MAX), (Kind::Float, Device::Cpu));
+        let never =
+            Tensor::full([scores.size()[0], 2], f64::from(f32::MAX), (Kind::Float, Device::Cpu));
         let scores = Tensor::cat(&[&never, scores], 1);
         let Ranking { ranks, .. } = rank_targets(
             |items| scores.narrow(1, items.start, items.end - items.start),

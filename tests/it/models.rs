@@ -11,12 +11,13 @@ use bireme::config::{Aggregation, Continuous};
 use bireme::data::plan::StepShape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
 use bireme::model::head::{
-    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace, cross_entropy,
+    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace,
+    cross_entropy,
 };
 use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::{
-    self, GruConfig, InputConfig, ItemTable, LossConfig, Network, Neural, NoHooks, Objective, Recommender,
-    XlnetConfig,
+    self, GruConfig, InputConfig, ItemTable, LossConfig, Network, Neural, NoHooks, Objective,
+    Recommender, XlnetConfig,
 };
 use bireme::optim::{Optimizer, OptimizerConfig, TableOptimizer};
 use tch::{Device, Kind, Tensor};
@@ -44,7 +45,11 @@ fn batch(sessions: &[Vec<i64>]) -> Batch {
     let colours: Vec<i64> = items.iter().map(|&item| session_data::colour(item)).collect();
     let prices: Vec<f32> = items.iter().map(|&item| item as f32 / 40.0).collect();
     Batch {
-        columns: vec![Tensor::from_slice(&items), Tensor::from_slice(&colours), Tensor::from_slice(&prices)],
+        columns: vec![
+            Tensor::from_slice(&items),
+            Tensor::from_slice(&colours),
+            Tensor::from_slice(&prices),
+        ],
         lengths: sessions.iter().map(Vec::len).collect(),
         session_seeds: sessions.iter().map(|session| session.iter().sum::<i64>() as u64).collect(),
         step_seed: 3,
@@ -99,7 +104,8 @@ fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
 
 #[test]
 fn packing_sessions_of_different_lengths_does_not_change_results() {
-    let sessions = [vec![5, 9, 3], vec![2, 7, 11, 30, 21, 4, 8, 8, 2], vec![6, 6], vec![39, 2, 17, 5]];
+    let sessions =
+        [vec![5, 9, 3], vec![2, 7, 11, 30, 21, 4, 8, 8, 2], vec![6, 6], vec![39, 2, 17, 5]];
     for objective in objectives() {
         let (gru, xlnet) = (gru(objective.clone(), input()), xlnet(objective.clone(), input()));
         for config in &[Neural::Xlnet(&xlnet), Neural::Gru(&gru)] {
@@ -113,7 +119,10 @@ fn packing_sessions_of_different_lengths_does_not_change_results() {
                 loss_alone += loss;
                 gradients_alone += gradients;
                 let encoded = network.encode(&alone).unwrap();
-                assert!(distance(&encoded, &together.narrow(0, row as i64, 1)) < 1e-5, "{config:?}");
+                assert!(
+                    distance(&encoded, &together.narrow(0, row as i64, 1)) < 1e-5,
+                    "{config:?}"
+                );
             }
             assert!((loss - loss_alone).abs() < 1e-4 * loss, "{loss} {loss_alone} {config:?}");
             let scale = gradients.abs().max().double_value(&[]);
@@ -129,7 +138,11 @@ fn the_last_layer_is_the_same_at_some_positions_as_at_all() {
         let config = xlnet(Objective::causal(), input());
         let network = network(&Neural::Xlnet(&config));
         let everywhere = Plan::all(&[4, 6], visible);
-        let some = Plan { outputs: vec![1, 3, 4, 8], outputs_per_session: vec![2, 2], ..everywhere.clone() };
+        let some = Plan {
+            outputs: vec![1, 3, 4, 8],
+            outputs_per_session: vec![2, 2],
+            ..everywhere.clone()
+        };
         let all = network.read(&batch(&sessions), everywhere).unwrap();
         let rows = all.index_select(0, &Tensor::from_slice(&some.outputs));
         assert!(distance(&network.read(&batch(&sessions), some).unwrap(), &rows) < 1e-5);
@@ -140,17 +153,22 @@ fn the_last_layer_is_the_same_at_some_positions_as_at_all() {
 fn sees(network: &Network, plan: &Plan, session: &[i64], place: usize) -> Vec<bool> {
     let mut other = session.to_vec();
     other[place] = if session[place] == 2 { 3 } else { 2 };
-    let [before, after] =
-        [session.to_vec(), other].map(|session| network.read(&batch(&[session]), plan.clone()).unwrap());
+    let [before, after] = [session.to_vec(), other]
+        .map(|session| network.read(&batch(&[session]), plan.clone()).unwrap());
     let difference = (before - after).abs().amax([1i64].as_slice(), false);
-    Vec::<f64>::try_from(difference.to_kind(Kind::Double)).unwrap().iter().map(|d| *d > 1e-6).collect()
+    Vec::<f64>::try_from(difference.to_kind(Kind::Double))
+        .unwrap()
+        .iter()
+        .map(|d| *d > 1e-6)
+        .collect()
 }
 
 #[test]
 fn predictions_depend_on_visible_events_only() {
     let session = [5, 9, 3, 7, 21, 30];
     // Causal: the state that predicts event i + 1 sees events 0 to i.
-    let (gru, xlnet_causal) = (gru(Objective::causal(), input()), xlnet(Objective::causal(), input()));
+    let (gru, xlnet_causal) =
+        (gru(Objective::causal(), input()), xlnet(Objective::causal(), input()));
     for config in [Neural::Gru(&gru), Neural::Xlnet(&xlnet_causal)] {
         let network = network(&config);
         let plan = Plan::causal(&[6], &[(0..6).collect()]);
@@ -208,7 +226,15 @@ fn masked(days: &Days, seed: u64, layout: &Layout) -> Vec<Masked> {
     let window = Window::new(vec![Arc::new(days.file(1, Split::Train).unwrap())]);
     let shape = StepShape { n_streams: layout.n_streams, micro_batch: layout.micro_batch };
     let steps_per_epoch = shape.steps(window.n_sessions());
-    let plan = DayPlan { window, day: 1, n_epochs: 2, shape, seed, max_steps: None, one_batch_each: false };
+    let plan = DayPlan {
+        window,
+        day: 1,
+        n_epochs: 2,
+        shape,
+        seed,
+        max_steps: None,
+        one_batch_each: false,
+    };
     let mut masked = Vec::new();
     for rank in 0..layout.world_size {
         let loader = Loader::start(&plan, days.features(), (rank, layout.world_size), 0);
@@ -261,7 +287,11 @@ fn masks_of_a_session_do_not_depend_on_ranks_or_batches() {
     assert_ne!(masked(&days, 43, &one_rank), alone);
     let (first, second) = alone.split_at(sessions.len());
     let differing = first.iter().zip(second).filter(|(a, b)| a.events != b.events).count();
-    assert!(differing > sessions.len() / 3, "{differing} of {} differ between epochs", sessions.len());
+    assert!(
+        differing > sessions.len() / 3,
+        "{differing} of {} differ between epochs",
+        sessions.len()
+    );
 }
 
 #[test]
@@ -308,7 +338,10 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             // No parameter is left out, but row by row in tables.
             let (_, gradients) = loss_and_gradients(&mut network, &shop);
             for (name, gradient) in network.parameters().named(&gradients) {
-                assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name} has no gradient: {config:?}");
+                assert!(
+                    gradient.abs().max().double_value(&[]) > 0.0,
+                    "{name} has no gradient: {config:?}"
+                );
             }
         }
     }
@@ -318,10 +351,12 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
 fn features_of_other_widths_cannot_be_summed() {
     let input = InputConfig { aggregation: Aggregation::Sum, ..input() };
     let config = gru(Objective::causal(), input);
-    let refused = Network::new(&Neural::Gru(&config), &all_features(), 20, 7, Device::Cpu).err().unwrap();
+    let refused =
+        Network::new(&Neural::Gru(&config), &all_features(), 20, 7, Device::Cpu).err().unwrap();
     assert_eq!(
         refused,
-        "`model.input.aggregation` cannot be `sum`: feature `colour-list_seq` has the width 4, the item 8"
+        "`model.input.aggregation` cannot be `sum`: feature `colour-list_seq` has the width 4, the \
+         item 8"
     );
 }
 
@@ -363,7 +398,8 @@ impl Head {
         };
         let workspace = &mut Workspace::default();
         let done =
-            cross_entropy(&self.states, &self.targets, &mut scored, negatives, uniform, workspace).unwrap();
+            cross_entropy(&self.states, &self.targets, &mut scored, negatives, uniform, workspace)
+                .unwrap();
         let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
         CrossEntropy {
             loss: done.loss.double_value(&[]),
@@ -439,7 +475,11 @@ fn bf16_scores_are_close_and_summed_in_f32() {
         for (exact, rounded) in full.gradients.iter().zip(&rounded.gradients) {
             assert_eq!(rounded.kind(), Kind::Float);
             let largest = exact.abs().max().double_value(&[]);
-            assert!(distance(exact, rounded) < 0.02 * largest, "{} of {largest}", distance(exact, rounded));
+            assert!(
+                distance(exact, rounded) < 0.02 * largest,
+                "{} of {largest}",
+                distance(exact, rounded)
+            );
         }
     }
 }
@@ -500,11 +540,13 @@ fn recall_at_5_after_training(loss: LossConfig) -> f64 {
         network.tables(),
         OptimizerConfig { tables: TableOptimizer::Adamw, learning_rate: 0.02, weight_decay: 0.0 },
     );
-    let sampler = NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
+    let sampler =
+        NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
     for step in 0..400 {
         network.gradients_mut().zero();
         let negatives = sampler.of_step(step);
-        let sum = network.backward(&trained, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+        let sum =
+            network.backward(&trained, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
         let scale = Tensor::from(1.0 / sum.n_targets as f32);
         optimizer.step(&values, &network.gradients().all(), &scale, 1.0);
     }
@@ -558,9 +600,13 @@ fn a_calibrated_target_weighs_as_much_as_with_all_negatives() {
     };
     // Of 100 other items: Petrov and Macdonald's β for t = 0, 1 and 0.75 at α = 0.1, and where all
     // are drawn.
-    for ((n, t), expected) in
-        [((10, 0.0), 1.0), ((10, 1.0), 0.1), ((10, 0.75), 0.325), ((100, 0.3), 1.0), ((900, 0.3), 1.0)]
-    {
+    for ((n, t), expected) in [
+        ((10, 0.0), 1.0),
+        ((10, 1.0), 0.1),
+        ((10, 0.75), 0.325),
+        ((100, 0.3), 1.0),
+        ((900, 0.3), 1.0),
+    ] {
         assert!((target_weight(n, t) - expected).abs() < 1e-12);
     }
 }
@@ -571,7 +617,10 @@ fn an_added_column_needs_no_code() {
     fs::write(shop.config(), config_with(XLNET)).unwrap();
     shop.train("run", &ALL_FEATURES).success();
     let results = fs::read_to_string(shop.run_dir("run").join("results.txt")).unwrap();
-    assert!(results.starts_with("XLNet-MLM with side information accuracy results:\n"), "{results}");
+    assert!(
+        results.starts_with("XLNet-MLM with side information accuracy results:\n"),
+        "{results}"
+    );
     let finished =
         shop.train("sum", &[&ALL_FEATURES[..], &["--set", "model.input.aggregation=sum"]].concat());
     assert!(finished.stderr.contains("`model.input.aggregation` cannot be `sum`"), "{finished:#?}");
@@ -584,7 +633,11 @@ fn configurations_that_no_model_can_have_are_refused() {
     let shop = SessionShop::new(20);
     for (model, assignment, message) in [
         (XLNET, "model.n_heads=3", "`width` 16 is not an even number divisible by `n_heads` 3"),
-        (XLNET, "model.objective.probability=0", "`objective.probability` 0.0 is not within 0 < p < 1"),
+        (
+            XLNET,
+            "model.objective.probability=0",
+            "`objective.probability` 0.0 is not within 0 < p < 1",
+        ),
         (
             XLNET,
             "model.objective.kind=autoregressive",
@@ -598,7 +651,11 @@ fn configurations_that_no_model_can_have_are_refused() {
             "model.objective={kind = \"causal\", drop = 1.5}",
             "`objective.drop` 1.5 is not within",
         ),
-        (XLNET, "train.loss={kind = \"sampled\", n_negatives = 0}", "`loss.n_negatives` cannot be 0"),
+        (
+            XLNET,
+            "train.loss={kind = \"sampled\", n_negatives = 0}",
+            "`loss.n_negatives` cannot be 0",
+        ),
         (
             XLNET,
             "train.tables={kind = \"adagrad\", learning_rate = nan}",
@@ -620,7 +677,8 @@ fn configurations_in_the_repository_are_complete() {
     let paths = files_below(&root().join("configs"));
     assert!(paths.len() >= 6, "{paths:?}");
     for path in paths {
-        let config = Config::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let config =
+            Config::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let resolved: toml::Table = config.to_toml().parse().unwrap();
         assert!(resolved.contains_key("model"));
         if let model::ModelConfig::Xlnet(xlnet) = config.model {
@@ -634,10 +692,13 @@ fn weights_of_the_original_are_imported() {
     let golden = golden("xlnet_tiny");
     let shop = SessionShop::new(20);
     session_data::write_days(&shop.data(), 3, 20, 30);
-    let tiny = "kind = \"xlnet\"\nwidth = 8\nn_heads = 2\ninput = { item_width = 6, projection_width = 8 }\n";
+    let tiny = "kind = \"xlnet\"\nwidth = 8\nn_heads = 2\n\
+                input = { item_width = 6, projection_width = 8 }\n";
     fs::write(shop.config(), config_with(tiny)).unwrap();
-    let weights: Vec<(&str, &Tensor)> =
-        golden.iter().filter_map(|(name, weight)| Some((name.strip_prefix("w.")?, weight))).collect();
+    let weights: Vec<(&str, &Tensor)> = golden
+        .iter()
+        .filter_map(|(name, weight)| Some((name.strip_prefix("w.")?, weight)))
+        .collect();
     let file = shop.dir.path().join("original.safetensors");
     Tensor::write_safetensors(&weights, &file).unwrap();
     let import = |run: &str, more: &[&str]| {
@@ -656,12 +717,15 @@ fn weights_of_the_original_are_imported() {
     assert_eq!(distance(mask, &golden["w.heads.0.body.0._masking.masked_item_embedding"]), 0.0);
 
     // So do those of a model that was trained in parallel and compiled.
-    let wrapped: Vec<(String, &Tensor)> =
-        weights.iter().map(|(name, weight)| (format!("_orig_mod.module.{name}"), *weight)).collect();
+    let wrapped: Vec<(String, &Tensor)> = weights
+        .iter()
+        .map(|(name, weight)| (format!("_orig_mod.module.{name}"), *weight))
+        .collect();
     Tensor::write_safetensors(&wrapped, &file).unwrap();
     import("wrapped", &[]).success();
     let [plain, unwrapped] = ["run", "wrapped"].map(|run| {
-        fs::read(shop.run_dir(run).join("checkpoints/day-0002-step-00000000/weights.safetensors")).unwrap()
+        fs::read(shop.run_dir(run).join("checkpoints/day-0002-step-00000000/weights.safetensors"))
+            .unwrap()
     });
     assert!(plain == unwrapped);
     let doubles: Vec<(&str, Tensor)> =

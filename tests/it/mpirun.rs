@@ -14,7 +14,8 @@ fn a_job_that_hangs_is_ended_with_all_its_ranks() {
     let Some(finished) = mpirun(2, &sleeper, Duration::from_secs(2)) else { return };
     assert_eq!(finished.code, None, "{finished:#?}");
     assert!(finished.took < Duration::from_secs(10), "{finished:#?}");
-    let pids: Vec<&str> = finished.stdout.lines().filter_map(|line| line.strip_prefix("pid ")).collect();
+    let pids: Vec<&str> =
+        finished.stdout.lines().filter_map(|line| line.strip_prefix("pid ")).collect();
     assert_eq!(pids.len(), 2, "{finished:#?}");
     // `mpirun` kills its ranks and does not wait for them to end.
     let is_alive = |pid: &&str| {

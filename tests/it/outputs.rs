@@ -51,7 +51,11 @@ fn a_shop_is_written_wherever_it_should_go() {
 
     for out in ["-", "/dev/stdout", "/dev/fd/1"] {
         let finished = synth(dir, out).success();
-        assert!(finished.stdout == plain && finished.stderr.contains("rows"), "{out}: {}", finished.stderr);
+        assert!(
+            finished.stdout == plain && finished.stderr.contains("rows"),
+            "{out}: {}",
+            finished.stderr
+        );
     }
     synth(dir, "x.csv.gz").success();
     let mut text = String::new();
@@ -77,7 +81,8 @@ fn sessions_are_written_into_the_current_folder() {
     fs::create_dir(&here).unwrap();
     bireme(&here, &["preprocess", "--events", "../events.csv", "--out", "."]).success();
     assert_eq!(names(&here), ["schema.pbtxt", "sessions_by_day", "workflow"]);
-    let missing = bireme(dir.path(), &["preprocess", "--events", "events.csv", "--extend", "nothing"]);
+    let missing =
+        bireme(dir.path(), &["preprocess", "--events", "events.csv", "--extend", "nothing"]);
     assert_eq!(missing.code, Some(2), "{missing:#?}");
     assert_eq!(names(dir.path()), ["events.csv", "here"]);
 }
@@ -105,7 +110,8 @@ fn a_signal_leaves_nothing_and_a_kill_is_cleaned_up_by_the_next() {
     let preprocess = || bireme(dir, &["preprocess", "--events", "events.csv", "--out", "data"]);
     for there in [false, true] {
         let staging = if there { "data/.bireme.partial" } else { ".data.partial" };
-        let before: &[&str] = if there { &["data", "events.csv", "pipe"] } else { &["events.csv", "pipe"] };
+        let before: &[&str] =
+            if there { &["data", "events.csv", "pipe"] } else { &["events.csv", "pipe"] };
         if there {
             fs::create_dir(dir.join("data")).unwrap();
         }
@@ -119,7 +125,10 @@ fn a_signal_leaves_nothing_and_a_kill_is_cleaned_up_by_the_next() {
         let (mut child, pipe) = at_work(dir, staging);
         let refused = preprocess();
         assert_eq!(refused.code, Some(2), "{refused:#?}");
-        assert!(refused.stderr.contains(&format!("in use by process {}", child.id())), "{refused:#?}");
+        assert!(
+            refused.stderr.contains(&format!("in use by process {}", child.id())),
+            "{refused:#?}"
+        );
         kill("KILL", child.id());
         child.wait().unwrap();
         drop(pipe);
@@ -139,8 +148,10 @@ fn an_empty_folder_in_a_folder_without_write_permission_is_written_to() {
     // Root is denied nothing; a mount is a folder that cannot be renamed for anybody.
     let volume: PathBuf = dir.path().join("volume");
     fs::create_dir(&volume).unwrap();
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=20m", "tmpfs"]).arg(&volume).output();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=20m", "tmpfs"])
+        .arg(&volume)
+        .output();
     if !mounted.is_ok_and(|output| output.status.success()) {
         println!("skipped: a file system cannot be mounted here");
         return;

@@ -16,7 +16,8 @@ fn synth(dir: &Path, events: &str, items: &str) -> PathBuf {
 }
 
 fn preprocess(events: &Path, out: &Path, more: &[&str]) -> Finished {
-    let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    let paths =
+        ["preprocess", "--events", events.to_str().unwrap(), "--out", out.to_str().unwrap()];
     bireme(&[&paths[..], more].concat())
 }
 
@@ -32,8 +33,11 @@ fn a_shop_becomes_sessions_and_pairs_beat_popularity_on_them() {
 
     let ndcg = ["popularity", "markov"].map(|kind| {
         let (config, run) = (dir.path().join(format!("{kind}.toml")), dir.path().join(kind));
-        fs::write(&config, format!("[data]\nfirst_day = 1\nlast_day = 3\n[model]\nkind = \"{kind}\"\n"))
-            .unwrap();
+        fs::write(
+            &config,
+            format!("[data]\nfirst_day = 1\nlast_day = 3\n[model]\nkind = \"{kind}\"\n"),
+        )
+        .unwrap();
         let [config, data, run] = [&config, &data, &run].map(|path| path.to_str().unwrap());
         bireme(&["train", "--config", config, "--data", data, "--run-dir", run]).success();
         let results = fs::read_to_string(Path::new(run).join("results.txt")).unwrap();
@@ -47,7 +51,8 @@ fn days_can_be_chosen_and_sessions_cut() {
     let dir = tempfile::tempdir().unwrap();
     let events = synth(dir.path(), "5000", "200");
     let data = dir.path().join("data");
-    preprocess(&events, &data, &["--days", "2..3", "--max-length", "5", "--keep", "last"]).success();
+    preprocess(&events, &data, &["--days", "2..3", "--max-length", "5", "--keep", "last"])
+        .success();
     assert_eq!(names(&data.join("sessions_by_day")), ["2", "3"]);
     let schema = fs::read_to_string(data.join("schema.pbtxt")).unwrap();
     assert!(schema.contains("max: 5"), "{schema}");
@@ -68,7 +73,11 @@ fn a_bad_row_is_named_or_skipped_and_no_partial_output_stays() {
     let data = dir.path().join("data");
     let finished = preprocess(&events, &data, &[]);
     assert_eq!(finished.code, Some(2), "{finished:#?}");
-    assert!(finished.stderr.contains("events.csv`, line 100, column `event_time`"), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("events.csv`, line 100, column `event_time`"),
+        "{}",
+        finished.stderr
+    );
     assert!(finished.stderr.contains("hint: `--skip-bad-rows`"), "{}", finished.stderr);
     assert_eq!(names(dir.path()), ["events.csv"]);
 
@@ -125,7 +134,8 @@ fn events_are_read_from_standard_input_as_from_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let events = synth(dir.path(), "3000", "200");
     let text = fs::read(&events).unwrap();
-    let counts = |stdout: &str| stdout.lines().filter(|line| !line.contains("written")).collect::<String>();
+    let counts =
+        |stdout: &str| stdout.lines().filter(|line| !line.contains("written")).collect::<String>();
     let expected = counts(&preprocess(&events, &dir.path().join("data"), &[]).success().stdout);
     for name in ["-", "/dev/stdin"] {
         let out = dir.path().join(if name == "-" { "a" } else { "b" });

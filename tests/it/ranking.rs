@@ -28,7 +28,8 @@ fn counting_gives_the_ranks_of_sorting() {
     let mut number = session_data::numbers(6);
     let targets: Vec<i64> = (0..50).map(|_| number(40) as i64).collect();
     for chunk in [1, 7, 39, 40, 1000] {
-        let slice = |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
+        let slice =
+            |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
         let ranking = rank_targets(
             slice,
             (&Tensor::from_slice(&targets), &nothing_hidden(50)),
@@ -45,7 +46,8 @@ fn counting_gives_the_ranks_of_sorting() {
             let mut order: Vec<i64> = (2..40).collect();
             // A stable sort: among equals the lower index stays first.
             order.sort_by(|&a, &b| of_row[b as usize].total_cmp(&of_row[a as usize]));
-            let expected = order.iter().position(|&item| item == target).map_or(41, |place| place as i64 + 1);
+            let expected =
+                order.iter().position(|&item| item == target).map_or(41, |place| place as i64 + 1);
             assert_eq!(ranks[row], expected, "row {row}, chunk {chunk}");
             order[..5].iter().for_each(|&item| expected_in_top[item as usize] = true);
             let sum: f64 = of_row.iter().map(|&score| f64::from(score).exp()).sum();
@@ -62,15 +64,23 @@ fn items_hidden_from_a_session_are_not_ranked() {
     let targets = Tensor::from_slice(&[3i64, 5, 2, 4]);
     let hidden = Tensor::from_slice(&[2i64, -1, 2, 3, 2, -1, 5, 1]).view([4, 2]);
     for chunk in [1, 2, 4, 6] {
-        let slice =
-            |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
-        let ranking = rank_targets(slice, (&targets, &hidden), &ItemTable::replicated(6), chunk, 3).unwrap();
+        let slice = |items: std::ops::Range<i64>| {
+            scores.narrow(1, items.start, items.end - items.start).copy()
+        };
+        let ranking =
+            rank_targets(slice, (&targets, &hidden), &ItemTable::replicated(6), chunk, 3).unwrap();
         let ranks: Vec<i64> = ranking.ranks.try_into().unwrap();
         assert_eq!(ranks, [1, 2, 7, 3], "chunk {chunk}");
         let in_top: Vec<bool> = ranking.in_top.try_into().unwrap();
         assert_eq!(in_top, [false, false, true, true, true, true], "chunk {chunk}");
-        let plain =
-            rank_targets(slice, (&targets, &nothing_hidden(4)), &ItemTable::replicated(6), chunk, 3).unwrap();
+        let plain = rank_targets(
+            slice,
+            (&targets, &nothing_hidden(4)),
+            &ItemTable::replicated(6),
+            chunk,
+            3,
+        )
+        .unwrap();
         assert_eq!(ranking.losses, plain.losses);
     }
 }
@@ -83,11 +93,14 @@ fn sharded_ranking_finds_what_one_rank_finds() {
         let scores = scores();
         let targets = Tensor::from_slice(&(0..50).map(|row| row % 40).collect::<Vec<i64>>());
         let hidden = match hides {
-            true => Tensor::from_slice(&(0..50).flat_map(hidden).collect::<Vec<i64>>()).view([50, 2]),
+            true => {
+                Tensor::from_slice(&(0..50).flat_map(hidden).collect::<Vec<i64>>()).view([50, 2])
+            }
             false => nothing_hidden(50),
         };
-        let slice =
-            |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start).copy();
+        let slice = |items: std::ops::Range<i64>| {
+            scores.narrow(1, items.start, items.end - items.start).copy()
+        };
         rank_targets(slice, (&targets, &hidden), share, chunk, k).unwrap()
     };
     for (world_size, chunk) in [(1, 7), (2, 5), (3, 1), (3, 1000)] {
@@ -99,7 +112,11 @@ fn sharded_ranking_finds_what_one_rank_finds() {
                 });
                 let alone = ranking(&ItemTable::replicated(40), hides, 40, k);
                 let in_top: Vec<&Tensor> = of_ranks.iter().map(|ranking| &ranking.in_top).collect();
-                assert_eq!(Tensor::cat(&in_top, 0), alone.in_top, "{world_size} ranks, chunk {chunk}, k {k}");
+                assert_eq!(
+                    Tensor::cat(&in_top, 0),
+                    alone.in_top,
+                    "{world_size} ranks, chunk {chunk}, k {k}"
+                );
                 for ranking in &of_ranks {
                     assert_eq!(ranking.ranks, alone.ranks);
                     assert!((&ranking.losses - &alone.losses).abs().max().double_value(&[]) < 1e-5);
@@ -124,8 +141,9 @@ fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
                 order.iter().take(k).for_each(|&item| expected[item] = true);
             }
             for chunk in [1, 2, 7, 30] {
-                let slice =
-                    |items: std::ops::Range<i64>| scores.narrow(1, items.start, items.end - items.start);
+                let slice = |items: std::ops::Range<i64>| {
+                    scores.narrow(1, items.start, items.end - items.start)
+                };
                 let targets = Tensor::from_slice(&[1i64, 1, 1]);
                 let ranking = rank_targets(
                     slice,
@@ -136,7 +154,10 @@ fn the_top_is_exact_whatever_the_ties_and_the_chunks() {
                 )
                 .unwrap();
                 let in_top = Vec::<bool>::try_from(ranking.in_top).unwrap();
-                assert_eq!(in_top, expected, "{n_scores} scores, {n_items} items, k {k}, chunk {chunk}");
+                assert_eq!(
+                    in_top, expected,
+                    "{n_scores} scores, {n_items} items, k {k}, chunk {chunk}"
+                );
             }
         }
     }
@@ -216,8 +237,11 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
-            let config =
-                metrics::EvaluateConfig { block: 32, scores_mib, ..metrics::EvaluateConfig::default() };
+            let config = metrics::EvaluateConfig {
+                block: 32,
+                scores_mib,
+                ..metrics::EvaluateConfig::default()
+            };
             evaluate(
                 &network(),
                 &ItemTable::replicated(days.features().n_items()),
@@ -233,7 +257,10 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     let alone = on_ranks(1, 256).remove(0);
     let expected = offline(&network(), &sessions);
     let loss = alone.metrics.loss;
-    assert_eq!(Metrics { loss: 0.0, ..alone.metrics.clone() }, Metrics { loss: 0.0, ..expected.metrics });
+    assert_eq!(
+        Metrics { loss: 0.0, ..alone.metrics.clone() },
+        Metrics { loss: 0.0, ..expected.metrics }
+    );
     assert!(loss > 3.0 && loss < 5.0, "{loss}");
     assert_eq!(alone.coverage_at_20, expected.coverage_at_20);
     // Twenty of 58 items are in the top of one session, and no two sessions are quite alike.
@@ -267,8 +294,8 @@ fn occurrences_of_all_ranks_are_those_of_the_file() {
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Train).unwrap();
     for world_size in [1, 2, 3, 400] {
-        let of_ranks =
-            (0..world_size).map(|rank| occurrences(&file, days.features(), (rank, world_size)).unwrap());
+        let of_ranks = (0..world_size)
+            .map(|rank| occurrences(&file, days.features(), (rank, world_size)).unwrap());
         let sum = of_ranks.reduce(|a, b| a.iter().zip(&b).map(|(a, b)| a + b).collect()).unwrap();
         assert_eq!(sum, expected, "{world_size} ranks");
     }
@@ -285,8 +312,16 @@ fn a_file_without_sessions_has_no_figures() {
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
         let config = metrics::EvaluateConfig::default();
-        evaluate(&network, &ItemTable::replicated(10), &file, days.features(), &config, &[0; 10], collective)
-            .unwrap()
+        evaluate(
+            &network,
+            &ItemTable::replicated(10),
+            &file,
+            days.features(),
+            &config,
+            &[0; 10],
+            collective,
+        )
+        .unwrap()
     }) {
         let metrics = evaluation.metrics;
         assert!(evaluation.outcomes.is_empty());

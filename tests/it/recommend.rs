@@ -18,7 +18,8 @@ fn exported() -> EventShop {
     let shop = EventShop::small();
     let config = shop.path("run.toml");
     let train = "[train]\nmax_steps_per_day = 8\nlearning_rate = 0.02\n";
-    fs::write(&config, format!("[data]\nfirst_day = 1\nlast_day = 2\n{}\n{train}", MODELS[0].1)).unwrap();
+    fs::write(&config, format!("[data]\nfirst_day = 1\nlast_day = 2\n{}\n{train}", MODELS[0].1))
+        .unwrap();
     let (data, run, out) = (shop.path("data"), shop.path("run"), shop.path("repository"));
     let trained = shop
         .run(&["train", "--config", &config, "--data", &data, "--run-dir", &run, "--export", &out])
@@ -29,7 +30,8 @@ fn exported() -> EventShop {
 
 fn recommend(shop: &EventShop, events: &str, more: &[&str]) -> Finished {
     let (repository, events) = (shop.path("repository"), shop.path(events));
-    let arguments = ["recommend", "--device", "cpu", "--repository", &repository, "--events", &events];
+    let arguments =
+        ["recommend", "--device", "cpu", "--repository", &repository, "--events", &events];
     shop.run(&[&arguments[..], more].concat())
 }
 
@@ -53,7 +55,8 @@ fn sessions_of_a_file_get_recommendations_in_every_form() {
     }
     // Events of one second may lie on both sides of the fiftieth.
     let is_tied = events[49]["event_time"] == events[50]["event_time"];
-    let seen: usize = sessions.iter().map(|session| session["seen"].as_array().unwrap().len()).sum();
+    let seen: usize =
+        sessions.iter().map(|session| session["seen"].as_array().unwrap().len()).sum();
     let expected: usize = by_session.values().filter(|&&n| n > 1).sum();
     assert!(seen == expected || is_tied, "{seen} and {expected}");
     let etl = Preprocessor::load(&PathBuf::from(shop.path("repository/bireme_etl/1"))).unwrap();
@@ -142,7 +145,11 @@ fn shops_of_few_items_recommend_all_of_them() {
         }
         for session in ask(&["--exclude-seen", "--first", "2"]) {
             let (seen, left) = (ids(&session, "seen"), ids(&session, "recommended"));
-            assert_eq!((seen.as_slice(), left.len() as i64), (&[-1, 0][..], n_items - 2), "{session}");
+            assert_eq!(
+                (seen.as_slice(), left.len() as i64),
+                (&[-1, 0][..], n_items - 2),
+                "{session}"
+            );
         }
     }
 }
@@ -170,10 +177,20 @@ fn what_cannot_be_recommended_is_refused() {
     assert!(skipped.stderr.contains("warning: 1 of 12000 rows cannot be read"), "{skipped:#?}");
     // A model that only counts is refused before it is trained.
     let (config, data) = (shop.path("counts.toml"), shop.path("data"));
-    fs::write(&config, "[data]\nfirst_day = 1\nlast_day = 2\n[model]\nkind = \"popularity\"\n").unwrap();
+    fs::write(&config, "[data]\nfirst_day = 1\nlast_day = 2\n[model]\nkind = \"popularity\"\n")
+        .unwrap();
     let (run, out) = (shop.path("counts"), shop.path("repository"));
-    let refused =
-        shop.run(&["train", "--config", &config, "--data", &data, "--run-dir", &run, "--export", &out]);
+    let refused = shop.run(&[
+        "train",
+        "--config",
+        &config,
+        "--data",
+        &data,
+        "--run-dir",
+        &run,
+        "--export",
+        &out,
+    ]);
     assert_eq!(refused.code, Some(2), "{refused:#?}");
     assert!(!PathBuf::from(run).exists());
 }

@@ -17,7 +17,8 @@ use crate::support::session_shop::SessionShop;
 
 fn refused(finished: &Finished, message: &str) {
     finished.refused(message);
-    let errors: Vec<&str> = finished.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    let errors: Vec<&str> =
+        finished.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
     let [error] = errors[..] else { panic!("{finished:#?}") };
     assert!(error.chars().count() <= 310 && !error.contains(char::is_control), "{error}");
 }
@@ -29,11 +30,13 @@ fn configurations() {
     for (assignment, message) in [
         (
             "train.learning_rat=1",
-            "unknown key `train.learning_rat` in the configuration: did you mean `train.learning_rate`?",
+            "unknown key `train.learning_rat` in the configuration: did you mean \
+             `train.learning_rate`?",
         ),
         (
             "model.hiden_width=1",
-            "unknown key `model.hiden_width` in the configuration: did you mean `model.hidden_width`?",
+            "unknown key `model.hiden_width` in the configuration: did you mean \
+             `model.hidden_width`?",
         ),
         ("trian.epochs=1", "unknown key `trian` in the configuration: did you mean `train`?"),
         ("model.kind=lstm", "`lstm`"),
@@ -68,7 +71,10 @@ fn configurations() {
     fs::remove_file(config).unwrap();
     refused(&shop.train("run", &[]), "cannot read the configuration");
     fs::create_dir(config).unwrap();
-    refused(&shop.train("run", &[]), &format!("cannot read the configuration `{config}`: Is a directory"));
+    refused(
+        &shop.train("run", &[]),
+        &format!("cannot read the configuration `{config}`: Is a directory"),
+    );
     fs::remove_dir(config).unwrap();
     fs::write(config, CONFIG).unwrap();
     let huge = format!("train.micro_batch={}\u{1b}[31m\nx", "9".repeat(10_000));
@@ -86,7 +92,8 @@ fn a_row_that_one_rank_cannot_read_is_named_before_the_rank() {
     let Some(failed) = shop.train_on(2, "run", &[]) else { return };
     assert!([Some(1), Some(2)].contains(&failed.code), "{failed:#?}");
     let error = failed.stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
-    let row = "1/train.parquet` row 150: column `product_id-list_seq` has the id 41, outside 1..=39";
+    let row =
+        "1/train.parquet` row 150: column `product_id-list_seq` has the id 41, outside 1..=39";
     assert!(error.contains(row), "{failed:#?}");
     for debug in ["(())", "Uint8", "Float", "Some("] {
         assert!(!failed.stderr.contains(debug), "{failed:#?}");
@@ -119,7 +126,12 @@ fn damaged_files_of_a_run() {
     damaged(config.clone(), "train = 3\n", &evaluate, "config.toml`: ");
     damaged(config, "[", &evaluate, "config.toml` is not valid TOML: line 1, column ");
     let metrics = run_dir.join("metrics.jsonl");
-    damaged(metrics.clone(), "{\"kind\":\"other\"}\n{\"kind\"", &report, "metrics.jsonl`, line 2: ");
+    damaged(
+        metrics.clone(),
+        "{\"kind\":\"other\"}\n{\"kind\"",
+        &report,
+        "metrics.jsonl`, line 2: ",
+    );
     damaged(
         metrics,
         "{\"kind\":\"step\",\"day\":{},\"step\":1,\"loss\":1}",
@@ -162,13 +174,32 @@ fn rows() {
     let too_large = vec![vec![5, 6], vec![40, 6]];
     let padding = vec![vec![0, 6]];
     for (sessions, message) in [
-        (one_event, "1/train.parquet` row 1: column `product_id-list_seq` has a session of one event"),
-        (none, "1/train.parquet` row 1: column `product_id-list_seq` holds a null or an empty list"),
-        (too_large, "1/train.parquet` row 1: column `product_id-list_seq` has the id 40, outside 1..=39"),
-        (padding, "1/train.parquet` row 0: column `product_id-list_seq` has the id 0, outside 1..=39"),
-        (vec![vec![5, 6, 7], vec![8, 9]], "row 1: column `price_log_norm-list_seq` has the value NaN"),
+        (
+            one_event,
+            "1/train.parquet` row 1: column `product_id-list_seq` has a session of one event",
+        ),
+        (
+            none,
+            "1/train.parquet` row 1: column `product_id-list_seq` holds a null or an empty list",
+        ),
+        (
+            too_large,
+            "1/train.parquet` row 1: column `product_id-list_seq` has the id 40, outside 1..=39",
+        ),
+        (
+            padding,
+            "1/train.parquet` row 0: column `product_id-list_seq` has the id 0, outside 1..=39",
+        ),
+        (
+            vec![vec![5, 6, 7], vec![8, 9]],
+            "row 1: column `price_log_norm-list_seq` has the value NaN",
+        ),
     ] {
-        session_data::write_sessions(&train, &sessions, |item| if item == 9 { f32::NAN } else { 0.0 });
+        session_data::write_sessions(
+            &train,
+            &sessions,
+            |item| if item == 9 { f32::NAN } else { 0.0 },
+        );
         // All files are checked before the first step, on whichever rank the row falls.
         refused(&shop.train("run", &features), message);
         if let Some(finished) = shop.train_on(2, "run", &features) {
@@ -179,8 +210,13 @@ fn rows() {
     // So is the last day, which is only evaluated, and the file that `evaluate` reads.
     session_data::write_days(&shop.data(), 3, 20, 40);
     shop.train("run", &[]).success();
-    session_data::write_sessions(&shop.data().join("3/valid.parquet"), &[vec![5, 6], vec![7]], |_| 0.0);
-    let one_event = "3/valid.parquet` row 1: column `product_id-list_seq` has a session of one event";
+    session_data::write_sessions(
+        &shop.data().join("3/valid.parquet"),
+        &[vec![5, 6], vec![7]],
+        |_| 0.0,
+    );
+    let one_event =
+        "3/valid.parquet` row 1: column `product_id-list_seq` has a session of one event";
     let finished = shop.train("other", &[]);
     refused(&finished, one_event);
     assert!(finished.stderr.contains("hint: `bireme preprocess --min-length 2`"), "{finished:#?}");
@@ -193,20 +229,22 @@ fn rows_that_are_checked_beside_the_training_end_it_when_they_are_found() {
     let config = Config::load(&shop.config(), &[]).unwrap();
     let check = |n_ranks: usize, at_the_start: usize| {
         let days = Days::open(&shop.data(), &config.data).unwrap();
-        let files: Vec<_> = (1..=3).map(|day| Arc::new(days.file(day, Split::Train).unwrap())).collect();
+        let files: Vec<_> =
+            (1..=3).map(|day| Arc::new(days.file(day, Split::Train).unwrap())).collect();
         let begin = move |rank| RowCheck::begin(&files, (rank, n_ranks), 2, at_the_start);
         (0..n_ranks).map(begin).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())
     };
     // Row groups have 64 sessions; a rank checks whole ones.
-    let left = |at_the_start| check(2, at_the_start).unwrap().iter().map(RowCheck::n_left).sum::<usize>();
+    let left =
+        |at_the_start| check(2, at_the_start).unwrap().iter().map(RowCheck::n_left).sum::<usize>();
     assert_eq!((left(0), left(64), left(1000)), (600, 600 - 2 * 64, 0));
 
     let mut sessions = session_data::sessions(200, 40, 1);
     sessions[150] = vec![41, 2];
     sessions[180] = vec![41, 2];
     session_data::write_sessions(&shop.data().join("3/train.parquet"), &sessions, |_| 0.0);
-    let found =
-        "3/train.parquet` row 150: column `product_id-list_seq` has the id 41, outside 1..=39 of the schema";
+    let found = "3/train.parquet` row 150: column `product_id-list_seq` has the id 41, outside \
+                 1..=39 of the schema";
     for n_ranks in [1, 2, 3] {
         let error = check(n_ranks, 1000).err().unwrap();
         assert!(error.ends_with(found), "{error}");
@@ -321,12 +359,17 @@ fn values_that_no_key_can_have() {
     let objectives: [(&str, &[Values<'_>]); 4] = [
         ("causal", &[("drop", &shares), ("reverse", &shares)]),
         ("masked", &[("probability", &["0", "1", "-1", "nan", "1e-300", "\"x\""])]),
-        ("permutation", &[("probability", &["0", "1", "1e-300"]), ("max_span", &["0", "-1", "1000000000"])]),
+        (
+            "permutation",
+            &[("probability", &["0", "1", "1e-300"]), ("max_span", &["0", "-1", "1000000000"])],
+        ),
         ("replaced", &[("weight", &["-1", "nan", "1e300"]), ("probability", &["2"])]),
     ];
     for (kind, keys) in objectives {
-        let cases: Vec<(String, Vec<&str>)> =
-            keys.iter().map(|(key, values)| (format!("model.objective.{key}"), values.to_vec())).collect();
+        let cases: Vec<(String, Vec<&str>)> = keys
+            .iter()
+            .map(|(key, values)| (format!("model.objective.{key}"), values.to_vec()))
+            .collect();
         let cases: Vec<(&str, Vec<&str>)> =
             cases.iter().map(|(key, values)| (key.as_str(), values.clone())).collect();
         let gru = "kind = \"gru\"\n[model.objective]\nkind = ";
@@ -385,9 +428,12 @@ fn models_too_large_for_memory() {
         let items = format!("the item table of {} items (`schema.pbtxt`)", max + 1);
         let finished = shop.train("large", &[]);
         refused(&finished, &items);
-        for told in
-            [item_table, " GiB of memory, ", "times 4 (values, gradient, optimizer)", "looks like a raw id"]
-        {
+        for told in [
+            item_table,
+            " GiB of memory, ",
+            "times 4 (values, gradient, optimizer)",
+            "looks like a raw id",
+        ] {
             assert!(finished.stderr.contains(told), "{told}\n{finished:#?}");
         }
     }
@@ -402,7 +448,10 @@ fn models_too_large_for_memory() {
         refused(&shop.train("large", &[]), "counts of 1099511627776 items (`schema.pbtxt`)");
     }
     fs::write(shop.config(), config_with("kind = \"vsknn\"\n")).unwrap();
-    refused(&shop.train("large", &[]), "`kind` vsknn knows at most 4294967296 items, not 1099511627776");
+    refused(
+        &shop.train("large", &[]),
+        "`kind` vsknn knows at most 4294967296 items, not 1099511627776",
+    );
     assert!(!shop.run_dir("large").exists());
 }
 

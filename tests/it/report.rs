@@ -41,16 +41,17 @@ fn refused(finished: &Finished, message: &str) {
 
 /// Names in a folder.
 fn names(dir: &Path) -> BTreeSet<String> {
-    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect()
 }
 
 /// Recall of `n_hits` in `n` sessions.
 fn recall(n_hits: i64, n: i64, n_resamples: u32) -> Estimate {
-    bootstrap(
-        &[n - n_hits, n_hits],
-        n_resamples,
-        |counts| [counts[1] as f64 / (counts[0] + counts[1]) as f64],
-    )[0]
+    bootstrap(&[n - n_hits, n_hits], n_resamples, |counts| {
+        [counts[1] as f64 / (counts[0] + counts[1]) as f64]
+    })[0]
 }
 
 #[test]
@@ -65,7 +66,11 @@ fn intervals_hold_the_figure_and_shrink_with_the_root_of_the_sessions() {
     }
     for n_hits in [0, 7] {
         let estimate = recall(n_hits, 7, 100);
-        assert_eq!((estimate.low, estimate.high), (estimate.value, estimate.value), "nothing to vary");
+        assert_eq!(
+            (estimate.low, estimate.high),
+            (estimate.value, estimate.value),
+            "nothing to vary"
+        );
     }
     let none = recall(0, 0, 100);
     assert!(none.value.is_nan() && none.low.is_nan() && none.high.is_nan());
@@ -152,7 +157,8 @@ fn a_report_says_what_the_runs_said_and_can_be_read_anywhere() {
             for key in ["ndcg_at_10", "ndcg_at_20", "recall_at_10", "recall_at_20", "mrr_at_20"] {
                 let estimate = &part["runs"][i][key];
                 assert_eq!(estimate["value"], record[key], "{key}");
-                let [low, value, high] = ["low", "value", "high"].map(|end| estimate[end].as_f64().unwrap());
+                let [low, value, high] =
+                    ["low", "value", "high"].map(|end| estimate[end].as_f64().unwrap());
                 assert!(low <= value && value <= high, "{key}: {estimate}");
             }
         }
@@ -228,7 +234,8 @@ fn check_svg(svg: &str) {
     let document = roxmltree::Document::parse(svg).unwrap();
     let root = document.root_element();
     assert_eq!(root.tag_name().name(), "svg");
-    let texts = root.descendants().filter(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "text")));
+    let texts =
+        root.descendants().filter(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "text")));
     assert!(texts.count() > 6, "axes have titles and labels");
     let is_colour = |colour: &str| colour.starts_with('#') && colour.len() == 7;
     let colours: BTreeSet<&str> = root
@@ -254,7 +261,10 @@ fn check_page(page: &str, n_runs: usize) {
     assert_eq!(elements().filter(|node| node.tag_name().name() == "details").count(), n_runs);
     for node in elements() {
         for attribute in node.attributes() {
-            assert!(!["src", "href", "srcset", "data"].contains(&attribute.name()), "{attribute:?}");
+            assert!(
+                !["src", "href", "srcset", "data"].contains(&attribute.name()),
+                "{attribute:?}"
+            );
         }
     }
     let own = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
@@ -270,7 +280,8 @@ fn an_evaluation_can_be_saved_later_and_is_then_reported() {
     train_counts(&shop, "markov");
     let save = |run: &str, more: &[&str]| {
         let (run, data) = (shop.run_dir(run), shop.data());
-        let paths = ["evaluate", "--run-dir", run.to_str().unwrap(), "--data", data.to_str().unwrap()];
+        let paths =
+            ["evaluate", "--run-dir", run.to_str().unwrap(), "--data", data.to_str().unwrap()];
         bireme(&[&paths[..], &["--save"], more].concat())
     };
     let part = ["--split", "test"];
@@ -278,13 +289,21 @@ fn an_evaluation_can_be_saved_later_and_is_then_reported() {
     let file = evaluations::path(&shop.run_dir("gru"), 3, Split::Test);
     let (facts, outcomes) = evaluation_file::read(&file).unwrap();
     assert_eq!((facts.title.as_str(), facts.train_day, facts.eval_day), ("GRU", 2, 3));
-    assert_eq!((facts.loss, facts.coverage_at_20), (said["loss"].as_f64(), said["coverage_at_20"].as_f64()));
+    assert_eq!(
+        (facts.loss, facts.coverage_at_20),
+        (said["loss"].as_f64(), said["coverage_at_20"].as_f64())
+    );
     assert_eq!(Some(outcomes.len() as i64), said["n_sessions"].as_i64());
-    assert!(outcomes.iter().all(|outcome| (1..=10).contains(&outcome.decile) && outcome.n_known >= 1));
+    assert!(
+        outcomes.iter().all(|outcome| (1..=10).contains(&outcome.decile) && outcome.n_known >= 1)
+    );
 
     // What training itself left is not lost to a later look at the same day.
     let before = fs::read(evaluations::path(&shop.run_dir("gru"), 2, Split::Valid)).unwrap();
-    refused(&save("gru", &["--day", "2"]), "day-2-valid.parquet` exists: replace it with `--overwrite`");
+    refused(
+        &save("gru", &["--day", "2"]),
+        "day-2-valid.parquet` exists: replace it with `--overwrite`",
+    );
     assert_eq!(fs::read(evaluations::path(&shop.run_dir("gru"), 2, Split::Valid)).unwrap(), before);
     let again = fs::read(&file).unwrap();
     save("gru", &[&part[..], &["--overwrite"]].concat()).success();
@@ -320,9 +339,17 @@ fn what_cannot_be_compared_is_refused_and_leaves_nothing() {
         refused(&report(&shop, &both, &[]), message);
         fs::write(&path, whole).unwrap();
     };
-    cut("evaluations/day-3-valid.parquet", 100, "day-3-valid.parquet` is not a readable parquet file");
+    cut(
+        "evaluations/day-3-valid.parquet",
+        100,
+        "day-3-valid.parquet` is not a readable parquet file",
+    );
     cut("metrics.jsonl", 20, "metrics.jsonl`, line 1: EOF while parsing");
-    cut("config.toml", 0, "config.toml` is not the configuration of a run: `model.kind` is missing");
+    cut(
+        "config.toml",
+        0,
+        "config.toml` is not the configuration of a run: `model.kind` is missing",
+    );
     cut("run.json", 3, "run.json`, line");
     for name in ["results.txt", "evaluations/day-3-valid.parquet"] {
         let (path, elsewhere) = (two.join(name), shop.run_dir("elsewhere"));
@@ -335,7 +362,10 @@ fn what_cannot_be_compared_is_refused_and_leaves_nothing() {
     }
     let misnamed = two.join("evaluations/day-9-test.parquet");
     fs::copy(two.join("evaluations/day-3-valid.parquet"), &misnamed).unwrap();
-    refused(&report(&shop, &both, &[]), "day-9-test.parquet` holds the evaluation of day 3 (valid)");
+    refused(
+        &report(&shop, &both, &[]),
+        "day-9-test.parquet` holds the evaluation of day 3 (valid)",
+    );
     fs::remove_file(&misnamed).unwrap();
 
     // Other days, other sessions.
@@ -360,7 +390,10 @@ fn what_cannot_be_compared_is_refused_and_leaves_nothing() {
     // A folder of somebody else's is never replaced; an empty one may be used.
     fs::create_dir(shop.run_dir("report")).unwrap();
     fs::write(shop.run_dir("report").join("thesis.tex"), "years of work").unwrap();
-    refused(&report(&shop, &both, &["--overwrite"]), "report` exists and was not written by `bireme report`");
+    refused(
+        &report(&shop, &both, &["--overwrite"]),
+        "report` exists and was not written by `bireme report`",
+    );
     fs::remove_file(shop.run_dir("report").join("thesis.tex")).unwrap();
     let finished = report(&shop, &both, &[]).success();
     assert!(finished.stderr.contains("warning: no baseline was given"), "{finished:#?}");
@@ -373,7 +406,10 @@ fn a_rerun_forgets_the_evaluations_of_the_run_before() {
     let shop = SessionShop::new(40);
     shop.train("run", &[]).success();
     shop.train("run", &["--overwrite", "--set", "data.last_day=2"]).success();
-    assert_eq!(names(&shop.run_dir("run").join("evaluations")), ["day-2-valid.parquet".to_owned()].into());
+    assert_eq!(
+        names(&shop.run_dir("run").join("evaluations")),
+        ["day-2-valid.parquet".to_owned()].into()
+    );
 }
 
 #[test]
@@ -394,8 +430,12 @@ fn a_day_without_sessions_is_reported_without_figures() {
 
 /// Runs that were never trained, with these ranks on one day.
 fn made_up(name: &str, kind: &str, ranks: &[i64]) -> FinishedRun {
-    let outcome =
-        |(row, &rank): (usize, &i64)| SessionOutcome { rank, n_known: 1, target: row as i64 + 2, decile: 1 };
+    let outcome = |(row, &rank): (usize, &i64)| SessionOutcome {
+        rank,
+        n_known: 1,
+        target: row as i64 + 2,
+        decile: 1,
+    };
     let facts = serde_json::json!({
         "format": 1, "title": name, "train_day": 1, "eval_day": 2, "split": "valid",
         "loss": null, "coverage_at_20": 0.5,

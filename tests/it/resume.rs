@@ -25,7 +25,9 @@ fn a_killed_run_resumes_to_the_same_bits_on_any_number_of_ranks() {
         // In the middle of an epoch, at the end of a day, before the first checkpoint, and not at
         // all.
         let run = format!("{model} killed");
-        for (n_ranks, fault) in [(2, "kill@1:1"), (3, "kill@0:7"), (1, "kill@0:10"), (4, "kill@2:19")] {
+        for (n_ranks, fault) in
+            [(2, "kill@1:1"), (3, "kill@0:7"), (1, "kill@0:10"), (4, "kill@2:19")]
+        {
             let Some(killed) = shop.train_with_fault(n_ranks, &run, set, fault) else {
                 return;
             };
@@ -62,8 +64,11 @@ fn a_run_that_is_asked_to_stop_saves_a_checkpoint_and_resumes() {
     // This one asks for a checkpoint, and the run goes on.
     let (code, stderr) = signalled("USR1");
     assert_eq!(code, Some(0), "{stderr}");
-    let days: Vec<i64> =
-        shop.records("run", "checkpoint").iter().map(|record| record["day"].as_i64().unwrap()).collect();
+    let days: Vec<i64> = shop
+        .records("run", "checkpoint")
+        .iter()
+        .map(|record| record["day"].as_i64().unwrap())
+        .collect();
     assert!(days.len() >= 3, "{days:?}");
     assert_identical(&shop, "run", "unbroken");
 }
@@ -107,11 +112,17 @@ fn a_run_resumes_with_the_same_configuration_and_data_only() {
     let other = [&one_day[..], &["--set", "train.learning_rate=0.02"]].concat();
     refused(shop.train("run", &other), "`train.learning_rate` was 0.01, and is 0.02 now");
     refused(
-        shop.train("run", &[&RESUMABLE[..], &["--set", "data.last_day=4", "--set", "run.seed=1"]].concat()),
+        shop.train(
+            "run",
+            &[&RESUMABLE[..], &["--set", "data.last_day=4", "--set", "run.seed=1"]].concat(),
+        ),
         "no day 4",
     );
     let none_left = [&RESUMABLE[..], &["--set", "data.first_day=2", "--resume=anyway"]].concat();
-    refused(shop.train("run", &none_left), "it is of day 1, which the configuration does not train on");
+    refused(
+        shop.train("run", &none_left),
+        "it is of day 1, which the configuration does not train on",
+    );
     // More days may follow, as when they were not over yet.
     shop.train("run", &RESUMABLE).success();
     shop.train("unbroken", &RESUMABLE).success();
@@ -137,7 +148,11 @@ fn a_run_without_days_takes_all_days_and_later_ones() {
 
     for part in ["train", "valid"] {
         let sessions = session_data::sessions(200, 40, 5);
-        session_data::write_sessions(&shop.data().join(format!("4/{part}.parquet")), &sessions, |_| 0.0);
+        session_data::write_sessions(
+            &shop.data().join(format!("4/{part}.parquet")),
+            &sessions,
+            |_| 0.0,
+        );
     }
     let on = shop.train("run", &RESUMABLE).success();
     assert!(on.stderr.contains("going on from"), "{on:#?}");
@@ -186,22 +201,37 @@ fn the_best_day_and_every_days_last_checkpoint_can_be_kept() {
 #[test]
 fn a_run_resumes_after_later_days_added_items() {
     let shop = EventShop::small();
-    let [more, data, run, out] = ["more.csv", "data", "run", "repository"].map(|name| shop.path(name));
+    let [more, data, run, out] =
+        ["more.csv", "data", "run", "repository"].map(|name| shop.path(name));
     // A shop with more items, of whose days the first two are there already.
-    let synth =
-        ["synth", "--events", "30000", "--items", "900", "--days", "4", "--seed", "9", "--out", &more];
+    let synth = [
+        "synth", "--events", "30000", "--items", "900", "--days", "4", "--seed", "9", "--out",
+        &more,
+    ];
     shop.run(&synth).success();
     let config = shop.path("config.toml");
-    let model =
-        "[model]\nkind = \"gru\"\nhidden_width = 16\n[train]\nmax_steps_per_day = 6\nglobal_batch = 64\n";
+    let model = "[model]\nkind = \"gru\"\nhidden_width = 16\n[train]\nmax_steps_per_day = 6\n\
+                 global_batch = 64\n";
     let tables = "tables = { kind = \"adagrad\", learning_rate = 0.1 }\n";
-    let days = |last_day: i64| format!("[data]\nfirst_day = 1\nlast_day = {last_day}\n{model}{tables}");
+    let days =
+        |last_day: i64| format!("[data]\nfirst_day = 1\nlast_day = {last_day}\n{model}{tables}");
     fs::write(&config, days(2)).unwrap();
-    let train = ["train", "--config", &config, "--data", &data, "--run-dir", &run, "--set", "run.device=cpu"];
+    let train = [
+        "train",
+        "--config",
+        &config,
+        "--data",
+        &data,
+        "--run-dir",
+        &run,
+        "--set",
+        "run.device=cpu",
+    ];
     shop.run(&train).success();
     let state = |day: i64| -> Value {
         let checkpoints = PathBuf::from(&run).join("checkpoints");
-        let newest = fs::read_dir(checkpoints).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+        let newest =
+            fs::read_dir(checkpoints).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
         let state: Value =
             serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();
         assert_eq!(state["position"]["day"].as_i64(), Some(day));
@@ -217,7 +247,15 @@ fn a_run_resumes_after_later_days_added_items() {
     assert!(after["n_items"].as_i64().unwrap() > before + 100, "{before} and {after}");
     // What serving needs of the data has grown too.
     let library = shop.library();
-    let export = ["export", "--run-dir", &run, "--out", &out, "--backend-library", library.to_str().unwrap()];
+    let export = [
+        "export",
+        "--run-dir",
+        &run,
+        "--out",
+        &out,
+        "--backend-library",
+        library.to_str().unwrap(),
+    ];
     let exported = shop.run(&export).success();
     assert!(exported.stdout.contains(&format!("{} items", after["n_items"])), "{exported:#?}");
 }

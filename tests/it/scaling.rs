@@ -50,13 +50,19 @@ fn scaling_is_measured_and_predicted() {
     let finished = scaling(&shop, "2", "out").success();
     let out = shop.dir.path().join("out");
     assert_eq!(finished.stdout.trim(), out.join("scaling.md").to_str().unwrap());
-    let json: Value = serde_json::from_str(&fs::read_to_string(out.join("scaling.json")).unwrap()).unwrap();
+    let json: Value =
+        serde_json::from_str(&fs::read_to_string(out.join("scaling.json")).unwrap()).unwrap();
     let points = json["points"].as_array().unwrap();
     let names: Vec<_> = points
         .iter()
         .map(|point| {
             let [growth, table] = ["growth", "item_table"].map(|key| point[key].as_str().unwrap());
-            (point["ranks"].as_u64().unwrap(), growth, table, point["global_batch"].as_u64().unwrap())
+            (
+                point["ranks"].as_u64().unwrap(),
+                growth,
+                table,
+                point["global_batch"].as_u64().unwrap(),
+            )
         })
         .collect();
     let expected = [
@@ -81,7 +87,8 @@ fn scaling_is_measured_and_predicted() {
     assert_eq!(json["predictions"].as_array().unwrap().len(), 3 * 4 * 2);
     let table = fs::read_to_string(out.join("scaling.md")).unwrap();
     assert!(
-        table.contains("| weak | sharded | 2 | 96 |") && table.contains("| 100000000 | sharded | 512 |"),
+        table.contains("| weak | sharded | 2 | 96 |")
+            && table.contains("| 100000000 | sharded | 512 |"),
         "{table}"
     );
     assert!(fs::read_to_string(out.join("scaling.svg")).unwrap().contains("strong, sharded"));
@@ -96,7 +103,11 @@ fn ranks_without_a_micro_batch_are_refused() {
     let shop = SessionShop::new(60);
     let refused = scaling(&shop, "2,7", "out");
     assert_eq!(refused.code, Some(2));
-    assert!(refused.stderr.contains("7 ranks cannot share 6 micro-batches of a step"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("7 ranks cannot share 6 micro-batches of a step"),
+        "{}",
+        refused.stderr
+    );
     assert!(!shop.dir.path().join("out").exists());
 }
 
@@ -110,7 +121,10 @@ fn a_failing_run_is_reported_with_its_last_output() {
     let failed = scaling(&shop, "1", "out");
     assert_eq!(failed.code, Some(1));
     let stderr = failed.stderr;
-    assert!(stderr.contains("bireme train --config") && stderr.contains("valid.parquet"), "{stderr}");
+    assert!(
+        stderr.contains("bireme train --config") && stderr.contains("valid.parquet"),
+        "{stderr}"
+    );
 }
 
 #[test]
@@ -125,15 +139,21 @@ fn launchers_that_cannot_start_ranks_are_refused() {
         (&empty, &[][..], "there is no `mpirun` in PATH"),
         (&empty, &["--launcher", "srun"][..], "there is no `srun` in PATH"),
         (&srun, &["--launcher", "srun"][..], "`--launcher srun` needs an allocation of Slurm"),
-        (&srun, &["--launcher", "srun", "--hosts", hosts][..], "`--hosts` is for `--launcher mpirun`"),
+        (
+            &srun,
+            &["--launcher", "srun", "--hosts", hosts][..],
+            "`--hosts` is for `--launcher mpirun`",
+        ),
     ] {
         let mut command = command(&shop, "1", "out");
-        let refused = run_within(command.args(more).env("PATH", path).env_remove("SLURM_JOB_ID"), LIMIT);
+        let refused =
+            run_within(command.args(more).env("PATH", path).env_remove("SLURM_JOB_ID"), LIMIT);
         assert_eq!(refused.code, Some(2), "{refused:#?}");
         assert!(refused.stderr.starts_with(&format!("error: {message}")), "{refused:#?}");
     }
     let mpirun = folder_with(&shop, "mpirun", "exit 1");
-    let refused = run_within(command(&shop, "1", "out").args(["--hosts", hosts]).env("PATH", mpirun), LIMIT);
+    let refused =
+        run_within(command(&shop, "1", "out").args(["--hosts", hosts]).env("PATH", mpirun), LIMIT);
     assert_eq!(refused.code, Some(2), "{refused:#?}");
     assert!(refused.stderr.contains("cannot read the hosts `"), "{refused:#?}");
     assert!(!shop.dir.path().join("out").exists());
@@ -142,13 +162,16 @@ fn launchers_that_cannot_start_ranks_are_refused() {
 #[test]
 fn the_output_of_a_launcher_is_the_reason() {
     let shop = SessionShop::new(60);
-    let script =
-        "printf -- '-----\\nThere are not enough slots available\\nin the system.\\n\\nmore\\n' >&2; exit 1";
+    let script = "printf -- '-----\\nThere are not enough slots available\\nin the \
+                  system.\\n\\nmore\\n' >&2; exit 1";
     let path = folder_with(&shop, "mpirun", script);
     let failed = run_within(command(&shop, "1", "out").env("PATH", path), LIMIT);
     assert_eq!(failed.code, Some(1), "{failed:#?}");
     let told = "error: There are not enough slots available in the system; the log is `";
-    assert!(failed.stderr.starts_with(told) && failed.stderr.contains("doctor.log`"), "{failed:#?}");
+    assert!(
+        failed.stderr.starts_with(told) && failed.stderr.contains("doctor.log`"),
+        "{failed:#?}"
+    );
 }
 
 #[test]

@@ -37,7 +37,8 @@ fn request(events: &[Event]) -> String {
         column("price", "FP64", |cell| cell.parse::<f64>().unwrap().into()),
         column("user_session", "BYTES", text),
     ];
-    json!({ "inputs": inputs, "outputs": [{ "name": "item_ids" }, { "name": "item_scores" }] }).to_string()
+    json!({ "inputs": inputs, "outputs": [{ "name": "item_ids" }, { "name": "item_scores" }] })
+        .to_string()
 }
 
 const INFER: &str = "POST /v2/models/gru/infer";
@@ -103,11 +104,16 @@ fn a_new_version_takes_over_and_the_server_ends_without_a_lost_request() {
     assert_eq!(ask(&server.http, INFER, "", &request).json()["model_version"], "2");
 
     // Requests whose bodies are still on their way when the server is told to end are answered.
-    let mut streams: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(&server.http).unwrap()).collect();
-    let head = format!("{INFER} HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n", request.len());
+    let mut streams: Vec<TcpStream> =
+        (0..8).map(|_| TcpStream::connect(&server.http).unwrap()).collect();
+    let head =
+        format!("{INFER} HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n", request.len());
     let (first, rest) = request.split_at(request.len() / 2);
     for stream in &mut streams {
-        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(first.as_bytes())).unwrap();
+        stream
+            .write_all(head.as_bytes())
+            .and_then(|()| stream.write_all(first.as_bytes()))
+            .unwrap();
     }
     thread::sleep(Duration::from_millis(200));
     let http = server.http.clone();
@@ -129,7 +135,8 @@ fn a_new_version_takes_over_and_the_server_ends_without_a_lost_request() {
 #[test]
 fn requests_have_bounded_cost() {
     let (shop, repository, request) = exported();
-    let more = ["--max-requests", "2", "--max-body-mib", "1", "--max-rows", "100", "--timeout-ms", "5000"];
+    let more =
+        ["--max-requests", "2", "--max-body-mib", "1", "--max-rows", "100", "--timeout-ms", "5000"];
     let server = serve(&repository, &shop, &more);
     let http = server.http.as_str();
     let infer = |body: &str| ask(http, INFER, "", body);
@@ -142,7 +149,10 @@ fn requests_have_bounded_cost() {
     });
     let n_refused = statuses.iter().filter(|answer| answer.status == 503).count();
     let n_answered = statuses.iter().filter(|answer| answer.status == 200).count();
-    assert!(n_refused > 0 && n_answered > 0 && n_refused + n_answered == 240, "{n_refused} {n_answered}");
+    assert!(
+        n_refused > 0 && n_answered > 0 && n_refused + n_answered == 240,
+        "{n_refused} {n_answered}"
+    );
     for answer in statuses.iter().filter(|answer| answer.status == 503) {
         assert!(answer.head.contains("retry-after: 1"), "{answer:?}");
     }
@@ -156,7 +166,13 @@ fn requests_have_bounded_cost() {
         ("POST /v2/models/gru/versions/x/infer", "", &request, 400, "`x`"),
         ("GET /v2/nothing", "", "", 404, "unknown endpoint"),
         ("POST /v2/repository/models/..%2Fgru/load", "", "", 400, "no model `../gru`"),
-        ("POST /v2/repository/models/gru/load", "", "{\"parameters\":{\"config\":\"{}\"}}", 400, "`config`"),
+        (
+            "POST /v2/repository/models/gru/load",
+            "",
+            "{\"parameters\":{\"config\":\"{}\"}}",
+            400,
+            "`config`",
+        ),
     ];
     for (what, headers, body, status, message) in faults {
         let answer = ask(http, what, headers, body);
@@ -166,8 +182,9 @@ fn requests_have_bounded_cost() {
     let long = infer(&" ".repeat(2 << 20));
     assert_eq!(long.status, 413, "{long:?}");
     // Nor is more waited for than comes.
-    let head =
-        format!("{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: 1900000\r\n\r\n");
+    let head = format!(
+        "{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: 1900000\r\n\r\n"
+    );
     let half_sent = exchange(http, &[head.as_bytes(), &[b' '; 1_500_000]].concat()).unwrap();
     assert_eq!(half_sent.status, 413, "{half_sent:?}");
     let rows = request.replace("[5,1]", "[101,1]");
@@ -177,8 +194,9 @@ fn requests_have_bounded_cost() {
 
     // A body that does not come, and a head that does not come.
     let begun = Instant::now();
-    let slow =
-        format!("{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{{");
+    let slow = format!(
+        "{INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{{"
+    );
     let answer = exchange(http, slow.as_bytes()).unwrap();
     assert_eq!(answer.status, 504, "{answer:?}");
     assert!(begun.elapsed() < Duration::from_secs(30));
@@ -187,9 +205,11 @@ fn requests_have_bounded_cost() {
     assert_eq!(infer(&hurried).status, 504);
 
     let metrics = ask(http, "GET /metrics", "", "").body;
-    for line in
-        ["bireme_requests_total{model=\"gru\",outcome=\"success\"}", "bireme_requests_in_flight 0", "# EOF"]
-    {
+    for line in [
+        "bireme_requests_total{model=\"gru\",outcome=\"success\"}",
+        "bireme_requests_in_flight 0",
+        "# EOF",
+    ] {
         assert!(metrics.contains(line), "{metrics}");
     }
     assert_eq!(infer(&request).status, 200);
@@ -242,8 +262,10 @@ fn clients_are_answered_as_by_triton() {
         };
         assert_eq!(serde_json::from_slice::<Value>(&body.unwrap()).unwrap(), plain);
         // Behind the JSON in binary, whose length is that of the body decompressed.
-        let headers =
-            format!("Content-Encoding: {encoding}\r\nInference-Header-Content-Length: {}\r\n", request.len());
+        let headers = format!(
+            "Content-Encoding: {encoding}\r\nInference-Header-Content-Length: {}\r\n",
+            request.len()
+        );
         let (status, _, body) = post(http, &headers, &packed(encoding, request.as_bytes()));
         assert_eq!((status, serde_json::from_slice::<Value>(&body).unwrap()), (200, plain.clone()));
         // A bomb: 64 MiB of spaces in 64 KiB.
@@ -257,9 +279,13 @@ fn clients_are_answered_as_by_triton() {
         }
     }
     for encoding in ["br", "zstd", "gzip, deflate", "\u{fc}"] {
-        let (status, _, body) = post(http, &format!("Content-Encoding: {encoding}\r\n"), request.as_bytes());
+        let (status, _, body) =
+            post(http, &format!("Content-Encoding: {encoding}\r\n"), request.as_bytes());
         let body = String::from_utf8_lossy(&body).into_owned();
-        assert!(status == 415 && body.contains("this server reads `gzip` and `deflate`"), "{status} {body}");
+        assert!(
+            status == 415 && body.contains("this server reads `gzip` and `deflate`"),
+            "{status} {body}"
+        );
     }
     let (status, ..) = post(http, "Content-Encoding: identity\r\n", request.as_bytes());
     assert_eq!(status, 200);
@@ -269,7 +295,8 @@ fn clients_are_answered_as_by_triton() {
         let body = request.replacen('{', &format!("{{\"parameters\":{{{parameters}}},"), 1);
         ask(http, INFER, "", &body.replacen("\"inputs\":[", &format!("\"inputs\":[{inputs}"), 1))
     };
-    let top_k = |n: i32| format!(r#"{{"name":"top_k","datatype":"INT32","shape":[1],"data":[{n}]}},"#);
+    let top_k =
+        |n: i32| format!(r#"{{"name":"top_k","datatype":"INT32","shape":[1],"data":[{n}]}},"#);
     for (parameters, inputs, n) in [
         (r#""top_k":3"#, String::new(), 3),
         ("", top_k(4), 4),
@@ -283,14 +310,26 @@ fn clients_are_answered_as_by_triton() {
     }
     for (parameters, inputs, message) in [
         (r#""top_k":3"#, top_k(4), "`top_k` is 4 as an input and 3 as a parameter"),
-        (r#""top_k":"3""#, String::new(), "parameter `top_k` must be a whole number, not the text `3`"),
+        (
+            r#""top_k":"3""#,
+            String::new(),
+            "parameter `top_k` must be a whole number, not the text `3`",
+        ),
         (r#""top_k":3.5"#, String::new(), "parameter `top_k` must be a whole number, not 3.5"),
         (r#""top_k":true"#, String::new(), "parameter `top_k` must be a whole number, not true"),
         (r#""top_k":0"#, String::new(), "`top_k` is 0, and must be from 1 to 100"),
-        (r#""exclude_seen":1"#, String::new(), "parameter `exclude_seen` must be true or false, not 1"),
+        (
+            r#""exclude_seen":1"#,
+            String::new(),
+            "parameter `exclude_seen` must be true or false, not 1",
+        ),
         (r#""timeout":-5"#, String::new(), "parameter `timeout` is -5: it is negative"),
         (r#""timeout":1.5"#, String::new(), "whole number of microseconds, not 1.5"),
-        (r#""x":[1]"#, String::new(), "parameter `x` must be true, false, a number or a text, not a list"),
+        (
+            r#""x":[1]"#,
+            String::new(),
+            "parameter `x` must be true, false, a number or a text, not a list",
+        ),
     ] {
         let answer = with(parameters, &inputs);
         assert_eq!(answer.status, 400, "{parameters}: {answer:?}");
@@ -323,8 +362,10 @@ fn configurations_that_triton_takes_start_the_server() {
     };
     append(
         "gru_model",
-        "instance_group [ { count: 2 kind: KIND_GPU gpus: [ 0, 1 ] } ]\nresponse_cache { enable: true }\n\
-         optimization { graph { level: 1 } } # and so on\nmodel_warmup [{ name: 'w', batch_size: 1 }]\n",
+        "instance_group [ { count: 2 kind: KIND_GPU gpus: [ 0, 1 ] } ]\n\
+         response_cache { enable: true }\n\
+         optimization { graph { level: 1 } } # and so on\n\
+         model_warmup [{ name: 'w', batch_size: 1 }]\n",
     );
     let server = serve(&repository, &shop, &[]);
     assert_eq!(ask(&server.http, INFER, "", &request).status, 200);
@@ -332,8 +373,15 @@ fn configurations_that_triton_takes_start_the_server() {
     let log = server.log();
     let ignored = "ignored what this server does not implement: `response_cache` (line ";
     assert_eq!(log.matches(ignored).count(), 1, "{log}");
-    assert!(log.contains("`optimization` (line ") && log.contains("`model_warmup` (line "), "{log}");
-    assert_eq!(log.matches("`instance_group` asks for GPUs; the model runs on the CPU").count(), 1, "{log}");
+    assert!(
+        log.contains("`optimization` (line ") && log.contains("`model_warmup` (line "),
+        "{log}"
+    );
+    assert_eq!(
+        log.matches("`instance_group` asks for GPUs; the model runs on the CPU").count(),
+        1,
+        "{log}"
+    );
     append("gru_etl", "sequence_batching { }\n");
     let refused = ask(&server.http, "POST /v2/repository/models/gru/load", "", "");
     assert!(refused.status == 400 && refused.body.contains("`sequence_batching`"), "{refused:?}");
@@ -354,8 +402,10 @@ fn a_log_that_cannot_be_written_ends_nothing_and_names_are_addresses() {
     let begun = Instant::now();
     let http = loop {
         let text = fs::read_to_string(&addresses).unwrap_or_default();
-        if let Some(http) =
-            text.lines().find_map(|line| line.strip_prefix("http ")).filter(|_| text.contains("grpc "))
+        if let Some(http) = text
+            .lines()
+            .find_map(|line| line.strip_prefix("http "))
+            .filter(|_| text.contains("grpc "))
         {
             break http.to_owned();
         }
@@ -376,8 +426,16 @@ fn keys_are_required_and_connections_are_limited() {
     let (shop, repository, request) = exported();
     let keys = shop.path("keys");
     fs::write(&keys, "# of the shop\nsecret one\n\nother\n").unwrap();
-    let more =
-        ["--api-keys", keys.as_str(), "--max-connections", "3", "--idle-seconds", "1", "--log", "json"];
+    let more = [
+        "--api-keys",
+        keys.as_str(),
+        "--max-connections",
+        "3",
+        "--idle-seconds",
+        "1",
+        "--log",
+        "json",
+    ];
     let server = serve(&repository, &shop, &more);
     let http = server.http.as_str();
     for (key, status) in [
@@ -446,9 +504,13 @@ fn a_server_that_cannot_start_says_why() {
         refused(start(repository, &["--http", address, "--grpc", "127.0.0.1:0"]), message);
     }
     let port = taken.rsplit_once(':').unwrap().1;
-    refused(start(repository, &["--grpc", &format!("localhost:{port}"), "--http", "127.0.0.1:0"]), &taken);
+    refused(
+        start(repository, &["--grpc", &format!("localhost:{port}"), "--http", "127.0.0.1:0"]),
+        &taken,
+    );
     refused(start(repository, &[&any[..], &["--api-keys", &no_keys]].concat()), "no_keys");
     refused(start(repository, &[&any[..], &["--load", "other"]].concat()), "no model `other`");
-    fs::write(shop.path("repository/gru/config.pbtxt"), "name: \"gru\"\nplatfrom: \"ensemble\"\n").unwrap();
+    fs::write(shop.path("repository/gru/config.pbtxt"), "name: \"gru\"\nplatfrom: \"ensemble\"\n")
+        .unwrap();
     refused(start(repository, &any), "platfrom");
 }

@@ -87,9 +87,15 @@ impl Exported {
     fn ask_for_names(&self, triton: &Path, server: &Server) {
         let mut command = Command::new(triton.join("bin/python"));
         command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/ask.py"));
-        command.arg(&self.repository).args(["gru", &self.shop.path("events.csv"), "--http", &server.http]);
+        command.arg(&self.repository).args([
+            "gru",
+            &self.shop.path("events.csv"),
+            "--http",
+            &server.http,
+        ]);
         let finished = run_within(&mut command, LIMIT).success();
-        let lines = |begin: &str| finished.stdout.lines().filter(|line| line.starts_with(begin)).count();
+        let lines =
+            |begin: &str| finished.stdout.lines().filter(|line| line.starts_with(begin)).count();
         assert_eq!((lines("session "), lines("  next ")), (2, 10), "{finished:#?}");
     }
 }

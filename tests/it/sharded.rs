@@ -19,7 +19,8 @@ fn sharded_tables_give_the_same_losses_figures_and_checkpoints() {
         shop.train(&whole, &set).success();
         for n_ranks in [2, 3] {
             let run = format!("{name} on {n_ranks}");
-            let Some(finished) = shop.train_on(n_ranks, &run, &[&set[..], &SHARDED].concat()) else {
+            let Some(finished) = shop.train_on(n_ranks, &run, &[&set[..], &SHARDED].concat())
+            else {
                 return;
             };
             finished.success();
@@ -97,7 +98,8 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
         }
         // They are also those of tables that are not shared out, but for rounding.
         let whole = format!("{name} whole");
-        shop.train(&whole, &[&set[..], &["--set", "parallel.item_table=replicated"]].concat()).success();
+        shop.train(&whole, &[&set[..], &["--set", "parallel.item_table=replicated"]].concat())
+            .success();
         assert_close_losses(&shop, &alone, &whole, 1e-5);
     }
 }

@@ -35,9 +35,18 @@ impl Cluster {
         }
     }
 
-    fn run(&self, dir: &Path, program: &str, arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    fn run(
+        &self,
+        dir: &Path,
+        program: &str,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> String {
         let mut command = Command::new(program);
-        command.args(arguments).current_dir(dir).env("SLURM_CONF", self.0.path().join("slurm.conf"));
+        command
+            .args(arguments)
+            .current_dir(dir)
+            .env("SLURM_CONF", self.0.path().join("slurm.conf"));
         let ran = command.envs(variables.iter().copied()).output().unwrap();
         assert!(ran.status.success(), "{command:?}: {ran:?}");
         String::from_utf8(ran.stdout).unwrap().trim().to_owned()
@@ -53,7 +62,12 @@ impl Cluster {
         let begun = Instant::now();
         while !self.job(id).split_whitespace().any(|other| other == word) {
             let log = || fs::read_to_string(self.0.path().join("slurmctld.log")).unwrap();
-            assert!(begun.elapsed() < Duration::from_secs(480), "no {word}: {}\n{}", self.job(id), log());
+            assert!(
+                begun.elapsed() < Duration::from_secs(480),
+                "no {word}: {}\n{}",
+                self.job(id),
+                log()
+            );
             sleep(Duration::from_millis(200));
         }
     }
@@ -81,23 +95,38 @@ fn a_preempted_job_is_requeued_and_resumes_to_the_same_bits() {
     let dir = shop.dir.path();
     std::os::unix::fs::symlink(root().join("launch"), dir.join("launch")).unwrap();
     let here = |launcher: &'static str| {
-        [("BIREME_BIN", PROGRAM), ("BIREME_LAUNCHER", launcher), ("OMPI_MCA_mpi_yield_when_idle", "1")]
+        [
+            ("BIREME_BIN", PROGRAM),
+            ("BIREME_LAUNCHER", launcher),
+            ("OMPI_MCA_mpi_yield_when_idle", "1"),
+        ]
     };
     for (run, launcher, nodes) in [
         ("mpirun", "mpirun", ["--nodes=2", "--ntasks-per-node=1"]),
         // `srun` over both nodes fails where they share a host: they would share PMIx's folder.
         ("srun", "srun", ["--nodes=1", "--ntasks-per-node=2"]),
     ] {
-        let job =
-            ["--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "launch/slurm.sbatch"];
+        let job = [
+            "--parsable",
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            "--time=10",
+            "launch/slurm.sbatch",
+        ];
         let arguments = shop.arguments(run, &set);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let id = cluster.run(dir, "sbatch", &[&nodes[..], &job, &arguments].concat(), &here(launcher));
+        let id =
+            cluster.run(dir, "sbatch", &[&nodes[..], &job, &arguments].concat(), &here(launcher));
         let log = dir.join(format!("bireme-{id}.log"));
         let ranks = dir.join(format!("bireme-{id}.ranks"));
         let begun = Instant::now();
         while !files_below(&ranks).iter().chain([&log]).any(|file| text(file).contains("  loss ")) {
-            assert!(begun.elapsed() < Duration::from_secs(120), "{}\n{}", cluster.job(&id), text(&log));
+            assert!(
+                begun.elapsed() < Duration::from_secs(120),
+                "{}\n{}",
+                cluster.job(&id),
+                text(&log)
+            );
             sleep(Duration::from_millis(20));
         }
         let other = [

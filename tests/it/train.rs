@@ -68,8 +68,11 @@ fn a_window_of_days_is_trained_on_as_one_and_the_same_on_three_ranks() {
     let shop = SessionShop::new(100);
     let more = ["--set", "data.window_days=2", "--set", "model.dropout=0.2"];
     shop.train("alone", &more).success();
-    let trained: Vec<_> =
-        shop.records("alone", "day").iter().map(|day| day["n_sessions"].as_i64().unwrap()).collect();
+    let trained: Vec<_> = shop
+        .records("alone", "day")
+        .iter()
+        .map(|day| day["n_sessions"].as_i64().unwrap())
+        .collect();
     // Two epochs of day 1, then of days 1 and 2.
     assert_eq!(trained, [200, 400]);
     let Some(finished) = shop.train_on(3, "three", &more) else { return };
@@ -128,7 +131,8 @@ fn a_run_directory_suffices_to_read_and_repeat_the_run() {
         )
         .unwrap()
     );
-    let facts: Value = serde_json::from_str(&fs::read_to_string(run.join("run.json")).unwrap()).unwrap();
+    let facts: Value =
+        serde_json::from_str(&fs::read_to_string(run.join("run.json")).unwrap()).unwrap();
     assert_eq!((facts["world_size"].as_u64(), facts["device"].as_str()), (Some(1), Some("cpu")));
 
     let results = fs::read_to_string(run.join("results.txt")).unwrap();
@@ -149,8 +153,12 @@ fn a_run_directory_suffices_to_read_and_repeat_the_run() {
     for file in tensors.iter().chain(&["state.json", "manifest.json"]) {
         assert!(newest.join(file).exists(), "{file}");
     }
-    let state: Value = serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();
-    assert_eq!((state["optimizer_steps"].as_i64(), state["position"]["day"].as_i64()), (Some(12), Some(2)));
+    let state: Value =
+        serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap();
+    assert_eq!(
+        (state["optimizer_steps"].as_i64(), state["position"]["day"].as_i64()),
+        (Some(12), Some(2))
+    );
 
     // The newest checkpoint gives the very figures of the run; an incomplete one is passed over.
     let evaluate = |more: &[&str]| {
@@ -167,14 +175,16 @@ fn a_run_directory_suffices_to_read_and_repeat_the_run() {
     for (day, record) in shop.records("run", "day").iter().enumerate() {
         assert_eq!(record["day"].as_i64(), Some(day as i64 + 1));
         assert_eq!(record["n_sessions"].as_i64(), Some(200));
-        let [seconds, rate] = ["seconds", "sessions_per_s"].map(|key| record[key].as_f64().unwrap());
+        let [seconds, rate] =
+            ["seconds", "sessions_per_s"].map(|key| record[key].as_f64().unwrap());
         assert!((seconds * rate - 200.0).abs() < 1e-6, "{record}");
     }
 
     // The same run again is the same to the last bit.
     shop.train("again", &more).success();
     let weights = |run: &str| {
-        let path = shop.run_dir(run).join("checkpoints").join(&names[5]).join("weights.safetensors");
+        let path =
+            shop.run_dir(run).join("checkpoints").join(&names[5]).join("weights.safetensors");
         fs::read(path).unwrap()
     };
     assert_eq!(weights("run"), weights("again"));
@@ -194,11 +204,16 @@ fn a_day_of_fewer_sessions_than_ranks_and_one_of_none_train_as_on_one_rank() {
     for n_sessions in [2, 0] {
         let shop = SessionShop::new(100);
         let sessions = session_data::sessions(n_sessions, 40, 9);
-        session_data::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |item| item as f32);
+        session_data::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |item| {
+            item as f32
+        });
         shop.train("alone", &REPRODUCIBLE).success();
         let Some(finished) = shop.train_on(4, "four", &REPRODUCIBLE) else { return };
         finished.success();
-        assert_eq!(shop.records("alone", "day")[1]["n_sessions"].as_u64(), Some(2 * n_sessions as u64));
+        assert_eq!(
+            shop.records("alone", "day")[1]["n_sessions"].as_u64(),
+            Some(2 * n_sessions as u64)
+        );
         assert_identical(&shop, "four", "alone");
     }
 }
@@ -211,7 +226,8 @@ fn a_bad_row_of_a_later_day_is_named_before_the_first_step() {
     session_data::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |_| 0.0);
     let Some(finished) = shop.train_on(2, "run", &[]) else { return };
     assert_eq!(finished.code, Some(2), "{finished:#?}");
-    let told = finished.stderr.lines().find(|line| line.contains("train.parquet` row 150")).unwrap();
+    let told =
+        finished.stderr.lines().find(|line| line.contains("train.parquet` row 150")).unwrap();
     assert!(told.contains("rank ") && told.contains("has the id 77, outside 1..=39"), "{told}");
     assert!(!shop.run_dir("run").exists(), "nothing was begun");
 }

@@ -13,7 +13,9 @@ use crate::support::process::run_within;
 /// The lines of the blocks that are marked as run.
 fn commands(page: &str) -> String {
     let blocks = page.split("\n```sh run\n").skip(1);
-    blocks.map(|block| block.split_once("\n```").expect("a block ends").0.to_owned() + "\n").collect()
+    blocks
+        .map(|block| block.split_once("\n```").expect("a block ends").0.to_owned() + "\n")
+        .collect()
 }
 
 #[test]
@@ -21,7 +23,9 @@ fn the_commands_of_the_tutorial_run_in_order() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("docs/tutorial.md")).unwrap();
     let commands = commands(&page);
-    for command in ["synth", "preprocess", "train", "evaluate", "report", "export", "serve", "recommend"] {
+    for command in
+        ["synth", "preprocess", "train", "evaluate", "report", "export", "serve", "recommend"]
+    {
         assert!(commands.contains(&format!("bireme {command} ")), "no `{command}` in the tutorial");
     }
 

@@ -24,7 +24,8 @@ impl Backend for StandIn {
     }
 
     fn execute(&self, requests: &[Request<'_>]) -> Vec<Result<Vec<Tensor>, String>> {
-        let calls = requests.iter().map(|request| ModuleCall { inputs: request.inputs(), wanted: &[] });
+        let calls =
+            requests.iter().map(|request| ModuleCall { inputs: request.inputs(), wanted: &[] });
         self.0.execute(&calls.collect::<Vec<_>>())
     }
 }

@@ -77,7 +77,10 @@ def connected(module, address, key, **more):
 
 def check_keys(http, grpc, key):
     """Who has no key, or another, gets no answer."""
-    for module, address, code in [(tritonclient.http, http, "401"), (tritonclient.grpc, grpc, "UNAUTHENTICATED")]:
+    for module, address, code in [
+        (tritonclient.http, http, "401"),
+        (tritonclient.grpc, grpc, "UNAUTHENTICATED"),
+    ]:
         for wrong in [None, key + "x"]:
             client = connected(module, address, wrong)
             assert client.is_server_live() and client.is_server_ready()
@@ -104,11 +107,15 @@ class Checks:
         return self.client.infer(model, inputs(self.module, events, top_k), **more)
 
     def same(self, answer, model):
-        """Compares an answer with what is expected: items may change places where their scores are as good as equal."""
+        """Compares an answer with what is expected: items may change places where their scores are
+        as good as equal."""
         expected = self.cases["expected"][model]
         sessions = [session.decode() for session in answer.as_numpy("session").reshape(-1)]
         assert sessions == self.cases["sessions"], sessions[:3]
-        scores, wanted = answer.as_numpy("item_scores"), np.array(expected["item_scores"], np.float32)
+        scores, wanted = (
+            answer.as_numpy("item_scores"),
+            np.array(expected["item_scores"], np.float32),
+        )
         assert np.abs(scores - wanted).max() < 1e-5, np.abs(scores - wanted).max()
         ids = answer.as_numpy("item_ids")
         for row, place in np.argwhere(ids != np.array(expected["item_ids"])):
@@ -162,7 +169,10 @@ class Checks:
         model, one = self.cases["models"][0], rows(self.events, [0])
         self.infer(model, one, parameters={"of_site": "text", "number": 7, "flag": False})
         for wrong in ["yes", 1]:
-            self.refused("exclude_seen", lambda wrong=wrong: self.infer(model, one, parameters={"exclude_seen": wrong}))
+            self.refused(
+                "exclude_seen",
+                lambda wrong=wrong: self.infer(model, one, parameters={"exclude_seen": wrong}),
+            )
 
     def check_answers(self):
         """The answers to the events."""
@@ -194,7 +204,10 @@ class Checks:
         model = self.cases["models"][0]
         for algorithm in ["gzip", "deflate"]:
             if self.module is tritonclient.http:
-                more = {"request_compression_algorithm": algorithm, "response_compression_algorithm": algorithm}
+                more = {
+                    "request_compression_algorithm": algorithm,
+                    "response_compression_algorithm": algorithm,
+                }
             else:
                 more = {"compression_algorithm": algorithm}
             self.same(self.infer(model, self.events, 10, **more), model)
@@ -205,8 +218,14 @@ class Checks:
             answer = self.infer(model, self.events, parameters={"top_k": 3})
             assert answer.as_numpy("item_ids").shape[1] == 3
             assert (answer.as_numpy("n_items") == 3).all()
-            self.refused("`top_k` is 4 as an input", lambda: self.infer(model, self.events, 4, parameters={"top_k": 3}))
-            self.refused("`top_k` must be a whole", lambda: self.infer(model, self.events, parameters={"top_k": "3"}))
+            self.refused(
+                "`top_k` is 4 as an input",
+                lambda: self.infer(model, self.events, 4, parameters={"top_k": 3}),
+            )
+            self.refused(
+                "`top_k` must be a whole",
+                lambda: self.infer(model, self.events, parameters={"top_k": "3"}),
+            )
         self.infer(model, self.events, timeout=0)
 
     def check_exclusion(self):
@@ -215,7 +234,11 @@ class Checks:
         answer = self.infer(model, self.events, 50, parameters={"exclude_seen": True})
         ids = answer.as_numpy("item_ids")
         for row, session in enumerate(answer.as_numpy("session").reshape(-1)):
-            of_session = [place for place, name in enumerate(self.events["user_session"]) if name == session.decode()]
+            of_session = [
+                place
+                for place, name in enumerate(self.events["user_session"])
+                if name == session.decode()
+            ]
             seen = {self.events["product_id"][place] for place in of_session}
             assert seen.isdisjoint(ids[row].tolist())
 
@@ -224,23 +247,34 @@ class Checks:
         model = self.cases["models"][0]
         n = len(self.events["product_id"])
         many = rows(self.events, [row % n for row in range(10_000)])
-        many["user_session"] = [f"{name}/{row // n}" for row, name in enumerate(many["user_session"])]
+        many["user_session"] = [
+            f"{name}/{row // n}" for row, name in enumerate(many["user_session"])
+        ]
         answer = self.infer(model, many, 1)
         assert len(answer.as_numpy("item_ids")) == len(set(many["user_session"]))
         best = dict(zip(self.cases["sessions"], self.cases["expected"][model]["item_scores"]))
-        for session, scores in zip(answer.as_numpy("session").reshape(-1), answer.as_numpy("item_scores")):
+        for session, scores in zip(
+            answer.as_numpy("session").reshape(-1), answer.as_numpy("item_scores")
+        ):
             name, number = session.decode().rsplit("/", 1)
             # The last of them may have lost events.
-            assert int(number) == 10_000 // n or abs(scores[0] - best[name][0]) < 1e-5, (session, scores)
+            assert int(number) == 10_000 // n or abs(scores[0] - best[name][0]) < 1e-5, (
+                session,
+                scores,
+            )
 
     def check_faults(self):
         """Requests that make no sense."""
         model, module = self.cases["models"][0], self.module
         one = rows(self.events, [0])
         self.refused("has a session", lambda: self.infer(model, rows(self.events, [])))
-        self.refused("NaN is not a price", lambda: self.infer(model, one | {"price": [float("nan")]}))
+        self.refused(
+            "NaN is not a price", lambda: self.infer(model, one | {"price": [float("nan")]})
+        )
         self.refused("`top_k` is 101", lambda: self.infer(model, one, 101))
-        self.refused("column `event_time`", lambda: self.infer(model, one | {"event_time": ["noon"]}))
+        self.refused(
+            "column `event_time`", lambda: self.infer(model, one | {"event_time": ["noon"]})
+        )
 
         def with_price(price):
             """A request with another price tensor."""
@@ -273,9 +307,18 @@ def random_events(random, events):
     n = random.choice([1, 2, 3, 10, 60])
     chosen = rows(events, [random.randrange(len(events["price"])) for _ in range(n)])
     cells = {
-        "event_time": ["2019-10-01 00:00:00 UTC", "2019-10-01T00:00:00Z", "2019-10-01 00:00:00.999 UTC",
-                       "1970-01-01 00:00:00 UTC", "2199-12-31 23:59:59 UTC", "1969-12-31 23:59:59 UTC",
-                       "2019-10-01", "2019-02-29 00:00:00 UTC", "2019-10-01 24:00:00 UTC", ""],
+        "event_time": [
+            "2019-10-01 00:00:00 UTC",
+            "2019-10-01T00:00:00Z",
+            "2019-10-01 00:00:00.999 UTC",
+            "1970-01-01 00:00:00 UTC",
+            "2199-12-31 23:59:59 UTC",
+            "1969-12-31 23:59:59 UTC",
+            "2019-10-01",
+            "2019-02-29 00:00:00 UTC",
+            "2019-10-01 24:00:00 UTC",
+            "",
+        ],
         "event_type": ["", "view", "VIEW", "никогда", "a" * 300],
         "product_id": [0, -1, 2**63 - 1, -(2**63), 1],
         "category_id": [0, -1, 2**63 - 1, -(2**63)],
@@ -314,10 +357,17 @@ def check_random(client, cases):
         answered += 1
         for name in sorted(output.name for output in answer.get_response().outputs):
             values = answer.as_numpy(name)
-            assert values.dtype != np.float32 or np.isfinite(values).all(), (number, name, values, events)
+            assert values.dtype != np.float32 or np.isfinite(values).all(), (
+                number,
+                name,
+                values,
+                events,
+            )
             digest.update(repr((name, values.shape, values.tolist())).encode())
     assert answered > 100 and refused > 20, (answered, refused)
-    print(f"random events: {answered} answered, {refused} refused, {digest.hexdigest()}", flush=True)
+    print(
+        f"random events: {answered} answered, {refused} refused, {digest.hexdigest()}", flush=True
+    )
 
 
 def check_concurrent(address, cases, key):
@@ -351,7 +401,9 @@ def main():
     key = key[0] if key else None
     cases = json.loads(open(path, encoding="utf-8").read())
     for config in cases["configs"]:
-        parsed = text_format.Parse(open(config, encoding="utf-8").read(), model_config_pb2.ModelConfig())
+        parsed = text_format.Parse(
+            open(config, encoding="utf-8").read(), model_config_pb2.ModelConfig()
+        )
         assert parsed.name in config
     print("configurations: ok", flush=True)
     if key:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs what tests of serving need into `.triton/`: Triton Inference Server out of a Python package, its client, and
-# what `launch/ask.py` reads names with.
+# Installs what tests of serving need into `.triton/`: Triton Inference Server out of a Python
+# package, its client, and what `launch/ask.py` reads names with.
 #
 # usage: tests/serving/install.sh
 #
-# Exit codes: 0 all is there; 1 something failed; 2 this machine's Python has no part in the package.
+# Exit codes: 0 all is there; 1 something failed; 2 this machine's Python has no part in the
+# package.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

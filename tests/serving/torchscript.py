@@ -3,8 +3,9 @@
 
 usage: torchscript.py CASES
 
-CASES is a JSON file, a list of modules: `path`, `inputs` (`type`, `shape` and `data` of each, in order), and what is
-expected, `item_ids` and `item_scores`. Prints a line for each; exit code 1 if one differs.
+CASES is a JSON file, a list of modules: `path`, `inputs` (`type`, `shape` and `data` of each, in
+order), and what is expected, `item_ids` and `item_scores`. Prints a line for each; exit code 1 if
+one differs.
 """
 
 import json
@@ -19,7 +20,10 @@ def main():
         cases = json.load(file)
     for case in cases:
         module = torch.jit.load(case["path"])
-        inputs = [torch.tensor(of["data"], dtype=getattr(torch, of["type"])).reshape(of["shape"]) for of in case["inputs"]]
+        inputs = [
+            torch.tensor(of["data"], dtype=getattr(torch, of["type"])).reshape(of["shape"])
+            for of in case["inputs"]
+        ]
         with torch.inference_mode():
             output, ids, scores, fallback = module(*inputs)
         wanted = torch.tensor(case["item_scores"])

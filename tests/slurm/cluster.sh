@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A Slurm cluster of two nodes on this host, for tests. Needs root, and Debian's packages slurm-wlm and munge.
+# A Slurm cluster of two nodes on this host, for tests. Needs root, and Debian's packages slurm-wlm
+# and munge.
 #
 # usage: tests/slurm/cluster.sh install       installs these packages where they are missing
 #        tests/slurm/cluster.sh start FOLDER  starts a cluster whose files are in FOLDER
 #        tests/slurm/cluster.sh stop FOLDER   ends it
 #
-# Jobs are submitted with SLURM_CONF=FOLDER/slurm.conf. Partition `high` takes nodes from partition `low`, whose jobs get
-# their signal and a grace of 60 s.
+# Jobs are submitted with SLURM_CONF=FOLDER/slurm.conf. Partition `high` takes nodes from partition
+# `low`, whose jobs get their signal and a grace of 60 s.
 # Exit codes: 0 done; 1 something failed; 2 the packages are missing, or this is not root.
 set -euo pipefail
 
@@ -61,7 +62,8 @@ setpriv --reuid munge --regid munge --clear-groups munged --force --key-file="$f
     --seed-file="$folder/munge/seed"
 cp "$folder/munge/pid" "$folder/munged.pid"
 
-# A job that is put back into the queue waits until its credential has expired, two minutes unless told otherwise.
+# A job that is put back into the queue waits until its credential has expired, two minutes unless
+# told otherwise.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=ship
 SlurmctldHost=$host(127.0.0.1)

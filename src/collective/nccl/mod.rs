@@ -92,7 +92,9 @@ impl Nccl {
         let (n_ranks, this_rank) = (host.world_size() as c_int, rank as c_int);
         // SAFETY: `comm` is writable, the context of this rank's GPU is current on this thread, and
         // all ranks pass the same id and different ranks.
-        let code = unsafe { (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank) };
+        let code = unsafe {
+            (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank)
+        };
         let communicator = Communicator(comm);
         let host_name = super::host_name();
         let mut joined = Self {
@@ -126,7 +128,9 @@ impl Nccl {
                 self.gpu
             )));
         }
-        self.context.bind_to_thread().map_err(|error| call.refuse(format!("GPU {}: {error:?}", self.gpu)))?;
+        self.context
+            .bind_to_thread()
+            .map_err(|error| call.refuse(format!("GPU {}: {error:?}", self.gpu)))?;
         let mut stream = std::ptr::null_mut();
         // SAFETY: `stream` is writable, and the function is libtorch's.
         match unsafe { (self.get_current_stream)(self.gpu as i32, &mut stream) } {
@@ -164,7 +168,12 @@ impl Nccl {
 
     /// Checks the return code of a call and, if calls are measured, waits until the GPU has
     /// finished it.
-    fn finish(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
+    fn finish(
+        &self,
+        call: &'static str,
+        n_elements: usize,
+        code: c_int,
+    ) -> Result<(), CollectiveError> {
         self.check_code(call, n_elements, code)?;
         if self.watch().is_some_and(Watch::is_timing) {
             Cuda::synchronize(self.gpu as i64);
@@ -173,7 +182,12 @@ impl Nccl {
     }
 
     /// Converts an NCCL return code to an error that names this rank.
-    fn check_code(&self, call: &'static str, n_elements: usize, code: c_int) -> Result<(), CollectiveError> {
+    fn check_code(
+        &self,
+        call: &'static str,
+        n_elements: usize,
+        code: c_int,
+    ) -> Result<(), CollectiveError> {
         if code == 0 {
             return Ok(());
         }
@@ -252,7 +266,10 @@ const WAIT_FLAGS: CUevent_wait_flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT
 
 /// Starts a thread that ends the job if NCCL reports a lost peer or link. NCCL's kernels would wait
 /// for it forever.
-fn start_watchdog(nccl: &'static library::Nccl, communicator: Communicator) -> (Sender<()>, JoinHandle<()>) {
+fn start_watchdog(
+    nccl: &'static library::Nccl,
+    communicator: Communicator,
+) -> (Sender<()>, JoinHandle<()>) {
     let (stop, stopped) = channel::<()>();
     let watchdog = thread::Builder::new().name("nccl-watchdog".to_owned()).spawn(move || {
         // Captures the struct, which is `Send`, and not its pointer.
@@ -264,7 +281,10 @@ fn start_watchdog(nccl: &'static library::Nccl, communicator: Communicator) -> (
             let failed = if code == 0 { state } else { code };
             if failed != 0 && failed != IN_PROGRESS {
                 // The panic hook of `Mpi::join` prints the rank and ends the job.
-                panic!("NCCL failed in the background: {}", nccl.error_text(failed, communicator.0));
+                panic!(
+                    "NCCL failed in the background: {}",
+                    nccl.error_text(failed, communicator.0)
+                );
             }
         }
     });
@@ -362,14 +382,20 @@ impl Collective for Nccl {
         self.finish("ncclAllReduce", n, code)
     }
 
-    fn reduce_during(&self, tensor: &mut Tensor, op: Reduce, work: Work<'_>) -> Result<(), CollectiveError> {
+    fn reduce_during(
+        &self,
+        tensor: &mut Tensor,
+        op: Reduce,
+        work: Work<'_>,
+    ) -> Result<(), CollectiveError> {
         if !self.on_gpu(tensor) {
             return self.host.reduce_during(tensor, op, work);
         }
         let call = Call::new("all_reduce", self);
         call.check(tensor)?;
         let guard = self.begin_call(call, tensor, CallArgs::Op(op))?;
-        let timing = self.watch().filter(|watch| watch.is_timing()).map(|watch| (watch, watch.times()));
+        let timing =
+            self.watch().filter(|watch| watch.is_timing()).map(|watch| (watch, watch.times()));
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         let failed = |error: DriverError| call.refuse(format!("GPU {}: {error:?}", self.gpu));
@@ -377,7 +403,8 @@ impl Collective for Nccl {
         let side_stream = self.side_stream.stream();
         // SAFETY: as in `all_reduce`. `work` does not use `data`, and later kernels that do wait
         // for this call after `join_into`.
-        let code = unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, side_stream) };
+        let code =
+            unsafe { (self.nccl.all_reduce)(data, data, n, kind, op.nccl(), comm, side_stream) };
         self.check_code("ncclAllReduce", n, code)?;
         work();
         self.side_stream.join_into(stream).map_err(failed)?;
@@ -402,7 +429,8 @@ impl Collective for Nccl {
         let (data, n, kind) = (tensor.data_ptr(), tensor.numel(), data_type(tensor.kind()));
         let (comm, stream) = (self.communicator.0, self.stream(call, tensor)?);
         // SAFETY: as in `all_reduce`; `root` is a rank of the communicator.
-        let code = unsafe { (self.nccl.broadcast)(data, data, n, kind, root as c_int, comm, stream) };
+        let code =
+            unsafe { (self.nccl.broadcast)(data, data, n, kind, root as c_int, comm, stream) };
         self.finish("ncclBroadcast", n, code)
     }
 
@@ -417,12 +445,18 @@ impl Collective for Nccl {
         let (comm, stream) = (self.communicator.0, self.stream(call, part)?);
         // SAFETY: device memory of `n` and `world_size * n` elements without overlap. Later kernels
         // are queued on the same stream after this call.
-        let code =
-            unsafe { (self.nccl.all_gather)(part.data_ptr(), whole.data_ptr(), n, kind, comm, stream) };
+        let code = unsafe {
+            (self.nccl.all_gather)(part.data_ptr(), whole.data_ptr(), n, kind, comm, stream)
+        };
         self.finish("ncclAllGather", n, code)
     }
 
-    fn reduce_scatter(&self, whole: &Tensor, part: &mut Tensor, op: Reduce) -> Result<(), CollectiveError> {
+    fn reduce_scatter(
+        &self,
+        whole: &Tensor,
+        part: &mut Tensor,
+        op: Reduce,
+    ) -> Result<(), CollectiveError> {
         if !self.on_gpu(whole) {
             return self.host.reduce_scatter(whole, part, op);
         }
@@ -434,7 +468,8 @@ impl Collective for Nccl {
         let (from, to) = (whole.data_ptr(), part.data_ptr());
         // SAFETY: device memory of `world_size * n` and `n` elements without overlap. Later kernels
         // are queued on the same stream after this call.
-        let code = unsafe { (self.nccl.reduce_scatter)(from, to, n, kind, op.nccl(), comm, stream) };
+        let code =
+            unsafe { (self.nccl.reduce_scatter)(from, to, n, kind, op.nccl(), comm, stream) };
         self.finish("ncclReduceScatter", n, code)
     }
 

@@ -73,7 +73,8 @@ pub(super) fn read_price(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn check_price(price: f64) -> Result<f64, String> {
-    price_fault(price).map_or(Ok(price), |fault| Err(format!("{price} is not a price: it is {fault}")))
+    price_fault(price)
+        .map_or(Ok(price), |fault| Err(format!("{price} is not a price: it is {fault}")))
 }
 
 fn price_fault(price: f64) -> Option<&'static str> {
@@ -155,7 +156,10 @@ mod tests {
             assert_eq!(read_int(text), Err(format!("`{text}` {problem}")));
         }
         let long = read_int(&"9".repeat(500)).unwrap_err();
-        assert!(long.chars().count() < 110 && long.ends_with("is too large for a 64-bit integer"), "{long}");
+        assert!(
+            long.chars().count() < 110 && long.ends_with("is too large for a 64-bit integer"),
+            "{long}"
+        );
     }
 
     #[test]

@@ -13,7 +13,9 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 
 use bireme_base::message::quoted;
-use parquet::basic::{ConvertedType, Encoding, LogicalType, Repetition, TimeUnit, Type as Physical};
+use parquet::basic::{
+    ConvertedType, Encoding, LogicalType, Repetition, TimeUnit, Type as Physical,
+};
 use parquet::column::page::{Page, PageMetadata, PageReader};
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl, get_column_reader};
 use parquet::data_type::{DataType, Int96};
@@ -25,7 +27,8 @@ use parquet::schema::types::{ColumnDescPtr, Type};
 use rayon::prelude::*;
 
 use super::cells::{
-    CellError, MISSING, NOT_UTF8, TOO_LARGE, Target, Texts, check_price, read_int, read_price, read_time,
+    CellError, MISSING, NOT_UTF8, TOO_LARGE, Target, Texts, check_price, read_int, read_price,
+    read_time,
 };
 use super::guard::guarded;
 use super::table::Table;
@@ -98,7 +101,9 @@ impl ChunkReader for Chunks {
     fn get_bytes(&self, start: u64, length: usize) -> Result<bytes::Bytes, ParquetError> {
         // A damaged file must not cause a large allocation.
         if start.checked_add(length as u64).is_none_or(|end| end > self.length) {
-            return Err(ParquetError::EOF(format!("{length} bytes at {start} are beyond the file's end")));
+            return Err(ParquetError::EOF(format!(
+                "{length} bytes at {start} are beyond the file's end"
+            )));
         }
         let mut bytes = vec![0; length];
         self.file.read_exact_at(&mut bytes, start)?;
@@ -116,7 +121,8 @@ struct Pages {
 
 impl Pages {
     fn check(&self, page: &Page) -> Result<(), ParquetError> {
-        let (buf, n_values, encoding) = (page.buffer(), page.num_values() as usize, page.encoding());
+        let (buf, n_values, encoding) =
+            (page.buffer(), page.num_values() as usize, page.encoding());
         let is_possible = match page {
             Page::DictionaryPage { .. } => {
                 let least = match self.physical {
@@ -129,7 +135,8 @@ impl Pages {
                 n_values.checked_mul(least).is_some_and(|least| least <= buf.len())
             }
             Page::DataPage { .. } if self.is_optional => {
-                let length = buf.first_chunk().map_or(0, |length| u32::from_le_bytes(*length) as usize);
+                let length =
+                    buf.first_chunk().map_or(0, |length| u32::from_le_bytes(*length) as usize);
                 let values = buf.get(4_usize.saturating_add(length)..).unwrap_or_default();
                 delta_is_possible(encoding, values, n_values)
             }
@@ -148,7 +155,9 @@ impl Pages {
 fn delta_is_possible(encoding: Encoding, values: &[u8], n_values: usize) -> bool {
     let is_delta = matches!(
         encoding,
-        Encoding::DELTA_BINARY_PACKED | Encoding::DELTA_LENGTH_BYTE_ARRAY | Encoding::DELTA_BYTE_ARRAY
+        Encoding::DELTA_BINARY_PACKED
+            | Encoding::DELTA_LENGTH_BYTE_ARRAY
+            | Encoding::DELTA_BYTE_ARRAY
     );
     if !is_delta || values.is_empty() {
         return true;
@@ -158,7 +167,12 @@ fn delta_is_possible(encoding: Encoding, values: &[u8], n_values: usize) -> bool
         let length = 1 + rest.iter().take(9).position(|byte| byte & 0x80 == 0)?;
         let (digits, after) = rest.split_at(length);
         rest = after;
-        Some(digits.iter().rev().fold(0_u64, |number, digit| (number << 7) | u64::from(digit & 0x7f)))
+        Some(
+            digits
+                .iter()
+                .rev()
+                .fold(0_u64, |number, digit| (number << 7) | u64::from(digit & 0x7f)),
+        )
     };
     let (block, miniblocks, n) = (number(), number(), number());
     let most = 1 << 24;
@@ -231,7 +245,8 @@ enum Stored {
 
 impl Target {
     fn takes(self, stored: Stored) -> bool {
-        let is_int = matches!(stored, Stored::Signed | Stored::Unsigned | Stored::Decimal { scale: 0 });
+        let is_int =
+            matches!(stored, Stored::Signed | Stored::Unsigned | Stored::Decimal { scale: 0 });
         match stored {
             Stored::Text | Stored::Null => true,
             Stored::Ticks(_) | Stored::Int96 => self == Self::Time,
@@ -378,7 +393,9 @@ impl<'a> Reader<'a> {
         let in_groups: i128 =
             self.metadata.row_groups().iter().map(|group| i128::from(group.num_rows())).sum();
         if i128::from(n_rows) != in_groups {
-            return Err(self.broken(format!("it has {n_rows} rows, and its row groups {in_groups}")));
+            return Err(
+                self.broken(format!("it has {n_rows} rows, and its row groups {in_groups}"))
+            );
         }
         for group in 0..self.metadata.num_row_groups() {
             let readers = self.columns.iter().map(|column| self.pages(column, group));
@@ -387,14 +404,18 @@ impl<'a> Reader<'a> {
             while n_left > 0 {
                 let n = n_left.min(ROWS);
                 n_left -= n;
-                let decoded = (self.columns.par_iter().zip(&mut readers)).map(|(column, reader)| {
-                    guarded(self.path, || {
-                        column.read(reader, n).map_err(|e| {
-                            let column = quoted(column.name);
-                            self.broken(format!("row group {}, column {column}: {e}", group + 1))
+                let decoded =
+                    (self.columns.par_iter().zip(&mut readers)).map(|(column, reader)| {
+                        guarded(self.path, || {
+                            column.read(reader, n).map_err(|e| {
+                                let column = quoted(column.name);
+                                self.broken(format!(
+                                    "row group {}, column {column}: {e}",
+                                    group + 1
+                                ))
+                            })
                         })
-                    })
-                });
+                    });
                 let decoded = decoded.collect::<Result<Vec<_>, _>>()?;
                 if send.send(Ok(Some(table(decoded)))).is_err() {
                     return Ok(());
@@ -406,13 +427,16 @@ impl<'a> Reader<'a> {
 
     fn n_rows(&self, group: usize) -> Result<usize, Error> {
         let n_rows = self.metadata.row_group(group).num_rows();
-        usize::try_from(n_rows).map_err(|_| self.broken(format!("row group {} has {n_rows} rows", group + 1)))
+        usize::try_from(n_rows)
+            .map_err(|_| self.broken(format!("row group {} has {n_rows} rows", group + 1)))
     }
 
     fn pages(&self, column: &Column, group: usize) -> Result<ColumnReader, Error> {
         let chunk = self.metadata.row_group(group).columns().get(column.leaf);
-        let chunk = chunk.ok_or_else(|| self.broken(format!("row group {} lacks columns", group + 1)))?;
-        let pages = SerializedPageReader::new(self.chunks.clone(), chunk, self.n_rows(group)?, None);
+        let chunk =
+            chunk.ok_or_else(|| self.broken(format!("row group {} lacks columns", group + 1)))?;
+        let pages =
+            SerializedPageReader::new(self.chunks.clone(), chunk, self.n_rows(group)?, None);
         let pages = Pages {
             pages: pages.map_err(|e| Error::unreadable(self.path)(e.into()))?,
             physical: column.description.physical_type(),
@@ -434,13 +458,16 @@ fn columns(path: &Path, metadata: &ParquetMetaData) -> Result<Vec<Column>, Error
     }
     let mut columns = Vec::new();
     for name in event::REQUIRED.into_iter().chain(event::OPTIONAL) {
-        let (mut of_name, target) = (fields.iter().filter(|field| field.name() == name), Target::of(name));
+        let (mut of_name, target) =
+            (fields.iter().filter(|field| field.name() == name), Target::of(name));
         let (Some(field), Some(target)) = (of_name.next(), target) else { continue };
         if of_name.next().is_some() {
             return Err(Error::ColumnTwice { path: path.into(), column: quoted(name) });
         }
-        let leaf = schema.columns().iter().position(|column| column.path().parts() == [name.to_owned()]);
-        let (Some(leaf), Some(stored)) = (leaf, Stored::of(field).filter(|stored| target.takes(*stored)))
+        let leaf =
+            schema.columns().iter().position(|column| column.path().parts() == [name.to_owned()]);
+        let (Some(leaf), Some(stored)) =
+            (leaf, Stored::of(field).filter(|stored| target.takes(*stored)))
         else {
             return Err(Error::ColumnType {
                 path: path.into(),
@@ -473,7 +500,9 @@ impl Cell<'_> {
     fn int(&self) -> Result<Option<i64>, String> {
         match *self {
             Self::Int(int) => Ok(Some(int)),
-            Self::Unsigned(int) => i64::try_from(int).map(Some).map_err(|_| format!("`{int}` {TOO_LARGE}")),
+            Self::Unsigned(int) => {
+                i64::try_from(int).map(Some).map_err(|_| format!("`{int}` {TOO_LARGE}"))
+            }
             Self::Decimal { unscaled, .. } => {
                 i64::try_from(unscaled).map(Some).map_err(|_| format!("`{unscaled}` {TOO_LARGE}"))
             }
@@ -542,7 +571,8 @@ fn decimal_cell<'a>(bytes: &[u8], scale: i32) -> Cell<'a> {
     }
     let start = bytes.len().saturating_sub(16);
     let first = if is_negative { -1 } else { 0 };
-    let unscaled = bytes[start..].iter().fold(first, |value: i128, byte| (value << 8) | i128::from(*byte));
+    let unscaled =
+        bytes[start..].iter().fold(first, |value: i128, byte| (value << 8) | i128::from(*byte));
     Cell::Decimal { unscaled, scale }
 }
 
@@ -593,11 +623,13 @@ impl Column {
         let missing = || MISSING.to_owned();
         match self.target {
             Target::Time => {
-                let (times, faults) = self.values(reader, n, |cell| cell.ok_or_else(missing)?.time())?;
+                let (times, faults) =
+                    self.values(reader, n, |cell| cell.ok_or_else(missing)?.time())?;
                 Ok(Decoded::Time(times, faults))
             }
             Target::Price => {
-                let (prices, faults) = self.values(reader, n, |cell| cell.ok_or_else(missing)?.price())?;
+                let (prices, faults) =
+                    self.values(reader, n, |cell| cell.ok_or_else(missing)?.price())?;
                 Ok(Decoded::Price(prices, faults))
             }
             Target::Int(column) => {
@@ -653,21 +685,21 @@ impl Column {
                 (0..n).for_each(|row| each(row, None));
                 Ok(())
             }
-            ColumnReader::Int32ColumnReader(reader) => {
-                rows(reader, n, |row, value| each(row, value.map(|value| int32(*value, stored)).as_ref()))
-            }
-            ColumnReader::Int64ColumnReader(reader) => {
-                rows(reader, n, |row, value| each(row, value.map(|value| int64(*value, stored)).as_ref()))
-            }
-            ColumnReader::Int96ColumnReader(reader) => {
-                rows(reader, n, |row, value| each(row, value.map(|value| Cell::Time(time(value))).as_ref()))
-            }
+            ColumnReader::Int32ColumnReader(reader) => rows(reader, n, |row, value| {
+                each(row, value.map(|value| int32(*value, stored)).as_ref())
+            }),
+            ColumnReader::Int64ColumnReader(reader) => rows(reader, n, |row, value| {
+                each(row, value.map(|value| int64(*value, stored)).as_ref())
+            }),
+            ColumnReader::Int96ColumnReader(reader) => rows(reader, n, |row, value| {
+                each(row, value.map(|value| Cell::Time(time(value))).as_ref())
+            }),
             ColumnReader::FloatColumnReader(reader) => rows(reader, n, |row, value| {
                 each(row, value.map(|value| Cell::Float(f64::from(*value))).as_ref());
             }),
-            ColumnReader::DoubleColumnReader(reader) => {
-                rows(reader, n, |row, value| each(row, value.map(|value| Cell::Float(*value)).as_ref()))
-            }
+            ColumnReader::DoubleColumnReader(reader) => rows(reader, n, |row, value| {
+                each(row, value.map(|value| Cell::Float(*value)).as_ref())
+            }),
             ColumnReader::ByteArrayColumnReader(reader) => rows(reader, n, |row, value| {
                 each(row, value.map(|value| bytes(value.data(), stored)).as_ref());
             }),

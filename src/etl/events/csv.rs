@@ -94,7 +94,8 @@ fn start(path: PathBuf, text: Text, bad_rows: BadRows) -> Receiver<Result<Parsed
     thread::spawn({
         let path = path.clone();
         move || {
-            let ended = guarded(&path, || text.with(&path, |source| split(&path, source, &send_read)));
+            let ended =
+                guarded(&path, || text.with(&path, |source| split(&path, source, &send_read)));
             if let Err(error) = ended {
                 let _ = send_read.send(Err(error));
             }
@@ -108,9 +109,11 @@ fn start(path: PathBuf, text: Text, bad_rows: BadRows) -> Receiver<Result<Parsed
                     plan = Some(columns);
                     continue;
                 }
-                Ok(Read::Block(block)) => plan.as_ref().map_or(Ok(Parsed::Rows(Vec::new())), |plan| {
-                    guarded(&path, || parse(&path, &block, plan, bad_rows)).map(Parsed::Rows)
-                }),
+                Ok(Read::Block(block)) => {
+                    plan.as_ref().map_or(Ok(Parsed::Rows(Vec::new())), |plan| {
+                        guarded(&path, || parse(&path, &block, plan, bad_rows)).map(Parsed::Rows)
+                    })
+                }
                 Ok(Read::End(lines)) => Ok(Parsed::End(lines)),
                 Err(error) => Err(error),
             };
@@ -138,7 +141,12 @@ fn split(
             Some(block) => {
                 lines.outside_rows += block.n_blank;
                 if let [record] = &block.records[..] {
-                    break Plan::of_header(path, &block.bytes[record.start..record.end], record, &head)?;
+                    break Plan::of_header(
+                        path,
+                        &block.bytes[record.start..record.end],
+                        record,
+                        &head,
+                    )?;
                 }
             }
         }
@@ -161,7 +169,11 @@ fn split(
 }
 
 fn no_header(path: &Path) -> Error {
-    Error::MissingColumn { path: path.into(), column: event::TIME, found: "the file is empty".into() }
+    Error::MissingColumn {
+        path: path.into(),
+        column: event::TIME,
+        found: "the file is empty".into(),
+    }
 }
 
 /// The columns of the header and their types.
@@ -175,8 +187,14 @@ struct Plan {
 
 impl Plan {
     /// Reads the header, and returns the number of its lines too.
-    fn of_header(path: &Path, text: &[u8], record: &CsvRecord, head: &[u8]) -> Result<(Self, u64), Error> {
-        let refused = |problem: String| Error::Header { path: path.into(), line: record.line, problem };
+    fn of_header(
+        path: &Path,
+        text: &[u8],
+        record: &CsvRecord,
+        head: &[u8],
+    ) -> Result<(Self, u64), Error> {
+        let refused =
+            |problem: String| Error::Header { path: path.into(), line: record.line, problem };
         if let RecordShape::Wrong { problem, .. } = record.shape {
             return Err(text_kind(path, head).unwrap_or_else(|| refused(problem.into())));
         }
@@ -190,7 +208,8 @@ impl Plan {
             }
             let is_one_line = n_breaks == 0 && text.contains(&b'\r');
             let found = if is_one_line {
-                "its lines seem to end with CR alone, as on old Macs: `tr '\\r' '\\n'` mends that".into()
+                "its lines seem to end with CR alone, as on old Macs: `tr '\\r' '\\n'` mends that"
+                    .into()
             } else {
                 separator(text).map_or_else(
                     || format!("it has {}", listed(&texts)),
@@ -252,7 +271,9 @@ impl Plan {
                     return Err(self.fault(*i, MISSING));
                 }
                 Target::Int(_) if cell.is_empty() => {}
-                Target::Int(column) => row.ints[column as usize] = Some(read_int(cell).map_err(bad)?),
+                Target::Int(column) => {
+                    row.ints[column as usize] = Some(read_int(cell).map_err(bad)?)
+                }
             }
         }
         Ok(Some(row))
@@ -288,7 +309,8 @@ fn twice<'a>(names: &[&'a str]) -> Option<&'a str> {
 fn separator(header: &[u8]) -> Option<&'static str> {
     let text = std::str::from_utf8(header).ok()?;
     [";", "\t", "|"].into_iter().find(|separator| {
-        let names: Vec<&str> = text.split(separator).map(|name| name.trim().trim_matches('"')).collect();
+        let names: Vec<&str> =
+            text.split(separator).map(|name| name.trim().trim_matches('"')).collect();
         names.len() > 1 && (missing_column(&names).is_none() || !text.contains(','))
     })
 }
@@ -350,7 +372,9 @@ fn parse_part(bytes: &[u8], records: &[CsvRecord], plan: &Plan, bad_rows: BadRow
                 let field = |i: usize| {
                     let field = if i == 0 { 0..ends[0] } else { ends[i - 1] + 1..ends[i] };
                     match utf8 {
-                        Some(text) => Some(&text[start - origin + field.start..start - origin + field.end]),
+                        Some(text) => {
+                            Some(&text[start - origin + field.start..start - origin + field.end])
+                        }
                         None => std::str::from_utf8(&record[field]).ok(),
                     }
                 };

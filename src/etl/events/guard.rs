@@ -16,7 +16,10 @@ thread_local! {
 
 /// Runs `decode` on this thread and turns a panic into an error that names the file. The panic is
 /// not printed; its message is in the error.
-pub(super) fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+pub(super) fn guarded<T>(
+    path: &Path,
+    decode: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let outside = take_hook();
@@ -44,7 +47,8 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_an_error_of_the_file() {
-        let error = guarded(Path::new("x.parquet"), || -> Result<(), Error> { panic!("broken page") });
+        let error =
+            guarded(Path::new("x.parquet"), || -> Result<(), Error> { panic!("broken page") });
         let error = error.expect_err("a panic");
         assert_eq!(error.exit_code(), 2);
         let text = bireme_base::message::chain(&error);

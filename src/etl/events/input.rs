@@ -58,7 +58,11 @@ const OTHERS: [(&[u8], &str, &str); 23] = [
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook or Office document", CONVERT),
     (b"%PDF-", "a PDF document", CONVERT),
     (b"\x93NUMPY", "a NumPy array", PANDAS),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file: `git lfs pull`"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file itself",
+        "fetch the file: `git lfs pull`",
+    ),
     // Before UTF-16, whose mark is a prefix of this one.
     (b"\xff\xfe\0\0", "UTF-32 text", "convert it: `iconv -f UTF-32 -t UTF-8`"),
     (b"\0\0\xfe\xff", "UTF-32 text", "convert it: `iconv -f UTF-32 -t UTF-8`"),
@@ -139,7 +143,8 @@ pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
             return Ok(file);
         }
         let mut copy = tempfile::tempfile_in(scratch).map_err(Error::io("write into", scratch))?;
-        io::copy(&mut Cursor::new(head).chain(file), &mut copy).map_err(Error::io("write into", scratch))?;
+        io::copy(&mut Cursor::new(head).chain(file), &mut copy)
+            .map_err(Error::io("write into", scratch))?;
         copy.rewind().map_err(Error::io("read", scratch))?;
         Ok(copy)
     };
@@ -173,7 +178,9 @@ pub(super) fn open(path: &Path, scratch: &Path) -> Result<Content, Error> {
 /// The files in an archive, without those that macOS adds.
 fn members(archive: &ZipArchive<BufReader<File>>) -> Vec<(usize, String)> {
     let is_file = |name: &str| {
-        !(name.ends_with(['/', '\\']) || name.starts_with("__MACOSX/") || name.ends_with(".DS_Store"))
+        !(name.ends_with(['/', '\\'])
+            || name.starts_with("__MACOSX/")
+            || name.ends_with(".DS_Store"))
     };
     let name = |i: usize| {
         let name = archive.name_for_index(i)?;
@@ -198,7 +205,8 @@ fn check_members(path: &Path, archive: &ZipArchive<BufReader<File>>) -> Result<(
         _ => {
             let listed: Vec<String> = names.iter().take(4).map(|name| quoted(name)).collect();
             let more = if names.len() > 4 { ", …" } else { "" };
-            let what = format!("a zip archive with {} files: {}{more}", names.len(), listed.join(", "));
+            let what =
+                format!("a zip archive with {} files: {}{more}", names.len(), listed.join(", "));
             Err(refused(path, what, "unpack it, and name the files of events"))
         }
     }
@@ -216,7 +224,8 @@ impl Text {
             Self::Compressed { mut decoder, outside } => decoded(path, &mut decoder, outside, read),
             Self::Zip(mut archive) => {
                 let member = members(&archive).first().map_or(0, |(i, _)| *i);
-                let mut file = archive.by_index(member).map_err(|e| Error::unreadable(path)(e.into()))?;
+                let mut file =
+                    archive.by_index(member).map_err(|e| Error::unreadable(path)(e.into()))?;
                 decoded(path, &mut file, "a zip archive", read)
             }
         }
@@ -231,7 +240,10 @@ fn decoded<T>(
     read: impl FnOnce(&mut dyn Read) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let mut head = Vec::new();
-    (&mut *decoder).take(HEAD).read_to_end(&mut head).map_err(|e| Error::unreadable(path)(e.into()))?;
+    (&mut *decoder)
+        .take(HEAD)
+        .read_to_end(&mut head)
+        .map_err(|e| Error::unreadable(path)(e.into()))?;
     let (what, hint) = match kind(&head) {
         None => return read(&mut Cursor::new(head).chain(decoder)),
         Some(StreamKind::Other { what, hint }) => (what, hint),
@@ -307,7 +319,11 @@ pub(crate) fn expected_bytes(path: &Path) -> Result<ExpectedBytes, Error> {
         return Ok(stream);
     }
     let mut head = Vec::new();
-    File::open(path).map_err(cannot_open)?.take(HEAD).read_to_end(&mut head).map_err(cannot_open)?;
+    File::open(path)
+        .map_err(cannot_open)?
+        .take(HEAD)
+        .read_to_end(&mut head)
+        .map_err(cannot_open)?;
     let bytes = metadata.len();
     Ok(match kind(&head) {
         None => ExpectedBytes { plain: bytes, compressed: 0 },

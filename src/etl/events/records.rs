@@ -75,7 +75,10 @@ fn scan(buffer: &[u8], start: usize, line_end: usize, is_last: bool, n_columns: 
                     return Scan::CsvRecord { end: without_cr(buffer, at, end), next: end + 1 };
                 }
                 None if is_last => {
-                    return Scan::CsvRecord { end: without_cr(buffer, at, buffer.len()), next: buffer.len() };
+                    return Scan::CsvRecord {
+                        end: without_cr(buffer, at, buffer.len()),
+                        next: buffer.len(),
+                    };
                 }
                 None if buffer.len() - start > QUOTED => {
                     return Scan::Wrong { field, problem: LONG_QUOTED };
@@ -304,7 +307,8 @@ impl<'a> Splitter<'a> {
             if quote < start {
                 quote = memchr(b'"', &buffer[start..]).map_or(usize::MAX, |length| start + length);
             }
-            let (end, mut next) = (without_cr(buffer, start, line_end), (line_end + 1).min(buffer.len()));
+            let (end, mut next) =
+                (without_cr(buffer, start, line_end), (line_end + 1).min(buffer.len()));
             if buffer[start] <= b' ' && is_blank(&buffer[start..end]) {
                 block.n_blank += 1;
                 self.line += 1;
@@ -325,13 +329,17 @@ impl<'a> Splitter<'a> {
                             }
                         }
                     }
-                    Scan::Wrong { field, problem } => record.shape = RecordShape::Wrong { field, problem },
+                    Scan::Wrong { field, problem } => {
+                        record.shape = RecordShape::Wrong { field, problem }
+                    }
                     Scan::More => return start,
                 }
             }
             // Count the lines of a record over several lines by its line ends.
             self.line += match record.shape {
-                RecordShape::Quoted => 1 + memchr_iter(b'\n', &buffer[start..record.end]).count() as u64,
+                RecordShape::Quoted => {
+                    1 + memchr_iter(b'\n', &buffer[start..record.end]).count() as u64
+                }
                 _ => 1,
             };
             block.records.push(record);
@@ -363,7 +371,8 @@ fn swallowed(
     let of_first = field + 1 + memchr_iter(b',', after_quote).count();
     for at in &breaks {
         let start = at + 1;
-        let line_end = memchr(b'\n', &buffer[start..]).map_or(buffer.len(), |length| start + length);
+        let line_end =
+            memchr(b'\n', &buffer[start..]).map_or(buffer.len(), |length| start + length);
         let joins = match scan(buffer, start, line_end, is_last, n_columns) {
             Scan::More => return None,
             Scan::Wrong { .. } => false,
@@ -442,7 +451,9 @@ mod tests {
                 let text = &block.bytes[start..end];
                 let fields = match shape {
                     RecordShape::Wrong { field, problem } => Err((field, problem)),
-                    RecordShape::Plain => Ok(text.split(|byte| *byte == b',').map(<[u8]>::to_vec).collect()),
+                    RecordShape::Plain => {
+                        Ok(text.split(|byte| *byte == b',').map(<[u8]>::to_vec).collect())
+                    }
                     RecordShape::Quoted => {
                         let (fields, n_breaks) = quoted_fields(text);
                         n_lines += n_breaks;

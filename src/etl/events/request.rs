@@ -43,7 +43,8 @@ fn read_cells(table: Frame<'_>) -> Result<Table, Error> {
         _ => table.text(column.name()).map(|cells| (Some(cells), CellErrors::new())),
     };
     let at_once = columns_at_once(table.frame.height());
-    let all = || Coded::ALL.par_iter().with_min_len(at_once).map(cells).collect::<Result<Vec<_>, _>>();
+    let all =
+        || Coded::ALL.par_iter().with_min_len(at_once).map(cells).collect::<Result<Vec<_>, _>>();
     let (time, (price, cells)) = match at_once {
         1 => rayon::join(|| table.times(), || rayon::join(|| table.prices(), all)),
         _ => (table.times(), (table.prices(), all())),
@@ -85,14 +86,22 @@ impl Frame<'_> {
     fn text(self, name: &'static str) -> Result<Cells, Error> {
         self.typed(name, "text or an integer", |column| {
             let dtype = column.dtype();
-            if !(dtype.is_string() || dtype.is_integer() || dtype.is_categorical() || dtype.is_null()) {
+            if !(dtype.is_string()
+                || dtype.is_integer()
+                || dtype.is_categorical()
+                || dtype.is_null())
+            {
                 return Ok(None);
             }
             Ok(Some(Cells::Text(column.cast(&DataType::String)?.str()?.iter().collect())))
         })
     }
 
-    fn ints(self, name: &'static str, required: bool) -> Result<(Vec<Option<i64>>, CellErrors), Error> {
+    fn ints(
+        self,
+        name: &'static str,
+        required: bool,
+    ) -> Result<(Vec<Option<i64>>, CellErrors), Error> {
         let mut faults = CellErrors::new();
         let values = self.typed(name, "an integer", |column| match column.dtype() {
             DataType::String => {

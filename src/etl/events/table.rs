@@ -17,7 +17,12 @@ pub(super) struct Table {
 
 impl Table {
     /// Drops the rows without a session. Bad rows are dropped or refused.
-    pub fn clean(self, path: &Path, bad_rows: BadRows, counts: &mut RowCounts) -> Result<EventBatch, Error> {
+    pub fn clean(
+        self,
+        path: &Path,
+        bad_rows: BadRows,
+        counts: &mut RowCounts,
+    ) -> Result<EventBatch, Error> {
         let Self { mut batch, faults } = self;
         let n_rows = batch.time.len();
         let first_row = counts.read + 1;
@@ -32,9 +37,16 @@ impl Table {
         let bad = faults.into_iter().filter(|(row, _)| keep[*row]);
         match bad_rows {
             BadRows::Refuse => {
-                if let Some((row, CellError { column, problem })) = bad.min_by_key(|(row, _)| *row) {
+                if let Some((row, CellError { column, problem })) = bad.min_by_key(|(row, _)| *row)
+                {
                     let number = first_row + row as u64;
-                    return Err(Error::BadRow { path: path.into(), place: "row", number, column, problem });
+                    return Err(Error::BadRow {
+                        path: path.into(),
+                        place: "row",
+                        number,
+                        column,
+                        problem,
+                    });
                 }
             }
             BadRows::Skip => {
@@ -56,7 +68,12 @@ impl Table {
 impl EventBatch {
     fn filter(self, keep: &[bool]) -> Self {
         fn kept<T>(values: Vec<T>, keep: &[bool]) -> Vec<T> {
-            values.into_iter().zip(keep).filter(|(_, keep)| **keep).map(|(value, _)| value).collect()
+            values
+                .into_iter()
+                .zip(keep)
+                .filter(|(_, keep)| **keep)
+                .map(|(value, _)| value)
+                .collect()
         }
         Self {
             time: kept(self.time, keep),

@@ -46,7 +46,8 @@ pub struct Workspace(Option<Tensor>);
 impl Workspace {
     /// At least `n` numbers.
     fn room(&mut self, n: i64, kind: Kind, device: Device) -> &Tensor {
-        let fits = |room: &Tensor| room.size()[0] >= n && (room.kind(), room.device()) == (kind, device);
+        let fits =
+            |room: &Tensor| room.size()[0] >= n && (room.kind(), room.device()) == (kind, device);
         let kept = self.0.take().filter(fits);
         self.0.insert(kept.unwrap_or_else(|| Tensor::empty([n], (kind, device))))
     }
@@ -128,7 +129,10 @@ impl FullSoftmax<'_> {
                 states: of_group(&states),
                 targets: of_group(&targets),
                 state_gradients: state_gradients.rows(group.start, group.end - group.start),
-                draws: uniform.as_ref().zip(drawn.as_ref()).map(|(u, d)| (of_group(u), of_group(d))),
+                draws: uniform
+                    .as_ref()
+                    .zip(drawn.as_ref())
+                    .map(|(u, d)| (of_group(u), of_group(d))),
             };
             self.add_softmax(&group, scored, &mut log_sums)?;
             target_logits.push(self.subtract_targets(&group, scored));
@@ -143,7 +147,8 @@ impl FullSoftmax<'_> {
         let mut loss = log_sums.sum(Kind::Double) - target_logits.sum(Kind::Double) * on_target;
         if let Some((row, bias)) = mean_row {
             // The mean logit over the catalogue is the product with the mean row.
-            let mean = bias * own_states.size()[0] as f64 + (&row * column_sums(own_states)).sum(Kind::Float);
+            let mean = bias * own_states.size()[0] as f64
+                + (&row * column_sums(own_states)).sum(Kind::Float);
             loss -= mean.to_kind(Kind::Double) * self.label_smoothing;
             state_gradient -= row * self.label_smoothing;
         }
@@ -182,7 +187,8 @@ impl FullSoftmax<'_> {
         let vectors = located.mask(scored.weights.index_select(0, &located.rows));
         let logits = (states * &vectors).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
             + located.mask(scored.bias.index_select(0, &located.rows));
-        let of_bias = located.mask(states.new_full([n_targets], -on_target, (Kind::Float, states.device())));
+        let of_bias =
+            located.mask(states.new_full([n_targets], -on_target, (Kind::Float, states.device())));
         let of_weights = located.mask(states * -on_target);
         scored.add_weight_and_bias(&located.rows, &of_weights, &of_bias);
         group.state_gradients.add(&(vectors * -on_target));
@@ -268,7 +274,8 @@ fn mean_row(scored: &ScoringTable<'_>) -> Result<(Tensor, Tensor), CollectiveErr
     };
     // Sums per row block do not depend on the number of ranks.
     let chunk_rows = item_table.chunk_rows(item_table.max_rows());
-    let by_chunk: Vec<Tensor> = chunks(item_table.len(), chunk_rows).into_iter().map(sums).collect();
+    let by_chunk: Vec<Tensor> =
+        chunks(item_table.len(), chunk_rows).into_iter().map(sums).collect();
     let counts = item_table.n_chunks_by_rank(chunk_rows);
     let by_chunk = item_table.gather_rows(&Tensor::cat(&by_chunk, 0), &counts)?;
     let means = column_sums(&by_chunk) / item_table.n_items as f64;
@@ -304,7 +311,8 @@ fn softmax_gradients(
 ) -> Result<Tensor, CollectiveError> {
     let item_table = scored.item_table;
     let workers = Worker::split(&part.states, scored, blocking, workspace);
-    let first_pass = torch_in_parallel(workers, |worker| (tch::no_grad(|| worker.log_sums()), worker));
+    let first_pass =
+        torch_in_parallel(workers, |worker| (tch::no_grad(|| worker.log_sums()), worker));
     let (logs, workers): (Vec<Tensor>, Vec<Worker>) = first_pass.into_iter().unzip();
     let logs = Tensor::cat(&logs, 0);
 
@@ -318,9 +326,9 @@ fn softmax_gradients(
         let all_logs = item_table.gather_rows(&logs, &counts)?;
         let log_sums = log_sum_exp(&all_logs);
         let first_chunk = counts[..item_table.ranks().map_or(0, Collective::rank)].iter().sum();
-        let draws = part
-            .draws
-            .map(|(uniform, drawn)| Draws::new(&weights(&all_logs, &log_sums), &uniform, drawn, first_chunk));
+        let draws = part.draws.map(|(uniform, drawn)| {
+            Draws::new(&weights(&all_logs, &log_sums), &uniform, drawn, first_chunk)
+        });
         (log_sums, draws)
     } else {
         (item_table.log_sum_exp(log_sum_exp(&logs))?, None)
@@ -508,7 +516,8 @@ impl Draws {
 
     /// The same draws for another thread.
     fn share(&self) -> Self {
-        let [chunk, uniform, drawn] = [&self.chunk, &self.uniform, &self.drawn].map(Tensor::shallow_clone);
+        let [chunk, uniform, drawn] =
+            [&self.chunk, &self.uniform, &self.drawn].map(Tensor::shallow_clone);
         Self { chunk, uniform, drawn, is_one_chunk: self.is_one_chunk }
     }
 
@@ -551,7 +560,8 @@ mod tests {
     #[test]
     fn targets_are_cut_into_equal_parts_that_fit() {
         let kind = Kind::Float;
-        let blocking = |n, n_items, most| Blocking::new(n, n_items, Logits { kind, most }, Device::Cpu, 1);
+        let blocking =
+            |n, n_items, most| Blocking::new(n, n_items, Logits { kind, most }, Device::Cpu, 1);
         assert_eq!(
             blocking(100, 1000, 1 << 20),
             Blocking { n_targets: 100, chunk_items: 1008, keeps_probabilities: true, kind }
@@ -571,7 +581,8 @@ mod tests {
             Blocking { n_targets: 10_000, chunk_items: 1677, keeps_probabilities: false, kind }
         );
         // Each of three threads has equally many chunks and its own memory.
-        let on_three = |n, n_items, most| Blocking::new(n, n_items, Logits { kind, most }, Device::Cpu, 3);
+        let on_three =
+            |n, n_items, most| Blocking::new(n, n_items, Logits { kind, most }, Device::Cpu, 3);
         assert_eq!(on_three(100, 10_000, 1 << 20).chunk_items, 3344);
         assert_eq!(on_three(10_000, 10_000_000, 16 << 20).chunk_items, 559);
         // With memory for one logit, chunks have one item.
@@ -579,7 +590,8 @@ mod tests {
             blocking(10, 1000, 1),
             Blocking { n_targets: 10, chunk_items: 1, keeps_probabilities: false, kind }
         );
-        let on_gpu = Blocking::new(1228, 100_000, Logits { kind, most: 16 << 20 }, Device::Cuda(0), 1);
+        let on_gpu =
+            Blocking::new(1228, 100_000, Logits { kind, most: 16 << 20 }, Device::Cuda(0), 1);
         assert_eq!(
             on_gpu,
             Blocking { n_targets: 154, chunk_items: 100_000, keeps_probabilities: true, kind }
@@ -594,8 +606,9 @@ mod tests {
         let n = uniform.len() as i64;
         let uniform = Tensor::from_slice(&uniform);
         let count = |width: i64| {
-            let sums: Vec<Tensor> =
-                (0..6 / width).map(|t| p.narrow(1, t * width, width).sum(Kind::Float).view([1, 1])).collect();
+            let sums: Vec<Tensor> = (0..6 / width)
+                .map(|t| p.narrow(1, t * width, width).sum(Kind::Float).view([1, 1]))
+                .collect();
             let weights = Tensor::cat(&sums, 1).expand([n, -1], false);
             let drawn = Tensor::zeros([n], (Kind::Int64, Device::Cpu));
             let draws = Draws::new(&weights, &uniform, drawn, 0);
@@ -608,7 +621,10 @@ mod tests {
         for width in [6, 2] {
             let counts = count(width);
             let expected = [50, 150, 300, 100, 250, 150];
-            assert!(counts.iter().zip(expected).all(|(a, b): (&i64, i64)| (a - b).abs() <= 1), "{counts:?}");
+            assert!(
+                counts.iter().zip(expected).all(|(a, b): (&i64, i64)| (a - b).abs() <= 1),
+                "{counts:?}"
+            );
         }
     }
 }

@@ -88,9 +88,13 @@ impl NegativeSampler {
             LossConfig::Sampled { n_negatives, power } => {
                 Self::Sampled(ItemSampler::new(occurrences, n_negatives, power, None, device))
             }
-            LossConfig::Gbce { n_negatives, calibration } => {
-                Self::Sampled(ItemSampler::new(occurrences, n_negatives, 0.0, Some(calibration), device))
-            }
+            LossConfig::Gbce { n_negatives, calibration } => Self::Sampled(ItemSampler::new(
+                occurrences,
+                n_negatives,
+                0.0,
+                Some(calibration),
+                device,
+            )),
         }
     }
 
@@ -124,7 +128,8 @@ impl ItemSampler {
         calibration: Option<f64>,
         device: Device,
     ) -> Self {
-        let weights = (Tensor::from_slice(occurrences).to_kind(Kind::Double) + 1.0).pow_tensor_scalar(power);
+        let weights =
+            (Tensor::from_slice(occurrences).to_kind(Kind::Double) + 1.0).pow_tensor_scalar(power);
         let recommendable = Tensor::ones_like(&weights);
         let _ = recommendable.narrow(0, 0, 2).zero_();
         let weights = weights * recommendable;
@@ -152,7 +157,9 @@ impl ItemSampler {
         let items = items.clamp_max(self.cumulative.size()[0] - 1);
         let loss = match self.target_weight {
             Some(target_weight) => SampledLoss::Binary { target_weight },
-            None => SampledLoss::Softmax { log_expected: self.log_expected.index_select(0, &items) },
+            None => {
+                SampledLoss::Softmax { log_expected: self.log_expected.index_select(0, &items) }
+            }
         };
         Negatives::Sampled { items, loss }
     }
@@ -234,7 +241,9 @@ pub fn cross_entropy(
             let full = FullSoftmax { label_smoothing, logits, workspace };
             full.loss(states, targets, scored, uniform)
         }
-        Negatives::Sampled { items, loss } => sampled(states, targets, scored, items, loss, uniform),
+        Negatives::Sampled { items, loss } => {
+            sampled(states, targets, scored, items, loss, uniform)
+        }
     }
 }
 
@@ -242,6 +251,10 @@ pub fn cross_entropy(
 /// `uniform: [n]`: i64 `[n]`.
 fn draw(p: &Tensor, uniform: &Tensor) -> Tensor {
     let sums = p.cumsum(1, Kind::Float);
-    let below = sums.le_tensor(&uniform.unsqueeze(1)).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
+    let below = sums.le_tensor(&uniform.unsqueeze(1)).sum_dim_intlist(
+        [1i64].as_slice(),
+        false,
+        Kind::Int64,
+    );
     below.clamp_max(p.size()[1] - 1)
 }

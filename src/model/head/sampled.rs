@@ -28,8 +28,9 @@ pub(super) fn sampled(
     let negative_logits = negatives.select(1, width).addmm(states, &vectors(&negatives).tr());
     let is_target = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0));
     let negative_logits = negative_logits.masked_fill(&is_target, f64::NEG_INFINITY);
-    let target_logits = (states * vectors(&positives)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
-        + positives.narrow(1, width, 1);
+    let target_logits =
+        (states * vectors(&positives)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
+            + positives.narrow(1, width, 1);
     let (loss, [by_target, by_negatives]) = loss.with_gradients(&target_logits, &negative_logits);
     let drawn = uniform.map(|uniform| {
         let logits = Tensor::cat(&[target_logits, negative_logits], 1);
@@ -49,7 +50,8 @@ pub(super) fn sampled(
         scored.add_gradients(rows, gradients);
         (scored.group_added)();
     })?;
-    let state_gradient = by_negatives.matmul(&vectors(&negatives)) + by_target * vectors(&positives);
+    let state_gradient =
+        by_negatives.matmul(&vectors(&negatives)) + by_target * vectors(&positives);
     Ok(CrossEntropy { loss, state_gradient, drawn })
 }
 
@@ -61,7 +63,8 @@ impl SampledLoss {
             // The logQ correction: a negative's logit is lowered by the logarithm of its expected
             // count, so that the sampled sum estimates the sum over the catalogue.
             SampledLoss::Softmax { log_expected } => {
-                let p = Tensor::cat(&[target, &(negatives - log_expected)], 1).log_softmax(1, Kind::Float);
+                let p = Tensor::cat(&[target, &(negatives - log_expected)], 1)
+                    .log_softmax(1, Kind::Float);
                 let loss = -p.narrow(1, 0, 1).sum(Kind::Double);
                 let p = p.exp();
                 (loss, [p.narrow(1, 0, 1) - 1.0, p.narrow(1, 1, negatives.size()[1])])

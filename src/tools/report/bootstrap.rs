@@ -36,7 +36,8 @@ pub fn bootstrap<const M: usize>(
 ) -> [Estimate; M] {
     let values = figures(counts);
     let mut generator = ChaCha8Rng::seed_from_u64(SEED);
-    let mut resampled: [Vec<f64>; M] = std::array::from_fn(|_| Vec::with_capacity(n_resamples as usize));
+    let mut resampled: [Vec<f64>; M] =
+        std::array::from_fn(|_| Vec::with_capacity(n_resamples as usize));
     let mut resample = vec![0; counts.len()];
     for _ in 0..n_resamples {
         draw(counts, &mut resample, &mut generator);
@@ -48,7 +49,11 @@ pub fn bootstrap<const M: usize>(
         let sorted = &mut resampled[figure];
         sorted.sort_by(f64::total_cmp);
         let tail = (1.0 - CONFIDENCE) / 2.0;
-        Estimate { value: values[figure], low: quantile(sorted, tail), high: quantile(sorted, 1.0 - tail) }
+        Estimate {
+            value: values[figure],
+            low: quantile(sorted, tail),
+            high: quantile(sorted, 1.0 - tail),
+        }
     })
 }
 
@@ -60,7 +65,8 @@ fn draw(counts: &[i64], resample: &mut [i64], generator: &mut ChaCha8Rng) {
         *drawn = 0;
         if count > 0 {
             let share = count as f64 / sessions_left as f64;
-            let n = Binomial::new(to_draw, share).expect("a share is a probability").sample(generator);
+            let n =
+                Binomial::new(to_draw, share).expect("a share is a probability").sample(generator);
             (*drawn, to_draw) = (n as i64, to_draw - n);
         }
         sessions_left -= count;

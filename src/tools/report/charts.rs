@@ -3,8 +3,8 @@
 use super::bootstrap::Estimate;
 use super::compare::{Comparison, SessionGroup};
 use super::plot::{
-    Axis, COLOURS, Chart, ChartError, Mark, Plot, PlotPoint, Series, WIDTH, colour, highest, render,
-    shortened,
+    Axis, COLOURS, Chart, ChartError, Mark, Plot, PlotPoint, Series, WIDTH, colour, highest,
+    render, shortened,
 };
 use crate::measure::Measure;
 
@@ -57,7 +57,9 @@ fn bars(comparison: &Comparison, name: &'static str, of: &str, measures: [Measur
                 .runs
                 .iter()
                 .enumerate()
-                .filter_map(|(i, run)| plot_point(i as f64 + 0.5 + offset, run.estimates.get(measure)))
+                .filter_map(|(i, run)| {
+                    plot_point(i as f64 + 0.5 + offset, run.estimates.get(measure))
+                })
                 .collect(),
         })
         .collect();
@@ -78,8 +80,9 @@ fn bars(comparison: &Comparison, name: &'static str, of: &str, measures: [Measur
 /// One measure of every run on the valid parts of all days.
 fn by_day(comparison: &Comparison, name: &'static str, measure: Measure) -> Plot {
     let days: Vec<_> = comparison.evaluations.iter().filter(|part| part.split == "valid").collect();
-    let series =
-        lines(comparison, |run| days.iter().map(|day| day.runs[run].estimates.get(measure)).collect());
+    let series = lines(comparison, |run| {
+        days.iter().map(|day| day.runs[run].estimates.get(measure)).collect()
+    });
     let title = measure.title();
     Plot {
         name,
@@ -102,7 +105,8 @@ fn by_group(
     groups: &[SessionGroup],
 ) -> Plot {
     let measure = Measure::RecallAt20;
-    let series = lines(comparison, |run| groups.iter().map(|group| group.runs[run].get(measure)).collect());
+    let series =
+        lines(comparison, |run| groups.iter().map(|group| group.runs[run].get(measure)).collect());
     let last = comparison.last();
     Plot {
         name,
@@ -156,7 +160,9 @@ fn lines(comparison: &Comparison, figures: impl Fn(usize) -> Vec<Estimate>) -> V
             label: run.label.clone(),
             colour: colour(i),
             mark: Mark::Line { dashed: run.is_baseline, marker: Some(i) },
-            points: points.filter_map(|(x, figure)| plot_point(x as f64 + 0.5 + offset, figure)).collect(),
+            points: points
+                .filter_map(|(x, figure)| plot_point(x as f64 + 0.5 + offset, figure))
+                .collect(),
         }
     });
     of_run.collect()

@@ -178,7 +178,12 @@ pub struct SessionGroup {
 
 /// Runs that cannot be compared.
 #[derive(Debug, thiserror::Error)]
-#[error("runs `{}` and `{}` cannot be compared{}: {problem}", a.display(), b.display(), on.as_deref().unwrap_or_default())]
+#[error(
+    "runs `{}` and `{}` cannot be compared{}: {problem}",
+    a.display(),
+    b.display(),
+    on.as_deref().unwrap_or_default()
+)]
 pub struct CompareError {
     a: PathBuf,
     b: PathBuf,
@@ -203,7 +208,8 @@ pub fn compare(runs: &[FinishedRun], n_resamples: u32) -> Result<Comparison, Com
         check_same_sessions(first, other)?;
     }
     let parts = 0..first.evaluations.len();
-    let evaluations: Vec<EvaluatedPart> = parts.map(|part| evaluated_part(runs, part, n_resamples)).collect();
+    let evaluations: Vec<EvaluatedPart> =
+        parts.map(|part| evaluated_part(runs, part, n_resamples)).collect();
     let last = evaluations.last().expect("every run evaluated at least one day");
     let outcomes: Vec<&[SessionOutcome]> = runs.iter().map(last_outcomes).collect();
     Ok(Comparison {
@@ -250,26 +256,33 @@ fn check_same_sessions(a: &FinishedRun, b: &FinishedRun) -> Result<(), CompareEr
         Err(CompareError { a: a.path.clone(), b: b.path.clone(), on, problem })
     };
     for (one, other) in [(a, b), (b, a)] {
-        let has =
-            |facts: &EvaluationFacts| other.evaluations.iter().any(|(theirs, _)| name(theirs) == name(facts));
+        let has = |facts: &EvaluationFacts| {
+            other.evaluations.iter().any(|(theirs, _)| name(theirs) == name(facts))
+        };
         if let Some((facts, _)) = one.evaluations.iter().find(|(facts, _)| !has(facts)) {
-            return refuse(None, format!("only `{}` evaluated {}", one.path.display(), name(facts)));
+            return refuse(
+                None,
+                format!("only `{}` evaluated {}", one.path.display(), name(facts)),
+            );
         }
     }
     for ((facts_a, of_a), (facts_b, of_b)) in a.evaluations.iter().zip(&b.evaluations) {
         let (days_a, days_b) = (facts_a.train_day, facts_b.train_day);
         if days_a != days_b {
-            let problem = format!("the first was trained to day {days_a}, the second to day {days_b}");
+            let problem =
+                format!("the first was trained to day {days_a}, the second to day {days_b}");
             return refuse(Some(facts_a), problem);
         }
         if of_a.len() != of_b.len() {
-            let problem = format!("the first has {} sessions, the second {}", of_a.len(), of_b.len());
+            let problem =
+                format!("the first has {} sessions, the second {}", of_a.len(), of_b.len());
             return refuse(Some(facts_a), problem);
         }
         if let Some(row) = of_a.iter().zip(of_b).position(|(a, b)| a.target != b.target) {
             let (a, b) = (of_a[row].target, of_b[row].target);
-            let problem =
-                format!("the held-out item of session {row} is {a} in the first and {b} in the second");
+            let problem = format!(
+                "the held-out item of session {row} is {a} in the first and {b} in the second"
+            );
             return refuse(Some(facts_a), problem);
         }
     }
@@ -287,8 +300,8 @@ fn name(facts: &EvaluationFacts) -> String {
 fn warnings(runs: &[FinishedRun]) -> Vec<String> {
     let mut warnings = Vec::new();
     if !runs.iter().any(FinishedRun::is_baseline) {
-        let text = "no baseline was given: add a run of a counting model to compare with (`model.kind` \
-                    popularity, recent, markov or vsknn)";
+        let text = "no baseline was given: add a run of a counting model to compare with \
+                    (`model.kind` popularity, recent, markov or vsknn)";
         warnings.push(text.to_owned());
     }
     let known = |run| last_outcomes(run).iter().map(|outcome| outcome.n_known);
@@ -358,22 +371,31 @@ fn evaluated_part(runs: &[FinishedRun], part: usize, n_resamples: u32) -> Evalua
     }
 }
 
-fn differences(runs: &[FinishedRun], last: &EvaluatedPart, n_resamples: u32) -> Option<Differences> {
+fn differences(
+    runs: &[FinishedRun],
+    last: &EvaluatedPart,
+    n_resamples: u32,
+) -> Option<Differences> {
     let ndcg = |run: usize| last.runs[run].estimates.get(Measure::NdcgAt20).value;
     let baselines = (0..runs.len()).filter(|&run| runs[run].is_baseline());
     // `max_by` returns the last maximum: reversed, the first of equals.
     let reference = baselines.rev().max_by(|&a, &b| ndcg(a).total_cmp(&ndcg(b))).unwrap_or(0);
-    let ranks =
-        |run: &FinishedRun| last_outcomes(run).iter().map(|outcome| outcome.rank).collect::<Vec<i64>>();
+    let ranks = |run: &FinishedRun| {
+        last_outcomes(run).iter().map(|outcome| outcome.rank).collect::<Vec<i64>>()
+    };
     let of_reference = ranks(&runs[reference]);
     let others = runs.iter().enumerate().filter(|(run, _)| *run != reference);
     let by_run: Vec<Difference> = others
         .map(|(_, run)| {
             let pairs = ranks(run).into_iter().zip(of_reference.iter().copied());
-            Difference { label: run.label.clone(), estimates: Estimates::of_difference(pairs, n_resamples) }
+            Difference {
+                label: run.label.clone(),
+                estimates: Estimates::of_difference(pairs, n_resamples),
+            }
         })
         .collect();
-    (!by_run.is_empty()).then(|| Differences { reference: runs[reference].label.clone(), runs: by_run })
+    (!by_run.is_empty())
+        .then(|| Differences { reference: runs[reference].label.clone(), runs: by_run })
 }
 
 /// The groups that have sessions, by the outcomes of the first run.
@@ -383,11 +405,16 @@ fn groups<F: Fn(&SessionOutcome) -> bool>(
     n_resamples: u32,
 ) -> Vec<SessionGroup> {
     let groups = kinds.into_iter().filter_map(|(label, belongs)| {
-        let rows: Vec<usize> = (0..outcomes[0].len()).filter(|&row| belongs(&outcomes[0][row])).collect();
+        let rows: Vec<usize> =
+            (0..outcomes[0].len()).filter(|&row| belongs(&outcomes[0][row])).collect();
         let by_run = outcomes
             .iter()
             .map(|outcomes| Estimates::of(rows.iter().map(|&row| outcomes[row].rank), n_resamples));
-        (!rows.is_empty()).then(|| SessionGroup { label, n_sessions: rows.len(), runs: by_run.collect() })
+        (!rows.is_empty()).then(|| SessionGroup {
+            label,
+            n_sessions: rows.len(),
+            runs: by_run.collect(),
+        })
     });
     groups.collect()
 }

@@ -85,7 +85,11 @@ pub fn path(run_dir: &Path, eval_day: i64, split: &str) -> PathBuf {
 ///
 /// # Errors
 /// Returns an error if a write fails.
-pub fn write<W: Write + Send>(out: W, facts: &EvaluationFacts, outcomes: &[SessionOutcome]) -> io::Result<W> {
+pub fn write<W: Write + Send>(
+    out: W,
+    facts: &EvaluationFacts,
+    outcomes: &[SessionOutcome],
+) -> io::Result<W> {
     let fields: String = COLUMNS.iter().map(|name| format!("required int64 {name}; ")).collect();
     let schema = Arc::new(parse_message_type(&format!("message outcomes {{ {fields}}}"))?);
     let facts = serde_json::to_string(facts).expect("facts are JSON");
@@ -113,8 +117,8 @@ pub fn write<W: Write + Send>(out: W, facts: &EvaluationFacts, outcomes: &[Sessi
 /// # Errors
 /// See [`EvaluationFileError`].
 pub fn read(path: &Path) -> Result<(EvaluationFacts, Vec<SessionOutcome>), EvaluationFileError> {
-    let file =
-        File::open(path).map_err(|source| EvaluationFileError::Open { path: path.to_owned(), source })?;
+    let file = File::open(path)
+        .map_err(|source| EvaluationFileError::Open { path: path.to_owned(), source })?;
     let content = |problem: String| EvaluationFileError::Content { path: path.to_owned(), problem };
     let in_file = |source| EvaluationFileError::Parquet { path: path.to_owned(), source };
     let reader = SerializedFileReader::new(file).map_err(in_file)?;
@@ -123,7 +127,8 @@ pub fn read(path: &Path) -> Result<(EvaluationFacts, Vec<SessionOutcome>), Evalu
         .key_value_metadata()
         .and_then(|pairs| pairs.iter().find(|pair| pair.key == KEY)?.value.as_ref())
         .ok_or_else(|| content(format!("its footer has no key `{KEY}`")))?;
-    let facts: EvaluationFacts = serde_json::from_str(facts).map_err(|error| content(error.to_string()))?;
+    let facts: EvaluationFacts =
+        serde_json::from_str(facts).map_err(|error| content(error.to_string()))?;
     if !SPLITS.contains(&facts.split.as_str()) {
         return Err(content(format!("unknown split `{}`", facts.split)));
     }
@@ -144,7 +149,10 @@ pub fn read(path: &Path) -> Result<(EvaluationFacts, Vec<SessionOutcome>), Evalu
     Ok((facts, (0..columns[0].len()).map(outcome).collect()))
 }
 
-fn read_column(reader: &SerializedFileReader<File>, column: usize) -> Result<Vec<i64>, ParquetError> {
+fn read_column(
+    reader: &SerializedFileReader<File>,
+    column: usize,
+) -> Result<Vec<i64>, ParquetError> {
     let mut values = Vec::new();
     for group in 0..reader.num_row_groups() {
         let group = reader.get_row_group(group)?;

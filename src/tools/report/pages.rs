@@ -17,11 +17,9 @@ const TITLE: &str = "Comparison of runs";
 pub(super) fn results_txt(comparison: &Comparison) -> String {
     const MEASURES: [Measure; 4] =
         [Measure::NdcgAt10, Measure::NdcgAt20, Measure::RecallAt10, Measure::RecallAt20];
-    let blocks = comparison
-        .last()
-        .runs
-        .iter()
-        .map(|run| results_text(&run.label, MEASURES.map(|measure| run.estimates.get(measure).value)));
+    let blocks = comparison.last().runs.iter().map(|run| {
+        results_text(&run.label, MEASURES.map(|measure| run.estimates.get(measure).value))
+    });
     blocks.collect::<Vec<_>>().join("\n")
 }
 
@@ -65,8 +63,8 @@ fn sections(comparison: &Comparison) -> Vec<Section> {
         Section {
             heading: "By popularity of the held-out item",
             text: format!(
-                "{of_last} The items of the training data, sorted by their number of events, form ten groups of equal \
-                 size; `never seen` are items without events in training."
+                "{of_last} The items of the training data, sorted by their number of events, form \
+                 ten groups of equal size; `never seen` are items without events in training."
             ),
             tables: tables::by_popularity(comparison),
             charts: &["recall_by_popularity"],
@@ -86,9 +84,9 @@ fn reference(comparison: &Comparison) -> String {
     };
     if comparison.runs.iter().any(|run| run.is_baseline) {
         format!(
-            "The reference is {}, the baseline with the highest NDCG@20. A difference whose interval \
-             excludes 0 is unlikely to be due to the choice of sessions; other seeds or days are not \
-             covered.",
+            "The reference is {}, the baseline with the highest NDCG@20. A difference whose \
+             interval excludes 0 is unlikely to be due to the choice of sessions; other seeds or \
+             days are not covered.",
             differences.reference
         )
     } else {
@@ -98,10 +96,11 @@ fn reference(comparison: &Comparison) -> String {
 
 fn method(comparison: &Comparison) -> String {
     format!(
-        "The last item of every session is ranked among all items of the catalogue, given the events before it. \
-         Figures are means over sessions, with the {:.0} % interval of a percentile bootstrap over sessions ({} \
-         resamples) in brackets. The interval has no width where no session, or every session, has its item in \
-         the top K. coverage@20 is the share of the catalogue that is in the top 20 of at least one session.",
+        "The last item of every session is ranked among all items of the catalogue, given the \
+         events before it. Figures are means over sessions, with the {:.0} % interval of a \
+         percentile bootstrap over sessions ({} resamples) in brackets. The interval has no width \
+         where no session, or every session, has its item in the top K. coverage@20 is the share \
+         of the catalogue that is in the top 20 of at least one session.",
         comparison.confidence * 100.0,
         comparison.n_resamples
     )
@@ -124,14 +123,16 @@ pub(super) fn markdown(comparison: &Comparison, charts: &[Chart]) -> String {
     }
     page.push_str("\n## Runs\n\n");
     for run in &comparison.runs {
-        let (label, path) = (markdown_text(&run.label), markdown_text(&run.path.display().to_string()));
+        let (label, path) =
+            (markdown_text(&run.label), markdown_text(&run.path.display().to_string()));
         let _ = writeln!(page, "- {label}: {path}");
     }
     page
 }
 
 fn markdown_table(captioned: &CaptionedTable) -> String {
-    let escape = |cells: &[String]| cells.iter().map(|cell| markdown_text(cell)).collect::<Vec<_>>();
+    let escape =
+        |cells: &[String]| cells.iter().map(|cell| markdown_text(cell)).collect::<Vec<_>>();
     let head = escape(&captioned.head);
     let align = |column| if column == 0 { Align::Left } else { Align::Right };
     let columns = head.iter().enumerate().map(|(column, name)| (name.as_str(), align(column)));
@@ -157,8 +158,10 @@ pub(super) fn html(comparison: &Comparison, charts: &[Chart]) -> String {
         }
         for chart in charts.iter().filter(|chart| section.charts.contains(&chart.name)) {
             let (title, svg) = (html_text(&chart.title), &chart.svg);
-            let _ =
-                write!(page, "<figure class=\"wide\" role=\"img\" aria-label=\"{title}\">\n{svg}</figure>\n");
+            let _ = write!(
+                page,
+                "<figure class=\"wide\" role=\"img\" aria-label=\"{title}\">\n{svg}</figure>\n"
+            );
         }
     }
     page.push_str("<h2>Runs</h2>\n");
@@ -167,7 +170,8 @@ pub(super) fn html(comparison: &Comparison, charts: &[Chart]) -> String {
         let machine = serde_json::to_string_pretty(&run.machine).expect("it was JSON");
         let _ = write!(
             page,
-            "<details>\n<summary>{}: <code>{}</code></summary>\n<pre>{}</pre>\n<pre>{}</pre>\n</details>\n",
+            "<details>\n<summary>{}: <code>{}</code></summary>\n<pre>{}</pre>\n<pre>{}</pre>\n\
+             </details>\n",
             html_text(&run.label),
             html_text(&path),
             html_text(&run.config),
@@ -185,8 +189,8 @@ fn html_table(table: &CaptionedTable) -> String {
     };
     let rows: String = table.rows.iter().map(|row| line("td", row)).collect();
     format!(
-        "<div class=\"wide\">\n<table>\n<caption>{}</caption>\n<thead>\n{}</thead>\n<tbody>\n{rows}</tbody>\n</table>\n\
-         </div>\n",
+        "<div class=\"wide\">\n<table>\n<caption>{}</caption>\n<thead>\n{}</thead>\n\
+         <tbody>\n{rows}</tbody>\n</table>\n</div>\n",
         html_text(&table.caption),
         line("th", &table.head)
     )

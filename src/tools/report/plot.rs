@@ -169,7 +169,8 @@ pub(super) fn colour(run: usize) -> RGBColor {
 /// Upper end of a y axis from 0 that shows all points and whiskers.
 pub(super) fn highest(series: &[Series]) -> f64 {
     let points = series.iter().flat_map(|series| &series.points);
-    let highest = points.map(|point| point.whisker.map_or(point.y, |(_, high)| high)).fold(0.0, f64::max);
+    let highest =
+        points.map(|point| point.whisker.map_or(point.y, |(_, high)| high)).fold(0.0, f64::max);
     if highest > 0.0 { highest * 1.08 } else { 1.0 }
 }
 
@@ -367,7 +368,10 @@ fn draw_series<'b>(axes: &mut Axes<'_, 'b>, series: &Series) -> Drawn<'b> {
         Mark::Bar(width) => {
             whisker_colour = INK;
             axes.draw_series(points().map(|(x, y)| {
-                Rectangle::new([(x - width / 2.0, 0.0), (x + width / 2.0, y)], series.colour.filled())
+                Rectangle::new(
+                    [(x - width / 2.0, 0.0), (x + width / 2.0, y)],
+                    series.colour.filled(),
+                )
             }))?;
         }
         Mark::Line { dashed: true, .. } => {
@@ -379,16 +383,18 @@ fn draw_series<'b>(axes: &mut Axes<'_, 'b>, series: &Series) -> Drawn<'b> {
     }
     if let Mark::Line { marker: Some(marker), .. } = series.mark {
         let outline = marker_outline(marker);
-        axes.draw_series(
-            points().map(|at| EmptyElement::at(at) + Polygon::new(outline.clone(), series.colour.filled())),
-        )?;
+        axes.draw_series(points().map(|at| {
+            EmptyElement::at(at) + Polygon::new(outline.clone(), series.colour.filled())
+        }))?;
     }
     let style = whisker_colour.stroke_width((SCALE * 3 / 2) as u32);
     let cap = 4 * SCALE;
-    for (x, (low, high)) in series.points.iter().filter_map(|point| Some((point.x, point.whisker?))) {
+    for (x, (low, high)) in series.points.iter().filter_map(|point| Some((point.x, point.whisker?)))
+    {
         axes.draw_series([PathElement::new([(x, low), (x, high)], style)])?;
         axes.draw_series(
-            [low, high].map(|y| EmptyElement::at((x, y)) + PathElement::new([(-cap, 0), (cap, 0)], style)),
+            [low, high]
+                .map(|y| EmptyElement::at((x, y)) + PathElement::new([(-cap, 0), (cap, 0)], style)),
         )?;
     }
     Ok(())

@@ -82,7 +82,8 @@ pub fn read(paths: &[PathBuf]) -> Result<Vec<FinishedRun>, RunError> {
             return Err(RunError::Twice(path.clone()));
         }
     }
-    let mut runs: Vec<FinishedRun> = paths.iter().map(|path| read_run(path)).collect::<Result<_, _>>()?;
+    let mut runs: Vec<FinishedRun> =
+        paths.iter().map(|path| read_run(path)).collect::<Result<_, _>>()?;
     label(&mut runs);
     Ok(runs)
 }
@@ -93,17 +94,16 @@ fn read_run(path: &Path) -> Result<FinishedRun, RunError> {
         return Err(RunError::NoRun(path.to_owned()));
     }
     let config = read_text(&config_path)?;
-    let RunConfig { kind, parts } =
-        read_config(&config).map_err(|problem| RunError::Config { path: config_path.clone(), problem })?;
+    let RunConfig { kind, parts } = read_config(&config)
+        .map_err(|problem| RunError::Config { path: config_path.clone(), problem })?;
     if !path.join(RESULTS).is_file() {
         return Err(RunError::Unfinished { run: path.to_owned(), missing: RESULTS.into() });
     }
     let evaluations = read_evaluations(path, parts)?;
     let (steps, days) = read_records(&path.join(METRICS))?;
     let machine_path = path.join(RUN);
-    let machine = serde_json::from_str(&read_text(&machine_path)?).map_err(|error| RunError::Json {
-        path: machine_path,
-        invalid: InvalidLine::new(error.line(), &error),
+    let machine = serde_json::from_str(&read_text(&machine_path)?).map_err(|error| {
+        RunError::Json { path: machine_path, invalid: InvalidLine::new(error.line(), &error) }
     })?;
     let title = evaluations.first().map_or_else(|| kind.clone(), |(facts, _)| facts.title.clone());
     Ok(FinishedRun {
@@ -139,12 +139,14 @@ struct RunConfig {
 
 /// Reads only the keys needed, so that runs of models unknown to this version can be reported.
 fn read_config(text: &str) -> Result<RunConfig, String> {
-    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| error.message().to_owned())?;
+    let table: toml::Table =
+        text.parse().map_err(|error: toml::de::Error| error.message().to_owned())?;
     let value = |section: &str, key: &str| {
         let value = table.get(section).and_then(|section| section.get(key));
         value.ok_or(format!("`{section}.{key}` is missing"))
     };
-    let day = |key: &str| value("data", key)?.as_integer().ok_or(format!("`data.{key}` is not a number"));
+    let day =
+        |key: &str| value("data", key)?.as_integer().ok_or(format!("`data.{key}` is not a number"));
     let kind = value("model", "kind")?.as_str().ok_or("`model.kind` is not a string")?.to_owned();
     let valid = SPLITS.iter().position(|&split| split == "valid").expect("a name of a split");
     let days = day("first_day")? + 1..=day("last_day")?;

@@ -27,16 +27,19 @@ fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> CaptionedTable {
         "Day {} ({}), trained to day {}: {} sessions",
         part.eval_day, part.split, part.train_day, part.n_sessions
     );
-    let head = ["model"].into_iter().chain(Measure::ALL.map(Measure::title)).chain(["coverage@20", "loss"]);
+    let head = ["model"]
+        .into_iter()
+        .chain(Measure::ALL.map(Measure::title))
+        .chain(["coverage@20", "loss"]);
     let mut table = CaptionedTable::new(caption, head);
     for (run, evaluated) in comparison.runs.iter().zip(&part.runs) {
-        let name = if run.is_baseline { format!("{}, baseline", run.label) } else { run.label.clone() };
+        let name =
+            if run.is_baseline { format!("{}, baseline", run.label) } else { run.label.clone() };
         let mut row = vec![name];
         row.extend(all_estimates(&evaluated.estimates));
-        row.extend(
-            [evaluated.coverage_at_20, evaluated.loss]
-                .map(|figure| figure.map_or_else(|| "none".to_owned(), |figure| number(figure, false))),
-        );
+        row.extend([evaluated.coverage_at_20, evaluated.loss].map(|figure| {
+            figure.map_or_else(|| "none".to_owned(), |figure| number(figure, false))
+        }));
         table.rows.push(row);
     }
     table
@@ -61,7 +64,8 @@ pub(super) fn differences(comparison: &Comparison) -> Option<CaptionedTable> {
 }
 
 pub(super) fn training(comparison: &Comparison) -> CaptionedTable {
-    let caption = "Training: sessions of all epochs and ranks, wall time without evaluation".to_owned();
+    let caption =
+        "Training: sessions of all epochs and ranks, wall time without evaluation".to_owned();
     let head = ["model", "day", "sessions", "seconds", "sessions/s", "ranks", "device"];
     let mut table = CaptionedTable::new(caption, head);
     for run in &comparison.runs {
@@ -91,17 +95,29 @@ pub(super) fn by_known_events(comparison: &Comparison) -> Vec<CaptionedTable> {
 
 pub(super) fn by_popularity(comparison: &Comparison) -> Vec<CaptionedTable> {
     let groups = &comparison.by_popularity_decile;
-    by_group(comparison, "popularity decile of the held-out item (1: most popular)", "decile", groups)
+    by_group(
+        comparison,
+        "popularity decile of the held-out item (1: most popular)",
+        "decile",
+        groups,
+    )
 }
 
-fn by_group(comparison: &Comparison, by: &str, column: &str, groups: &[SessionGroup]) -> Vec<CaptionedTable> {
+fn by_group(
+    comparison: &Comparison,
+    by: &str,
+    column: &str,
+    groups: &[SessionGroup],
+) -> Vec<CaptionedTable> {
     let of = |measure: Measure| {
         let caption = format!("{} by {by}", measure.title());
         let labels = comparison.runs.iter().map(|run| run.label.as_str());
-        let mut table = CaptionedTable::new(caption, [column, "sessions"].into_iter().chain(labels));
+        let mut table =
+            CaptionedTable::new(caption, [column, "sessions"].into_iter().chain(labels));
         for group in groups {
             let figures = group.runs.iter().map(|figures| estimate(figures.get(measure), false));
-            let row = [group.label.clone(), group.n_sessions.to_string()].into_iter().chain(figures);
+            let row =
+                [group.label.clone(), group.n_sessions.to_string()].into_iter().chain(figures);
             table.rows.push(row.collect());
         }
         table

@@ -22,7 +22,9 @@ const FIGURES: &str = "report.json";
 
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    #[error("`{0}` already holds a report: choose another `--out`, or replace it with `--overwrite`")]
+    #[error(
+        "`{0}` already holds a report: choose another `--out`, or replace it with `--overwrite`"
+    )]
     Taken(PathBuf),
     #[error("`{0}` exists and was not written by `bireme report`: choose another `--out`")]
     Foreign(PathBuf),

@@ -38,11 +38,14 @@ impl StepMeasurement {
                     n_targets.push(step.n_targets as f64);
                 }
                 LoggedRecord::Phases(of_step) => {
-                    let of_step = of_step.into_iter().filter(|(name, _)| name != "day" && name != "step");
-                    of_step.for_each(|(name, seconds)| phases.entry(name).or_default().push(seconds));
+                    let of_step =
+                        of_step.into_iter().filter(|(name, _)| name != "day" && name != "step");
+                    of_step
+                        .for_each(|(name, seconds)| phases.entry(name).or_default().push(seconds));
                 }
                 LoggedRecord::Eval(evaluation) => {
-                    evaluated_per_s = evaluation.seconds.map(|seconds| evaluation.n_sessions / seconds);
+                    evaluated_per_s =
+                        evaluation.seconds.map(|seconds| evaluation.n_sessions / seconds);
                 }
                 LoggedRecord::Day(_) | LoggedRecord::Other => {}
             }
@@ -83,15 +86,18 @@ mod tests {
                 "{{\"kind\":\"step\",\"day\":1,\"step\":{step},\"loss\":1,\"n_targets\":{step},\
                  \"sessions_per_s\":{rate}}}\n"
             );
-            text +=
-                &format!("{{\"kind\":\"phases\",\"day\":1,\"step\":{step},\"loss\":{rate},\"data\":0.5}}\n");
+            text += &format!(
+                "{{\"kind\":\"phases\",\"day\":1,\"step\":{step},\"loss\":{rate},\"data\":0.5}}\n"
+            );
         }
         let read = |text: &str| StepMeasurement::read(text, 100);
         assert_eq!(read(&text), Err("it has no evaluation".to_owned()));
-        text += "{\"kind\":\"day\",\"day\":1,\"n_sessions\":600,\"seconds\":1,\"sessions_per_s\":600}\n";
+        text += r#"{"kind":"day","day":1,"n_sessions":600,"seconds":1,"sessions_per_s":600}"#;
+        text += "\n";
         text += "{\"kind\":\"eval\",\"n_sessions\":50,\"seconds\":0.5}\n";
         text += "{\"kind\":\"checkpoint\",\"day\":1}\n";
-        let StepMeasurement { step_seconds, n_targets, phases, evaluated_per_s, .. } = read(&text).unwrap();
+        let StepMeasurement { step_seconds, n_targets, phases, evaluated_per_s, .. } =
+            read(&text).unwrap();
         assert_eq!((step_seconds, n_targets, evaluated_per_s), (1.0, 4.0, 100.0));
         assert_eq!(phases, BTreeMap::from([("data".to_owned(), 0.5), ("loss".to_owned(), 100.0)]));
         let few: Vec<_> = text.lines().filter(|line| !line.contains("phases")).skip(3).collect();

@@ -34,7 +34,8 @@ impl Link {
 
     /// The link that explains the smallest and the largest measured all-reduce.
     pub fn fit(found: &Findings) -> Self {
-        let (Some(least), Some(most)) = (found.all_reduces.first(), found.all_reduces.last()) else {
+        let (Some(least), Some(most)) = (found.all_reduces.first(), found.all_reduces.last())
+        else {
             return Self::UNKNOWN;
         };
         let ranks = found.ranks as f64;
@@ -282,7 +283,8 @@ impl StepModel {
         match self.nodes(ranks) {
             (_, 1.0) => self.within.all_reduce(bytes, ranks),
             (local, nodes) => {
-                2.0 * self.within.gather(bytes, local) + self.across.all_reduce(bytes / local, nodes)
+                2.0 * self.within.gather(bytes, local)
+                    + self.across.all_reduce(bytes / local, nodes)
             }
         }
     }
@@ -290,7 +292,9 @@ impl StepModel {
     fn gather(&self, bytes: f64, ranks: f64) -> f64 {
         match self.nodes(ranks) {
             (_, 1.0) => self.within.gather(bytes, ranks),
-            (local, nodes) => self.across.gather(bytes / local, nodes) + self.within.gather(bytes, local),
+            (local, nodes) => {
+                self.across.gather(bytes / local, nodes) + self.within.gather(bytes, local)
+            }
         }
     }
 }
@@ -325,8 +329,11 @@ mod tests {
     fn a_fitted_link_gives_back_what_was_measured() {
         let link = Link { latency: 3e-5, bytes_per_s: 2e9 };
         let of = |bytes| AllReduce { bytes, seconds: link.all_reduce(bytes, 4.0) };
-        let found =
-            Findings { ranks: 4, all_reduces: vec![of(0.0), of(4e6), of(6.4e7)], ..Findings::default() };
+        let found = Findings {
+            ranks: 4,
+            all_reduces: vec![of(0.0), of(4e6), of(6.4e7)],
+            ..Findings::default()
+        };
         let fitted = Link::fit(&found);
         assert!((fitted.latency / link.latency - 1.0).abs() < 1e-9, "{fitted:?}");
         assert!((fitted.bytes_per_s / link.bytes_per_s - 1.0).abs() < 1e-9, "{fitted:?}");
@@ -342,7 +349,8 @@ mod tests {
     #[test]
     fn lines_go_through_their_points_and_stay_above_zero() {
         let through = |few: (f64, f64), many: (f64, f64)| {
-            let [few, many] = [few, many].map(|(sessions, seconds)| PhasePoint { sessions, seconds });
+            let [few, many] =
+                [few, many].map(|(sessions, seconds)| PhasePoint { sessions, seconds });
             PhaseSeconds::through(few, many)
         };
         let line = through((64.0, 0.02), (256.0, 0.05));

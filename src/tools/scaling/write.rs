@@ -13,8 +13,17 @@ use crate::table::{self, Align, markdown_text};
 pub const TABLE: &str = "scaling.md";
 
 /// In the order of a step.
-const PHASES: [&str; 9] =
-    ["data", "forward", "loss", "backward", "waiting", "communication", "optimizer", "records", "hidden"];
+const PHASES: [&str; 9] = [
+    "data",
+    "forward",
+    "loss",
+    "backward",
+    "waiting",
+    "communication",
+    "optimizer",
+    "records",
+    "hidden",
+];
 
 #[derive(Debug, thiserror::Error)]
 pub enum ScalingWriteError {
@@ -32,7 +41,9 @@ pub fn write(folder: &Path, scaling: &Scaling) -> Result<(), ScalingWriteError> 
     let title = format!("Training, {}", scaling.title);
     let chart = plot::rates("scaling", &title, &numbers_of_ranks(scaling), &lines(scaling))?;
     let json = serde_json::to_string_pretty(scaling).expect("numbers and words are JSON");
-    for (name, text) in [(TABLE, markdown(scaling)), ("scaling.json", json), ("scaling.svg", chart.svg)] {
+    for (name, text) in
+        [(TABLE, markdown(scaling)), ("scaling.json", json), ("scaling.svg", chart.svg)]
+    {
         let path = folder.join(name);
         fs::write(&path, text).map_err(|source| ScalingWriteError::Io { path, source })?;
     }
@@ -57,7 +68,8 @@ fn lines(scaling: &Scaling) -> Vec<RateLine> {
             let rate = |n: usize| {
                 let is_on_line = |point: &&ScalingPoint| {
                     // All lines start at the single rank.
-                    let is_kind = n == 1 || (point.growth, point.item_table) == (growth, item_table);
+                    let is_kind =
+                        n == 1 || (point.growth, point.item_table) == (growth, item_table);
                     point.ranks == n && is_kind
                 };
                 scaling.points.iter().find(is_on_line).map(|point| point.sessions_per_s)
@@ -78,22 +90,24 @@ fn markdown(scaling: &Scaling) -> String {
         0 => String::new(),
         n => format!(", {n} threads per rank"),
     };
-    let link = |link: Link| format!("{:.1} µs, {:.2} GB/s", link.latency * 1e6, link.bytes_per_s / 1e9);
+    let link =
+        |link: Link| format!("{:.1} µs, {:.2} GB/s", link.latency * 1e6, link.bytes_per_s / 1e9);
     let commands: String = points.iter().map(|point| format!("    {}\n", point.command)).collect();
     format!(
         "# Scaling of {}\n\n\
-         {device}{threads}, {:.0} items. Strong: the ranks divide the sessions of a step; weak: each rank \
-         has as many sessions as the single rank. Efficiency is relative to as many independent single \
-         ranks; predicted step times are those of the model below.\n\n\
+         {device}{threads}, {:.0} items. Strong: the ranks divide the sessions of a step; weak: \
+         each rank has as many sessions as the single rank. Efficiency is relative to as many \
+         independent single ranks; predicted step times are those of the model below.\n\n\
          {}\n\
          Times are in ms per step. Phases are medians of rank 0.\n\n\
          ![sessions/s](scaling.svg)\n\n\
          ## Predicted\n\n\
-         {:.0} sessions per step and rank, {:.1} events and {:.1} targets per session, item vectors of \
-         width {:.0}. Between ranks {}; {:.0} ranks per node; between nodes {}. The model assumes that \
-         arithmetic is linear in the sessions per rank, the loss also in the catalogue, and the optimizer \
-         in the parameters per rank; that an all-reduce takes a ring or a tree, first within nodes; that \
-         no communication overlaps with arithmetic, and that no rank is late.\n\n\
+         {:.0} sessions per step and rank, {:.1} events and {:.1} targets per session, item \
+         vectors of width {:.0}. Between ranks {}; {:.0} ranks per node; between nodes {}. The \
+         model assumes that arithmetic is linear in the sessions per rank, the loss also in the \
+         catalogue, and the optimizer in the parameters per rank; that an all-reduce takes a ring \
+         or a tree, first within nodes; that no communication overlaps with arithmetic, and that \
+         no rank is late.\n\n\
          {}\n\
          Memory is that of parameters, gradients and moments.\n\n\
          ## Commands\n\n\
@@ -113,8 +127,15 @@ fn markdown(scaling: &Scaling) -> String {
 }
 
 fn measured_table(points: &[ScalingPoint]) -> String {
-    let numbers =
-        ["ranks", "sessions per step", "sessions/s", "efficiency", "step", "predicted", "evaluated/s"];
+    let numbers = [
+        "ranks",
+        "sessions per step",
+        "sessions/s",
+        "efficiency",
+        "step",
+        "predicted",
+        "evaluated/s",
+    ];
     let mut columns = vec![("scaling", Align::Left), ("item table", Align::Left)];
     columns.extend(numbers.iter().chain(&PHASES).map(|&name| (name, Align::Right)));
     let ms = |seconds: f64| format!("{:.1}", seconds * 1e3);

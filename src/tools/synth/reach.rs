@@ -50,8 +50,9 @@ impl Reach {
             drawn += 1;
 
             let popular = shop.by_rank().iter().filter(|&&item| shop.is_alive(item, day));
-            let finds =
-                |history: &[u32]| Next::after(shop, history, day).is_some_and(|next| next.finds(*target));
+            let finds = |history: &[u32]| {
+                Next::after(shop, history, day).is_some_and(|next| next.finds(*target))
+            };
             let found = [
                 popular.take(CUTOFF).any(|item| item == target),
                 finds(std::slice::from_ref(last)),
@@ -107,7 +108,8 @@ struct IntentFreeLaw {
 
 impl IntentFreeLaw {
     fn chance(&self, shop: &Shop, item: u32) -> f64 {
-        let percents = self.neighbours.iter().zip(NEIGHBOUR_PERCENTS).filter(|&(&other, _)| other == item);
+        let percents =
+            self.neighbours.iter().zip(NEIGHBOUR_PERCENTS).filter(|&(&other, _)| other == item);
         let beside: u32 = percents.map(|(_, percent)| percent).sum();
         P_NEIGHBOUR * f64::from(beside) / 100.0 + self.any * shop.weight(item) as f64
     }
@@ -143,7 +145,8 @@ impl<'a> Filter<'a> {
             .collect();
         let unseen = 1.0 - slots.iter().map(|(_, p)| p).sum::<f64>();
         slots.push((Slot::Unseen, unseen.max(0.0)));
-        let pairs = slots.iter().flat_map(|&(a, p)| slots.iter().map(move |&(b, q)| ([a, b], p * q)));
+        let pairs =
+            slots.iter().flat_map(|&(a, p)| slots.iter().map(move |&(b, q)| ([a, b], p * q)));
         Self { shop, day, intents: pairs.collect(), seen }
     }
 
@@ -227,7 +230,8 @@ impl<'a> Next<'a> {
 
         let from = filter.slot(last);
         let given_to = |to| -> f64 {
-            let given = filter.intents.iter().map(|&(intent, p)| p * p_category(intent, Some(from), to));
+            let given =
+                filter.intents.iter().map(|&(intent, p)| p * p_category(intent, Some(from), to));
             P_INTENT * given.sum::<f64>()
         };
         let seen = filter.seen.iter().enumerate();
@@ -253,7 +257,8 @@ impl<'a> Next<'a> {
     fn finds(&self, target: u32) -> bool {
         let Filter { shop, day, .. } = self.filter;
         // Within unseen categories, probability grows with popularity, so the top 20 suffice.
-        let unseen = |&&item: &&u32| shop.is_alive(item, day) && self.filter.slot(item) == Slot::Unseen;
+        let unseen =
+            |&&item: &&u32| shop.is_alive(item, day) && self.filter.slot(item) == Slot::Unseen;
         let unseen = shop.by_rank().iter().filter(unseen).take(CUTOFF);
         let seen = self.filter.seen.iter().flat_map(|&(category, _)| shop.shelf(category));
         let seen = seen.filter(|&&item| shop.is_alive(item, day) && item != self.last);
@@ -318,6 +323,9 @@ mod tests {
             filter += f64::from(u8::from(next.finds(target)));
             n_sessions += 1.0;
         }
-        assert!((counting - filter).abs() / n_sessions < 0.01, "{counting} and {filter} of {n_sessions}");
+        assert!(
+            (counting - filter).abs() / n_sessions < 0.01,
+            "{counting} and {filter} of {n_sessions}"
+        );
     }
 }

@@ -69,8 +69,9 @@ const CATEGORY_CODES: [&str; 32] = [
     "construction.drill",
 ];
 
-const SYLLABLES: [&str; 16] =
-    ["ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "xu", "za"];
+const SYLLABLES: [&str; 16] = [
+    "ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "xu", "za",
+];
 
 /// Product, category, brand and price columns of every item, as text.
 pub(super) struct Labels {
@@ -90,7 +91,9 @@ impl Labels {
             let category_id = FIRST_CATEGORY_ID + u64::from(category) * CATEGORY_ID_STEP;
             write!(text, "{},{category_id},", FIRST_PRODUCT_ID + u64::from(item))?;
             if !category.is_multiple_of(UNCODED_CATEGORY_ONE_IN) {
-                text.extend_from_slice(CATEGORY_CODES[category as usize % CATEGORY_CODES.len()].as_bytes());
+                text.extend_from_slice(
+                    CATEGORY_CODES[category as usize % CATEGORY_CODES.len()].as_bytes(),
+                );
             }
             text.push(b',');
             if rng.random_range(0..100u32) >= UNBRANDED_PERCENT {

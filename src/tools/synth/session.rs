@@ -13,9 +13,11 @@ const STAY_PERCENT: u32 = 30;
 /// Rows of a session: half have at most 4, one in a thousand over 100.
 pub(super) static ROWS: LazyLock<LogNormal> = LazyLock::new(|| LogNormal::new(4.2, 1.05, 400));
 /// Seconds between two rows of a session.
-pub(super) static GAP_SECONDS: LazyLock<LogNormal> = LazyLock::new(|| LogNormal::new(33.0, 0.95, 1800));
+pub(super) static GAP_SECONDS: LazyLock<LogNormal> =
+    LazyLock::new(|| LogNormal::new(33.0, 0.95, 1800));
 /// Prices in hundredths.
-pub(super) static PRICE: LazyLock<LogNormal> = LazyLock::new(|| LogNormal::new(16_000.0, 1.2, 260_000));
+pub(super) static PRICE: LazyLock<LogNormal> =
+    LazyLock::new(|| LogNormal::new(16_000.0, 1.2, 260_000));
 
 /// A lognormal variable rounded to the whole numbers from 1 to a largest one.
 pub(super) struct LogNormal {

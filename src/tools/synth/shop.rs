@@ -131,8 +131,9 @@ impl Shop {
     /// `item`, where the shelf has few released items.
     pub(super) fn neighbours(&self, item: u32, day: u32) -> [u32; NEIGHBOUR_PERCENTS.len()] {
         let category = self.category(item);
-        let (before, from) =
-            self.shelf(category).split_at(self.place[item as usize] as usize - self.begin(category));
+        let (before, from) = self
+            .shelf(category)
+            .split_at(self.place[item as usize] as usize - self.begin(category));
         let ring = from[1..].iter().chain(before).chain(&from[..1]).cycle();
         let mut alive = ring.filter(|&&other| self.is_alive(other, day));
         std::array::from_fn(|_| alive.next().copied().unwrap_or(item))
@@ -174,7 +175,13 @@ impl Shop {
     }
 
     /// Draws the item after `last`: a neighbour, one by the intent, or any, until it is not `last`.
-    pub(super) fn next_item(&self, last: u32, intent: Intent, day: u32, rng: &mut ChaCha8Rng) -> u32 {
+    pub(super) fn next_item(
+        &self,
+        last: u32,
+        intent: Intent,
+        day: u32,
+        rng: &mut ChaCha8Rng,
+    ) -> u32 {
         loop {
             let kind = rng.random_range(0..100u32);
             let item = if kind < NEIGHBOUR_PERCENT {

@@ -19,7 +19,10 @@ impl Backend for Events {
     }
 
     fn execute(&self, requests: &[Request<'_>]) -> Vec<Result<Vec<Tensor>, String>> {
-        requests.iter().map(|request| self.0.apply(&request.inputs(), request.parameters())).collect()
+        requests
+            .iter()
+            .map(|request| self.0.apply(&request.inputs(), request.parameters()))
+            .collect()
     }
 }
 

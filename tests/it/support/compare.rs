@@ -35,7 +35,10 @@ pub fn assert_identical(shop: &SessionShop, run: &str, expected: &str) {
     assert_eq!(records.len(), expected_records.len());
     let differing = records.iter().zip(&expected_records).find(|(ours, theirs)| ours != theirs);
     assert!(differing.is_none(), "{run}, {expected}: {differing:?}");
-    assert!(files == expected_files, "{run}: weights, optimizer, occurrences, outcomes or results differ");
+    assert!(
+        files == expected_files,
+        "{run}: weights, optimizer, occurrences, outcomes or results differ"
+    );
 }
 
 /// Asserts the same steps and evaluations, with losses that differ by rounding only.

@@ -45,7 +45,8 @@ pub const ALL_FEATURES: [&str; 2] =
     ["--set", r#"data.features=["price_log_norm-list_seq", "colour-list_seq"]"#];
 
 /// Reproducible reduction, with dropout, so that runs are compared to the last bit.
-pub const REPRODUCIBLE: [&str; 4] = ["--set", "run.reduction=reproducible", "--set", "model.dropout=0.2"];
+pub const REPRODUCIBLE: [&str; 4] =
+    ["--set", "run.reduction=reproducible", "--set", "model.dropout=0.2"];
 
 /// [`REPRODUCIBLE`] with a checkpoint after every third step, to resume from.
 pub const RESUMABLE: [&str; 6] = [
@@ -100,7 +101,8 @@ pub const MODELS: [(&str, &str); 6] = [
     ("gru", "[model]\nkind = \"gru\"\nhidden_width = 16\nn_layers = 2"),
     (
         "gru_masked",
-        "features = [\"brand-list_seq\", \"price_log_norm-list_seq\"]\n[model]\nkind = \"gru\"\nhidden_width = 16\n\
+        "features = [\"brand-list_seq\", \"price_log_norm-list_seq\"]\n[model]\nkind = \"gru\"\n\
+         hidden_width = 16\n\
          [model.input]\nitem_width = 8\nfeature_width = 4\n\
          continuous = { kind = \"soft_one_hot\", n_vectors = 3, width = 2 }\nlayer_norm = true\n\
          [model.objective]\nkind = \"masked\"\n[model.head]\ntied = false\ntemperature = 0.5",
@@ -117,11 +119,15 @@ pub const MODELS: [(&str, &str); 6] = [
     ),
     (
         "xlnet_permuted",
-        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\nkind = \"permutation\"",
+        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\n\
+         kind = \"permutation\"",
     ),
     (
         "xlnet_causal",
         "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\n[model.objective]\nkind = \"causal\"",
     ),
-    ("xlnet_padded", "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\nattend_to_padding = true"),
+    (
+        "xlnet_padded",
+        "[model]\nkind = \"xlnet\"\nwidth = 16\nn_heads = 2\nattend_to_padding = true",
+    ),
 ];

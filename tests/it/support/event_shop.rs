@@ -22,7 +22,8 @@ impl EventShop {
 
     fn preprocessed(self, events: &Path, days: &str) -> Self {
         let data = self.path("data");
-        let paths = ["preprocess", "--events", events.to_str().unwrap(), "--out", &data, "--days", days];
+        let paths =
+            ["preprocess", "--events", events.to_str().unwrap(), "--out", &data, "--days", days];
         self.run(&paths).success();
         self
     }
@@ -40,9 +41,9 @@ impl EventShop {
     /// Sessions of three events each, over `n_items` products of which the first has the id −1.
     pub fn tiny(n_items: i64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut csv =
-            "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session\n"
-                .to_owned();
+        let mut csv = "event_time,event_type,product_id,category_id,category_code,brand,price,\
+                       user_id,user_session\n"
+            .to_owned();
         for day in 1..=2 {
             for session in 0..40 {
                 for event in 0..3 {

@@ -44,7 +44,8 @@ pub fn exchange(address: &str, bytes: &[u8]) -> io::Result<Answer> {
 pub fn ask(address: &str, what: &str, headers: &str, body: &str) -> Answer {
     let length = body.len();
     let text = format!(
-        "{what} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
+        "{what} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\
+         {headers}Content-Length: {length}\r\n\r\n{body}"
     );
     exchange(address, text.as_bytes()).unwrap()
 }
@@ -61,7 +62,8 @@ pub struct BytesAnswer {
 pub fn ask_bytes(address: &str, what: &str, headers: &str, body: &[u8]) -> BytesAnswer {
     let length = body.len();
     let head = format!(
-        "{what} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n"
+        "{what} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\
+         {headers}Content-Length: {length}\r\n\r\n"
     );
     let mut stream = TcpStream::connect(address).unwrap();
     stream.write_all(&[head.as_bytes(), body].concat()).unwrap();

@@ -59,7 +59,8 @@ pub fn run_within(command: &mut Command, limit: Duration) -> Finished {
     let (mut stdout, mut stderr) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
     let start = Instant::now();
-    let mut child = command.process_group(0).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut child =
+        command.process_group(0).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let status = exit_status_within(&mut child, limit).or_else(|| {
         signal_group("TERM", child.id());
         let status = exit_status_within(&mut child, Duration::from_secs(5));
@@ -92,7 +93,10 @@ pub fn exit_status_within(child: &mut Child, limit: Duration) -> Option<ExitStat
 pub fn wait_until(condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(120), "the condition does not hold after 120 s");
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "the condition does not hold after 120 s"
+        );
         sleep(Duration::from_millis(5));
     }
 }

@@ -20,14 +20,18 @@ pub fn request(events: &[&Event]) -> Vec<Column> {
         .map(|input| {
             let cells = events.iter().map(|event| event[input.name].as_str());
             match input.datatype {
-                DataType::Int64 => {
-                    Column::ints(input.name, &shape, cells.map(|cell| cell.parse().unwrap_or_default()))
-                }
+                DataType::Int64 => Column::ints(
+                    input.name,
+                    &shape,
+                    cells.map(|cell| cell.parse().unwrap_or_default()),
+                ),
                 DataType::Fp64 => Column {
                     name: input.name.to_owned(),
                     datatype: DataType::Fp64,
                     shape: shape.to_vec(),
-                    data: cells.flat_map(|cell| cell.parse::<f64>().unwrap().to_le_bytes()).collect(),
+                    data: cells
+                        .flat_map(|cell| cell.parse::<f64>().unwrap().to_le_bytes())
+                        .collect(),
                 },
                 _ => Column::texts(input.name, &shape, cells),
             }
@@ -48,7 +52,11 @@ pub fn request_of_rows(events: &[Event], top_k: u8) -> Vec<Column> {
 }
 
 /// Inputs of the model after the preprocessing of a repository.
-pub fn prepared(etl: &Preprocessor, request: &[Column], parameters: &[(String, Parameter)]) -> Vec<Tensor> {
+pub fn prepared(
+    etl: &Preprocessor,
+    request: &[Column],
+    parameters: &[(String, Parameter)],
+) -> Vec<Tensor> {
     let views: Vec<_> = request.iter().map(Column::view).collect();
     let outputs = etl.apply(&views, parameters).unwrap();
     outputs[1..]

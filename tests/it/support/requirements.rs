@@ -41,7 +41,10 @@ pub fn shared() -> Option<PathBuf> {
     if dir.is_dir() {
         return Some(dir);
     }
-    println!("skipped: there is no `{}` with real events (`BIREME_SHARED` names another)", dir.display());
+    println!(
+        "skipped: there is no `{}` with real events (`BIREME_SHARED` names another)",
+        dir.display()
+    );
     None
 }
 

@@ -25,7 +25,8 @@ pub struct Server {
 impl Server {
     fn start(command: &mut Command, log: PathBuf, [http, grpc]: [u16; 2]) -> Self {
         let file = fs::File::create(&log).unwrap();
-        let process = command.stdout(Stdio::from(file.try_clone().unwrap())).stderr(Stdio::from(file));
+        let process =
+            command.stdout(Stdio::from(file.try_clone().unwrap())).stderr(Stdio::from(file));
         let process = process.spawn().unwrap();
         let [http, grpc] = [http, grpc].map(|port| format!("127.0.0.1:{port}"));
         let mut server = Self { process, http, grpc, log };

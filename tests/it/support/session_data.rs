@@ -23,19 +23,26 @@ pub fn colour(item: i64) -> i64 {
 /// Writes a session file with small row groups: item index, price and colour of each event.
 pub fn write_sessions(path: &Path, sessions: &[Vec<i64>], price: impl Fn(i64) -> f32) {
     let list = |name: &str, of: &str| {
-        format!("optional group {name} (LIST) {{ repeated group list {{ optional {of} element; }} }} ")
+        format!(
+            "optional group {name} (LIST) {{ repeated group list {{ optional {of} element; }} }} "
+        )
     };
     let columns = list(ITEM, "int64") + &list(PRICE, "float") + &list(COLOUR, "int64");
     let message = format!("message sessions {{ {columns} }}");
     let schema = Arc::new(parse_message_type(&message).unwrap());
     let properties = Arc::new(WriterProperties::builder().build());
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    let mut writer = SerializedFileWriter::new(File::create(path).unwrap(), schema, properties).unwrap();
+    let mut writer =
+        SerializedFileWriter::new(File::create(path).unwrap(), schema, properties).unwrap();
     for group in sessions.chunks(64) {
         // A value is defined at level 3; level 1 is an empty list.
         let (mut definitions, mut repetitions) = (Vec::new(), Vec::new());
         for session in group {
-            definitions.extend(if session.is_empty() { vec![1] } else { vec![3i16; session.len()] });
+            definitions.extend(if session.is_empty() {
+                vec![1]
+            } else {
+                vec![3i16; session.len()]
+            });
             repetitions.extend((0..session.len().max(1)).map(|i| i16::from(i > 0)));
         }
         let items = group.concat();
@@ -122,12 +129,15 @@ pub fn write_days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
     fs::create_dir_all(dir).unwrap();
     write_schema(dir, n_items);
     for day in 1..=n_days {
-        for (i, (part, n)) in [("train", n_sessions), ("valid", n_sessions / 8), ("test", n_sessions / 8)]
-            .into_iter()
-            .enumerate()
+        for (i, (part, n)) in
+            [("train", n_sessions), ("valid", n_sessions / 8), ("test", n_sessions / 8)]
+                .into_iter()
+                .enumerate()
         {
             let sessions = sessions(n, n_items, day as u64 * 3 + i as u64);
-            write_sessions(&dir.join(format!("{day}/{part}.parquet")), &sessions, |item| item as f32);
+            write_sessions(&dir.join(format!("{day}/{part}.parquet")), &sessions, |item| {
+                item as f32
+            });
         }
     }
 }
@@ -136,7 +146,10 @@ pub fn write_days(dir: &Path, n_days: i64, n_sessions: usize, n_items: i64) {
 pub fn features(columns: &[(String, Option<i64>)]) -> Features {
     let feature = |(i, (name, n_rows)): (usize, &(String, Option<i64>))| {
         let domain = n_rows.map_or("type: FLOAT".to_owned(), |n| {
-            format!("type: INT int_domain {{ name: \"{name}\" min: 1 max: {} is_categorical: true }}", n - 1)
+            format!(
+                "type: INT int_domain {{ name: \"{name}\" min: 1 max: {} is_categorical: true }}",
+                n - 1
+            )
         });
         let tag = if i == 0 { "annotation { tag: \"item_id\" }" } else { "" };
         format!("feature {{ name: \"{name}\" value_count {{ min: 2 max: 20 }} {domain} {tag} }}\n")

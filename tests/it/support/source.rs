@@ -30,7 +30,8 @@ pub fn sources(folder: &str) -> Vec<Source> {
 impl Source {
     pub fn read(path: &Path) -> Self {
         let text = fs::read_to_string(root().join(path)).unwrap();
-        let stream: TokenStream = text.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let stream: TokenStream =
+            text.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let mut tokens = Vec::new();
         flatten(stream, &mut tokens);
         Self { path: path.to_owned(), tokens }
@@ -123,10 +124,9 @@ fn flatten(stream: TokenStream, tokens: &mut Vec<Token>) {
         let line = tree.span().start().line;
         if is_punct(&tree, '#') && trees.peek().is_some_and(is_test_condition) {
             // Leave the item out, up to its block or semicolon.
-            trees.by_ref().find(|tree| {
-                let is_block =
-                    matches!(tree, TokenTree::Group(group) if group.delimiter() == Delimiter::Brace);
-                is_block || is_punct(tree, ';')
+            trees.by_ref().find(|tree| match tree {
+                TokenTree::Group(group) => group.delimiter() == Delimiter::Brace,
+                tree => is_punct(tree, ';'),
             });
             continue;
         }
@@ -155,5 +155,6 @@ fn is_punct(tree: &TokenTree, character: char) -> bool {
 
 /// Whether this is `[cfg(test)]`.
 fn is_test_condition(tree: &TokenTree) -> bool {
-    matches!(tree, TokenTree::Group(group) if group.stream().to_string().replace(' ', "") == "cfg(test)")
+    let TokenTree::Group(group) = tree else { return false };
+    group.stream().to_string().replace(' ', "") == "cfg(test)"
 }

@@ -14,7 +14,10 @@ pub fn golden_path(name: &str) -> PathBuf {
 
 /// Named tensors of `tests/golden/NAME.safetensors`.
 pub fn golden(name: &str) -> HashMap<String, Tensor> {
-    Tensor::read_safetensors(golden_path(&format!("{name}.safetensors"))).unwrap().into_iter().collect()
+    Tensor::read_safetensors(golden_path(&format!("{name}.safetensors")))
+        .unwrap()
+        .into_iter()
+        .collect()
 }
 
 /// Largest absolute difference.
