@@ -7,7 +7,7 @@ Each request is a session of 5 to 20 events, the answer its top 20. The servers 
 after the other, `--runs` times by turns, alone on the machine with the load generator
 (https://crates.io/crates/oha):
 
-- closed loop: so many clients, each asks again when it is answered;
+- closed loop: a number of clients, each of which sends the next request after the response;
 - highest rate: the highest of an open loop that a server sustains, which means that at least 99 %
   of the requests are sent and answered, and 99 % within `--p99` milliseconds of the moment at which
   they were due;
@@ -182,7 +182,7 @@ class Bench:
         """By bisection, to 3 %."""
         low, high = 0, int(1.3 * near)
         while high - low > max(5, 0.03 * high):
-            # From above in the beginning: the closed loop tells where to look.
+            # The rate of the closed loop is the first upper bound.
             middle = int(low + (0.6 if low == 0 else 0.5) * (high - low))
             low, high = (middle, high) if self.sustains(server, middle) else (low, middle)
         return low

@@ -1,5 +1,5 @@
-"""Thirty minutes of `bireme serve` under load, among clients that die, dawdle, send too much or
-make no sense.
+"""Thirty minutes of `bireme serve` under load, with clients that disconnect, are slow, or send too
+much or malformed data.
 
     python benches/soak.py REPOSITORY NAME EVENTS.csv --rate RATE --oha oha [--minutes 30]
 
@@ -7,7 +7,7 @@ RATE is 80 % of the highest rate that benches/serve.py found. An open loop of we
 (sessions of 5 to 20 events) runs all the while; beside it, at `--wrong` a second: requests with
 mutated bodies over HTTP, in JSON and in binary, and over gRPC; clients that leave in the middle of
 a request or before they have read the answer; clients that send a byte at a time; bodies that are
-too long. The memory of the server is told every half minute.
+too long. The memory of the server is printed every half minute.
 
 Exit code 1 if the server ended, a well-formed request was not answered, a malformed one got no
 proper answer, or memory grew: by more than 5 % from the median of the second sixth of the time to
@@ -242,7 +242,7 @@ class Abuse:
             kind, body = self.random.choice(kinds), self.random.choice(self.bodies)
             try:
                 status = kind(body)
-            except Exception as fault:  # noqa: BLE001: told at the end
+            except Exception as fault:  # noqa: BLE001: reported at the end
                 status = repr(fault)
             self.counts[kind.__name__] = self.counts.get(kind.__name__, 0) + 1
             if status not in PROPER:
@@ -299,7 +299,7 @@ def main():
     ]
     log = (scratch / "server.log").open("wb")
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-    # It tells its addresses when it is ready.
+    # It prints its addresses when it is ready.
     server.stdout.readline(), server.stdout.readline()
     print(f"server ready, {resident_mib(server):.0f} MiB; log in {scratch}", flush=True)
 

@@ -263,9 +263,9 @@ impl Config {
         Err(ConfigError::Value { section: "run".to_owned(), problem })
     }
 
-    /// A key that is other than in `earlier` and would make the run another, with its two values;
-    /// none if the run could go on. Where and how fast it runs, what is recorded and kept, and how
-    /// many days follow, may change.
+    /// The first key that differs from `earlier` and changes the results of the run, with its two
+    /// values; `None` if the run can be resumed. Devices, threads, records, kept checkpoints and
+    /// the last day may change.
     pub fn difference(&self, earlier: &Self) -> Option<String> {
         const MAY_CHANGE: [&str; 8] = [
             "run.device",

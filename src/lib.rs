@@ -14,7 +14,7 @@
 //! | [`model`] | batches | scores over the catalogue, a summed loss, gradients |
 //! | [`optim`] | summed gradients | new parameters |
 //! | [`metrics`] | scores | NDCG@K, Recall@K, MRR@K, the outcome of each session |
-//! | [`checkpoint`] | a run's state | a folder to go on from, on any number of ranks |
+//! | [`checkpoint`] | a run's state | a folder to resume from, on any number of ranks |
 //! | [`report`] | records, outcomes | `metrics.jsonl`, `results.txt`, `evaluations/`, log lines |
 //! | [`train`] | all of the above | the day loop: train on day t, evaluate on day t + 1 |
 //! | [`export`] | a checkpoint, the workflow | a model repository to serve |

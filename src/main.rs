@@ -38,6 +38,6 @@ fn complete_environment() {
         command.arg0(name);
     }
     command.args(arguments).envs(missing);
-    // Returns only where it fails; the command then runs with the environment as it is.
+    // `exec` returns only if it fails; the command then runs with the unchanged environment.
     let _ = command.exec();
 }

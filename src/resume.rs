@@ -90,7 +90,7 @@ pub fn lock_run_dir(_: Root, run_dir: &Path) -> Result<Lock, RunDirError> {
     })
 }
 
-/// A run as a command asks for it.
+/// A requested run.
 pub struct RunRequest<'a> {
     /// Its directory.
     pub run_dir: &'a Path,
@@ -115,7 +115,7 @@ pub struct OpenedRun {
     pub lock: Option<Lock>,
     /// The checkpoint to resume from.
     pub checkpoint: Option<Checkpoint>,
-    /// Incomplete checkpoints, and what is wrong with each.
+    /// Incomplete checkpoints, each with its fault.
     pub skipped: Vec<String>,
     /// Whether the run is finished.
     pub is_done: bool,
@@ -142,7 +142,7 @@ impl RunRequest<'_> {
             return Err(in_use);
         }
         let opened = self.find_run(resume, data)?;
-        // A finished run may lie on a file system that is read-only.
+        // A finished run may be on a read-only file system.
         if opened.is_done {
             return Ok(OpenedRun { lock: lock.ok(), ..opened });
         }

@@ -18,11 +18,10 @@ use bireme_tools::scaling::measured::{StepMeasurement, WARM_UP_STEPS};
 use bireme_tools::scaling::predict::{
     Calibration, Link, ParameterCounts, PredictedJob, Prediction, StepModel,
 };
-use bireme_tools::scaling::{self, Growth, Scaling, ScalingPoint, TABLE, TableHolding};
+use bireme_tools::scaling::{self, Growth, Scaling, ScalingPoint, TABLE, TableLayout};
 
 use crate::checkpoint::{CheckpointError, Checkpoints};
 use crate::collective;
-use crate::config::TableLayout;
 use crate::config::{Config, ConfigError};
 use crate::data::{self, DataError, Days, SessionFile, Split};
 use crate::model::ItemTable;
@@ -175,22 +174,13 @@ fn predictions(model: &StepModel, sessions: usize) -> Vec<Prediction> {
     let mut predictions = Vec::new();
     for n_items in PREDICTED_ITEMS {
         for ranks in PREDICTED_RANKS {
-            for item_table in [TableHolding::Replicated, TableHolding::Sharded] {
+            for item_table in [TableLayout::Replicated, TableLayout::Sharded] {
                 let job = PredictedJob { ranks, item_table, n_items, sessions: sessions as f64 };
                 predictions.push(model.predict(job));
             }
         }
     }
     predictions
-}
-
-impl From<TableLayout> for TableHolding {
-    fn from(table: TableLayout) -> Self {
-        match table {
-            TableLayout::Replicated => Self::Replicated,
-            TableLayout::Sharded => Self::Sharded,
-        }
-    }
 }
 
 /// A run to measure.
@@ -348,7 +338,6 @@ impl<'a> Experiment<'a> {
     ) -> ScalingPoint {
         let ScalingRun { ranks, growth, item_table, global_batch } = run;
         let MeasuredRun { step, command, .. } = measured;
-        let item_table = item_table.into();
         let n_items = self.days.features().n_items() as f64;
         let job = PredictedJob {
             ranks,

@@ -161,8 +161,8 @@ def main():
                 )
             os.kill(pids[rank], signal.SIGKILL)
             code = started.wait(60)
-        told = (folder / "stderr").read_text()
-        begun_at = [line for line in told.splitlines() if line.startswith("going on from")]
+        message = (folder / "stderr").read_text()
+        begun_at = [line for line in message.splitlines() if line.startswith("resuming from")]
         position = begun_at[0].split("checkpoints/")[1] if begun_at else "the beginning"
         while_writing = ", while a checkpoint was written" if partial(run) else ""
         print(

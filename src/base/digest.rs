@@ -1,4 +1,4 @@
-//! Digests of files, to notice that a file is not what was written.
+//! Digests of files, to detect files that changed after they were written.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};

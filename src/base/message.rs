@@ -1,5 +1,5 @@
-//! Messages of one line for a terminal or a log, whatever text a file, a request or a library puts
-//! into them.
+//! Messages of one line for a terminal or a log, also if they contain text of a file, a request or
+//! a library.
 
 use std::error::Error;
 

@@ -134,7 +134,7 @@ impl Target {
     }
 }
 
-/// Refuses an output that lies in a folder that a command reads.
+/// Refuses an output inside a folder that the command reads.
 ///
 /// # Errors
 /// Names both.
@@ -154,7 +154,7 @@ pub fn check_outside(out: &Path, input: &Path) -> Result<(), OutputError> {
     Ok(())
 }
 
-/// The folder that a path lies in.
+/// The parent folder of a path.
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -294,7 +294,7 @@ impl Staging {
         Ok(())
     }
 
-    /// Leaves the folder where it is, with the only copy of what was there before.
+    /// Keeps the folder, which holds the only copy of the previous output.
     fn keep(&mut self) {
         self.is_kept = true;
         staged().retain(|staged| staged.dir != self.dir);
@@ -352,7 +352,7 @@ fn uninterrupted(path: &Path) -> Result<MutexGuard<'static, Vec<Staged>>, Output
 
 /// A file that is being written.
 ///
-/// Dropped without [`OutputFile::publish`], it leaves what was there before.
+/// Dropped without [`OutputFile::publish`], it keeps the previous file.
 #[derive(Debug)]
 pub struct OutputFile {
     path: PathBuf,
@@ -505,7 +505,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), OutputError> {
     file.publish()
 }
 
-/// A descriptor of this process, under a number of its own.
+/// A duplicate of a descriptor of this process.
 fn descriptor(number: RawFd) -> io::Result<File> {
     // SAFETY: `dup` takes any number, and returns a new descriptor or -1.
     let copy = unsafe { libc::dup(number) };
@@ -536,7 +536,7 @@ pub struct FolderKind {
 
 /// A folder that is being written.
 ///
-/// Dropped without [`OutputFolder::publish`], it leaves what was there before.
+/// Dropped without [`OutputFolder::publish`], it keeps the previous folder.
 #[derive(Debug)]
 pub struct OutputFolder {
     given: PathBuf,
@@ -681,7 +681,7 @@ impl OutputFolder {
 
 /// What a command adds to a folder.
 ///
-/// Dropped without [`OutputEntries::publish`], it leaves what was there before.
+/// Dropped without [`OutputEntries::publish`], it keeps the previous entries.
 #[derive(Debug)]
 pub struct OutputEntries {
     given: PathBuf,
@@ -995,7 +995,7 @@ mod tests {
         assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
         assert_eq!(names(&dir), ["null", "pipe"]);
 
-        // A descriptor is appended to, whatever it leads to.
+        // A descriptor of any kind of file is appended to.
         let target = dir.join("log");
         fs::write(&target, "before ").unwrap();
         let open = OpenOptions::new().append(true).open(&target).unwrap();

@@ -7,7 +7,8 @@ use std::ptr;
 /// undo that.
 pub fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: a null pointer leaves the action as it is; the other points to room for one.
+    // SAFETY: with a null pointer the action is not changed; the other pointer points to memory for
+    // one action.
     if unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) } != 0 {
         return false;
     }

@@ -13,21 +13,21 @@ use crate::device::{self, DeviceChoice};
 /// A run: its configuration, data and directory.
 #[derive(Args)]
 pub(super) struct RunArgs {
-    /// The run's TOML file
+    /// Configuration of the run, TOML
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// What `bireme preprocess` wrote, or a folder of `<day>/{train,valid,test}.parquet` with
+    /// Output of `bireme preprocess`, or a folder of `<day>/{train,valid,test}.parquet` with
     /// `schema.pbtxt`
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// Where metrics, results and checkpoints go [default: `runs/` and the name of the
+    /// Directory for metrics, results and checkpoints [default: `runs/` and the name of the
     /// configuration]
     #[arg(long, value_name = "RUN")]
     run_dir: Option<PathBuf>,
-    /// Override a key of the configuration, as `section.key=value`; may be given several times
+    /// Override a key of the configuration, as `section.key=value`; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Replace the run that RUN holds
+    /// Replace an existing run in RUN
     #[arg(long)]
     pub overwrite: bool,
 }
@@ -40,7 +40,7 @@ impl RunArgs {
     }
 }
 
-/// Parses the names that a configuration or a file gives to the values of an enum.
+/// Parses the names of an enum's values in configurations and files.
 pub(super) fn by_name<T, const N: usize>(
     values: [T; N],
     name: fn(T) -> &'static str,
@@ -53,7 +53,7 @@ where
     })
 }
 
-/// Where a process without ranks computes; 0 threads stand for all cores.
+/// Device and threads of a process without ranks. 0 threads: all cores.
 pub(super) fn place_alone(
     device: DeviceChoice,
     n_threads: usize,

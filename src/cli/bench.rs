@@ -24,27 +24,27 @@ pub(super) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum Bench {
-    /// Run training on several numbers of ranks, with the ranks sharing a step's sessions (strong
-    /// scaling) and with as many sessions for each (weak scaling), and predict more ranks and
-    /// larger catalogues; not under `mpirun`, which it starts
+    /// Train on several numbers of ranks, with a fixed number of sessions per step (strong scaling)
+    /// and per rank (weak scaling), and predict more ranks and larger catalogues. Starts `mpirun`
+    /// itself
     Scaling(ScalingArgs),
 }
 
 #[derive(Args)]
 struct ScalingArgs {
-    /// The run's TOML file
+    /// Configuration of the run, TOML
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// What `bireme preprocess` wrote
+    /// Output of `bireme preprocess`
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Override a key of the configuration, as `section.key=value`; may be given several times
+    /// Override a key of the configuration, as `section.key=value`; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Numbers of ranks; one rank is measured in any case
+    /// Numbers of ranks; one rank is always measured
     #[arg(long, value_name = "N,N...", value_delimiter = ',', default_value = "1,2")]
     ranks: Vec<usize>,
-    /// Who holds the item table
+    /// Layout of the item table
     #[arg(
         long,
         value_delimiter = ',',
@@ -52,28 +52,28 @@ struct ScalingArgs {
         value_parser = by_name(ITEM_TABLES, TableLayout::name)
     )]
     item_tables: Vec<TableLayout>,
-    /// What starts the ranks
+    /// Launcher of the ranks
     #[arg(long, value_enum, default_value_t = Launcher::Mpirun)]
     launcher: Launcher,
-    /// The hosts to start them on, as `mpirun --hostfile` takes them
+    /// Hosts of the ranks, in the format of `mpirun --hostfile`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["across_gbps", "across_us"])]
     hosts: Option<PathBuf>,
-    /// Steps of each run that count
+    /// Measured steps of each run
     #[arg(long, value_name = "N", default_value_t = 30)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// In predictions: ranks of a node
+    /// Ranks per node in predictions
     #[arg(long, value_name = "N", default_value_t = 8)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     ranks_per_node: u32,
-    /// In predictions: bandwidth of a rank to another node, in GB/s [default: as measured between
-    /// the ranks]
+    /// Bandwidth between nodes per rank in predictions, in GB/s [default: measured between the
+    /// ranks]
     #[arg(long, value_name = "GB/S", requires = "across_us", value_parser = positive)]
     across_gbps: Option<f64>,
-    /// In predictions: latency to another node, in microseconds
+    /// Latency between nodes in predictions, in microseconds
     #[arg(long, value_name = "US", requires = "across_gbps", value_parser = positive)]
     across_us: Option<f64>,
-    /// The folder to write
+    /// Output folder
     #[arg(long, value_name = "DIR", default_value = "scaling")]
     out: PathBuf,
 }

@@ -15,13 +15,13 @@ use crate::doctor;
 
 #[derive(Args)]
 pub(super) struct DoctorArgs {
-    /// The folder whose file system is tried, as that of data and runs
+    /// Folder on the file system to measure, such as that of the run directories
     #[arg(long, value_name = "DIR", default_value = ".")]
     dir: PathBuf,
-    /// What the ranks compute on
+    /// Device of the ranks
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
-    /// Also write what was found to this file, as JSON
+    /// Also write the findings to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }

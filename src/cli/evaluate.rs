@@ -19,34 +19,32 @@ use crate::train::{TrainError, TrainedRun};
 
 #[derive(Args)]
 pub(super) struct EvaluateArgs {
-    /// What `bireme train` wrote
+    /// Run directory of `bireme train`
     #[arg(long, value_name = "RUN")]
     run_dir: PathBuf,
-    /// The data to evaluate on
+    /// Data to evaluate on
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Which part of the day
+    /// Part of the day
     #[arg(long, default_value = Split::Valid.name())]
     #[arg(value_parser = by_name(Split::ALL, Split::name))]
     split: Split,
-    /// Which day [default: the one after the last trained on]
+    /// Day [default: the day after the last training day]
     #[arg(long)]
     day: Option<i64>,
-    /// Override a key of the run's configuration, as `section.key=value`; may be given several
-    /// times
+    /// Override a key of the run's configuration, as `section.key=value`; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Evaluate what `bireme export` made of the run, in this repository, in place of the
-    /// checkpoint
+    /// Evaluate the exported model of the run in this repository instead of the checkpoint
     #[arg(long, value_name = "REPO", conflicts_with = "save")]
     exported: Option<PathBuf>,
-    /// With `--exported`: the model's name
+    /// Name of the exported model
     #[arg(long, default_value = "bireme", requires = "exported")]
     name: String,
-    /// Leave each session's outcome in `RUN/evaluations` too, for `bireme report`
+    /// Save the outcome of each session in `RUN/evaluations`, for `bireme report`
     #[arg(long)]
     save: bool,
-    /// With `--save`: replace the outcomes of that day and part that RUN already holds
+    /// With `--save`: replace saved outcomes of that day and part
     #[arg(long, requires = "save")]
     overwrite: bool,
 }

@@ -13,25 +13,25 @@ use crate::export::{self, ExportError, Exported};
 
 #[derive(Args)]
 pub(super) struct ExportArgs {
-    /// What `bireme train` wrote
+    /// Run directory of `bireme train`
     #[arg(long, value_name = "RUN")]
     run_dir: PathBuf,
-    /// Which of `RUN/checkpoints` [default: the newest]
+    /// Name of a folder in `RUN/checkpoints` [default: the newest]
     #[arg(long, value_name = "CHECKPOINT")]
     checkpoint: Option<String>,
-    /// The model repository; what it already holds stays
+    /// Model repository; its other models are kept
     #[arg(long, value_name = "REPO")]
     out: PathBuf,
-    /// The model's name; if the repository has it, it gets a new version
+    /// Name of the model; an existing model gets a new version
     #[arg(long, default_value = "bireme")]
     name: String,
-    /// The type in which tables of vectors are kept and items are scored
+    /// Type of the vector tables and of the scores
     #[arg(long, value_enum, default_value_t = TableType::F32)]
     tables: TableType,
     // Removed; accepted in this version, so that the refusal can name the replacement.
     #[arg(long, hide = true)]
     python_backend: bool,
-    /// The library that preprocesses in Triton [default: beside this program]
+    /// Triton backend that preprocesses [default: `libtriton_bireme.so` beside this program]
     #[arg(long, value_name = "FILE")]
     backend_library: Option<PathBuf>,
 }
@@ -67,7 +67,7 @@ impl ExportArgs {
     }
 }
 
-/// Where the build leaves the library that preprocesses in Triton.
+/// Path of the Triton backend in the build folder.
 pub(super) fn library_beside_program() -> PathBuf {
     std::env::current_exe().unwrap_or_default().with_file_name(export::LIBRARY)
 }

@@ -5,7 +5,7 @@ use std::io;
 use bireme_base::user_error::{FAILED, REFUSED, STOPPED, UserError};
 use bireme_base::{console, message};
 
-/// Why a command ends early.
+/// Reason for which a command ends early.
 pub(super) struct Failure {
     pub exit_code: i32,
     /// The error and perhaps a hint; none on a rank whose error rank 0 reports.
@@ -19,10 +19,10 @@ impl<E: UserError> From<E> for Failure {
 }
 
 impl Failure {
-    /// A run that stopped on request.
+    /// The run stopped on request.
     pub const STOPPED: Self = Self { exit_code: STOPPED, message: None };
 
-    /// An error before the command changed anything.
+    /// An error before any output was changed.
     pub fn refused(error: impl UserError) -> Self {
         Self::with_code(REFUSED, &error)
     }
@@ -40,7 +40,7 @@ pub(super) fn with_hint(message: String, hint: Option<String>) -> String {
     }
 }
 
-/// The operating system refused what a command needs.
+/// An error of the operating system.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action}")]
 pub(super) struct SystemError {

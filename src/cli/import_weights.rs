@@ -14,10 +14,10 @@ use crate::train::ImportedWeights;
 
 #[derive(Args)]
 pub(super) struct ImportArgs {
-    /// The state dictionary, as `safetensors.torch.save_file(model.state_dict(), FILE)` writes it
+    /// State dictionary, as written by `safetensors.torch.save_file(model.state_dict(), FILE)`
     #[arg(long, value_name = "FILE")]
     weights: PathBuf,
-    /// The last day that they were trained on
+    /// Last day on which the weights were trained
     #[arg(long)]
     day: i64,
     #[command(flatten)]

@@ -48,8 +48,8 @@ impl<C> Job<C> {
         Ok(Self { collective, place, config })
     }
 
-    /// *All ranks.* What each rank prepared by itself. Where one failed, all are refused and rank 0
-    /// reports the error.
+    /// *All ranks.* Agrees on the results of a step that each rank prepared alone. If one rank
+    /// failed, all are refused, and rank 0 reports the error.
     pub fn agree<T>(&self, prepared: Result<T, impl UserError>) -> Result<T, Failure> {
         agree(&*self.collective, prepared)
     }
@@ -100,7 +100,7 @@ impl Job {
         RankContext { collective: &*self.collective, device: self.place.device }
     }
 
-    /// The run that a command asks for.
+    /// The run of a command.
     pub fn request<'a>(&'a self, args: &'a RunArgs, run_dir: &'a Path) -> RunRequest<'a> {
         RunRequest {
             run_dir,

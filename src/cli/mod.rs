@@ -1,4 +1,4 @@
-//! The command line: one subcommand a stage, each in a file of its own.
+//! The command line, with one file for each subcommand.
 
 mod args;
 mod bench;
@@ -39,11 +39,11 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make the events of a shop, shaped like the REES46 data, of any size
+    /// Generate synthetic events in the format of the REES46 data
     Synth(synth::SynthArgs),
-    /// Turn shop events into sessions by day, a fitted workflow and a schema
+    /// Convert shop events to sessions by day, a fitted workflow and a schema
     Preprocess(preprocess::PreprocessArgs),
-    /// Train day by day, evaluate each day on the next; alone, or under `mpirun` or `srun`
+    /// Train day by day and evaluate on the following day; alone, or under `mpirun` or `srun`
     Train(train::TrainArgs),
     /// Evaluate the newest checkpoint of a run; alone, or under `mpirun` or `srun`
     Evaluate(evaluate::EvaluateArgs),
@@ -51,20 +51,20 @@ enum Command {
     Export(export::ExportArgs),
     /// Serve a model repository over HTTP and gRPC, as Triton does
     Serve(serve::ServeArgs),
-    /// Recommend for the sessions of a file, with the names of products
+    /// Recommend items for the sessions of a file
     Recommend(recommend::RecommendArgs),
-    /// Make a run of weights that Transformers4Rec saved
+    /// Create a run from weights saved by Transformers4Rec
     ImportWeights(import_weights::ImportArgs),
-    /// Compare runs: tables, charts and a page, with confidence intervals
+    /// Compare runs in tables, charts and a page, with confidence intervals
     Report(report::ReportArgs),
-    /// Look at the machine: devices, speed of arithmetic, of the ranks' talk and of a folder,
-    /// clocks; alone or under `mpirun` or `srun`
+    /// Check the machine: devices, arithmetic, communication, file system, clocks; alone, or under
+    /// `mpirun` or `srun`
     Doctor(doctor::DoctorArgs),
-    /// Measure how training scales with ranks
+    /// Measure how training scales with the number of ranks
     Bench(bench::BenchArgs),
 }
 
-/// Prints what clap answers to the arguments, help or an error, and returns the exit code.
+/// Prints help or an error of the argument parser and returns the exit code.
 pub fn answer(answer: &clap::Error) -> i32 {
     let printed = answer.print().and_then(|()| io::stdout().flush());
     match console::unless_closed(printed) {

@@ -13,39 +13,39 @@ use crate::etl;
 #[derive(Args)]
 pub(super) struct PreprocessArgs {
     /// Events: CSV, plain or compressed, or parquet; `-` is standard input; several files are read
-    /// one after the other
+    /// in order
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     events: Vec<PathBuf>,
-    /// The folder to write
+    /// Output folder
     #[arg(long, value_name = "DIR", required_unless_present = "extend")]
     out: Option<PathBuf>,
-    /// Add the sessions of later days to this folder, which an earlier run wrote: ids stay and new
-    /// values get those that follow, means and deviations stay, sessions are made as before
+    /// Add the sessions of later days to the output of an earlier run: existing ids, means and
+    /// deviations are kept, new values get the next ids
     #[arg(
         long,
         value_name = "DIR",
         conflicts_with_all = ["out", "max_length", "min_length", "keep", "seed", "overwrite"]
     )]
     extend: Option<PathBuf>,
-    /// Use the events of these days only: calendar days in UTC, 1 being that of the first event
+    /// Use only the events of these days: calendar days in UTC, day 1 has the first event
     #[arg(long, value_name = "A..B", value_parser = parse_days)]
     days: Option<RangeInclusive<i64>>,
-    /// Leave out rows that cannot be read, and count them
+    /// Leave out and count bad rows
     #[arg(long)]
     skip_bad_rows: bool,
-    /// Events of a session that are kept at most
+    /// Maximum number of events of a session
     #[arg(long, default_value_t = etl::Settings::default().max_length)]
     max_length: usize,
-    /// Events that a session needs to be kept at all
+    /// Minimum number of events of a session; shorter sessions are left out
     #[arg(long, default_value_t = etl::Settings::default().min_length)]
     min_length: usize,
-    /// Which events of a longer session are kept
+    /// Events to keep of a longer session
     #[arg(long, value_enum, default_value_t = etl::Keep::First)]
     keep: etl::Keep,
-    /// Seed of the hash that deals sessions to train, valid and test
+    /// Seed of the hash that splits sessions into train, valid and test
     #[arg(long, default_value_t = etl::Settings::default().seed)]
     seed: u64,
-    /// Replace what an earlier run wrote to DIR
+    /// Replace the output of an earlier run in DIR
     #[arg(long)]
     overwrite: bool,
 }

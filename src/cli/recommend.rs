@@ -17,36 +17,36 @@ use crate::recommend::{self, RecommendOptions, RecommendationFormat};
 
 #[derive(Args)]
 pub(super) struct RecommendArgs {
-    /// What `bireme export` wrote
+    /// Model repository of `bireme export`
     #[arg(long, value_name = "REPO")]
     repository: PathBuf,
-    /// The model's name
+    /// Name of the model
     #[arg(long, default_value = "bireme")]
     name: String,
     /// Events: CSV, plain or compressed, or parquet; `-` is standard input; several files are read
-    /// one after the other
+    /// in order
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     events: Vec<PathBuf>,
-    /// Leave out rows that cannot be read
+    /// Leave out bad rows
     #[arg(long)]
     skip_bad_rows: bool,
-    /// Read the first N events by time; sessions of one event are left out
+    /// Read the first N events in order of time; sessions of one event are left out
     #[arg(long, value_name = "N", default_value_t = 50)]
     first: usize,
-    /// Recommendations for each session
+    /// Number of recommendations for each session
     #[arg(long, value_name = "K", default_value_t = 5)]
     #[arg(value_parser = clap::value_parser!(u8).range(1..=100))]
     top: u8,
-    /// Leave out what the session holds
+    /// Leave out the items of the session
     #[arg(long)]
     exclude_seen: bool,
-    /// The form of the answer
+    /// Output format
     #[arg(long, value_enum, default_value_t = RecommendationFormat::Table)]
     format: RecommendationFormat,
-    /// Write to a file, as gzip if it ends in `.gz` [default: the terminal, except for parquet]
+    /// Output file, gzip if it ends in `.gz` [default: standard output, except for parquet]
     #[arg(long, value_name = "FILE", required_if_eq("format", "parquet"))]
     out: Option<PathBuf>,
-    /// Where the network runs
+    /// Device of the network
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
 }

@@ -11,18 +11,17 @@ use super::interrupt::clean_up_on_signals;
 
 #[derive(Args)]
 pub(super) struct ReportArgs {
-    /// What `bireme train` wrote, for each model; those that only count are the baselines of the
-    /// others
+    /// Run directories of `bireme train`, one for each model; counting models are the baselines
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
-    /// The folder to write
+    /// Output folder
     #[arg(long, value_name = "DIR", default_value = "report")]
     out: PathBuf,
-    /// Resamples behind each confidence interval
+    /// Bootstrap resamples for each confidence interval
     #[arg(long, default_value_t = 1000)]
     #[arg(value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     resamples: u32,
-    /// Replace the report that DIR holds
+    /// Replace an existing report in DIR
     #[arg(long)]
     overwrite: bool,
 }

@@ -15,56 +15,55 @@ use crate::device::{DeviceChoice, Place};
 /// Limits are per process.
 #[derive(Args)]
 pub(super) struct ServeArgs {
-    /// What `bireme export` wrote
+    /// Model repository of `bireme export`
     #[arg(long, value_name = "REPO")]
     repository: PathBuf,
-    /// Load this model at the start, and the steps of an ensemble; may be given several times
-    /// [default: all]
+    /// Model to load at the start, with the steps of an ensemble; may be repeated [default: all]
     #[arg(long = "load", value_name = "NAME")]
     models: Vec<String>,
-    /// Where to listen for HTTP: `127.0.0.1:8000`, `[::1]:8000`, or a name, of whose addresses the
-    /// first is taken that this machine has, IPv4 before IPv6; port 0 stands for any that is free
+    /// HTTP address: `127.0.0.1:8000`, `[::1]:8000` or a host name; the first address of a name
+    /// that this machine has is used, IPv4 before IPv6; port 0 selects a free port
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8000")]
     http: String,
-    /// Where to listen for gRPC
+    /// gRPC address
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8001")]
     grpc: String,
-    /// Ask for `Authorization: Bearer KEY` with a key of this file, one in a line; health checks
-    /// need none
+    /// Require `Authorization: Bearer KEY` with a key from this file, one per line; health checks
+    /// need no key
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
-    /// Where the network runs
+    /// Device of the network
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
-    /// Threads that read requests and write answers, and as many that preprocess and score
-    /// [default: the cores]
+    /// Threads that read requests and write responses, and as many that preprocess and score
+    /// [default: the number of cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Largest body of a request, in MiB
+    /// Maximum size of a request body, in MiB
     #[arg(long, value_name = "MIB", default_value_t = Limits::default().body >> 20)]
     max_body_mib: usize,
-    /// Memory for the bodies of all requests and answers, in MiB
+    /// Memory for the bodies of all requests and responses, in MiB
     #[arg(long, value_name = "MIB", default_value_t = Limits::default().bodies >> 20)]
     max_bodies_mib: usize,
-    /// Rows of events in a request at most
+    /// Maximum number of events in a request
     #[arg(long, value_name = "N", default_value_t = Limits::default().rows)]
     max_rows: usize,
-    /// Requests under way at most; more are answered with 503 and `Retry-After`
+    /// Maximum number of concurrent requests; further ones get 503 and `Retry-After`
     #[arg(long, value_name = "N", default_value_t = Limits::default().requests)]
     max_requests: usize,
-    /// Open connections at most; more are closed at once
+    /// Maximum number of open connections; further ones are closed
     #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
     max_connections: usize,
-    /// How long a request may take, in milliseconds
+    /// Time limit of a request, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = Limits::default().time.as_millis() as u64)]
     timeout_ms: u64,
-    /// How long a connection may stay idle, in seconds
+    /// Idle time after which a connection is closed, in seconds
     #[arg(long, value_name = "S", default_value_t = Limits::default().idle.as_secs())]
     idle_seconds: u64,
-    /// How long requests under way have after SIGTERM, in seconds
+    /// Time for running requests after SIGTERM, in seconds
     #[arg(long, value_name = "S", default_value_t = 30)]
     drain_seconds: u64,
-    /// The form of the log; BIREME_LOG says what is logged, as `info` or `debug`
+    /// Log format; BIREME_LOG sets the level, such as `info` or `debug`
     #[arg(long, value_enum, default_value_t = logs::LogFormat::Text)]
     log: logs::LogFormat,
 }

@@ -14,19 +14,19 @@ use super::interrupt::clean_up_on_signals;
 
 #[derive(Args)]
 pub(super) struct SynthArgs {
-    /// Rows of the file
+    /// Number of events
     #[arg(long, default_value_t = 300_000)]
     events: u64,
-    /// Items of the shop on its last day
+    /// Number of items on the last day
     #[arg(long, default_value_t = 2_000)]
     items: u32,
-    /// Whole days
+    /// Number of days
     #[arg(long, default_value_t = 5)]
     days: u32,
-    /// The same options and seed give the same bytes
+    /// Seed; the same options and seed give the same bytes
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// The CSV file to write; gzip if it ends in `.gz`; `-` is the standard output
+    /// Output CSV file; gzip if it ends in `.gz`; `-` is standard output
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }

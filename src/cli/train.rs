@@ -24,13 +24,13 @@ use crate::train::{Dataset, Ended, Purpose, Signals, Training, check_memory, ite
 pub(super) struct TrainArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// If RUN already holds a run
+    /// What to do if RUN already holds a run
     #[arg(long, value_enum, num_args = 0..=1, default_value_t, default_missing_value = "auto")]
     resume: Resume,
-    /// At the end, export the run into this model repository, as `bireme export` does
+    /// Export the run into this model repository at the end, as `bireme export` does
     #[arg(long, value_name = "REPO")]
     export: Option<PathBuf>,
-    /// With `--export`: the model's name
+    /// Name of the exported model
     #[arg(long, value_name = "NAME", default_value = "bireme", requires = "export")]
     export_name: String,
 }
@@ -142,15 +142,15 @@ fn fit(
     let [n_left] = n_left;
     if n_left > 0 {
         let rows = format!("the rows of the last {n_left} sessions");
-        report.say(&format!("{rows} are checked beside the training"));
+        report.print(&format!("{rows} are checked beside the training"));
     }
     checked.continue_in_background();
     let ended = job.end(training.fit(run_dir, &mut report, &signals, &mut checked))?;
-    report.say(&match ended {
+    report.print(&match ended {
         Ended::Done => format!("metrics, results and checkpoints are in `{}`", run_dir.display()),
         Ended::Stopped(Position { day, day_step, .. }) => format!(
-            "stopped on request after day {day}, step {day_step}: the same command, without \
-             `--overwrite`, goes on"
+            "stopped on request after day {day}, step {day_step}: run the same command without \
+             `--overwrite` to resume"
         ),
     });
     Ok(ended)
@@ -182,12 +182,12 @@ fn describe(
     for warning in
         job.place.warnings.iter().chain(&topology::warnings(&placements)).chain(data.warnings())
     {
-        report.say(&format!("warning: {warning}"));
+        report.print(&format!("warning: {warning}"));
     }
     if world_size > 1 {
-        topology::table(&placements).iter().for_each(|line| report.say(line));
+        topology::table(&placements).iter().for_each(|line| report.print(line));
     }
-    report.say(&format!(
+    report.print(&format!(
         "{}: ranks {world_size} ({}), device {}, threads a rank {}",
         job.config.title(),
         job.collective.backend(),
@@ -197,7 +197,7 @@ fn describe(
     if let Some(Resumed { path, position, .. }) = resumed {
         let (path, Position { day, day_step, day_steps, .. }) = (path.display(), position);
         let done = format!("day {day}, {day_step} of {day_steps} steps done");
-        report.say(&format!("going on from `{path}`: {done}"));
+        report.print(&format!("resuming from `{path}`: {done}"));
     }
     Ok(())
 }

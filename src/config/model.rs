@@ -482,7 +482,7 @@ impl Objective {
 pub struct HeadConfig {
     /// Whether a ReLU is applied to states before they are scored, as in Transformers4Rec.
     pub relu: bool,
-    /// Whether items are scored with their input vectors; otherwise with a table of its own.
+    /// Whether items are scored with their input vectors, or with a separate table.
     pub tied: bool,
     /// Divisor of the scores: `h · e / temperature + b`; above 0.
     pub temperature: f64,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use bireme_tools::measure::Measure;
+use bireme_tools::scaling::TableLayout;
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::{Map, Value, json};
 
@@ -193,13 +194,31 @@ fn section_doc(schema: &Value) -> String {
     format!("{}{rest}", first.to_uppercase())
 }
 
-/// The schema of a [`Measure`], which is of a package without schemars.
+/// The schema of a [`Measure`], which is in a package without schemars.
 pub(super) fn measures(_: &mut SchemaGenerator) -> Schema {
-    let values = Measure::ALL.map(|measure| {
-        let description = format!("{}.", measure.title());
-        json!({ "type": "string", "const": measure.key(), "description": description })
+    schema_of_names(Measure::ALL.map(|measure| (measure.key(), format!("{}.", measure.title()))))
+}
+
+/// The schema of a [`TableLayout`], which is in a package without schemars.
+pub(super) fn table_layouts(_: &mut SchemaGenerator) -> Schema {
+    schema_of_names(TableLayout::ALL.map(|layout| {
+        let description = match layout {
+            TableLayout::Replicated => "Every rank holds the whole table.",
+            TableLayout::Sharded => {
+                "Every rank holds a shard of the rows: memory falls with the number of ranks, and \
+                 traffic does not grow with the catalogue."
+            }
+        };
+        (layout.name(), description.to_owned())
+    }))
+}
+
+/// The schema of an enum with these names and docs.
+fn schema_of_names<const N: usize>(names: [(&str, String); N]) -> Schema {
+    let values = names.map(|(name, description)| {
+        json!({ "type": "string", "const": name, "description": description })
     });
-    json_schema!({ "oneOf": values })
+    json_schema!({ "oneOf": values.to_vec() })
 }
 
 /// The values of an enum of names, as TOML, with their docs.

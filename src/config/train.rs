@@ -1,5 +1,6 @@
 //! Sections `[train]` and `[parallel]`, and `run.reduction`.
 
+pub use bireme_tools::scaling::TableLayout;
 use serde::{Deserialize, Serialize};
 
 use super::{check_count, check_finite};
@@ -90,30 +91,8 @@ pub enum NonFinite {
 #[serde(deny_unknown_fields, default)]
 pub struct ParallelConfig {
     /// Placement of the item table, its gradient and its optimizer state.
+    #[cfg_attr(test, schemars(schema_with = "super::page::table_layouts"))]
     pub item_table: TableLayout,
-}
-
-/// `parallel.item_table`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
-pub enum TableLayout {
-    /// Every rank holds the whole table.
-    #[default]
-    Replicated,
-    /// Every rank holds a shard of the rows: memory falls with the number of ranks, and traffic
-    /// does not grow with the catalogue.
-    Sharded,
-}
-
-impl TableLayout {
-    /// As a configuration writes it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Replicated => "replicated",
-            Self::Sharded => "sharded",
-        }
-    }
 }
 
 impl TrainConfig {

@@ -5,7 +5,7 @@ use std::slice;
 use super::{DataError, Features, SessionFile};
 
 /// Counts the occurrences of each item, `[V]`, in this rank's part of the sessions of a file. The
-/// sum over ranks counts each session once, whatever the number of epochs. Row groups are read one
+/// sum over ranks counts each session once, for any number of epochs. Row groups are read one
 /// at a time, so that memory holds only one of them.
 ///
 /// # Errors

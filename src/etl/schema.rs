@@ -520,13 +520,13 @@ feature { name: "new" type: QUATERNION invented: 1 }"#;
         let schema = parse(text).unwrap();
         assert_eq!(schema.item_id().unwrap().cardinality(), Some(101));
         let expected = "schema `s`: ignored unknown fields: \
-                        `feature.type` (line 16), `feature.invented` (line 16)";
+                        `feature.type` (line 18), `feature.invented` (line 18)";
         assert_eq!(schema.warnings, [expected]);
         for (name, problem) in [
-            ("text", "line 13: the feature `text` is of `type: BYTES`"),
-            ("odd", "line 14: the feature `odd` has an `int_domain` whose `min` is greater"),
-            ("", "line 15: a feature has no `name`"),
-            ("new", "line 16: the feature `new` has no `type`"),
+            ("text", "line 15: the feature `text` is of `type: BYTES`"),
+            ("odd", "line 16: the feature `odd` has an `int_domain` whose `min` is greater"),
+            ("", "line 17: a feature has no `name`"),
+            ("new", "line 18: the feature `new` has no `type`"),
         ] {
             let error = schema.feature(name).unwrap().check().unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");

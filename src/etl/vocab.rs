@@ -374,7 +374,7 @@ impl Vocabulary {
         &self.dictionary
     }
 
-    /// Adds a value that has no id of its own, and returns its code.
+    /// Adds a value without an id and returns its code.
     pub(crate) fn add_unknown(&mut self, value: ColumnValue<'_>) -> u32 {
         let code = self.dictionary.intern(value);
         if code as usize == self.ids.len() {

@@ -58,7 +58,7 @@ pub struct Exported {
     pub version: u64,
     /// Rows of the catalogue.
     pub n_items: i64,
-    /// Incomplete newer checkpoints, and what is wrong with each.
+    /// Incomplete newer checkpoints, each with its fault.
     pub skipped: Vec<String>,
 }
 

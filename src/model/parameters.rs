@@ -181,7 +181,7 @@ impl LayerNorm {
     }
 }
 
-/// Where a parameter lies in the flat buffers.
+/// Position and shape of a parameter in the flat buffers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
     /// Name, as in checkpoints.
@@ -191,8 +191,8 @@ pub struct View {
     range: Range<i64>,
 }
 
-/// Parameters begin at multiples of so many numbers, which is a line of the cache and more than
-/// products of matrices ask for.
+/// Parameters begin at multiples of this many numbers: one cache line, more than the alignment that
+/// matrix products need.
 const ALIGNED: i64 = 16;
 
 impl View {
@@ -304,7 +304,7 @@ impl Parameters {
         &self.leaves[index]
     }
 
-    /// Turns a parameter into a constant of type `kind` with memory of its own: a view would be
+    /// Converts a parameter to a constant of type `kind` with separate memory: a view would be
     /// saved together with the whole flat buffer.
     pub(super) fn freeze(&mut self, index: usize, kind: Kind) {
         self.leaves[index] = self.leaves[index].detach().to_dtype(kind, false, true);

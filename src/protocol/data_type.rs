@@ -75,7 +75,7 @@ impl DataType {
         TYPES.map(|(_, name, ..)| name).join(", ")
     }
 
-    /// The number in `config.pbtxt` and in Triton's C interface; 0 stands for an invalid type.
+    /// The number in `config.pbtxt` and in Triton's C interface; 0 is an invalid type.
     pub fn number(self) -> i32 {
         self as i32 + 1
     }

@@ -170,7 +170,7 @@ impl Report {
     /// Starts a day, of whose `n_steps` steps `n_done` are finished.
     pub fn begin_day(&mut self, day: i64, (n_done, n_steps): (usize, usize), n_sessions: usize) {
         let done = if n_done > 0 { format!(", {n_done} of them done") } else { String::new() };
-        self.say(&format!("day {day}: {n_sessions} sessions, {n_steps} steps{done}"));
+        self.print(&format!("day {day}: {n_sessions} sessions, {n_steps} steps{done}"));
         let Some(root) = &mut self.root else { return };
         root.day = DayProgress { start: Instant::now(), n_before: n_done, n_steps };
         if io::stderr().is_terminal() {
@@ -223,13 +223,13 @@ impl Report {
                     let DayProgress { start, n_before, n_steps } = root.day;
                     let step_seconds = start.elapsed().as_secs_f64() / (step - n_before) as f64;
                     let left = step_seconds * (n_steps - step) as f64;
-                    self.say(&format!(
+                    self.print(&format!(
                         "day {day}  epoch {epoch}  step {step:5}  {figures}  {left:5.0} s left"
                     ));
                 }
             }
             Record::Day { day, n_sessions, seconds, sessions_per_s } => {
-                self.say(&format!(
+                self.print(&format!(
                     "day {day}: trained on {n_sessions} sessions in {seconds:.1} s, \
                      {sessions_per_s:.0} sessions/s"
                 ));
@@ -237,16 +237,16 @@ impl Report {
             Record::Phases { seconds, .. } => {
                 let of = |(name, seconds): (&&str, &f64)| format!("{name} {:.2}", seconds * 1e3);
                 let all: Vec<String> = seconds.iter().map(of).collect();
-                self.say(&format!("ms a step: {}", all.join("  ")));
+                self.print(&format!("ms a step: {}", all.join("  ")));
             }
             Record::Skipped { day, step, loss, norm } => {
-                self.say(&format!(
+                self.print(&format!(
                     "day {day}  step {step:5}  left out: loss {loss}, norm of its gradient {norm}"
                 ));
             }
             Record::Checkpoint { .. } => {}
             Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds } => {
-                self.say(&format!(
+                self.print(&format!(
                     "after day {train_day}, on day {eval_day} ({}): {}  coverage@20 \
                      {coverage_at_20:.4}  {seconds:.1} s",
                     split.name(),
@@ -258,7 +258,7 @@ impl Report {
     }
 
     /// Logs a line.
-    pub fn say(&self, line: &str) {
+    pub fn print(&self, line: &str) {
         match &self.root {
             Some(RootReport { bar: Some(bar), .. }) => bar.suspend(|| console::log(line)),
             Some(_) => console::log(line),

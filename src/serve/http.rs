@@ -200,7 +200,7 @@ fn text_of_header(value: &HeaderValue) -> Result<&str, RequestError> {
     })
 }
 
-/// Reads a whole body. Its length and time are limited by the gate.
+/// Reads a whole body. Its length and time are limited by the admission.
 async fn read(body: Body) -> Result<Bytes, RequestError> {
     axum::body::to_bytes(body, usize::MAX).await.map_err(|error| {
         let mut source: Option<&dyn std::error::Error> = Some(&error);

@@ -5,7 +5,7 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`server`] | accepts connections, and shuts down without losing a request |
-//! | [`gate`] | checks the API key, the size of the body, the memory of all bodies, the time |
+//! | [`admission`] | checks the API key, the size of the body, the memory of all bodies, the time |
 //! | [`http`] with [`json`], or [`grpc`] | reads requests and writes responses |
 //! | [`service`] | counts requests, and refuses those beyond the limit |
 //! | [`request`] | checks a request against the model's configuration |
@@ -20,7 +20,7 @@
 #![allow(missing_docs, reason = "most names say what a doc would repeat")]
 
 pub mod batcher;
-pub mod gate;
+pub mod admission;
 pub mod grpc;
 pub mod http;
 pub mod json;

@@ -37,7 +37,8 @@ struct EnsembleStep {
 }
 
 impl ServedModel {
-    /// A model with an executor, on `n_threads` threads or more if its configuration asks for them.
+    /// A model with an executor, on `n_threads` threads or the number in its configuration,
+    /// whichever is larger.
     ///
     /// # Errors
     /// A thread cannot be started.
@@ -248,7 +249,7 @@ fn check_answer(
     Err(RequestError::new(RequestErrorKind::TooLarge, message))
 }
 
-/// The batching that a configuration asks for.
+/// The batching of a configuration.
 fn policy(config: &ModelConfig) -> BatchPolicy {
     let batching = match &config.scheduling_choice {
         Some(SchedulingChoice::DynamicBatching(batching)) => Some(batching),

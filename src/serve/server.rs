@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream, lookup_host};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
-use crate::gate::{Gate, Keys};
+use crate::admission::{Admission, ApiKeys};
 use crate::repository::{Compute, Repository, RepositoryError};
 use crate::service::{Limits, Service};
 use crate::statistics::Metrics;
@@ -48,7 +48,7 @@ pub enum ServeError {
     #[error(transparent)]
     Repository(#[from] RepositoryError),
     #[error("cannot read API keys from `{path}`")]
-    Keys { path: PathBuf, source: std::io::Error },
+    ApiKeys { path: PathBuf, source: std::io::Error },
     #[error(
         "{} is not an address to listen on, such as `127.0.0.1:8000`, `[::1]:8000` or \
          `localhost:8000`",
@@ -97,8 +97,8 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
     let metrics = Arc::new(Metrics::default());
     let keys = match &options.api_keys {
         Some(path) => {
-            let keys = Keys::read(path)
-                .map_err(|source| ServeError::Keys { path: path.clone(), source })?;
+            let keys = ApiKeys::read(path)
+                .map_err(|source| ServeError::ApiKeys { path: path.clone(), source })?;
             Some(keys)
         }
         None => None,
@@ -112,7 +112,7 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
     let address = |listener: &TcpListener| listener.local_addr().map_err(ServeError::System);
     let addresses = Addresses { http: address(&of_http)?, grpc: address(&of_grpc)? };
 
-    // Threads that share a batch wait for each other, so each runs a batch of its own.
+    // Threads that share a batch wait for each other, so each runs its own batch.
     tch::set_num_threads(1);
     keep_freed_memory();
     let loading = {
@@ -145,14 +145,14 @@ async fn run(options: &ServeOptions, listening: impl FnOnce(Addresses)) -> Resul
             }
         }
     }
-    let gate = Gate::new(service.clone(), keys);
+    let admission = Admission::new(service.clone(), keys);
     let (end, ended) = watch::channel(());
     let connections = Arc::new(Semaphore::new(options.limits.connections));
     let accept = |listener, version, router| {
         let acceptor = Acceptor {
             listener,
             version,
-            router: gate.in_front_of(router),
+            router: admission.in_front_of(router),
             service: service.clone(),
             connections: connections.clone(),
         };

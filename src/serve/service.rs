@@ -134,7 +134,7 @@ impl Service {
         let begun = Instant::now();
         let answer = tokio::time::timeout(time, model.infer(request)).await;
         let outputs = answer.map_err(|_| timed_out(time))??;
-        // tokio's clock counts in milliseconds, so that a shorter limit needs a check of its own.
+        // tokio's clock counts in milliseconds, so that a shorter limit needs a separate check.
         if begun.elapsed() > time {
             return Err(timed_out(time));
         }
@@ -143,7 +143,7 @@ impl Service {
         Ok(Answered { model, outputs, held })
     }
 
-    /// Loads a model in a thread of its own. Errors as [`Repository::load`].
+    /// Loads a model in a separate thread. Errors as [`Repository::load`].
     pub async fn load(self: &Arc<Self>, name: String) -> Result<(), RequestError> {
         let service = self.clone();
         let loading = tokio::task::spawn_blocking(move || {
@@ -163,7 +163,7 @@ impl Service {
             .map_err(|error: RepositoryError| error.into())
     }
 
-    /// Unloads a model in a thread of its own. Errors as [`Repository::unload`].
+    /// Unloads a model in a separate thread. Errors as [`Repository::unload`].
     pub async fn unload(
         self: &Arc<Self>,
         name: String,

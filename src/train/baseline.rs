@@ -20,7 +20,7 @@ impl Learner for BaselineLearner {
         &self.0
     }
 
-    /// Each session counts once, whatever the epochs and steps of the configuration.
+    /// Counts each session once, independent of `train.epochs_per_day` and `max_steps_per_day`.
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
         let file = day.plan.window.today();
         let sessions = file.read(&file.spans(0..file.n_sessions()))?;

@@ -22,7 +22,7 @@ struct Loaded<B> {
 pub unsafe fn initialize(_backend: *mut api::Backend) -> *mut api::Error {
     answer(|| {
         let (mut major, mut minor) = (0, 0);
-        // SAFETY: each pointer leads to a variable of its own.
+        // SAFETY: each pointer points to a different variable.
         unsafe { check(api::TRITONBACKEND_ApiVersion(&mut major, &mut minor)) }?;
         if major == 1 {
             return Ok(());

@@ -71,7 +71,7 @@ macro_rules! export_backend {
         unsafe extern "C" fn TRITONBACKEND_ModelInitialize(
             model: *mut $crate::api::Model,
         ) -> *mut $crate::api::Error {
-            // SAFETY: the server calls this function, with a model of its own.
+            // SAFETY: the server calls this function with one of its models.
             unsafe { $crate::entry::model_initialize::<$backend>(model) }
         }
 

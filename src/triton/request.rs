@@ -60,7 +60,7 @@ pub(crate) struct Incoming(*mut api::Request);
 
 impl Incoming {
     /// # Safety
-    /// `request` has come from the server, which has given it away, and nobody else takes it.
+    /// The server passed `request` to the backend, which owns it from now on; it is taken once.
     pub unsafe fn take(request: *mut api::Request) -> Self {
         Self(request)
     }
@@ -89,7 +89,7 @@ impl Incoming {
         let mut input = ptr::null_mut();
         let (mut name, mut datatype, mut shape) = (ptr::null(), 0, ptr::null());
         let (mut n_dims, mut n_bytes, mut n_buffers) = (0, 0, 0);
-        // SAFETY: the request is alive, and every pointer leads to a variable of its own. An input
+        // SAFETY: the request is alive, and each pointer points to a different variable. An input
         // lives as long as its request, which `self` keeps.
         unsafe {
             check(api::TRITONBACKEND_RequestInputByIndex(self.0, index, &mut input))?;
@@ -144,7 +144,7 @@ impl Incoming {
 
     fn parameter(&self, index: u32) -> Result<(String, Parameter), BackendError> {
         let (mut key, mut kind, mut value) = (ptr::null(), 0, ptr::null());
-        // SAFETY: the request is alive, and every pointer leads to a variable of its own.
+        // SAFETY: the request is alive, and each pointer points to a different variable.
         unsafe {
             check(api::TRITONBACKEND_RequestParameter(
                 self.0, index, &mut key, &mut kind, &mut value,
@@ -197,8 +197,8 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        // SAFETY: the request belongs to `self`, and all that was read of it borrows `self`, so that
-        // no borrow is left.
+        // SAFETY: the request belongs to `self`; everything that was read from it borrowed `self`,
+        // so nothing refers to it any more.
         let released =
             unsafe { check(api::TRITONBACKEND_RequestRelease(self.0, api::RELEASE_ALL)) };
         if let Err(fault) = released {
@@ -223,7 +223,7 @@ impl Response {
         let (mut output, mut buffer) = (ptr::null_mut(), ptr::null_mut());
         let (mut memory, mut memory_id) = (api::MEMORY_CPU, 0);
         // SAFETY: the response has not been sent; name and shape are copied by the function; every
-        // other pointer leads to a variable of its own.
+        // other pointer points to a different variable.
         unsafe {
             check(api::TRITONBACKEND_ResponseOutput(
                 self.0,
@@ -256,8 +256,8 @@ impl Response {
 
     fn send(self, fault: Option<BackendError>) {
         let error = fault.map_or(ptr::null_mut(), BackendError::into_raw);
-        // SAFETY: the response has not been sent, and `forget` below keeps it from being deleted;
-        // the error stays ours to delete.
+        // SAFETY: the response has not been sent, and `forget` below keeps it from being deleted.
+        // This function deletes the error.
         unsafe {
             let sent = check(api::TRITONBACKEND_ResponseSend(self.0, api::COMPLETE_FINAL, error));
             if !error.is_null() {
@@ -273,7 +273,7 @@ impl Response {
 
 impl Drop for Response {
     fn drop(&mut self) {
-        // SAFETY: a response that is dropped was not sent, and is nobody else's.
+        // SAFETY: the response belongs to `self` and was not sent.
         if let Err(fault) = unsafe { check(api::TRITONBACKEND_ResponseDelete(self.0)) } {
             fault.log();
         }

@@ -193,7 +193,7 @@ fn counts_are_restored_from_tensors() {
         let mut loaded = Baseline::new(evidence(), N_ITEMS);
         loaded.load(&model.tensors()).unwrap();
         assert_eq!(scores(&loaded, &known), scores(&model, &known));
-        // And goes on as if nothing had been in between.
+        // Then training continues as if it had not been interrupted.
         let [mut model, mut loaded] = [model, loaded];
         for model in [&mut model, &mut loaded] {
             add_day(model, &[&[4, 9]]);

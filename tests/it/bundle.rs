@@ -72,8 +72,8 @@ fn a_bundle_trains_on_two_ranks_in_a_root_without_mpi() {
     let ran = run(&mut inside(&format!(
         "BIREME_LIBTORCH=/opt/libtorch/torch BIREME_RANKS=2 /opt/elsewhere/launch/local.sh {train}"
     )));
-    let told = String::from_utf8_lossy(&ran.stderr);
-    assert!(told.contains("ranks 2 (mpi)"), "{told}");
+    let message = String::from_utf8_lossy(&ran.stderr);
+    assert!(message.contains("ranks 2 (mpi)"), "{message}");
     run(Command::new("cp").arg("--recursive").arg(root.join("shop/run")).arg(shop.run_dir("run")));
     assert_identical(&shop, "run", "unbroken");
 }

@@ -146,7 +146,7 @@ fn every_helper(ranks: &dyn Collective) {
     }
 }
 
-/// *All ranks.* Mistakes are told before anything is sent, with the call and the rank.
+/// *All ranks.* Mistakes are reported before anything is sent, with the call and the rank.
 fn every_refusal(ranks: &dyn Collective, device: Device) {
     let (rank, world_size) = (ranks.rank(), ranks.world_size());
     let refused = |result: Result<(), CollectiveError>, call: &str, problem: &str| {
@@ -259,8 +259,8 @@ fn a_thread_that_leaves_or_calls_something_else_is_reported() {
         };
         called.unwrap_err().to_string()
     });
-    let told = "called `all_reduce` (sum) of 3 f32 elements, but rank 0 called `barrier`";
-    assert!(texts[1].contains(told), "{texts:?}");
+    let message = "called `all_reduce` (sum) of 3 f32 elements, but rank 0 called `barrier`";
+    assert!(texts[1].contains(message), "{texts:?}");
 }
 
 /// Runs `case` of [`a_rank_of_a_job`] on `n_ranks` ranks of real MPI.
@@ -323,14 +323,14 @@ fn a_rank_of_a_job() {
         "unequal" => {
             let ranks = join().unwrap();
             let mut unequal = zeros(3 + ranks.rank(), Kind::Float, Device::Cpu);
-            println!("told: {}", ranks.broadcast(&mut unequal, 1).unwrap_err());
+            println!("error: {}", ranks.broadcast(&mut unequal, 1).unwrap_err());
             let astray = match ranks.rank() {
                 0 => ranks.barrier(),
                 _ => ranks.sum_i64(&mut [1]),
             };
-            println!("told: {}", astray.unwrap_err());
+            println!("error: {}", astray.unwrap_err());
         }
-        "strangers" => println!("told: {}", join().err().expect("MPI sees one rank")),
+        "strangers" => println!("error: {}", join().err().expect("MPI sees one rank")),
         "gpu" => {
             let ranks = join().unwrap();
             let here =
@@ -364,14 +364,14 @@ fn mpi_cuts_tensors_that_are_too_long_for_one_call() {
 
 #[test]
 fn a_rank_that_panics_names_itself_and_ends_the_job() {
-    for (case, told) in
+    for (case, message) in
         [("panic", "rank 1 strikes a rock"), ("background panic", "the loader strikes a rock")]
     {
         let Some(finished) = job(3, case) else { return };
         assert_eq!(finished.code, Some(1), "{finished:#?}");
         assert!(finished.took < SOON, "{finished:#?}");
         assert!(finished.stderr.contains("rank 1 of 3 on "), "{finished:#?}");
-        assert!(finished.stderr.contains(told), "{finished:#?}");
+        assert!(finished.stderr.contains(message), "{finished:#?}");
     }
 }
 
@@ -386,13 +386,13 @@ fn a_rank_that_aborts_ends_the_job_with_its_code() {
 fn ranks_with_different_calls_are_reported() {
     let Some(finished) = job(2, "unequal") else { return };
     let stdout = finished.success().stdout;
-    for told in [
+    for message in [
         "`broadcast` on rank 0 of 2: called `broadcast` from rank 1 of 3 f32 elements, \
          but rank 1 called `broadcast` from rank 1 of 4 f32 elements",
         "`all_reduce` on rank 1 of 2: called `all_reduce` (sum) of 1 i64 elements, but rank 0 \
          called `barrier`",
     ] {
-        assert!(stdout.contains(told), "{stdout}");
+        assert!(stdout.contains(message), "{stdout}");
     }
 }
 
@@ -401,7 +401,7 @@ fn processes_that_mpi_does_not_see_as_one_job_are_refused() {
     let mut alone = child("strangers");
     let finished = run_within(alone.envs([("PMI_RANK", "0"), ("PMI_SIZE", "2")]), LIMIT).success();
     assert!(
-        finished.stdout.contains("told: 2 processes were started, but MPI sees a job of 1"),
+        finished.stdout.contains("error: 2 processes were started, but MPI sees a job of 1"),
         "{finished:#?}"
     );
 }

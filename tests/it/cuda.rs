@@ -39,8 +39,11 @@ fn losses_on_a_gpu_are_those_on_a_cpu_for_any_number_of_ranks() {
             else {
                 return;
             };
-            let told = finished.success().stderr;
-            assert!(told.contains(&format!("ranks {n_ranks} (nccl), device cuda:0")), "{told}");
+            let message = finished.success().stderr;
+            assert!(
+                message.contains(&format!("ranks {n_ranks} (nccl), device cuda:0")),
+                "{message}"
+            );
             assert_close_losses(&shop, &run, &gpu, 1e-3);
         }
     }

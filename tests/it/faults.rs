@@ -24,7 +24,7 @@ fn steps_that_are_not_finite_end_the_run_or_are_left_out() {
         let message =
             "the loss is NaN and the norm of its gradient NaN at day 2, step 3, from rank 1";
         assert!(ended.stderr.contains(message), "{ended:#?}");
-        // What was saved before is whole, and the run goes on from it.
+        // The earlier checkpoint is complete, and the run resumes from it.
         shop.train_on(2, reduction, &set).unwrap().success();
 
         let skipping = format!("{reduction} skipping");
@@ -144,7 +144,7 @@ fn a_run_directory_has_one_owner() {
     first.wait().unwrap();
     // What has crashed holds nothing.
     let on = shop.train("run", &more).success();
-    assert!(on.stderr.contains("going on from"), "{on:#?}");
+    assert!(on.stderr.contains("resuming from"), "{on:#?}");
 
     // Of two first starts at the same time one wins.
     let mut both = [start("new", "stop@0:0"), start("new", "stop@0:0")];
@@ -236,12 +236,12 @@ fn a_data_file_that_is_cut_off_in_the_middle_of_a_run_ends_it() {
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains("2/train.parquet` is not a readable parquet file"), "{stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");
-    // It is refused before the next start, and with the whole file all goes on.
+    // The next start refuses it; with the complete file the run resumes.
     let refused = shop.train("run", &set);
     assert_eq!(refused.code, Some(2), "{refused:#?}");
     fs::write(&file, &whole).unwrap();
     let on = shop.train("run", &set).success();
-    assert!(on.stderr.contains("going on from") && on.stderr.contains("day-0001"), "{on:#?}");
+    assert!(on.stderr.contains("resuming from") && on.stderr.contains("day-0001"), "{on:#?}");
 }
 
 /// Runs a script with a file system of 300 KiB in `folder`, which is gone afterwards.
@@ -282,5 +282,5 @@ fn a_full_disk_ends_the_run_and_leaves_what_was_there() {
         finished.stderr.contains("/small/run/") && !finished.stderr.contains("panicked"),
         "{finished:#?}"
     );
-    assert!(finished.stderr.contains("going on from "), "{finished:#?}");
+    assert!(finished.stderr.contains("resuming from "), "{finished:#?}");
 }

@@ -285,7 +285,7 @@ fn xlnet_has_the_states_and_logits_of_the_original() {
     }
 }
 
-/// Hugging Face's XLNet by itself: what the layers make of given vectors.
+/// Hugging Face's XLNet layers on given vectors.
 #[test]
 fn xlnet_layers_are_those_of_hugging_face() {
     let golden = golden("xlnet_body_tiny");

@@ -110,7 +110,7 @@ fn impossible_shops_are_refused() {
     assert_eq!(names(dir.path()), [] as [&str; 0]);
 }
 
-/// A file that is full after so many bytes, as a disk would be.
+/// A file that accepts a limited number of bytes, like a full disk.
 #[test]
 fn a_full_disk_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();

@@ -428,13 +428,13 @@ fn models_too_large_for_memory() {
         let items = format!("the item table of {} items (`schema.pbtxt`)", max + 1);
         let finished = shop.train("large", &[]);
         refused(&finished, &items);
-        for told in [
+        for message in [
             item_table,
             " GiB of memory, ",
             "times 4 (values, gradient, optimizer)",
             "looks like a raw id",
         ] {
-            assert!(finished.stderr.contains(told), "{told}\n{finished:#?}");
+            assert!(finished.stderr.contains(message), "{message}\n{finished:#?}");
         }
     }
     session_data::write_schema(&shop.data(), 1 << 40);

@@ -36,7 +36,7 @@ fn a_killed_run_resumes_to_the_same_bits_on_any_number_of_ranks() {
             assert!(!shop.run_dir(&run).join("results.txt").exists());
         }
         let last = shop.train_on(2, &run, set).unwrap().success();
-        assert!(last.stderr.contains("going on from"), "{last:#?}");
+        assert!(last.stderr.contains("resuming from"), "{last:#?}");
         assert_identical(&shop, &run, &unbroken);
         let again = shop.train_on(2, &run, set).unwrap().success();
         assert!(again.stderr.contains("holds this run, and it is done"), "{again:#?}");
@@ -61,7 +61,7 @@ fn a_run_that_is_asked_to_stop_saves_a_checkpoint_and_resumes() {
         assert_eq!(code, Some(3), "{stderr}");
         assert!(stderr.contains("stopped on request after day "), "{stderr}");
     }
-    // This one asks for a checkpoint, and the run goes on.
+    // SIGUSR1 requests a checkpoint, and the run continues.
     let (code, stderr) = signalled("USR1");
     assert_eq!(code, Some(0), "{stderr}");
     let days: Vec<i64> = shop
@@ -155,7 +155,7 @@ fn a_run_without_days_takes_all_days_and_later_ones() {
         );
     }
     let on = shop.train("run", &RESUMABLE).success();
-    assert!(on.stderr.contains("going on from"), "{on:#?}");
+    assert!(on.stderr.contains("resuming from"), "{on:#?}");
     let days: Vec<i64> =
         shop.records("run", "day").iter().map(|record| record["day"].as_i64().unwrap()).collect();
     assert_eq!(days, [1, 2, 3]);
@@ -242,7 +242,7 @@ fn a_run_resumes_after_later_days_added_items() {
     assert!(extended.stdout.contains("of earlier days"), "{extended:#?}");
     fs::write(&config, days(3)).unwrap();
     let on = shop.run(&train).success();
-    assert!(on.stderr.contains("going on from"), "{on:#?}");
+    assert!(on.stderr.contains("resuming from"), "{on:#?}");
     let after = state(2);
     assert!(after["n_items"].as_i64().unwrap() > before + 100, "{before} and {after}");
     // What serving needs of the data has grown too.

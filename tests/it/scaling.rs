@@ -167,9 +167,9 @@ fn the_output_of_a_launcher_is_the_reason() {
     let path = folder_with(&shop, "mpirun", script);
     let failed = run_within(command(&shop, "1", "out").env("PATH", path), LIMIT);
     assert_eq!(failed.code, Some(1), "{failed:#?}");
-    let told = "error: There are not enough slots available in the system; the log is `";
+    let message = "error: There are not enough slots available in the system; the log is `";
     assert!(
-        failed.stderr.starts_with(told) && failed.stderr.contains("doctor.log`"),
+        failed.stderr.starts_with(message) && failed.stderr.contains("doctor.log`"),
         "{failed:#?}"
     );
 }

@@ -145,7 +145,7 @@ fn a_preempted_job_is_requeued_and_resumes_to_the_same_bits() {
         assert!(log_text.contains("the job goes back into the queue"), "{log_text}");
         let of_ranks: String = files_below(&ranks).iter().map(|file| text(file)).collect();
         assert!(of_ranks.contains("stopped on request after day 1, step "), "{of_ranks}");
-        assert!(of_ranks.contains("going on from "), "{of_ranks}");
+        assert!(of_ranks.contains("resuming from "), "{of_ranks}");
         assert_identical(&shop, run, "unbroken");
     }
 }

@@ -226,8 +226,11 @@ fn a_bad_row_of_a_later_day_is_named_before_the_first_step() {
     session_data::write_sessions(&shop.data().join("2/train.parquet"), &sessions, |_| 0.0);
     let Some(finished) = shop.train_on(2, "run", &[]) else { return };
     assert_eq!(finished.code, Some(2), "{finished:#?}");
-    let told =
+    let message =
         finished.stderr.lines().find(|line| line.contains("train.parquet` row 150")).unwrap();
-    assert!(told.contains("rank ") && told.contains("has the id 77, outside 1..=39"), "{told}");
+    assert!(
+        message.contains("rank ") && message.contains("has the id 77, outside 1..=39"),
+        "{message}"
+    );
     assert!(!shop.run_dir("run").exists(), "nothing was begun");
 }

@@ -481,7 +481,7 @@ fn columns(path: &Path, metadata: &ParquetMetaData) -> Result<Vec<Column>, Error
     Ok(columns)
 }
 
-/// A cell, whatever its physical type.
+/// A cell of any physical type.
 enum Cell<'a> {
     Int(i64),
     Unsigned(u64),

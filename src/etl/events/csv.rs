@@ -283,7 +283,7 @@ impl Plan {
 #[derive(Clone, Copy, PartialEq)]
 enum WithoutSession {
     LeftOut,
-    /// Its cells are read all the same.
+    /// The row is checked like any other.
     Checked,
 }
 

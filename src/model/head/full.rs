@@ -6,8 +6,8 @@
 //! exp(l_c − logsumexp(l))`. The second pass therefore needs one weight for each target and chunk:
 //! it adds `p_cᵀ (w_c h)` to the table's gradient and `w_c (p_c E_c)` to the states'.
 //!
-//! Each thread of a CPU works on chunks of its own, as each rank of a sharded table works on rows
-//! of its own.
+//! Each thread of a CPU works on different chunks, as each rank of a sharded table works on
+//! different rows.
 //!
 //! The `p_c` are kept between the passes for as many targets at a time as the memory for logits
 //! holds. If these are so few that reading the table costs more than the arithmetic, all targets go

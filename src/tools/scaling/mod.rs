@@ -6,22 +6,25 @@ mod write;
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use predict::{Prediction, StepModel};
 pub use write::{ScalingWriteError, TABLE, write};
 
-/// Where the rows of the item table are held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// Placement of the item table, its gradient and its optimizer state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum TableHolding {
-    /// On every rank, all rows.
+pub enum TableLayout {
+    /// Every rank holds the whole table.
+    #[default]
     Replicated,
-    /// On every rank, a part of the rows.
+    /// Every rank holds a shard of the rows.
     Sharded,
 }
 
-impl TableHolding {
+impl TableLayout {
+    pub const ALL: [Self; 2] = [Self::Replicated, Self::Sharded];
+
     /// As in a configuration.
     pub fn name(self) -> &'static str {
         match self {
@@ -55,7 +58,7 @@ impl Growth {
 pub struct ScalingPoint {
     pub ranks: usize,
     pub growth: Growth,
-    pub item_table: TableHolding,
+    pub item_table: TableLayout,
     /// Sessions per step of all ranks.
     pub global_batch: usize,
     /// Median over steps.
@@ -81,7 +84,7 @@ pub struct Scaling {
     pub title: String,
     /// Device type of the ranks.
     pub device: String,
-    /// CPU threads per rank; 0 stands for all cores of the rank.
+    /// CPU threads per rank; 0: all cores of the rank.
     pub threads_per_rank: usize,
     /// The first is a single rank.
     pub points: Vec<ScalingPoint>,

@@ -4,8 +4,8 @@
 //! assumes:
 //!
 //! - Arithmetic is linear in the sessions per rank, through two measured points.
-//! - The loss is also linear in the catalogue, whoever holds the item table: with a sharded table,
-//!   a rank scores the targets of all ranks against its shard.
+//! - The loss is also linear in the catalogue, for both layouts of the item table: with a sharded
+//!   table, a rank scores the targets of all ranks against its shard.
 //! - The optimizer is linear in the parameters per rank; only the item table grows.
 //! - An all-reduce takes the faster of a ring and a tree; over several nodes it reduces within each
 //!   node, then across nodes, every rank with its own part, and gathers within each node (Thakur et
@@ -15,7 +15,7 @@
 
 use serde::Serialize;
 
-use super::TableHolding;
+use super::TableLayout;
 use super::measured::StepMeasurement;
 use crate::findings::{AllReduce, Findings};
 
@@ -29,7 +29,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Free: stands for a link that was not measured.
+    /// A link without cost, for a link that was not measured.
     pub const UNKNOWN: Self = Self { latency: 0.0, bytes_per_s: f64::INFINITY };
 
     /// The link that explains the smallest and the largest measured all-reduce.
@@ -163,7 +163,7 @@ pub struct Calibration<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct PredictedJob {
     pub ranks: usize,
-    pub item_table: TableHolding,
+    pub item_table: TableLayout,
     /// Rows of the item table.
     pub n_items: f64,
     /// Sessions per step and rank.
@@ -233,8 +233,8 @@ impl StepModel {
         let of_items = self.numbers_per_item * n_items;
         self.other_numbers
             + match item_table {
-                TableHolding::Replicated => of_items,
-                TableHolding::Sharded => of_items / ranks as f64,
+                TableLayout::Replicated => of_items,
+                TableLayout::Sharded => of_items / ranks as f64,
             }
     }
 
@@ -253,11 +253,11 @@ impl StepModel {
         let sessions = ranks * job.sessions;
         // Gradients of replicated parameters, and four scalars of the step.
         let reduced = match job.item_table {
-            TableHolding::Replicated => self.numbers(job),
-            TableHolding::Sharded => self.other_numbers,
+            TableLayout::Replicated => self.numbers(job),
+            TableLayout::Sharded => self.other_numbers,
         };
         let reduced = self.all_reduce(4.0 * reduced + 16.0, ranks);
-        if job.item_table == TableHolding::Replicated {
+        if job.item_table == TableLayout::Replicated {
             return reduced;
         }
         let (targets, events) = (self.targets * sessions, self.events * sessions);
@@ -321,7 +321,7 @@ mod tests {
         }
     }
 
-    fn job(ranks: usize, item_table: TableHolding, n_items: f64) -> PredictedJob {
+    fn job(ranks: usize, item_table: TableLayout, n_items: f64) -> PredictedJob {
         PredictedJob { ranks, item_table, n_items, sessions: 256.0 }
     }
 
@@ -364,7 +364,7 @@ mod tests {
     #[test]
     fn one_rank_takes_what_was_measured() {
         let Prediction { step_seconds, efficiency, communication, bytes_per_rank, .. } =
-            model().predict(job(1, TableHolding::Replicated, 1e5));
+            model().predict(job(1, TableLayout::Replicated, 1e5));
         assert!((step_seconds - (0.01 + 0.0256 + 0.0256 + 0.01)).abs() < 1e-12);
         assert_eq!((efficiency, communication), (1.0, 0.0));
         assert_eq!(bytes_per_rank, 16.0 * (65e5 + 1e5));
@@ -374,11 +374,11 @@ mod tests {
     fn a_replicated_table_travels_and_a_sharded_one_does_not() {
         let model = model();
         let of = |item_table, n_items| model.predict(job(64, item_table, n_items));
-        let (small, large) = (of(TableHolding::Sharded, 1e5), of(TableHolding::Sharded, 1e8));
+        let (small, large) = (of(TableLayout::Sharded, 1e5), of(TableLayout::Sharded, 1e8));
         let seconds = |of: Prediction| of.communication * of.step_seconds;
         assert!((seconds(small) - seconds(large)).abs() < 1e-9);
-        let (small, large) = (of(TableHolding::Replicated, 1e5), of(TableHolding::Replicated, 1e8));
+        let (small, large) = (of(TableLayout::Replicated, 1e5), of(TableLayout::Replicated, 1e8));
         assert!(seconds(large) > 500.0 * seconds(small));
-        assert!(of(TableHolding::Sharded, 1e8).bytes_per_rank < large.bytes_per_rank / 60.0);
+        assert!(of(TableLayout::Sharded, 1e8).bytes_per_rank < large.bytes_per_rank / 60.0);
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::predict::{Link, Prediction};
-use super::{Growth, Scaling, ScalingPoint, TableHolding};
+use super::{Growth, Scaling, ScalingPoint, TableLayout};
 use crate::report::plot::{self, ChartError, RateLine};
 use crate::table::{self, Align, markdown_text};
 
@@ -64,7 +64,7 @@ fn lines(scaling: &Scaling) -> Vec<RateLine> {
     let ideal = ranks.iter().map(|&n| Some(n as f64 * alone.sessions_per_s)).collect();
     let mut lines = vec![RateLine { label: "ideal".to_owned(), is_dashed: true, values: ideal }];
     for growth in [Growth::Strong, Growth::Weak] {
-        for item_table in [TableHolding::Replicated, TableHolding::Sharded] {
+        for item_table in [TableLayout::Replicated, TableLayout::Sharded] {
             let rate = |n: usize| {
                 let is_on_line = |point: &&ScalingPoint| {
                     // All lines start at the single rank.

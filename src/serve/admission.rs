@@ -30,9 +30,9 @@ use crate::{grpc, http};
 
 /// The API keys of a file as their SHA-256, so that the time of a look-up reveals nothing of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Keys(HashSet<[u8; 32]>);
+pub struct ApiKeys(HashSet<[u8; 32]>);
 
-impl Keys {
+impl ApiKeys {
     /// Reads a file with one key per line. Empty lines and lines that begin with `#` are skipped.
     ///
     /// # Errors
@@ -59,18 +59,18 @@ fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key).into()
 }
 
-pub struct Gate {
+pub struct Admission {
     service: Arc<Service>,
-    keys: Option<Keys>,
+    keys: Option<ApiKeys>,
 }
 
-impl Gate {
+impl Admission {
     /// Requires one of `keys`, if there are any.
-    pub fn new(service: Arc<Service>, keys: Option<Keys>) -> Arc<Self> {
+    pub fn new(service: Arc<Service>, keys: Option<ApiKeys>) -> Arc<Self> {
         Arc::new(Self { service, keys })
     }
 
-    /// Puts the gate in front of a router.
+    /// Puts the admission in front of a router.
     ///
     /// Bodies are measured as the handlers read them, decompressed.
     pub fn in_front_of(self: &Arc<Self>, router: Router) -> Router {
@@ -93,11 +93,15 @@ fn refuse(fault: RequestError, is_grpc: bool) -> Response {
 }
 
 /// Checks the key and the compression of a request.
-async fn admit(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+async fn admit(
+    State(admission): State<Arc<Admission>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let path = request.uri().path();
     let is_grpc = is_grpc(&request);
     let is_open = path.starts_with(http::HEALTH) || grpc::HEALTH.contains(&path);
-    if !is_open && gate.keys.as_ref().is_some_and(|keys| !keys.allow(&request)) {
+    if !is_open && admission.keys.as_ref().is_some_and(|keys| !keys.allow(&request)) {
         let wanted = "`Authorization: Bearer` must hold one of the server's API keys";
         return refuse(RequestError::new(RequestErrorKind::Unauthorized, wanted), is_grpc);
     }
@@ -149,15 +153,19 @@ fn normalise_encoding(headers: &mut HeaderMap) -> Result<(), RequestError> {
 }
 
 /// Limits the body and the time of a request.
-async fn measure(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
+async fn measure(
+    State(admission): State<Arc<Admission>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let is_grpc = is_grpc(&request);
     let refused = |fault| refuse(fault, is_grpc);
     if request.uri().path() == grpc::STREAM {
         // A stream has no time limit, and its messages are limited where they are decoded.
         return next.run(request).await;
     }
-    let limits = &gate.service.limits;
-    let memory = gate.service.memory.clone();
+    let limits = &admission.service.limits;
+    let memory = admission.service.memory.clone();
     let meter = Arc::new(Meter { memory, max: limits.body, taken: Mutex::default() });
     let request =
         request.map(|body| Body::new(Metered { body, meter: meter.clone(), linger: None }));
