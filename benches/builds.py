@@ -97,8 +97,9 @@ def export(bireme, config, events, folder):
         folder / name for name in ("data", "run", "repository", "libtriton_bireme.so")
     )
     folder.mkdir()
-    # `bireme serve` does not load the library that preprocesses in Triton.
-    library.touch()
+    # A placeholder: `bireme export` checks its head and a name in it, and `bireme serve` does not
+    # load the library that preprocesses in Triton.
+    library.write_bytes(b"\x7fELF TRITONBACKEND_ModelInstanceExecute")
     sets = [
         "--set",
         "data.last_day=2",

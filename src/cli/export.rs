@@ -9,7 +9,7 @@ use tch::Kind;
 use super::failure::Failure;
 use super::interrupt::clean_up_on_signals;
 use super::warn_of_skipped;
-use crate::export::{self, ExportError, Exported};
+use crate::export::{self, Exported};
 
 #[derive(Args)]
 pub(super) struct ExportArgs {
@@ -28,7 +28,7 @@ pub(super) struct ExportArgs {
     /// Type of the vector tables and of the scores
     #[arg(long, value_enum, default_value_t = TableType::F32)]
     tables: TableType,
-    // Removed; accepted in this version, so that the refusal can name the replacement.
+    // Removed; scripts that use it still work, with a warning.
     #[arg(long, hide = true)]
     python_backend: bool,
     /// Triton backend that preprocesses [default: `libtriton_bireme.so` beside this program]
@@ -74,7 +74,10 @@ pub(super) fn library_beside_program() -> PathBuf {
 
 pub(super) fn run(args: &ExportArgs) -> Result<(), Failure> {
     if args.python_backend {
-        return Err(Failure::refused(ExportError::PythonBackend));
+        console::log(&format!(
+            "warning: `--python-backend` is ignored: it was removed, and `{}` preprocesses instead",
+            export::LIBRARY
+        ));
     }
     clean_up_on_signals()?;
     write_export(&args.options())

@@ -112,6 +112,6 @@ fn run_command(command: &Command) -> i32 {
 
 fn warn_of_skipped(checkpoints: &[String]) {
     for skipped in checkpoints {
-        console::log(&format!("warning: a checkpoint that is not whole is left aside: {skipped}"));
+        console::log(&format!("warning: skipped an incomplete checkpoint: {skipped}"));
     }
 }

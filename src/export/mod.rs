@@ -75,11 +75,6 @@ pub enum ExportError {
     #[error("`{0}` cannot be a model's name: letters, digits, `_`, `-` and `.` can")]
     Name(String),
     #[error(
-        "`--python-backend` was removed: preprocessing in Triton is the Rust backend `{LIBRARY}`, \
-         which `bireme export` uses without this flag"
-    )]
-    PythonBackend,
-    #[error(
         "`{run_dir}` holds a {model} model, which only counts: GRU and XLNet models can be exported"
     )]
     OnlyCounts { run_dir: PathBuf, model: String },
