@@ -217,9 +217,9 @@ impl Layout {
     /// The layout of [`Objective::next`] for a trace: one output position per session, after its
     /// last event. Session lengths (i64 `[B]`, at least 1) are known only when the model runs.
     ///
-    /// Events are in padded columns `[B, width]`. Positions after a session's end have the padding
-    /// as input; it is attended to if there is a `padded_length`, to which sessions are then
-    /// padded.
+    /// Events are in padded columns `[B, width]`. Positions after the end of a session read the
+    /// padding item. With a `padded_length`, sessions are padded to it, and attention includes
+    /// these positions.
     pub fn next(
         objective: &Objective,
         attends: bool,
