@@ -34,5 +34,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || harness_args+=("${@:2}")
 
+# Under `nohup` and in the background, SIGHUP and SIGINT are ignored, and so they would be by the
+# programs whose reaction to them is tested.
+signals=()
+! env --default-signal=HUP true 2>/dev/null || signals=(env --default-signal=HUP,INT,QUIT)
+
 # `pipefail` makes cargo's exit code that of this script; the counts are printed in any case.
-cargo test --workspace --no-fail-fast "${cargo_args[@]}" -- "${harness_args[@]}" </dev/null | python3 launch/tally.py
+"${signals[@]}" cargo test --workspace --no-fail-fast "${cargo_args[@]}" -- "${harness_args[@]}" </dev/null | python3 launch/tally.py
