@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from pairs import sessions_per_s
+from pairs import sessions_per_s, train_command
 from serve import sessions, triton_body
 
 N_CLIENTS = 2
@@ -43,16 +43,8 @@ def session_milliseconds(bireme, config, data, steps):
 
 
 def request_milliseconds(bireme, repository, bodies, seconds):
-    command = [
-        bireme,
-        "serve",
-        "--repository",
-        repository,
-        "--http",
-        "127.0.0.1:0",
-        "--grpc",
-        "127.0.0.1:0",
-    ]
+    command = [bireme, "serve", "--repository", repository]
+    command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     address = server.stdout.readline().split()[1]
     counts, end = [0] * N_CLIENTS, time.perf_counter() + seconds
@@ -100,28 +92,11 @@ def export(bireme, config, events, folder):
     # A placeholder: `bireme export` checks its head and a name in it, and `bireme serve` does not
     # load the library that preprocesses in Triton.
     library.write_bytes(b"\x7fELF TRITONBACKEND_ModelInstanceExecute")
-    sets = [
-        "--set",
-        "data.last_day=2",
-        "--set",
-        "train.epochs_per_day=1",
-        "--set",
-        "train.max_steps_per_day=5",
-    ]
+    sets = ["data.last_day=2", "train.epochs_per_day=1", "train.max_steps_per_day=5"]
     run(bireme, "preprocess", "--events", events, "--out", data)
-    run(bireme, "train", "--config", config, "--data", data, "--run-dir", trained, *sets)
-    run(
-        bireme,
-        "export",
-        "--run-dir",
-        trained,
-        "--out",
-        repository,
-        "--name",
-        "model",
-        "--backend-library",
-        library,
-    )
+    run(*train_command(bireme, config, data, trained, sets))
+    names = ["--name", "model", "--backend-library", library]
+    run(bireme, "export", "--run-dir", trained, "--out", repository, *names)
     return data, repository
 
 
@@ -139,7 +114,7 @@ def main():
     options = parser.parse_args()
     builds = [options.bireme, options.other]
     bodies = [json.dumps(triton_body(events)) for events in sessions(options.events)]
-    print("| | first | second | first of second |\n| --- | ---: | ---: | ---: |")
+    print("| | first | second | first / second |\n| --- | ---: | ---: | ---: |")
     compressed = options.events.with_name(options.events.name + ".gz")
     for events in [options.events, *([compressed] if compressed.exists() else [])]:
         compare(

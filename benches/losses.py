@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pairs import train_command
+
 LOSSES = {
     "softmax over all": ['train.loss={ kind = "softmax" }'],
     "softmax over all, bf16": ['train.loss={ kind = "softmax" }', "run.precision=bf16"],
@@ -34,18 +36,8 @@ def train(options, loss, seed):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         sets = ["data.last_day=2", f"run.seed={seed}", *loss, *options.set]
-        command = [
-            options.bireme,
-            "train",
-            "--config",
-            options.config,
-            "--data",
-            options.data,
-            "--run-dir",
-            run,
-        ]
         subprocess.run(
-            [*command, *(word for key in sets for word in ("--set", key))],
+            train_command(options.bireme, options.config, options.data, run, sets),
             check=True,
             stderr=subprocess.DEVNULL,
         )

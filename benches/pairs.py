@@ -1,10 +1,11 @@
 """Two ways to train beside each other, on the same data and cores, by turns.
 
     . launch/env.sh oversubscribe
-    python benches/pairs.py DATA CONFIG... --first RANKS [KEY=VALUE...] --second RANKS [KEY=VALUE...] [--runs 3] [--steps 60]
+    python benches/pairs.py DATA CONFIG... --first RANKS [KEY=VALUE...]
+        --second RANKS [KEY=VALUE...] [--runs 3] [--steps 60]
 
-Trains on day 1 of DATA for so many steps, with as many ranks and those settings, and prints
-sessions a second of the median step as a table of Markdown: medians of the runs, their ratio, and
+Trains on day 1 of DATA for `--steps` steps, with RANKS ranks and the settings KEY=VALUE. Prints
+sessions per second of the median step as a table of Markdown: medians of the runs, their ratio, and
 the smallest and largest ratio of a pair.
 """
 
@@ -18,6 +19,12 @@ from pathlib import Path
 WARM_UP = 3
 
 
+def train_command(bireme, config, data, run_dir, settings):
+    """The command of a training with these settings, each `section.key=value`."""
+    command = [bireme, "train", "--config", config, "--data", data, "--run-dir", run_dir]
+    return command + [word for setting in settings for word in ("--set", setting)]
+
+
 def sessions_per_s(options, config, ranks, *settings):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -28,18 +35,7 @@ def sessions_per_s(options, config, ranks, *settings):
         ]
         sets += ["train.log_every_steps=1", *settings]
         launch = ["mpirun", "--bind-to", "none", "-np", ranks] if ranks != "1" else []
-        command = [
-            *launch,
-            options.bireme,
-            "train",
-            "--config",
-            config,
-            "--data",
-            options.data,
-            "--run-dir",
-            run,
-        ]
-        command += [word for assignment in sets for word in ("--set", assignment)]
+        command = [*launch, *train_command(options.bireme, config, options.data, run, sets)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         rates = [record["sessions_per_s"] for record in records if record["kind"] == "step"]

@@ -147,23 +147,20 @@ class Load:
         return f"{self.rate:8.0f}/s  p50 {p50:7.2f}  p95 {p95:7.2f}  p99 {p99:7.2f} ms{failed}"
 
 
+def load_command(oha, seconds, connections, bodies, rate=None):
+    """oha's command without the URL: requests with the lines of `bodies`, in an open loop of `rate`
+    requests per second, or in a closed loop."""
+    command = [oha, "--no-tui", "--output-format", "json", "-z", f"{seconds}s"]
+    command += ["-c", str(connections), "-m", "POST", "-T", "application/json", "-Z", str(bodies)]
+    return command + (["-q", str(rate), "--latency-correction"] if rate else [])
+
+
 class Bench:
     def __init__(self, options):
         self.options = options
 
     def load(self, server, seconds, connections, rate=None):
-        command = [
-            self.options.oha,
-            "--no-tui",
-            "--output-format",
-            "json",
-            "-z",
-            f"{seconds}s",
-            "-c",
-            str(connections),
-        ]
-        command += ["-m", "POST", "-T", "application/json", "-Z", str(server.bodies)]
-        command += ["-q", str(rate), "--latency-correction"] if rate else []
+        command = load_command(self.options.oha, seconds, connections, server.bodies, rate)
         done = subprocess.run([*command, server.url], capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"{' '.join(command)}: {done.stderr}")

@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 import grpc
-from serve import CONNECTIONS, free_port, sessions, triton_body
+from serve import CONNECTIONS, free_port, load_command, sessions, triton_body
 from tritonclient.grpc import service_pb2
 
 # What a server says to a request that it did not crash over.
@@ -242,7 +242,7 @@ class Abuse:
             kind, body = self.random.choice(kinds), self.random.choice(self.bodies)
             try:
                 status = kind(body)
-            except Exception as fault:  # noqa: BLE001: reported at the end
+            except Exception as fault:  # noqa: BLE001  reported at the end
                 status = repr(fault)
             self.counts[kind.__name__] = self.counts.get(kind.__name__, 0) + 1
             if status not in PROPER:
@@ -319,27 +319,7 @@ def main():
     abuser = threading.Thread(target=abuse.run, args=[options.wrong])
     abuser.start()
     seconds = round(60 * options.minutes)
-    load = [
-        options.oha,
-        "--no-tui",
-        "--output-format",
-        "json",
-        "-z",
-        f"{seconds}s",
-        "-c",
-        str(CONNECTIONS),
-    ]
-    load += [
-        "-q",
-        str(options.rate),
-        "--latency-correction",
-        "-m",
-        "POST",
-        "-T",
-        "application/json",
-        "-Z",
-        str(lines),
-    ]
+    load = load_command(options.oha, seconds, CONNECTIONS, lines, options.rate)
     load = subprocess.Popen(
         [*load, f"http://127.0.0.1:{http}/v2/models/{options.name}/infer"], stdout=subprocess.PIPE
     )

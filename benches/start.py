@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pairs import train_command
+
 
 def help_ms(options):
     began = time.perf_counter()
@@ -24,17 +26,7 @@ def first_step_ms(options, config):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         sets = ["data.last_day=2", "train.max_steps_per_day=2", "train.log_every_steps=1"]
-        command = [
-            options.bireme,
-            "train",
-            "--config",
-            config,
-            "--data",
-            options.data,
-            "--run-dir",
-            run,
-        ]
-        command += [word for assignment in sets for word in ("--set", assignment)]
+        command = train_command(options.bireme, config, options.data, run, sets)
         began = time.perf_counter()
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         records = run / "metrics.jsonl"

@@ -1,17 +1,19 @@
 """Sessions a second of training beside PyTorch, on the same data and cores, by turns.
 
-    bireme synth --events 3000000 --items 10000 --days 2 --seed 1 --out events.csv      # likewise 100000, 390000
+    # The same for 100000 and 390000 items.
+    bireme synth --events 3000000 --items 10000 --days 2 --seed 1 --out events.csv
     bireme preprocess --events events.csv --out 10k
-    python benches/training.py 10k 100k 390k [--models gru xlnet xlnet-side] [--runs 3] [--steps 20] [--device cuda | --ranks 2]
+    python benches/training.py 10k 100k 390k [--models gru xlnet xlnet-side] [--runs 3]
+        [--steps 20] [--device cuda | --ranks 2]
 
-Trains the tutorial's models for so many steps on day 1, in one process with all cores or on one
-GPU, or data-parallel in so many processes that share the cores (bireme by `mpirun`, PyTorch's
-DistributedDataParallel over gloo), and prints a table of Markdown: the median step's sessions a
-second, the least and largest of the runs' medians in brackets, GiB at most: of a process, or of the
-GPU, which nobody else may use meanwhile. `limit` is bireme's rate beside what the products of
-matrices alone would allow at the rate that `bireme doctor` measures: forward, and twice that
-backward, over the weights of the body for each event and over the item table for each target. The
-Python must have what benches/peers/requirements.txt names.
+Trains the tutorial's models for `--steps` steps on day 1: in one process on all cores or on one
+GPU, or data-parallel in `--ranks` processes that share the cores (bireme with `mpirun`, PyTorch's
+DistributedDataParallel over gloo). Prints a table of Markdown: sessions per second of the median
+step, in brackets the smallest and largest median of the runs, and the peak memory in GiB of a
+process, or of the GPU, which no other process may use meanwhile. `limit` is bireme's rate relative
+to the rate of the matrix products alone, computed from the speed that `bireme doctor` measures:
+forward, and twice that backward, over the weights of the body for each event and over the item
+table for each target. The Python needs the packages of benches/peers/requirements.txt.
 """
 
 import argparse
@@ -23,6 +25,8 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+
+from pairs import train_command
 
 HERE = Path(__file__).parent
 CONFIGS = {"gru": "gru", "xlnet": "xlnet", "xlnet-side": "xlnet-side-info"}
@@ -80,21 +84,9 @@ def bireme(options, data, model):
         launch = (
             ["mpirun", "--bind-to", "none", "-np", str(options.ranks)] if options.ranks > 1 else []
         )
-        command = [
-            *launch,
-            options.bireme,
-            "train",
-            "--config",
-            HERE.parent / "configs" / f"{CONFIGS[model]}.toml",
-            "--data",
-            data,
-            "--run-dir",
-            run,
-        ]
-        process = subprocess.Popen(
-            [*command, *(word for key in sets for word in ("--set", key))],
-            stderr=subprocess.DEVNULL,
-        )
+        config = HERE.parent / "configs" / f"{CONFIGS[model]}.toml"
+        command = [*launch, *train_command(options.bireme, config, data, run, sets)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status != 0:
             sys.exit(f"failed: {command}")

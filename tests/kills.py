@@ -144,8 +144,8 @@ def main():
                 command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr
             )
             begun = time.monotonic()
-            # A start takes about a second; all of them together are to come to a part of the
-            # training only.
+            # A start takes about a second. The kills together interrupt only a part of the
+            # training.
             moment = 1 + chance.uniform(0, 0.6 * unbroken_seconds / options.kills)
             while started.poll() is None and time.monotonic() - begun < moment:
                 time.sleep(0.001)

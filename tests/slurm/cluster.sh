@@ -62,8 +62,7 @@ setpriv --reuid munge --regid munge --clear-groups munged --force --key-file="$f
     --seed-file="$folder/munge/seed"
 cp "$folder/munge/pid" "$folder/munged.pid"
 
-# A job that is put back into the queue waits until its credential has expired, two minutes unless
-# told otherwise.
+# A requeued job waits until its credential has expired, by default after two minutes.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=ship
 SlurmctldHost=$host(127.0.0.1)
