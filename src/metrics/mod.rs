@@ -218,7 +218,7 @@ pub fn evaluate(
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
         tally.add(&ranks, recommender.scores_are_logits().then_some(&losses));
-        outcomes.add(&ranks, &known.lengths, &targets);
+        outcomes.add(&ranks, &known, &targets);
     }
     Ok(Evaluation {
         metrics: tally.all_reduce(collective)?.metrics(recommender.scores_are_logits()),

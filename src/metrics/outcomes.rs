@@ -5,6 +5,7 @@ use tch::{Device, Tensor};
 
 use super::ranking::FIRST_ITEM;
 use crate::collective::{Collective, CollectiveError};
+use crate::data::Batch;
 
 /// Number of popularity groups of the catalogue.
 const N_DECILES: usize = 10;
@@ -25,23 +26,24 @@ pub fn deciles(occurrences: &[i64]) -> Vec<i64> {
     deciles
 }
 
-/// Outcomes of this rank's sessions, without the deciles.
+/// Outcomes of this rank's sessions, without deciles and support.
 #[derive(Default)]
 pub(super) struct Outcomes {
-    /// Rank, number of known events and target of each session.
-    numbers: Vec<[i64; 3]>,
+    /// Rank, number of known events, target and number of its repeats of each session.
+    numbers: Vec<[i64; 4]>,
 }
 
 impl Outcomes {
-    /// Adds a block of sessions: the rank of each target, the number of known events and the
-    /// target, all `[B]`.
-    pub(super) fn add(&mut self, ranks: &Tensor, n_known: &[usize], targets: &Tensor) {
+    /// Adds a block of sessions: the ranks of the targets `[B]`, the known events and the targets
+    /// `[B]`.
+    pub(super) fn add(&mut self, ranks: &Tensor, known: &Batch, targets: &Tensor) {
         let [ranks, targets] = [ranks, targets].map(|tensor| {
             Vec::<i64>::try_from(tensor.to_device(Device::Cpu)).expect("numbers are i64 [B]")
         });
-        let n_known = n_known.iter().map(|&n| n as i64);
-        let rows = ranks.into_iter().zip(n_known).zip(targets);
-        self.numbers.extend(rows.map(|((rank, n_known), target)| [rank, n_known, target]));
+        let rows = ranks.into_iter().zip(known.sessions()).zip(targets);
+        self.numbers.extend(rows.map(|((rank, known), target)| {
+            [rank, known.len() as i64, target, n_repeats(&known, target)]
+        }));
     }
 
     /// *All ranks.* Gathers the outcomes of all sessions on the root; other ranks get none. Ranks
@@ -63,10 +65,25 @@ impl Outcomes {
             .chunks_exact(8)
             .map(|bytes| i64::from_le_bytes(bytes.try_into().expect("eight bytes")))
             .collect();
-        let outcomes = numbers.chunks_exact(3).map(|numbers| {
-            let [rank, n_known, target] = numbers.try_into().expect("three numbers");
-            SessionOutcome { rank, n_known, target, decile: deciles[target as usize] }
+        let outcomes = numbers.chunks_exact(4).map(|numbers| {
+            let [rank, n_known, target, n_repeats] = numbers.try_into().expect("four numbers");
+            let (decile, support) = (deciles[target as usize], support(occurrences, target));
+            SessionOutcome { rank, n_known, target, decile, n_repeats, support }
         });
         Ok(outcomes.collect())
     }
+}
+
+/// Counts how often the target occurs among the known events of its session. The index of unknown
+/// items stands for different items, so that it is no repeat.
+fn n_repeats(known: &[i64], target: i64) -> i64 {
+    if target < FIRST_ITEM {
+        return 0;
+    }
+    known.iter().filter(|&&item| item == target).count() as i64
+}
+
+/// Returns how often the target occurred in training; 0 for an unknown item.
+fn support(occurrences: &[i64], target: i64) -> i64 {
+    if target < FIRST_ITEM { 0 } else { occurrences[target as usize] }
 }

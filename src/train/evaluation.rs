@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use bireme_tools::report::evaluation_file::EvaluationFacts;
+use bireme_tools::report::evaluation_file::{self, EvaluationFacts};
 
 use super::TrainError;
 use crate::collective::Collective;
@@ -66,7 +66,7 @@ impl EvaluationTask<'_> {
         let &Self { train_day, eval_day, split, .. } = self;
         let finite = |value: f64| value.is_finite().then_some(value);
         let facts = EvaluationFacts {
-            format: 1,
+            format: evaluation_file::FORMAT,
             title: config.title(),
             train_day,
             eval_day,

@@ -177,7 +177,7 @@ fn deciles_are_equal_groups_by_occurrences_then_index() {
     assert!(deciles[8..].is_sorted() && deciles[6] == 1);
 }
 
-/// The same figures from all scores at once, sorted, in plain f64.
+/// The same figures from all scores at once, sorted, in plain f64; deciles and support are 0.
 fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
     let (mut ranks, mut recommended) = (Vec::new(), std::collections::BTreeSet::new());
     for block in sessions.chunks(32) {
@@ -212,11 +212,16 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
         recall_at_20: mean(20, |_| 1.0),
         mrr_at_20: mean(20, |rank| 1.0 / rank),
     };
-    let outcomes = ranks.iter().zip(sessions).map(|(&rank, session)| SessionOutcome {
-        rank: rank as i64,
-        n_known: session.len() as i64 - 1,
-        target: *session.last().unwrap(),
-        decile: 0,
+    let outcomes = ranks.iter().zip(sessions).map(|(&rank, session)| {
+        let (&target, known) = session.split_last().unwrap();
+        SessionOutcome {
+            rank: rank as i64,
+            n_known: known.len() as i64,
+            target,
+            decile: 0,
+            n_repeats: known.iter().filter(|&&item| item == target).count() as i64,
+            support: 0,
+        }
     });
     let coverage_at_20 = recommended.len() as f64 / (network.n_items() - 2) as f64;
     Evaluation { metrics, coverage_at_20, outcomes: outcomes.collect() }
@@ -268,9 +273,15 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     let deciles = deciles(&occurrences);
     let expected = expected.outcomes.into_iter();
     let expected: Vec<_> = expected
-        .map(|outcome| SessionOutcome { decile: deciles[outcome.target as usize], ..outcome })
+        .map(|outcome| SessionOutcome {
+            decile: deciles[outcome.target as usize],
+            support: occurrences[outcome.target as usize],
+            ..outcome
+        })
         .collect();
     assert_eq!(alone.outcomes, expected);
+    assert!(expected.iter().any(|outcome| outcome.n_repeats > 0));
+    assert!(expected.iter().any(|outcome| outcome.support == 0));
     // With 13 there are more ranks than blocks: some have nothing to evaluate.
     for (world_size, scores_mib) in [(2, 256), (3, 256), (4, 256), (13, 1)] {
         for (rank, evaluation) in on_ranks(world_size, scores_mib).into_iter().enumerate() {
@@ -280,6 +291,35 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
             assert_eq!(&evaluation.outcomes, if rank == 0 { &alone.outcomes } else { &none });
         }
     }
+}
+
+#[test]
+fn outcomes_count_the_repeats_and_the_support_of_known_items() {
+    let dir = tempfile::tempdir().unwrap();
+    session_data::write_schema(dir.path(), 10);
+    // The index 1 of the last session stands for two unknown items.
+    let sessions = [vec![5, 6, 5], vec![7, 8, 3], vec![4, 2, 4, 4], vec![2, 9], vec![1, 7, 1]];
+    session_data::write_sessions(&dir.path().join("1/valid.parquet"), &sessions, |_| 0.0);
+    let occurrences = [0, 50, 6, 1, 0, 3, 9, 9, 9, 0];
+    let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
+    let evaluation = threads::spawn(1, |collective| {
+        let days = Days::open(dir.path(), &config).unwrap();
+        let file = days.file(1, Split::Valid).unwrap();
+        evaluate(
+            &network(10),
+            &ItemTable::replicated(10),
+            &file,
+            days.features(),
+            &metrics::EvaluateConfig::default(),
+            &occurrences,
+            collective,
+        )
+        .unwrap()
+    })
+    .remove(0);
+    let of_outcome = |outcome: &SessionOutcome| (outcome.n_repeats, outcome.support);
+    let counts: Vec<_> = evaluation.outcomes.iter().map(of_outcome).collect();
+    assert_eq!(counts, [(1, 3), (0, 1), (2, 0), (0, 0), (0, 0)]);
 }
 
 #[test]

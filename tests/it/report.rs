@@ -167,7 +167,7 @@ fn a_report_says_what_the_runs_said_and_can_be_read_anywhere() {
 
     // The parts make up the whole.
     let last = &figures["evaluations"][1];
-    for by in ["by_known_events", "by_popularity_decile"] {
+    for by in ["by_target_kind", "by_known_events", "by_popularity_decile"] {
         let groups = figures[by].as_array().unwrap();
         let n = |group: &Value| group["n_sessions"].as_f64().unwrap();
         let n_sessions: f64 = groups.iter().map(n).sum();
@@ -178,6 +178,14 @@ fn a_report_says_what_the_runs_said_and_can_be_read_anywhere() {
             assert!((hits / n_sessions - recall(last)).abs() < 1e-12, "{by}");
         }
     }
+    let n_sessions = |by: &str, of: &dyn Fn(&Value) -> bool| -> i64 {
+        let groups = figures[by].as_array().unwrap().iter().filter(|group| of(group));
+        groups.map(|group| group["n_sessions"].as_i64().unwrap()).sum()
+    };
+    assert_eq!(
+        n_sessions("by_target_support", &|_| true),
+        n_sessions("by_target_kind", &|group| group["label"] != "repeat")
+    );
 
     // The original's format: blocks of a title and four lines.
     let blocks: Vec<String> =
@@ -196,6 +204,7 @@ fn a_report_says_what_the_runs_said_and_can_be_read_anywhere() {
         "recall",
         "ndcg_by_day",
         "recall_by_day",
+        "recall_by_target_support",
         "recall_by_known_events",
         "recall_by_popularity",
         "learning_curves",
@@ -213,6 +222,7 @@ fn a_report_says_what_the_runs_said_and_can_be_read_anywhere() {
     check_page(&page, 4);
     assert!(page.contains("GRU (gru &lt;1&gt; &amp; &quot;2&quot;)") && !page.contains("<1>"));
     assert!(page.contains("kind = &quot;gru&quot;"), "configurations");
+    assert_eq!(page.matches("<li>").count(), 3, "a summary for each run but the reference");
     let markdown = read("report.md");
     assert!(markdown.contains("| GRU (gru &lt;1&gt; &amp; \"2\") |") && !markdown.contains("<1>"));
     for chart in charts {
@@ -256,7 +266,7 @@ fn check_page(page: &str, n_runs: usize) {
     let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
     let document = roxmltree::Document::parse_with_options(page, options).unwrap();
     let elements = || document.descendants().filter(roxmltree::Node::is_element);
-    assert_eq!(elements().filter(|node| node.tag_name().name() == "svg").count(), 7);
+    assert_eq!(elements().filter(|node| node.tag_name().name() == "svg").count(), 8);
     assert!(elements().filter(|node| node.tag_name().name() == "table").count() >= 8);
     assert_eq!(elements().filter(|node| node.tag_name().name() == "details").count(), n_runs);
     for node in elements() {
@@ -297,6 +307,8 @@ fn an_evaluation_can_be_saved_later_and_is_then_reported() {
     assert!(
         outcomes.iter().all(|outcome| (1..=10).contains(&outcome.decile) && outcome.n_known >= 1)
     );
+    assert!(outcomes.iter().all(|outcome| (0..=outcome.n_known).contains(&outcome.n_repeats)));
+    assert!(outcomes.iter().all(|outcome| outcome.support >= 1));
 
     // What training itself left is not lost to a later look at the same day.
     let before = fs::read(evaluations::path(&shop.run_dir("gru"), 2, Split::Valid)).unwrap();
@@ -435,10 +447,12 @@ fn made_up(name: &str, kind: &str, ranks: &[i64]) -> FinishedRun {
         n_known: 1,
         target: row as i64 + 2,
         decile: 1,
+        n_repeats: 0,
+        support: 1,
     };
     let facts = serde_json::json!({
-        "format": 1, "title": name, "train_day": 1, "eval_day": 2, "split": "valid",
-        "loss": null, "coverage_at_20": 0.5,
+        "format": evaluation_file::FORMAT, "title": name, "train_day": 1, "eval_day": 2,
+        "split": "valid", "loss": null, "coverage_at_20": 0.5,
     });
     FinishedRun {
         path: name.into(),
@@ -478,6 +492,12 @@ fn differences_are_taken_session_by_session_from_the_best_baseline() {
     let alone = &figures["evaluations"][0]["runs"][0]["recall_at_20"];
     let width = alone["high"].as_f64().unwrap() - alone["low"].as_f64().unwrap();
     assert!(high - low < width / 2.0, "{model} {alone}");
+
+    let summary = |run: usize| &figures["differences"]["runs"][run]["summary"];
+    assert_eq!(*summary(0), "model has a lower NDCG@20 than better in none of 3 segments.");
+    let worse = summary(1).as_str().unwrap();
+    assert!(worse.starts_with("worse has a lower NDCG@20 than better in 3 of 3 segments: "));
+    assert!(worse.ends_with("lies below 0 in 3 of them."), "{worse}");
 
     let same = [made_up("a", "gru", &ranks), made_up("b", "gru", &ranks)];
     let figures = serde_json::to_value(compare(&same, 100).unwrap()).unwrap();

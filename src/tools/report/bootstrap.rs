@@ -6,6 +6,8 @@
 //! each cell, a rank or a pair of ranks of two models. Resampling n sessions and counting cells is
 //! a multinomial draw, so a resample costs one binomial draw per cell for any number of sessions.
 
+use std::fmt;
+
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Binomial, Distribution};
@@ -26,6 +28,18 @@ pub struct Estimate {
     pub low: f64,
     /// Upper end.
     pub high: f64,
+}
+
+/// `0.1948 [0.1800, 0.2100]`, with the signs of positive numbers under `{:+}`; `none` for NaN.
+impl fmt::Display for Estimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { value, low, high } = self;
+        match value {
+            _ if value.is_nan() => f.write_str("none"),
+            _ if f.sign_plus() => write!(f, "{value:+.4} [{low:+.4}, {high:+.4}]"),
+            _ => write!(f, "{value:.4} [{low:.4}, {high:.4}]"),
+        }
+    }
 }
 
 /// Estimates `M` figures, which are functions of the number of sessions in each cell.

@@ -26,6 +26,13 @@ pub(super) fn charts(comparison: &Comparison) -> Result<Vec<Chart>, ChartError> 
         by_day(comparison, "recall_by_day", Measure::RecallAt20),
         by_group(
             comparison,
+            "recall_by_target_support",
+            "support of the target",
+            "support (occurrences in training) of targets that are new to their session",
+            &comparison.by_target_support,
+        ),
+        by_group(
+            comparison,
             "recall_by_known_events",
             "number of known events",
             "known events of the session",

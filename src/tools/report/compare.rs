@@ -1,4 +1,4 @@
-//! Compares runs: metrics with intervals, differences, and metrics by group of sessions.
+//! Compares runs: metrics with intervals, differences, and both by segment of the sessions.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,14 +9,12 @@ use serde::{Serialize, Serializer};
 use super::bootstrap::{CONFIDENCE, Estimate, bootstrap};
 use super::evaluation_file::{EvaluationFacts, SessionOutcome};
 use super::runs::FinishedRun;
+use super::segments::{Segment, SegmentBy, compared_segments};
 use crate::measure::{Measure, RankCounts, rank_bin};
 use crate::run_log::{LoggedStep, TrainedDay};
 
 /// Longer learning curves are averaged over neighbouring steps.
 const MAX_CURVE_POINTS: usize = 400;
-
-/// Ranges of known events, both ends included, that sessions are grouped by.
-const LENGTHS: [(i64, i64); 6] = [(1, 1), (2, 2), (3, 3), (4, 5), (6, 10), (11, i64::MAX)];
 
 /// An estimate of each [`Measure`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -81,6 +79,10 @@ pub struct Comparison {
     pub evaluations: Vec<EvaluatedPart>,
     /// On the last evaluation; none for a single run.
     pub differences: Option<Differences>,
+    /// The last evaluation by [`SegmentBy::TargetKind`].
+    pub by_target_kind: Vec<SessionGroup>,
+    /// The last evaluation by [`SegmentBy::TargetSupport`].
+    pub by_target_support: Vec<SessionGroup>,
     /// The last evaluation by the number of known events of a session.
     pub by_known_events: Vec<SessionGroup>,
     /// The last evaluation by the popularity decile of the held-out item.
@@ -167,6 +169,19 @@ pub struct Difference {
     pub label: String,
     #[serde(flatten)]
     pub estimates: Estimates,
+    /// By kind of target, support and known events.
+    pub segments: Vec<SegmentDifference>,
+    /// The segments in which the run has a lower NDCG@20 than the reference, in words.
+    pub summary: String,
+}
+
+/// One run minus the reference in one segment.
+#[derive(Clone, Debug, Serialize)]
+pub struct SegmentDifference {
+    pub by: SegmentBy,
+    pub label: String,
+    pub n_sessions: usize,
+    pub ndcg_at_20: Estimate,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -211,7 +226,7 @@ pub fn compare(runs: &[FinishedRun], n_resamples: u32) -> Result<Comparison, Com
     let evaluations: Vec<EvaluatedPart> =
         parts.map(|part| evaluated_part(runs, part, n_resamples)).collect();
     let last = evaluations.last().expect("every run evaluated at least one day");
-    let outcomes: Vec<&[SessionOutcome]> = runs.iter().map(last_outcomes).collect();
+    let groups = |by: SegmentBy| groups(runs, &by.segments(last_outcomes(first)), n_resamples);
     Ok(Comparison {
         format: 1,
         bireme: env!("CARGO_PKG_VERSION"),
@@ -219,8 +234,10 @@ pub fn compare(runs: &[FinishedRun], n_resamples: u32) -> Result<Comparison, Com
         confidence: CONFIDENCE,
         warnings: warnings(runs),
         differences: differences(runs, last, n_resamples),
-        by_known_events: groups(&outcomes, known_events_groups(), n_resamples),
-        by_popularity_decile: groups(&outcomes, popularity_groups(), n_resamples),
+        by_target_kind: groups(SegmentBy::TargetKind),
+        by_target_support: groups(SegmentBy::TargetSupport),
+        by_known_events: groups(SegmentBy::KnownEvents),
+        by_popularity_decile: groups(SegmentBy::PopularityDecile),
         runs: runs.iter().map(summary).collect(),
         evaluations,
     })
@@ -228,26 +245,6 @@ pub fn compare(runs: &[FinishedRun], n_resamples: u32) -> Result<Comparison, Com
 
 fn last_outcomes(run: &FinishedRun) -> &[SessionOutcome] {
     &run.evaluations.last().expect("every run evaluated at least one day").1
-}
-
-/// Label and condition of each group.
-fn known_events_groups() -> impl Iterator<Item = (String, impl Fn(&SessionOutcome) -> bool)> {
-    LENGTHS.into_iter().map(|(from, to)| {
-        let label = match to {
-            _ if from == to => from.to_string(),
-            i64::MAX => format!("{from} or more"),
-            _ => format!("{from} to {to}"),
-        };
-        (label, move |outcome: &SessionOutcome| (from..=to).contains(&outcome.n_known))
-    })
-}
-
-/// Label and condition of each group.
-fn popularity_groups() -> impl Iterator<Item = (String, impl Fn(&SessionOutcome) -> bool)> {
-    (1..=10).chain([0]).map(|decile| {
-        let label = if decile == 0 { "never seen".to_owned() } else { decile.to_string() };
-        (label, move |outcome: &SessionOutcome| outcome.decile == decile)
-    })
 }
 
 fn check_same_sessions(a: &FinishedRun, b: &FinishedRun) -> Result<(), CompareError> {
@@ -309,7 +306,8 @@ fn warnings(runs: &[FinishedRun]) -> Vec<String> {
         let (first, other) = (&runs[0].label, &run.label);
         let text = format!(
             "{first} and {other} read different numbers of events of the same sessions \
-             (`data.max_length`); groups by session length are those of {first}"
+             (`data.max_length`); segments by kind of target, support and session length are \
+             those of {first}"
         );
         warnings.push(text);
     }
@@ -380,41 +378,75 @@ fn differences(
     let baselines = (0..runs.len()).filter(|&run| runs[run].is_baseline());
     // `max_by` returns the last maximum: reversed, the first of equals.
     let reference = baselines.rev().max_by(|&a, &b| ndcg(a).total_cmp(&ndcg(b))).unwrap_or(0);
-    let ranks = |run: &FinishedRun| {
-        last_outcomes(run).iter().map(|outcome| outcome.rank).collect::<Vec<i64>>()
-    };
-    let of_reference = ranks(&runs[reference]);
-    let others = runs.iter().enumerate().filter(|(run, _)| *run != reference);
-    let by_run: Vec<Difference> = others
-        .map(|(_, run)| {
-            let pairs = ranks(run).into_iter().zip(of_reference.iter().copied());
-            Difference {
-                label: run.label.clone(),
-                estimates: Estimates::of_difference(pairs, n_resamples),
-            }
-        })
-        .collect();
+    let segments = compared_segments(last_outcomes(&runs[0]));
+    let others = (0..runs.len()).filter(|&run| run != reference);
+    let difference = |run: usize| difference(&runs[run], &runs[reference], &segments, n_resamples);
+    let by_run: Vec<Difference> = others.map(difference).collect();
     (!by_run.is_empty())
         .then(|| Differences { reference: runs[reference].label.clone(), runs: by_run })
 }
 
-/// The groups that have sessions, by the outcomes of the first run.
-fn groups<F: Fn(&SessionOutcome) -> bool>(
-    outcomes: &[&[SessionOutcome]],
-    kinds: impl IntoIterator<Item = (String, F)>,
+fn difference(
+    run: &FinishedRun,
+    reference: &FinishedRun,
+    segments: &[Segment],
     n_resamples: u32,
-) -> Vec<SessionGroup> {
-    let groups = kinds.into_iter().filter_map(|(label, belongs)| {
-        let rows: Vec<usize> =
-            (0..outcomes[0].len()).filter(|&row| belongs(&outcomes[0][row])).collect();
-        let by_run = outcomes
-            .iter()
-            .map(|outcomes| Estimates::of(rows.iter().map(|&row| outcomes[row].rank), n_resamples));
-        (!rows.is_empty()).then(|| SessionGroup {
-            label,
-            n_sessions: rows.len(),
-            runs: by_run.collect(),
-        })
-    });
-    groups.collect()
+) -> Difference {
+    let pairs = last_outcomes(run).iter().zip(last_outcomes(reference));
+    let ranks: Vec<(i64, i64)> = pairs.map(|(run, reference)| (run.rank, reference.rank)).collect();
+    let in_segment = |segment: &Segment| {
+        let ranks = segment.rows.iter().map(|&row| ranks[row]);
+        SegmentDifference {
+            by: segment.by,
+            label: segment.label.clone(),
+            n_sessions: segment.rows.len(),
+            ndcg_at_20: Estimates::of_difference(ranks, n_resamples).get(Measure::NdcgAt20),
+        }
+    };
+    let segments: Vec<SegmentDifference> = segments.iter().map(in_segment).collect();
+    Difference {
+        label: run.label.clone(),
+        estimates: Estimates::of_difference(ranks.iter().copied(), n_resamples),
+        summary: summary_of_lower(&run.label, &reference.label, &segments),
+        segments,
+    }
+}
+
+/// Lists in words the segments in which a run has a lower NDCG@20 than the reference.
+fn summary_of_lower(run: &str, reference: &str, segments: &[SegmentDifference]) -> String {
+    if segments.is_empty() {
+        return format!("{run} and {reference} cannot be compared: there are no sessions.");
+    }
+    let lower: Vec<&SegmentDifference> =
+        segments.iter().filter(|segment| segment.ndcg_at_20.value < 0.0).collect();
+    let of_all = format!("of {} segments", segments.len());
+    if lower.is_empty() {
+        return format!("{run} has a lower NDCG@20 than {reference} in none {of_all}.");
+    }
+    let text = |segment: &&SegmentDifference| {
+        let SegmentDifference { by, label, n_sessions, ndcg_at_20 } = segment;
+        let sessions = if *n_sessions == 1 { "session" } else { "sessions" };
+        format!("{} {label} ({n_sessions} {sessions}, {ndcg_at_20:+})", by.name())
+    };
+    format!(
+        "{run} has a lower NDCG@20 than {reference} in {} {of_all}: {}. The interval of the \
+         difference lies below 0 in {} of them.",
+        lower.len(),
+        lower.iter().map(text).collect::<Vec<_>>().join(", "),
+        lower.iter().filter(|segment| segment.ndcg_at_20.high < 0.0).count()
+    )
+}
+
+/// Metrics of all runs in each segment.
+fn groups(runs: &[FinishedRun], segments: &[Segment], n_resamples: u32) -> Vec<SessionGroup> {
+    let estimates = |run: &FinishedRun, segment: &Segment| {
+        let outcomes = last_outcomes(run);
+        Estimates::of(segment.rows.iter().map(|&row| outcomes[row].rank), n_resamples)
+    };
+    let group = |segment: &Segment| SessionGroup {
+        label: segment.label.clone(),
+        n_sessions: segment.rows.len(),
+        runs: runs.iter().map(|run| estimates(run, segment)).collect(),
+    };
+    segments.iter().map(group).collect()
 }

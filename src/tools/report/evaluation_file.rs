@@ -19,6 +19,8 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use serde::{Deserialize, Serialize};
 
+use bireme_base::user_error::{REFUSED, UserError};
+
 use crate::columns;
 use crate::run_dir::EVALUATIONS;
 
@@ -28,12 +30,15 @@ pub const SPLITS: [&str; 3] = ["train", "valid", "test"];
 /// Key of [`EvaluationFacts`] in the footer.
 const KEY: &str = "bireme";
 
-const COLUMNS: [&str; 4] = ["rank", "n_known", "target", "decile"];
+/// Version of the layout. Version 1 had neither `n_repeats` nor `support`.
+pub const FORMAT: u32 = 2;
+
+const COLUMNS: [&str; 6] = ["rank", "n_known", "target", "decile", "n_repeats", "support"];
 
 /// What was evaluated, and the figures that are not a function of the outcomes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvaluationFacts {
-    /// Version of the layout.
+    /// Version of the layout, [`FORMAT`].
     pub format: u32,
     /// The model's name.
     pub title: String,
@@ -61,6 +66,10 @@ pub struct SessionOutcome {
     /// Popularity decile of the item in training, 1 being the most popular; 0 for an item that did
     /// not occur.
     pub decile: i64,
+    /// How often the item occurs among the known events.
+    pub n_repeats: i64,
+    /// How often the item occurred in training; 0 for an item that may not be recommended.
+    pub support: i64,
 }
 
 /// A file that is not a saved evaluation.
@@ -71,9 +80,25 @@ pub enum EvaluationFileError {
     /// Not parquet, or truncated.
     #[error("`{path}` is not a readable parquet file")]
     Parquet { path: PathBuf, source: ParquetError },
+    /// Written by another version.
+    #[error("`{path}` has format {format}, and this version reads format {FORMAT}")]
+    Format { path: PathBuf, format: u32 },
     /// Parquet of another layout.
     #[error("`{path}` is not an evaluation of this version: {problem}")]
     Content { path: PathBuf, problem: String },
+}
+
+impl UserError for EvaluationFileError {
+    fn exit_code(&self) -> i32 {
+        REFUSED
+    }
+
+    fn hint(&self) -> Option<String> {
+        let Self::Format { .. } = self else { return None };
+        let hint = "`bireme evaluate --save --overwrite` evaluates the newest checkpoint again; \
+                    evaluations of earlier days need `bireme train --overwrite`";
+        Some(hint.to_owned())
+    }
 }
 
 /// The file of the evaluation of part `split` of a day.
@@ -99,11 +124,13 @@ pub fn write<W: Write + Send>(
         .build();
     let mut writer = SerializedFileWriter::new(out, schema, Arc::new(properties))?;
     let mut group = writer.next_row_group()?;
-    let columns: [fn(&SessionOutcome) -> i64; 4] = [
+    let columns: [fn(&SessionOutcome) -> i64; COLUMNS.len()] = [
         |outcome| outcome.rank,
         |outcome| outcome.n_known,
         |outcome| outcome.target,
         |outcome| outcome.decile,
+        |outcome| outcome.n_repeats,
+        |outcome| outcome.support,
     ];
     for column in columns {
         columns::write_required::<_, Int64Type>(&mut group, outcomes.iter().map(column))?;
@@ -129,6 +156,9 @@ pub fn read(path: &Path) -> Result<(EvaluationFacts, Vec<SessionOutcome>), Evalu
         .ok_or_else(|| content(format!("its footer has no key `{KEY}`")))?;
     let facts: EvaluationFacts =
         serde_json::from_str(facts).map_err(|error| content(error.to_string()))?;
+    if facts.format != FORMAT {
+        return Err(EvaluationFileError::Format { path: path.to_owned(), format: facts.format });
+    }
     if !SPLITS.contains(&facts.split.as_str()) {
         return Err(content(format!("unknown split `{}`", facts.split)));
     }
@@ -145,6 +175,8 @@ pub fn read(path: &Path) -> Result<(EvaluationFacts, Vec<SessionOutcome>), Evalu
         n_known: columns[1][row],
         target: columns[2][row],
         decile: columns[3][row],
+        n_repeats: columns[4][row],
+        support: columns[5][row],
     };
     Ok((facts, (0..columns[0].len()).map(outcome).collect()))
 }
@@ -162,4 +194,51 @@ fn read_column(
         column.read_records(group.metadata().num_rows() as usize, None, None, &mut values)?;
     }
     Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTCOME: SessionOutcome =
+        SessionOutcome { rank: 1, n_known: 2, target: 3, decile: 4, n_repeats: 5, support: 6 };
+
+    fn write_and_read(
+        format: u32,
+    ) -> Result<(EvaluationFacts, Vec<SessionOutcome>), EvaluationFileError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("day-3-valid.parquet");
+        let facts = EvaluationFacts {
+            format,
+            title: "GRU".to_owned(),
+            train_day: 2,
+            eval_day: 3,
+            split: "valid".to_owned(),
+            loss: Some(1.5),
+            coverage_at_20: None,
+        };
+        write(File::create(&path).unwrap(), &facts, &[OUTCOME, OUTCOME]).unwrap();
+        read(&path)
+    }
+
+    #[test]
+    fn outcomes_are_read_as_written() {
+        let (facts, outcomes) = write_and_read(FORMAT).unwrap();
+        assert_eq!((facts.format, facts.loss, facts.coverage_at_20), (FORMAT, Some(1.5), None));
+        assert_eq!(outcomes, [OUTCOME, OUTCOME]);
+    }
+
+    #[test]
+    fn another_format_is_refused_with_the_command_that_helps() {
+        for format in [FORMAT - 1, FORMAT + 1] {
+            let error = write_and_read(format).unwrap_err();
+            let message = error.to_string();
+            let expected = format!(
+                "day-3-valid.parquet` has format {format}, and this version reads format 2"
+            );
+            assert!(message.ends_with(&expected), "{message}");
+            assert_eq!(error.exit_code(), REFUSED);
+            assert!(error.hint().unwrap().contains("`bireme evaluate --save --overwrite`"));
+        }
+    }
 }

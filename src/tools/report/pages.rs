@@ -30,9 +30,12 @@ pub(super) fn json(comparison: &Comparison) -> String {
     text
 }
 
+#[derive(Default)]
 struct Section {
     heading: &'static str,
     text: String,
+    /// Items of a list below the text.
+    items: Vec<String>,
     tables: Vec<CaptionedTable>,
     /// Names.
     charts: &'static [&'static str],
@@ -47,33 +50,59 @@ fn sections(comparison: &Comparison) -> Vec<Section> {
             text: method(comparison),
             tables: tables::evaluations(comparison),
             charts: &["ndcg", "recall", "ndcg_by_day", "recall_by_day"],
+            ..Section::default()
         },
         Section {
             heading: "Differences",
             text: reference(comparison),
+            items: summaries(comparison),
             tables: tables::differences(comparison).into_iter().collect(),
-            charts: &[],
+            ..Section::default()
+        },
+        Section {
+            heading: "By kind of target",
+            text: format!(
+                "{of_last} The target of a session is its held-out item. `repeat`: the target is \
+                 among the known events of its session; `seen`: it is not, but it occurred in \
+                 training; `never seen`: neither."
+            ),
+            tables: tables::by_target_kind(comparison),
+            ..Section::default()
+        },
+        Section {
+            heading: "By support of the target",
+            text: format!(
+                "{of_last} The support of a target is the number of its occurrences in training. \
+                 The sessions of `repeat` are left out; those of `never seen` have support 0."
+            ),
+            tables: tables::by_target_support(comparison),
+            charts: &["recall_by_target_support"],
+            ..Section::default()
         },
         Section {
             heading: "By length of the session",
             text: of_last.clone(),
             tables: tables::by_known_events(comparison),
             charts: &["recall_by_known_events"],
+            ..Section::default()
         },
         Section {
             heading: "By popularity of the held-out item",
             text: format!(
                 "{of_last} The items of the training data, sorted by their number of events, form \
-                 ten groups of equal size; `never seen` are items without events in training."
+                 ten groups of equal size; `never seen` are items without events in training, \
+                 whether or not they repeat an event of their session."
             ),
             tables: tables::by_popularity(comparison),
             charts: &["recall_by_popularity"],
+            ..Section::default()
         },
         Section {
             heading: "Training",
             text: "Losses of models of different kinds are not comparable.".to_owned(),
             tables: vec![tables::training(comparison)],
             charts: &["learning_curves"],
+            ..Section::default()
         },
     ]
 }
@@ -82,16 +111,24 @@ fn reference(comparison: &Comparison) -> String {
     let Some(differences) = &comparison.differences else {
         return "The report holds a single run, so there are no differences.".to_owned();
     };
-    if comparison.runs.iter().any(|run| run.is_baseline) {
-        format!(
-            "The reference is {}, the baseline with the highest NDCG@20. A difference whose \
-             interval excludes 0 is unlikely to be due to the choice of sessions; other seeds or \
-             days are not covered.",
-            differences.reference
-        )
+    let reference = &differences.reference;
+    let choice = if comparison.runs.iter().any(|run| run.is_baseline) {
+        format!("The reference is {reference}, the baseline with the highest NDCG@20.")
     } else {
-        format!("Without a baseline, the reference is the first run, {}.", differences.reference)
-    }
+        format!("Without a baseline, the reference is the first run, {reference}.")
+    };
+    format!(
+        "{choice} A difference whose interval excludes 0 is unlikely to be due to the choice of \
+         sessions; other seeds or days are not covered. The list names the segments by kind of \
+         target, by support of the target and by length of the session in which a run has a lower \
+         NDCG@20 than the reference. Among many segments, a few intervals exclude 0 by chance."
+    )
+}
+
+/// Where each run has a lower NDCG@20 than the reference.
+fn summaries(comparison: &Comparison) -> Vec<String> {
+    let runs = comparison.differences.iter().flat_map(|differences| &differences.runs);
+    runs.map(|run| run.summary.clone()).collect()
 }
 
 fn method(comparison: &Comparison) -> String {
@@ -114,6 +151,12 @@ pub(super) fn markdown(comparison: &Comparison, charts: &[Chart]) -> String {
     }
     for section in sections(comparison) {
         let _ = write!(page, "\n## {}\n\n{}\n", section.heading, markdown_text(&section.text));
+        if !section.items.is_empty() {
+            page.push('\n');
+        }
+        for item in &section.items {
+            let _ = writeln!(page, "- {}", markdown_text(item));
+        }
         for table in &section.tables {
             page.push_str(&markdown_table(table));
         }
@@ -153,6 +196,10 @@ pub(super) fn html(comparison: &Comparison, charts: &[Chart]) -> String {
     }
     for section in sections(comparison) {
         let _ = write!(page, "<h2>{}</h2>\n<p>{}</p>\n", section.heading, html_text(&section.text));
+        if !section.items.is_empty() {
+            let items = section.items.iter().map(|item| format!("<li>{}</li>\n", html_text(item)));
+            let _ = write!(page, "<ul>\n{}</ul>\n", items.collect::<String>());
+        }
         for table in &section.tables {
             page.push_str(&html_table(table));
         }

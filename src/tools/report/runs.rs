@@ -68,6 +68,13 @@ impl UserError for RunError {
     fn exit_code(&self) -> i32 {
         REFUSED
     }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Evaluation(error) => error.hint(),
+            _ => None,
+        }
+    }
 }
 
 /// Reads finished runs and labels them.

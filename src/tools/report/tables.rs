@@ -1,6 +1,5 @@
 //! The tables of a report, as text for all pages.
 
-use super::bootstrap::Estimate;
 use super::compare::{Comparison, Estimates, EvaluatedPart, SessionGroup};
 use crate::measure::Measure;
 
@@ -38,7 +37,7 @@ fn evaluation(comparison: &Comparison, part: &EvaluatedPart) -> CaptionedTable {
         let mut row = vec![name];
         row.extend(all_estimates(&evaluated.estimates));
         row.extend([evaluated.coverage_at_20, evaluated.loss].map(|figure| {
-            figure.map_or_else(|| "none".to_owned(), |figure| number(figure, false))
+            figure.map_or_else(|| "none".to_owned(), |figure| format!("{figure:.4}"))
         }));
         table.rows.push(row);
     }
@@ -57,7 +56,7 @@ pub(super) fn differences(comparison: &Comparison) -> Option<CaptionedTable> {
     let mut table =
         CaptionedTable::new(caption, ["model"].into_iter().chain(Measure::ALL.map(Measure::title)));
     for run in &differences.runs {
-        let signed = Measure::ALL.map(|measure| estimate(run.estimates.get(measure), true));
+        let signed = Measure::ALL.map(|measure| format!("{:+}", run.estimates.get(measure)));
         table.rows.push([run.label.clone()].into_iter().chain(signed).collect());
     }
     Some(table)
@@ -89,6 +88,19 @@ pub(super) fn training(comparison: &Comparison) -> CaptionedTable {
     table
 }
 
+pub(super) fn by_target_kind(comparison: &Comparison) -> Vec<CaptionedTable> {
+    by_group(comparison, "kind of target", "target", &comparison.by_target_kind)
+}
+
+pub(super) fn by_target_support(comparison: &Comparison) -> Vec<CaptionedTable> {
+    by_group(
+        comparison,
+        "support (occurrences in training) of targets that are new to their session",
+        "support",
+        &comparison.by_target_support,
+    )
+}
+
 pub(super) fn by_known_events(comparison: &Comparison) -> Vec<CaptionedTable> {
     by_group(comparison, "events known of the session", "events known", &comparison.by_known_events)
 }
@@ -115,7 +127,7 @@ fn by_group(
         let mut table =
             CaptionedTable::new(caption, [column, "sessions"].into_iter().chain(labels));
         for group in groups {
-            let figures = group.runs.iter().map(|figures| estimate(figures.get(measure), false));
+            let figures = group.runs.iter().map(|figures| figures.get(measure).to_string());
             let row =
                 [group.label.clone(), group.n_sessions.to_string()].into_iter().chain(figures);
             table.rows.push(row.collect());
@@ -126,21 +138,5 @@ fn by_group(
 }
 
 fn all_estimates(estimates: &Estimates) -> [String; 5] {
-    Measure::ALL.map(|measure| estimate(estimates.get(measure), false))
-}
-
-/// `0.1948 [0.1800, 0.2100]`.
-fn estimate(Estimate { value, low, high }: Estimate, signed: bool) -> String {
-    if value.is_nan() {
-        return number(value, signed);
-    }
-    format!("{} [{}, {}]", number(value, signed), number(low, signed), number(high, signed))
-}
-
-fn number(value: f64, signed: bool) -> String {
-    match value {
-        _ if value.is_nan() => "none".to_owned(),
-        _ if signed => format!("{value:+.4}"),
-        _ => format!("{value:.4}"),
-    }
+    Measure::ALL.map(|measure| estimates.get(measure).to_string())
 }
