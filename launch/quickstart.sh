@@ -82,7 +82,7 @@ done
 [ "$last_day" -gt "$first_day" ] ||
     refuse "the events have only day $first_day; a run needs a day to train on and a day to evaluate"
 
-models=(quickstart popularity recent markov vsknn)
+models=(quickstart popularity recent markov vsknn loglinear)
 for model in "${models[@]}"; do
     say "training configs/$model.toml on $RANKS ranks, days $first_day to $((last_day - 1))"
     mpirun -np $RANKS --bind-to none "$bireme" train --config "configs/$model.toml" \

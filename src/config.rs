@@ -26,8 +26,8 @@ pub use checkpoint::CheckpointConfig;
 pub use data::DataConfig;
 pub use evaluate::{EvaluateConfig, Reminders};
 pub use model::{
-    Aggregation, Continuous, Decay, GruConfig, HeadConfig, InputConfig, ModelConfig,
-    NeighboursConfig, Neural, Objective, XlnetConfig,
+    Aggregation, CandidatesConfig, Continuous, Decay, EvidenceConfig, GruConfig, HeadConfig,
+    InputConfig, LogLinearConfig, ModelConfig, NeighboursConfig, Neural, Objective, XlnetConfig,
 };
 pub use run::{DeviceChoice, Precision};
 pub use train::{

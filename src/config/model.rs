@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MOST_WIDTH, check_finite, check_width};
+use super::{MOST_WIDTH, check_count, check_finite, check_width};
 
 /// Largest number of layers of a body.
 const MAX_LAYERS: i64 = 1000;
@@ -24,6 +24,8 @@ pub enum ModelConfig {
     Markov {},
     /// Baseline: V-SkNN, the items of similar sessions, then popularity (Ludewig and Jannach 2018).
     Vsknn(NeighboursConfig),
+    /// Baseline: a log-linear model of co-occurrence counts, then popularity.
+    Loglinear(LogLinearConfig),
 }
 
 impl ModelConfig {
@@ -34,6 +36,7 @@ impl ModelConfig {
     pub fn check(&self, max_length: usize) -> Result<(), String> {
         match self {
             ModelConfig::Vsknn(neighbours) => neighbours.check(),
+            ModelConfig::Loglinear(loglinear) => loglinear.check(),
             ModelConfig::Xlnet(xlnet) => {
                 xlnet.check_length(max_length).and_then(|()| Neural::Xlnet(xlnet).check())
             }
@@ -49,7 +52,19 @@ impl ModelConfig {
             ModelConfig::Popularity {}
             | ModelConfig::Recent {}
             | ModelConfig::Markov {}
-            | ModelConfig::Vsknn(_) => None,
+            | ModelConfig::Vsknn(_)
+            | ModelConfig::Loglinear(_) => None,
+        }
+    }
+
+    /// The candidates that counts are looked up for, if any.
+    pub fn candidates(&self) -> Option<&CandidatesConfig> {
+        match self {
+            ModelConfig::Loglinear(loglinear) => Some(&loglinear.candidates),
+            _ => {
+                let evidence = self.neural().and_then(|model| model.head().evidence.as_ref());
+                evidence.map(|evidence| &evidence.candidates)
+            }
         }
     }
 
@@ -66,6 +81,7 @@ impl ModelConfig {
             ModelConfig::Recent {} => "Popularity of the last day".to_owned(),
             ModelConfig::Markov {} => "Markov".to_owned(),
             ModelConfig::Vsknn(_) => "V-SkNN".to_owned(),
+            ModelConfig::Loglinear(_) => "Log-linear counts".to_owned(),
         }
     }
 }
@@ -123,6 +139,7 @@ impl<'a> Neural<'a> {
             return Err(format!("`dropout` {:?} is not within 0 <= p < 1", self.dropout()));
         }
         check_finite("head.temperature", self.head().temperature, f32::MIN_POSITIVE)?;
+        self.head().evidence.as_ref().map_or(Ok(()), EvidenceConfig::check)?;
         self.input().check()?;
         self.objective().check()
     }
@@ -486,11 +503,110 @@ pub struct HeadConfig {
     pub tied: bool,
     /// Divisor of the scores: `h · e / temperature + b`; above 0.
     pub temperature: f64,
+    /// Term of the scores from co-occurrence counts; absent: no such term.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<EvidenceConfig>,
 }
 
 impl Default for HeadConfig {
     fn default() -> Self {
-        Self { relu: true, tied: true, temperature: 1.0 }
+        Self { relu: true, tied: true, temperature: 1.0, evidence: None }
+    }
+}
+
+/// `[model.head.evidence]`: a term of the scores from co-occurrence counts of the candidates of a
+/// session. A network of two hidden layers reads the counts and the state of the body.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct EvidenceConfig {
+    /// Width of the hidden layers.
+    pub hidden_width: i64,
+    /// Which items get the term.
+    pub candidates: CandidatesConfig,
+}
+
+impl Default for EvidenceConfig {
+    fn default() -> Self {
+        Self { hidden_width: 32, candidates: CandidatesConfig::default() }
+    }
+}
+
+impl EvidenceConfig {
+    fn check(&self) -> Result<(), String> {
+        check_width("head.evidence.hidden_width", self.hidden_width, MOST_WIDTH)?;
+        self.candidates.check("head.evidence.candidates")
+    }
+}
+
+/// Candidates of a session: items that follow or precede its last items in other sessions, its own
+/// items, frequent items with the attributes of its last item, and the most frequent items of all.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct CandidatesConfig {
+    /// Candidates of a session; at least 1.
+    pub n_candidates: i64,
+    /// Last items of a session whose neighbours are candidates; at least 1.
+    pub n_recent: i64,
+    /// Neighbours of an item: that many successors and that many predecessors; at least 1.
+    pub n_neighbours: i64,
+    /// Most frequent items of all, and of those that share an attribute with the last item, that
+    /// are candidates; at least 1.
+    pub n_frequent: i64,
+    /// Features that describe an item, among those in `data.features`. Absent: the categorical
+    /// ones that `schema.pbtxt` tags `item`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attributes: Option<Vec<String>>,
+}
+
+impl Default for CandidatesConfig {
+    fn default() -> Self {
+        Self { n_candidates: 224, n_recent: 4, n_neighbours: 64, n_frequent: 32, attributes: None }
+    }
+}
+
+impl CandidatesConfig {
+    /// Largest number of rows that are looked up for a session.
+    const MOST: i64 = 1 << 16;
+
+    fn check(&self, section: &str) -> Result<(), String> {
+        let numbers = [
+            ("n_candidates", self.n_candidates),
+            ("n_recent", self.n_recent),
+            ("n_neighbours", self.n_neighbours),
+            ("n_frequent", self.n_frequent),
+        ];
+        numbers
+            .into_iter()
+            .try_for_each(|(key, n)| check_width(&format!("{section}.{key}"), n, Self::MOST))
+    }
+}
+
+/// `[model]` with `kind = "loglinear"`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct LogLinearConfig {
+    /// Sessions of the last day that the weights are fitted on; at least 1.
+    pub n_fitted: usize,
+    /// Weight of the squared weights in the fit; 0 or more.
+    pub l2: f64,
+    /// Items that are ranked by counts; all others follow by popularity.
+    pub candidates: CandidatesConfig,
+}
+
+impl Default for LogLinearConfig {
+    fn default() -> Self {
+        Self { n_fitted: 20_000, l2: 1e-4, candidates: CandidatesConfig::default() }
+    }
+}
+
+impl LogLinearConfig {
+    fn check(&self) -> Result<(), String> {
+        check_count("n_fitted", self.n_fitted, 1 << 24)?;
+        check_finite("l2", self.l2, 0.0)?;
+        self.candidates.check("candidates")
     }
 }
 

@@ -137,7 +137,10 @@ impl Page {
 
     /// The type of a key that is a table, with the doc of the type instead of the field's.
     fn table_type(&self, of_key: &Value) -> Value {
-        self.resolve(&serde_json::json!({ "$ref": of_key["$ref"] }))
+        // An optional table is one of two options, of which the other is null.
+        let options = of_key["anyOf"].as_array().into_iter().flatten();
+        let reference = options.chain([of_key]).find_map(|option| option.get("$ref"));
+        self.resolve(&serde_json::json!({ "$ref": reference }))
     }
 
     /// A default as TOML. Of a table of fixed keys, only what differs from the keys' own defaults.

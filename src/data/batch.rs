@@ -30,6 +30,8 @@ pub struct Batch {
     /// Seeds of the random numbers of single sessions, `[B]`: a function of (seed, day, epoch,
     /// session).
     pub session_seeds: Vec<u64>,
+    /// Day of each session, `[B]`.
+    pub days: Vec<i64>,
     /// Seed of the random numbers that all ranks share: a function of (seed, day, epoch, step).
     pub step_seed: u64,
     pub segments: Vec<Segment>,
@@ -55,6 +57,7 @@ impl Batch {
             columns: columns.collect(),
             lengths: sessions.iter().map(|(file, row)| file.span(*row).len()).collect(),
             session_seeds: vec![0; sessions.len()],
+            days: sessions.iter().map(|(file, row)| file.day_row(*row).0).collect(),
             step_seed: 0,
             segments: vec![Segment { seed: 0, n_sessions: sessions.len() }],
         }
@@ -98,6 +101,7 @@ impl Batch {
             columns,
             lengths: self.lengths.clone(),
             session_seeds: self.session_seeds.clone(),
+            days: self.days.clone(),
             step_seed: self.step_seed,
             segments: self.segments.clone(),
         }
@@ -121,7 +125,8 @@ impl Batch {
             Self {
                 columns,
                 lengths,
-                session_seeds: self.session_seeds[sessions].to_vec(),
+                session_seeds: self.session_seeds[sessions.clone()].to_vec(),
+                days: self.days[sessions].to_vec(),
                 step_seed: self.step_seed,
                 segments: segments.to_vec(),
             }

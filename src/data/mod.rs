@@ -26,6 +26,9 @@ pub use file::{SessionFile, Sessions, Window};
 pub use loader::{DayPlan, Loader, evaluation_batches};
 pub use occurrences::occurrences;
 
+/// First item index that is recommendable: padding (0) and unknown (1) are not.
+pub const FIRST_ITEM: i64 = 2;
+
 impl DataConfig {
     /// Fills in absent days from the partitions in `dir`. `trained_to`: last training day of
     /// imported weights, which need no later day to evaluate on.

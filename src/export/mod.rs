@@ -26,7 +26,7 @@ use crate::config::{Config, ConfigError};
 use crate::data::{DataError, Features};
 use crate::etl::serving::{ModelColumn, Preprocessor, ServingSettings};
 use crate::etl::{Coded, ColumnValue, SCHEMA, Schema, WORKFLOW, Workflow};
-use crate::model::{Network, Neural};
+use crate::model::{ItemTable, Network, Neural};
 
 pub use repository::ModelNames;
 pub use script::{FALLBACK, ITEM_IDS, ITEM_SCORES, N_ITEMS, OUTPUT};
@@ -312,13 +312,17 @@ impl ServedRun {
             move |problem| ExportError::Mismatch { path, problem }
         };
         let Config { run, data, .. } = &config;
-        let network = Network::new(&neural, &features, data.max_length, run.seed, Device::Cpu);
+        let network = Network::with_item_table(
+            &neural,
+            &features,
+            data.max_length,
+            config.evaluate.reminders,
+            run.seed,
+            Device::Cpu,
+            ItemTable::replicated(features.n_items()),
+        );
         let mut network = network.map_err(mismatch(dir))?;
-        let values = network.parameters().values();
-        network
-            .parameters()
-            .assign(&values, &tensors.weights, &[])
-            .map_err(mismatch(&checkpoint))?;
+        network.load_weights(&tensors.weights).map_err(mismatch(&checkpoint))?;
         network.serve_with_tables_in(options.tables);
         let products = workflow.vocabulary(Coded::Product);
         if products.cardinality() as i64 != features.n_items() {
@@ -356,8 +360,7 @@ impl ServedRun {
 
     fn preprocessor(&self) -> Result<Preprocessor, ExportError> {
         let columns = self.features.columns().iter();
-        let n_recommendable =
-            (self.features.n_items() - crate::metrics::FIRST_ITEM).max(1) as usize;
+        let n_recommendable = (self.features.n_items() - crate::data::FIRST_ITEM).max(1) as usize;
         let settings = ServingSettings {
             max_length: self.network.served_length(self.config.data.max_length),
             columns: columns.map(|f| ModelColumn::new(&f.name, f.is_categorical())).collect(),

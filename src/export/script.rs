@@ -9,8 +9,8 @@ use std::path::Path;
 use bireme_kernels::torchscript::trace;
 use tch::{Device, Kind, Tensor};
 
+use crate::data::FIRST_ITEM;
 use crate::etl::serving::{HIDDEN, LENGTH, ModelColumn, PLACES};
-use crate::metrics::FIRST_ITEM;
 use crate::model::Network;
 
 /// Scores of all items: FP32 `[B, V]`.

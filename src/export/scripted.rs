@@ -8,7 +8,7 @@ use tch::{CModule, Device, IValue, Kind, Tensor};
 use super::{ModelNames, rules};
 use crate::collective::CollectiveError;
 use crate::data::Batch;
-use crate::model::Recommender;
+use crate::model::{Encoded, Recommender};
 
 /// The TorchScript module of a version.
 pub struct ScriptedModel {
@@ -101,12 +101,12 @@ impl Recommender for ScriptedModel {
     }
 
     /// All scores: `[B, V]`.
-    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
+    fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError> {
         let outputs = self.run(self.inputs(known)).expect("the module ran when it was exported");
-        Ok(outputs[0].shallow_clone())
+        Ok(Encoded { vectors: outputs[0].shallow_clone(), sparse: None })
     }
 
-    fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
-        encoded.narrow(1, items.start, items.end - items.start)
+    fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor {
+        encoded.vectors.narrow(1, items.start, items.end - items.start)
     }
 }

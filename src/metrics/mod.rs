@@ -19,12 +19,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
 pub use crate::config::{EvaluateConfig, Reminders};
-use crate::data::{Batch, DataError, Features, SessionFile, evaluation_batches};
+use crate::data::{Batch, DataError, FIRST_ITEM, Features, SessionFile, evaluation_batches};
 use crate::model::{ItemTable, Recommender};
 
 use outcomes::Outcomes;
 pub use outcomes::deciles;
-pub(crate) use ranking::FIRST_ITEM;
 pub use ranking::{Ranking, rank_targets};
 
 /// Losses are summed in fixed point, in units of 2⁻³⁰, so that their order does not matter. An i64
@@ -195,12 +194,12 @@ pub fn evaluate(
         let hidden = hidden.pad([0, max_hidden - hidden.size()[1]], "constant", -1.0);
         let gather = |local: &Tensor| item_table.gather_rows(local, &counts);
         let (encoded, hidden, all_targets) =
-            (gather(&encoded)?, gather(&hidden)?, gather(&targets)?);
+            (encoded.try_map(gather)?, gather(&hidden)?, gather(&targets)?);
         let (mut ranks, mut losses) = (Vec::new(), Vec::new());
         for group in item_table.target_groups(&counts) {
             let n = group.end - group.start;
             let group_rows = |x: &Tensor| x.narrow(0, group.start, n);
-            let encoded = group_rows(&encoded);
+            let encoded = encoded.rows(&group);
             let ranking = rank_targets(
                 |items| recommender.scores(&encoded, items),
                 (&group_rows(&all_targets), &group_rows(&hidden)),

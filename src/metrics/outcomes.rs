@@ -3,9 +3,9 @@
 use bireme_tools::report::evaluation_file::SessionOutcome;
 use tch::{Device, Tensor};
 
-use super::ranking::FIRST_ITEM;
 use crate::collective::{Collective, CollectiveError};
 use crate::data::Batch;
+use crate::data::FIRST_ITEM;
 
 /// Number of popularity groups of the catalogue.
 const N_DECILES: usize = 10;

@@ -6,10 +6,8 @@ use bireme_kernels::softmax::logsumexp_rows;
 use tch::{Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
+use crate::data::FIRST_ITEM;
 use crate::model::ItemTable;
-
-/// First item index that is recommendable: padding (0) and unknown (1) are not.
-pub(crate) const FIRST_ITEM: i64 = 2;
 
 /// Ranks and losses of `B` sessions over a catalogue of `V` items.
 pub struct Ranking {

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Neighbours, Recommender};
+use super::{CountingModel, Encoded, Neighbours, Recommender, SparseScores};
 use crate::collective::CollectiveError;
-use crate::data::Batch;
+use crate::data::{Batch, DataError, SessionFile};
 
 /// Counts that rank an item before its total number of occurrences does.
 pub enum BaselineKind {
@@ -39,7 +39,7 @@ impl Baseline {
     }
 
     /// Counts the sessions of a day, which is later than all days before.
-    pub fn add_day<'a>(&mut self, sessions: impl Iterator<Item = &'a [i64]>) {
+    pub fn add_sessions<'a>(&mut self, sessions: impl Iterator<Item = &'a [i64]>) {
         if let BaselineKind::LastDay(counts) = &mut self.kind {
             *counts = vec![0; self.items.len()];
         }
@@ -92,9 +92,16 @@ impl Baseline {
             }
         }
     }
+}
 
-    /// The counts, as saved in a checkpoint.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+impl CountingModel for Baseline {
+    fn add_day(&mut self, _day: i64, file: &SessionFile) -> Result<(), DataError> {
+        let sessions = file.read(&file.spans(0..file.n_sessions()))?;
+        self.add_sessions((0..sessions.len()).map(|row| sessions.ids(0, row)));
+        Ok(())
+    }
+
+    fn tensors(&self) -> Vec<(String, Tensor)> {
         let mut tensors = vec![("items".to_owned(), Tensor::from_slice(&self.items))];
         let mut push = |name: &str, tensor| tensors.push((name.to_owned(), tensor));
         match &self.kind {
@@ -114,11 +121,7 @@ impl Baseline {
         tensors
     }
 
-    /// Restores the counts of [`Baseline::tensors`] into a new baseline.
-    ///
-    /// # Errors
-    /// Returns the first tensor that is missing or does not fit.
-    pub fn load(&mut self, tensors: &[(String, Tensor)]) -> Result<(), String> {
+    fn load(&mut self, tensors: &[(String, Tensor)]) -> Result<(), String> {
         let numbers = |name: &str| -> Result<Vec<i64>, String> {
             let tensor = tensors.iter().find(|(tensor, _)| tensor == name);
             let (_, tensor) = tensor.ok_or_else(|| format!("tensor `{name}` is missing"))?;
@@ -186,29 +189,35 @@ impl Recommender for Baseline {
         false
     }
 
-    /// Pairs (item, score) of each session, f64 `[B, E, 2]`, padded with −1.
-    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
+    /// Only sparse scores, f64.
+    fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError> {
         let scored: Vec<_> =
             known.sessions().iter().map(|session| self.session_scores(session)).collect();
-        let longest = scored.iter().map(Vec::len).max().unwrap_or(0);
-        let mut padded = vec![-1.0; scored.len() * longest * 2];
-        for (row, session) in padded.chunks_exact_mut(2 * longest.max(1)).zip(&scored) {
-            for (pair, &(item, score)) in row.chunks_exact_mut(2).zip(session) {
-                pair.copy_from_slice(&[item as f64, score]);
-            }
-        }
-        Ok(Tensor::from_slice(&padded).view([scored.len() as i64, longest as i64, 2]))
+        let (n_sessions, longest) =
+            (scored.len() as i64, scored.iter().map(Vec::len).max().unwrap_or(0));
+        let padded = |session: &Vec<(i64, f64)>| {
+            let missing = std::iter::repeat_n((0, 0.0), longest - session.len());
+            session.iter().copied().chain(missing).collect::<Vec<_>>()
+        };
+        let (items, scores): (Vec<i64>, Vec<f64>) = scored.iter().flat_map(padded).unzip();
+        let size = [n_sessions, longest as i64];
+        let sparse = SparseScores {
+            items: Tensor::from_slice(&items).view(size),
+            scores: Tensor::from_slice(&scores).view(size),
+        };
+        let vectors = Tensor::zeros([n_sessions, 0], (Kind::Float, Device::Cpu));
+        Ok(Encoded { vectors, sparse: Some(sparse) })
     }
 
-    fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
-        let (n_sessions, _, _) = encoded.size3().expect("encoded sessions are [B, E, 2]");
+    fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor {
+        let sparse = encoded.sparse.as_ref().expect("a baseline encodes sparse scores");
         let width = items.end - items.start;
         // An extra column receives the scores of items outside the range.
         let base = [&self.base_scores[items.start as usize..items.end as usize], &[0.0]].concat();
-        let scores = Tensor::from_slice(&base).unsqueeze(0).repeat([n_sessions, 1]);
-        let item = encoded.select(2, 0).to_kind(Kind::Int64);
-        let inside = item.ge(items.start).logical_and(&item.lt(items.end));
-        let column = (item - items.start).where_scalarother(&inside, width);
-        scores.scatter(1, &column, &encoded.select(2, 1)).narrow(1, 0, width)
+        let scores = Tensor::from_slice(&base).unsqueeze(0).repeat([sparse.items.size()[0], 1]);
+        let item = &sparse.items;
+        let is_inside = item.ge(items.start.max(1)).logical_and(&item.lt(items.end));
+        let column = (item - items.start).where_scalarother(&is_inside, width);
+        scores.scatter(1, &column, &sparse.scores).narrow(1, 0, width)
     }
 }

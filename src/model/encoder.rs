@@ -137,10 +137,10 @@ impl Encoder {
         self.body.states(parameters, x, query, layout, dropout)
     }
 
-    /// The vectors `[B, item_width]` that the next items of sessions are scored with. The sessions
-    /// are in padded columns `[B, width]`, of `lengths: [B]`. No operation depends on the number of
+    /// The states `[B, width]` that the next items of sessions are predicted from. The sessions are
+    /// in padded columns `[B, width]`, of `lengths: [B]`. No operation depends on the number of
     /// sessions, so that they can be traced.
-    pub fn next_vectors(
+    pub fn next_states(
         &self,
         parameters: &Parameters,
         input: &EncoderInput,
@@ -150,7 +150,7 @@ impl Encoder {
     ) -> Tensor {
         let padded_length = self.padded_length.map(|length| length as i64);
         let layout = Layout::next(objective, self.attends(), lengths, width, padded_length);
-        self.vectors(parameters, &self.laid_out_states(parameters, input, &layout, None))
+        self.laid_out_states(parameters, input, &layout, None)
     }
 
     /// States `[N, D]` → vectors `[N, item_width]`; their products with item vectors are scores.

@@ -9,12 +9,14 @@
 mod baseline;
 mod body;
 mod encoder;
+mod evidence;
 mod gradient_hooks;
 mod gru;
 pub mod head;
 pub mod import;
 pub mod input;
 mod item_table;
+mod loglinear;
 mod neighbours;
 mod network;
 pub mod objective;
@@ -24,15 +26,17 @@ mod xlnet;
 
 use std::ops::Range;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use baseline::{Baseline, BaselineKind};
 pub use body::Layout;
+pub use evidence::{CandidateIndex, Candidates};
 pub use gradient_hooks::{GradientHooks, NoHooks};
 pub use gru::Gru;
 pub use item_table::{ItemTable, LocalRows};
+pub use loglinear::LogLinear;
 pub use neighbours::Neighbours;
-pub use network::{ITEM_TABLES, LossSum, Network, ParameterSizes};
+pub use network::{COUNTS, ITEM_TABLES, LossSum, Network, ParameterSizes};
 pub use parameters::{Gradients, Parameters, View};
 pub use xlnet::Xlnet;
 
@@ -40,10 +44,13 @@ use network::ITEM_TABLE;
 
 use crate::collective::CollectiveError;
 pub use crate::config::{
-    Decay, GruConfig, HeadConfig, InputConfig, LossConfig, ModelConfig, NeighboursConfig, Neural,
-    Objective, XlnetConfig,
+    CandidatesConfig, Decay, EvidenceConfig, GruConfig, HeadConfig, InputConfig, LogLinearConfig,
+    LossConfig, ModelConfig, NeighboursConfig, Neural, Objective, XlnetConfig,
 };
-use crate::data::{Batch, Features};
+use crate::data::{Batch, DataError, Features, SessionFile};
+
+/// Largest catalogue whose pairs are counted: tables of neighbours hold i32.
+const MAX_COUNTED_ITEMS: i64 = 1 << 31;
 
 impl ModelConfig {
     /// Checks the keys that depend on the features.
@@ -52,15 +59,20 @@ impl ModelConfig {
     /// Returns the first key that does not fit the features.
     pub fn check_features(&self, features: &Features) -> Result<(), String> {
         let n_items = features.n_items();
-        match self {
-            // `Neighbours` stores item indices in 32 bits.
-            ModelConfig::Vsknn(_) if n_items > 1 << 32 => {
-                Err(format!("`kind` vsknn knows at most {} items, not {n_items}", 1u64 << 32))
-            }
-            _ => self
-                .neural()
-                .map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ())),
+        let candidates = self.candidates();
+        // `Neighbours` stores item indices in 32 bits.
+        if matches!(self, ModelConfig::Vsknn(_)) && n_items > 1 << 32 {
+            return Err(format!("`kind` vsknn knows at most {} items, not {n_items}", 1u64 << 32));
         }
+        if candidates.is_some() && n_items > MAX_COUNTED_ITEMS {
+            return Err(format!(
+                "`candidates` knows at most {MAX_COUNTED_ITEMS} items, not {n_items}"
+            ));
+        }
+        if let Some(candidates) = candidates {
+            evidence::check_attributes(candidates, features)?;
+        }
+        self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ()))
     }
 }
 
@@ -75,14 +87,84 @@ pub trait Recommender {
     /// Whether scores are logits, so that their cross entropy is meaningful.
     fn scores_are_logits(&self) -> bool;
 
-    /// *All ranks*, if the item table is sharded. Encodes each session: `[B, ..]`, the
-    /// input of [`Recommender::scores`].
+    /// *All ranks*, if the item table is sharded. Encodes each session.
     ///
     /// # Errors
     /// A collective call fails.
-    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError>;
+    fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError>;
 
     /// Scores `[B, C]` of the items `items`, which this rank holds; higher is better. The scores of
     /// an item do not depend on the range, so that no caller needs all of `[B, V]` at once.
-    fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor;
+    fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor;
+}
+
+/// A recommender that counts day by day instead of learning by gradients.
+pub trait CountingModel: Recommender {
+    /// Counts the sessions of a day, which is later than all days before.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    fn add_day(&mut self, day: i64, file: &SessionFile) -> Result<(), DataError>;
+
+    /// The counts, as saved in a checkpoint.
+    fn tensors(&self) -> Vec<(String, Tensor)>;
+
+    /// Restores what [`CountingModel::tensors`] returned into a new model.
+    ///
+    /// # Errors
+    /// Returns the first tensor that is missing or does not fit.
+    fn load(&mut self, tensors: &[(String, Tensor)]) -> Result<(), String>;
+}
+
+/// `B` encoded sessions, the input of [`Recommender::scores`].
+pub struct Encoded {
+    /// `[B, ..]`.
+    pub vectors: Tensor,
+    /// Scores that only some items of a session have.
+    pub sparse: Option<SparseScores>,
+}
+
+impl Encoded {
+    /// Applies `f` to all tensors, whose first dimension is the sessions.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn try_map<E>(&self, f: impl Fn(&Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        let sparse = self.sparse.as_ref().map(|sparse| {
+            Ok(SparseScores { items: f(&sparse.items)?, scores: f(&sparse.scores)? })
+        });
+        Ok(Self { vectors: f(&self.vectors)?, sparse: sparse.transpose()? })
+    }
+
+    /// The sessions `rows`.
+    pub fn rows(&self, rows: &Range<i64>) -> Self {
+        let narrow = |x: &Tensor| Ok(x.narrow(0, rows.start, rows.end - rows.start));
+        let Ok(narrowed) = self.try_map::<std::convert::Infallible>(narrow);
+        narrowed
+    }
+}
+
+/// Scores of some items of each session.
+pub struct SparseScores {
+    /// i64 `[B, E]`; 0, with any score, if a session has fewer.
+    pub items: Tensor,
+    /// `[B, E]`.
+    pub scores: Tensor,
+}
+
+impl SparseScores {
+    /// The column of each item in scores `[B, C]` of `items`, i64 `[B, E]`, and its score;
+    /// column 0 and score 0 for an item outside.
+    pub fn columns(&self, items: &Range<i64>) -> (Tensor, Tensor) {
+        let is_inside = self.items.ge(items.start.max(1)).logical_and(&self.items.lt(items.end));
+        let column = (&self.items - items.start) * is_inside.to_kind(Kind::Int64);
+        (column, &self.scores * is_inside.to_kind(self.scores.kind()))
+    }
+
+    /// Adds the scores to `scores: [B, C]` of `items`, in place.
+    pub fn add_to(&self, scores: &Tensor, items: &Range<i64>) {
+        let (columns, values) = self.columns(items);
+        let values = values.to_kind(scores.kind());
+        let _ = scores.shallow_clone().scatter_add_(1, &columns, &values);
+    }
 }

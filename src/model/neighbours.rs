@@ -21,9 +21,7 @@
 //! have no times within a day, by row.
 
 use crate::config::NeighboursConfig;
-
-/// First index of an item: 0 is padding, 1 is unknown.
-const FIRST_ITEM: i64 = 2;
+use crate::data::FIRST_ITEM;
 
 /// Past sessions, indexed by session and by item.
 pub struct Neighbours {

@@ -10,14 +10,19 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 use super::Objective;
 use super::encoder::{Encoder, EncoderInput};
+use super::evidence::CandidateScorer;
 use super::head::{CrossEntropy, Negatives, ScoringTable, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::objective::{AttentionMask, Plan};
 use super::parameters::{Gradients, Linear, ParameterBuilder};
 use super::rows::{add_rows, add_rows_deterministically};
-use super::{GradientHooks, ItemTable, Neural, Parameters, Recommender, View};
+use super::{
+    CandidateIndex, Encoded, GradientHooks, ItemTable, Neural, Parameters, Recommender,
+    SparseScores, View,
+};
 use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
+use crate::config::Reminders;
 use crate::data::plan::derive_seed;
 use crate::data::{Batch, DropoutGenerator, Features, with_seed};
 
@@ -28,6 +33,9 @@ const ITEM_BIAS: usize = 1;
 
 /// Names of the item tables, which may be sharded.
 pub const ITEM_TABLES: [&str; 3] = ["item_table.weight", "item_table.bias", "head.table.weight"];
+
+/// Prefix of the names of counts among the weights of a checkpoint.
+pub const COUNTS: &str = "counts.";
 
 /// Loss of a backward pass as a sum: the division by the targets of all ranks comes last.
 pub struct LossSum {
@@ -44,6 +52,8 @@ pub struct Network<'a> {
     objective: Objective,
     /// Classifies events as original or replaced, for [`Objective::Replaced`].
     detector: Option<Linear>,
+    /// The term of the scores from counts.
+    evidence: Option<Evidence>,
     /// The table that items are scored against.
     scored_table: usize,
     /// Number of tables and of vectors as long as a table, which come first among the parameters.
@@ -51,6 +61,12 @@ pub struct Network<'a> {
     item_table: ItemTable<'a>,
     max_length: usize,
     workspace: Workspace,
+}
+
+/// Counts, and the network that scores candidates by them.
+struct Evidence {
+    index: CandidateIndex,
+    scorer: CandidateScorer,
 }
 
 /// Gradients of the scalar `loss` by the parameters `others`, undefined for those that it does not
@@ -93,11 +109,26 @@ fn join_parts<'a>(parts: impl ExactSizeIterator<Item = &'a Tensor>) -> Tensor {
 struct EncodedPart {
     /// Vectors of the part's targets, `[n, D]`.
     vectors: Tensor,
+    /// Terms of the scores of their candidates, `[n, E]`.
+    sparse: Option<SparseScores>,
     parameters: Parameters,
     /// Looked-up vectors, leaves of the part's autograd graph.
     looked_up: Vec<Tensor>,
     /// Dropout masks drawn so far.
     n_draws: u64,
+}
+
+/// The sparse scores of all parts, without the graph.
+fn join_sparse(parts: &[EncodedPart]) -> Option<SparseScores> {
+    let of_parts: Option<Vec<&SparseScores>> =
+        parts.iter().map(|part| part.sparse.as_ref()).collect();
+    let join = |of: fn(&SparseScores) -> Tensor| {
+        of_parts
+            .as_ref()
+            .map(|parts| Tensor::cat(&parts.iter().map(|part| of(part)).collect::<Vec<_>>(), 0))
+    };
+    let items = join(|part| part.items.shallow_clone())?;
+    Some(SparseScores { items, scores: join(|part| part.scores.detach())? })
 }
 
 /// Where the parameters of a model are.
@@ -106,6 +137,7 @@ struct Declared {
     n_tables: usize,
     encoder: Encoder,
     detector: Option<Linear>,
+    scorer: Option<CandidateScorer>,
 }
 
 fn declare_parameters(
@@ -129,7 +161,11 @@ fn declare_parameters(
     let encoder = Encoder::declare(config, features, first_table, max_length, builder)?;
     let is_replaced = matches!(objective, Objective::Replaced { .. });
     let detector = is_replaced.then(|| builder.linear("detector", config.width(), 1));
-    Ok(Declared { scored_table, n_tables, encoder, detector })
+    let scorer = head
+        .evidence
+        .as_ref()
+        .map(|evidence| CandidateScorer::declare(evidence, features, config.width(), builder));
+    Ok(Declared { scored_table, n_tables, encoder, detector, scorer: scorer.transpose()? })
 }
 
 /// Names and shapes of a model's parameters.
@@ -188,12 +224,14 @@ impl Network<'static> {
         device: Device,
     ) -> Result<Self, String> {
         let item_table = ItemTable::replicated(features.n_items());
-        Network::with_item_table(config, features, max_length, seed, device, item_table)
+        let reminders = Reminders::All;
+        Network::with_item_table(config, features, max_length, reminders, seed, device, item_table)
     }
 }
 
 impl<'a> Network<'a> {
-    /// Draws initial parameters, the same on every rank for the same `seed`. If `item_table` is
+    /// Draws initial parameters, the same on every rank for the same `seed`. `reminders`: which
+    /// known items candidates may be. If `item_table` is
     /// sharded, all ranks make backward passes and score together.
     ///
     /// # Errors
@@ -202,6 +240,7 @@ impl<'a> Network<'a> {
         config: &Neural<'_>,
         features: &Features,
         max_length: usize,
+        reminders: Reminders,
         seed: u64,
         device: Device,
         item_table: ItemTable<'a>,
@@ -210,14 +249,21 @@ impl<'a> Network<'a> {
         let declared = with_seed(seed, || {
             declare_parameters(config, features, max_length, &item_table, &mut builder)
         });
-        let Declared { scored_table, n_tables, encoder, detector } = declared?;
+        let Declared { scored_table, n_tables, encoder, detector, scorer } = declared?;
         let parameters = Parameters::new(builder, device);
+        let evidence = scorer.zip(config.head().evidence.as_ref()).map(|(scorer, evidence)| {
+            let candidates = &evidence.candidates;
+            let index = CandidateIndex::new(candidates, features, reminders, max_length, device)?;
+            Ok::<_, String>(Evidence { index, scorer })
+        });
+        let evidence = evidence.transpose()?;
         Ok(Self {
             gradients: parameters.zero_gradients(),
             parameters,
             encoder,
             objective: config.objective().clone(),
             detector,
+            evidence,
             scored_table,
             n_tables,
             item_table,
@@ -256,6 +302,54 @@ impl<'a> Network<'a> {
 
     pub fn item_table(&self) -> &ItemTable<'a> {
         &self.item_table
+    }
+
+    /// The parameters, and the counts that candidates are found by, as a checkpoint holds them.
+    pub fn weights(&self) -> Vec<(String, Tensor)> {
+        let mut weights = self.parameters.named(&self.parameters.values());
+        let counts = self.evidence.iter().flat_map(|evidence| evidence.index.tensors());
+        weights.extend(counts.map(|(name, tensor)| (COUNTS.to_owned() + &name, tensor)));
+        weights
+    }
+
+    /// Loads what [`Network::weights`] of another network returned; of sharded tables, this rank's
+    /// rows.
+    ///
+    /// # Errors
+    /// Names the first tensor that does not fit.
+    pub fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
+        let (counts, weights): (Vec<_>, Vec<_>) =
+            weights.iter().partition(|(name, _)| name.starts_with(COUNTS));
+        let counts =
+            counts.into_iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        self.load_counts(&counts.collect::<Vec<_>>())?;
+        let local = weights
+            .into_iter()
+            .map(|(name, tensor)| (name.clone(), self.item_table.local_part(name, tensor)));
+        self.parameters.assign(&self.parameters.values(), &local.collect::<Vec<_>>(), &[])
+    }
+
+    /// Loads the counts of [`Network::weights`].
+    ///
+    /// # Errors
+    /// Names the first tensor that does not fit.
+    pub fn load_counts(&mut self, counts: &[(String, Tensor)]) -> Result<(), String> {
+        let Some(evidence) = &mut self.evidence else {
+            return match counts.first() {
+                Some((name, _)) => Err(format!("unknown parameter `{name}`")),
+                None => Ok(()),
+            };
+        };
+        let named: Vec<(String, Tensor)> = counts
+            .iter()
+            .map(|(name, tensor)| (name[COUNTS.len()..].to_owned(), tensor.shallow_clone()))
+            .collect();
+        evidence.index.load(&named)
+    }
+
+    /// The counts that candidates are found by, if the head has evidence.
+    pub fn candidate_index_mut(&mut self) -> Option<&mut CandidateIndex> {
+        self.evidence.as_mut().map(|evidence| &mut evidence.index)
     }
 
     /// Frees memory that only backward passes need.
@@ -333,22 +427,31 @@ impl<'a> Network<'a> {
         timer.end("forward");
 
         let vectors: Vec<Tensor> = encoded.iter().map(|part| part.vectors.detach()).collect();
-        let vectors = Tensor::cat(&vectors, 0);
-        let CrossEntropy { mut loss, state_gradient, drawn } =
+        let vectors = Encoded { vectors: Tensor::cat(&vectors, 0), sparse: join_sparse(&encoded) };
+        let CrossEntropy { mut loss, state_gradient, sparse_gradient, drawn } =
             self.score(&vectors, &targets, &counts, uniform.as_ref(), negatives, hooks)?;
         timer.end("loss");
 
         let n_draws = encoded.iter().map(|part| part.n_draws).max().unwrap_or(0);
-        let state_gradients = state_gradient.split_with_sizes(n_targets.as_slice(), 0);
+        let by_part = |gradient: &Tensor| gradient.split_with_sizes(n_targets.as_slice(), 0);
+        let sparse_gradients: Vec<Option<Tensor>> = match &sparse_gradient {
+            Some(gradient) => by_part(gradient).into_iter().map(Some).collect(),
+            None => n_targets.iter().map(|_| None).collect(),
+        };
+        let gradients = by_part(&state_gradient).into_iter().zip(sparse_gradients);
         let others = self.other_parameters();
-        let mut work: Vec<_> = encoded.into_iter().zip(state_gradients).collect();
+        let mut work: Vec<_> = encoded.into_iter().zip(gradients).collect();
         let mut of_parts = Vec::new();
         // The scoring gradients are complete, so they may be reduced while the encoder's are
         // formed.
         hooks.scoring_complete(&mut self.gradients, &mut || {
-            of_parts = torch_in_parallel(std::mem::take(&mut work), |(part, state_gradient)| {
-                let EncodedPart { vectors, parameters, looked_up, .. } = part;
-                let loss = (vectors * state_gradient).sum(Kind::Float);
+            of_parts = torch_in_parallel(std::mem::take(&mut work), |(part, gradients)| {
+                let EncodedPart { vectors, sparse, parameters, looked_up, .. } = part;
+                let (state_gradient, sparse_gradient) = gradients;
+                let mut loss = (vectors * state_gradient).sum(Kind::Float);
+                if let (Some(sparse), Some(gradient)) = (sparse, sparse_gradient) {
+                    loss += (sparse.scores * gradient).sum(Kind::Float);
+                }
                 backward_from(&loss, &parameters, others.clone(), &looked_up)
             });
         })?;
@@ -391,18 +494,24 @@ impl<'a> Network<'a> {
             work.push((
                 self.parameters.share(),
                 input.part(first, n_events).into_leaves(),
+                self.evidence.as_ref().map(|evidence| {
+                    (evidence.scorer, evidence.index.of_targets(&plan.targets, &part))
+                }),
                 plan,
                 part,
             ));
             first += n_events;
         }
         let encoder = &self.encoder;
-        torch_in_parallel(work, |(parameters, input, plan, part)| {
+        torch_in_parallel(work, |(parameters, input, evidence, plan, part)| {
             let mut dropout = dropout.of_part(&part);
             let states = encoder.states(&parameters, &input, plan, &part, Some(&mut dropout));
             let vectors = encoder.vectors(&parameters, &states);
+            let sparse = evidence
+                .map(|(scorer, candidates)| scorer.scores(&parameters, &candidates, &states));
             EncodedPart {
                 vectors,
+                sparse,
                 parameters,
                 looked_up: input.vectors,
                 n_draws: dropout.n_draws(),
@@ -410,11 +519,11 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// *All ranks*, if the item table is sharded. The loss of `targets: [N]` given `vectors: [N,
-    /// D]`; adds the gradients of the scoring parameters. `counts`: targets of each rank.
+    /// *All ranks*, if the item table is sharded. The loss of `targets: [N]` given what they are
+    /// scored by; adds the gradients of the scoring parameters. `counts`: targets of each rank.
     fn score(
         &mut self,
-        vectors: &Tensor,
+        encoded: &Encoded,
         targets: &Tensor,
         counts: &[i64],
         uniform: Option<&Tensor>,
@@ -432,7 +541,7 @@ impl<'a> Network<'a> {
                 counts,
                 group_added: &mut || hooks.shard_updated(gradients),
             };
-            cross_entropy(vectors, targets, &mut scored, negatives, uniform, workspace)
+            cross_entropy(encoded, targets, &mut scored, negatives, uniform, workspace)
         })
     }
 
@@ -551,16 +660,21 @@ impl<'a> Network<'a> {
     /// `lengths: [B]`. The arithmetic is that of [`Recommender::encode`] and
     /// [`Recommender::scores`]; no operation depends on the number of sessions, so that it can be
     /// traced. The item table must be replicated.
-    pub fn next_scores(&self, columns: &[Tensor], lengths: &Tensor, width: i64) -> Tensor {
+    pub fn next_scores(&self, padded: &[Tensor], lengths: &Tensor, width: i64) -> Tensor {
         tch::no_grad(|| {
             let (encoder, parameters) = (&self.encoder, &self.parameters);
             let columns: Vec<Tensor> =
-                columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
+                padded.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
             let lookups = encoder.input.look_up(parameters, &columns, &self.item_table);
             let lookups = lookups.expect("lookups in a replicated table make no collective call");
             let input = EncoderInput::whole(columns, &lookups);
-            let vectors = encoder.next_vectors(parameters, &input, &self.objective, lengths, width);
-            self.scores(&vectors, 0..self.item_table.n_items)
+            let states = encoder.next_states(parameters, &input, &self.objective, lengths, width);
+            let vectors = encoder.vectors(parameters, &states);
+            let sparse = self.evidence.as_ref().map(|Evidence { index, scorer }| {
+                let candidates = index.of_padded(padded, lengths, width);
+                scorer.scores(parameters, &candidates, &states)
+            });
+            self.scores(&Encoded { vectors, sparse }, 0..self.item_table.n_items)
         })
     }
 
@@ -608,13 +722,30 @@ impl Recommender for Network<'_> {
         true
     }
 
-    fn encode(&self, known: &Batch) -> Result<Tensor, CollectiveError> {
+    fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError> {
         let states =
             self.read(known, self.objective.next(&known.lengths, self.encoder.attends()))?;
-        Ok(tch::no_grad(|| self.encoder.vectors(&self.parameters, &states)))
+        Ok(tch::no_grad(|| {
+            let vectors = self.encoder.vectors(&self.parameters, &states);
+            let sparse = self.evidence.as_ref().map(|Evidence { index, scorer }| {
+                scorer.scores(&self.parameters, &index.of_next(known), &states)
+            });
+            Encoded { vectors, sparse }
+        }))
     }
 
-    fn scores(&self, encoded: &Tensor, items: Range<i64>) -> Tensor {
+    fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor {
+        let dense = self.dense_scores(&encoded.vectors, &items);
+        if let Some(sparse) = &encoded.sparse {
+            tch::no_grad(|| sparse.add_to(&dense, &items));
+        }
+        dense
+    }
+}
+
+impl Network<'_> {
+    /// Scores `[B, C]` of `items` from `vectors: [B, D]` alone.
+    fn dense_scores(&self, vectors: &Tensor, items: &Range<i64>) -> Tensor {
         tch::no_grad(|| {
             let first = items.start - self.item_table.rows.start;
             let rows = |index: usize| {
@@ -622,9 +753,9 @@ impl Recommender for Network<'_> {
             };
             let table = rows(self.scored_table);
             if table.kind() == Kind::Float {
-                return rows(ITEM_BIAS).addmm(encoded, &table.tr());
+                return rows(ITEM_BIAS).addmm(vectors, &table.tr());
             }
-            encoded.to_kind(table.kind()).matmul(&table.tr()).to_kind(Kind::Float) + rows(ITEM_BIAS)
+            vectors.to_kind(table.kind()).matmul(&table.tr()).to_kind(Kind::Float) + rows(ITEM_BIAS)
         })
     }
 }

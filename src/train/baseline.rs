@@ -6,25 +6,23 @@ use tch::Tensor;
 
 use super::{Day, Learner, TrainError};
 use crate::checkpoint::{SharedCheckpoint, Tensors};
-use crate::model::{Baseline, Recommender};
+use crate::model::{CountingModel, Recommender};
 
 /// A baseline that adds the counts of each day.
 ///
 /// Every rank reads every session in file order: V-SkNN needs them all on every rank, and counting
 /// takes less time than an evaluation. The counts are then the same on any number of ranks without
 /// communication.
-pub(super) struct BaselineLearner(pub(super) Baseline);
+pub(super) struct BaselineLearner<M>(pub(super) M);
 
-impl Learner for BaselineLearner {
+impl<M: CountingModel> Learner for BaselineLearner<M> {
     fn recommender(&self) -> &dyn Recommender {
         &self.0
     }
 
     /// Counts each session once, independent of `train.epochs_per_day` and `max_steps_per_day`.
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
-        let file = day.plan.window.today();
-        let sessions = file.read(&file.spans(0..file.n_sessions()))?;
-        self.0.add_day((0..sessions.len()).map(|row| sessions.ids(0, row)));
+        self.0.add_day(day.plan.day, day.plan.window.today())?;
         Ok(ControlFlow::Continue(()))
     }
 

@@ -12,7 +12,7 @@ use crate::config::{Config, NonFinite, TrainConfig};
 use crate::data::{Batch, Features, Loader};
 use crate::model::head::{Logits, NegativeSampler, Negatives};
 use crate::model::parameters::copy_rows;
-use crate::model::{ItemTable, Network, Neural, Recommender};
+use crate::model::{COUNTS, ItemTable, Network, Neural, Recommender};
 use crate::optim::{Optimizer, OptimizerConfig};
 
 /// A network and its optimizer. The state of the optimizer is kept from day to day; the schedule of
@@ -37,6 +37,7 @@ impl<'a> GradientLearner<'a> {
             model,
             features,
             data.max_length,
+            config.evaluate.reminders,
             run.seed,
             place.device,
             item_table,
@@ -137,6 +138,12 @@ impl Learner for GradientLearner<'_> {
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
+        if day.state.position.day_step == 0
+            && let Some(index) = self.network.candidate_index_mut()
+        {
+            // A checkpoint of a later step contains the counts of the day.
+            index.add_day(day.plan.day, day.plan.window.today())?;
+        }
         let mut n_done = day.state.position.day_step;
         let ranks = (collective.rank(), collective.world_size());
         let steps = Loader::start(&day.plan, day.features, ranks, n_done);
@@ -182,7 +189,7 @@ impl Learner for GradientLearner<'_> {
             let named = parameters.named_from(flat, first);
             named.into_iter().map(move |(name, tensor)| (format!("{of}.{name}"), tensor))
         });
-        Tensors { weights: parameters.named(&parameters.values()), optimizer: state.collect() }
+        Tensors { weights: self.network.weights(), optimizer: state.collect() }
     }
 
     fn optimizer_steps(&self) -> i32 {
@@ -190,17 +197,15 @@ impl Learner for GradientLearner<'_> {
     }
 
     fn load_weights(&mut self, weights: &[(String, Tensor)]) -> Result<(), String> {
-        let (parameters, item_table) = (self.network.parameters(), self.network.item_table());
-        let local = weights
-            .iter()
-            .map(|(name, tensor)| (name.clone(), item_table.local_part(name, tensor)));
-        parameters.assign(&parameters.values(), &local.collect::<Vec<_>>(), &[])
+        self.network.load_weights(weights)
     }
 
     fn resume(&mut self, from: &SharedCheckpoint<'_>) -> Result<(), TrainError> {
         let mismatch = |problem| from.mismatch(problem);
         let (parameters, tables) = (self.network.parameters(), self.network.tables());
-        parameters.check_names(from.weight_names()).map_err(mismatch)?;
+        let is_count = |name: &str| name.starts_with(COUNTS);
+        let names = from.weight_names().filter(|name| !is_count(name));
+        parameters.check_names(names).map_err(mismatch)?;
         let state = self.optimizer.state().into_iter().flat_map(|(of, first, flat)| {
             let named = parameters.named_from(flat, first).into_iter();
             named.map(move |(name, tensor)| {
@@ -215,8 +220,13 @@ impl Learner for GradientLearner<'_> {
         }
         // The catalogue may have grown: new rows keep their initial values and zero optimizer
         // state.
+        let mut counts = Vec::new();
         for saved in from.weights() {
             let (name, tensor) = saved?;
+            if is_count(name) {
+                counts.push((name.to_owned(), tensor));
+                continue;
+            }
             parameters.assign_one(&parameters.values(), name, &tensor, tables).map_err(mismatch)?;
         }
         for saved in from.optimizer() {
@@ -225,6 +235,7 @@ impl Learner for GradientLearner<'_> {
                 copy_rows(name, &saved, tensor, *may_grow).map_err(mismatch)?;
             }
         }
+        self.network.load_counts(&counts).map_err(mismatch)?;
         self.optimizer.set_n_steps(from.state().optimizer_steps);
         Ok(())
     }

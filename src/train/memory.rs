@@ -178,6 +178,11 @@ impl MemoryNeed {
                 }
             }
         };
+        // Occurrences, offsets and attributes on the host and in tables. The pairs depend on the
+        // sessions.
+        if config.model.candidates().is_some() {
+            need.host += 64 * n_items;
+        }
         // Occurrences in total and in a file, i64.
         need.host += 16 * n_items;
         Ok(need)

@@ -25,7 +25,7 @@ use crate::collective::Collective;
 use crate::config::{Config, Reduction, TableLayout};
 use crate::data::Features;
 use crate::model::{
-    Baseline, BaselineKind, ItemTable, ModelConfig, Neighbours, Neural, Recommender,
+    Baseline, BaselineKind, ItemTable, LogLinear, ModelConfig, Neighbours, Neural, Recommender,
 };
 
 use baseline::BaselineLearner;
@@ -83,6 +83,11 @@ fn learner<'a>(
         ModelConfig::Popularity {} => BaselineKind::None,
         ModelConfig::Recent {} => BaselineKind::LastDay(vec![0; n_items as usize]),
         ModelConfig::Markov {} => BaselineKind::Successors(BTreeMap::new()),
+        ModelConfig::Loglinear(loglinear) => {
+            let (reminders, max_length) = (config.evaluate.reminders, config.data.max_length);
+            let model = LogLinear::new(loglinear, features, reminders, max_length);
+            return Ok(Box::new(BaselineLearner(model.map_err(TrainError::Model)?)));
+        }
         ModelConfig::Vsknn(vsknn) => BaselineKind::Neighbours(Neighbours::new(vsknn, n_items)),
     };
     Ok(Box::new(BaselineLearner(Baseline::new(kind, n_items))))

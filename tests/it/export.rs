@@ -157,23 +157,36 @@ fn a_thousand_real_sessions_are_served_as_they_are_evaluated() {
     let features = "features = [\"brand-list_seq\", \"category_id-list_seq\", \
                     \"price_log_norm-list_seq\", \"product_recency_days_log_norm-list_seq\", \
                     \"relative_price_to_avg_categ_id-list_seq\"]";
-    shop.train("model", &format!("{features}\n[model]\nkind = \"gru\"\nhidden_width = 32"));
-    shop.export("model", &[]).success();
+    let evidence = "[model.head.evidence.candidates]\n\
+                    attributes = [\"category_id-list_seq\", \"brand-list_seq\", \
+                    \"price_log_norm-list_seq\"]";
+    for (name, head) in [("model", ""), ("evidence", evidence)] {
+        shop.train(
+            name,
+            &format!("{features}\n[model]\nkind = \"gru\"\nhidden_width = 32\n{head}"),
+        );
+        shop.export(name, &[]).success();
+        compare_served_sessions(&shop, name, &events);
+    }
+}
 
+/// Compares the scores and recommendations of the module exported from `run` with the evaluator's.
+fn compare_served_sessions(shop: &EventShop, run: &str, events: &Path) {
     // The evaluator's side: sessions as preprocessing wrote them.
-    let config = Config::load(&PathBuf::from(shop.path("model/config.toml")), &[]).unwrap();
+    let config =
+        Config::load(&PathBuf::from(shop.path(&format!("{run}/config.toml"))), &[]).unwrap();
     let days = Days::open(Path::new(&shop.path("data")), &config.data).unwrap();
     let workflow = Workflow::load(Path::new(&shop.path("data/workflow"))).unwrap();
-    let raw = events_by_session(&events);
-    let names = [1, 2, 3, 4, 5].map(|day| session_names(&shop, day, &workflow));
+    let raw = events_by_session(events);
+    let names = [1, 2, 3, 4, 5].map(|day| session_names(shop, day, &workflow));
     let neural = config.model.neural().unwrap();
-    let network = Network::new(&neural, days.features(), 20, 0, Device::Cpu).unwrap();
-    let tensors = Checkpoints::of(Path::new(&shop.path("model"))).newest().unwrap().0.tensors;
-    network.parameters().assign(&network.parameters().values(), &tensors.weights, &[]).unwrap();
+    let mut network = Network::new(&neural, days.features(), 20, 0, Device::Cpu).unwrap();
+    let tensors = Checkpoints::of(Path::new(&shop.path(run))).newest().unwrap().0.tensors;
+    network.load_weights(&tensors.weights).unwrap();
     // And the server's.
     let (repository, n_items) = (PathBuf::from(shop.path("repository")), days.features().n_items());
-    let model = ScriptedModel::load(&repository, "model", n_items, Device::Cpu).unwrap();
-    let etl = Preprocessor::load(&repository.join("model_etl/1")).unwrap();
+    let model = ScriptedModel::load(&repository, run, n_items, Device::Cpu).unwrap();
+    let etl = Preprocessor::load(&repository.join(format!("{run}_etl/1"))).unwrap();
     let mut n_compared = 0;
     for (day, names) in (1..).zip(&names) {
         let file = days.file(day, Split::Train).unwrap();

@@ -59,6 +59,7 @@ fn pack(columns: &[Tensor]) -> Batch {
     Batch {
         columns: columns.iter().map(|column| column.masked_select(&there)).collect(),
         session_seeds: vec![0; lengths.len()],
+        days: vec![0; lengths.len()],
         step_seed: 0,
         segments: vec![Segment { seed: 0, n_sessions: lengths.len() }],
         lengths: lengths.into_iter().map(|length| length as usize).collect(),

@@ -16,8 +16,8 @@ use bireme::model::head::{
 };
 use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::{
-    self, GruConfig, InputConfig, ItemTable, LossConfig, Network, Neural, NoHooks, Objective,
-    Recommender, XlnetConfig,
+    self, Encoded, GruConfig, InputConfig, ItemTable, LossConfig, Network, Neural, NoHooks,
+    Objective, Recommender, XlnetConfig,
 };
 use bireme::optim::{Optimizer, OptimizerConfig, TableOptimizer};
 use tch::{Device, Kind, Tensor};
@@ -52,6 +52,7 @@ fn batch(sessions: &[Vec<i64>]) -> Batch {
         ],
         lengths: sessions.iter().map(Vec::len).collect(),
         session_seeds: sessions.iter().map(|session| session.iter().sum::<i64>() as u64).collect(),
+        days: vec![0; sessions.len()],
         step_seed: 3,
         segments: vec![Segment { seed: 5, n_sessions: sessions.len() }],
     }
@@ -111,14 +112,14 @@ fn packing_sessions_of_different_lengths_does_not_change_results() {
         for config in &[Neural::Xlnet(&xlnet), Neural::Gru(&gru)] {
             let mut network = network(config);
             let (loss, gradients) = loss_and_gradients(&mut network, &batch(&sessions));
-            let together = network.encode(&batch(&sessions)).unwrap();
+            let together = network.encode(&batch(&sessions)).unwrap().vectors;
             let (mut loss_alone, mut gradients_alone) = (0.0, gradients.zeros_like());
             for (row, session) in sessions.iter().enumerate() {
                 let alone = batch(std::slice::from_ref(session));
                 let (loss, gradients) = loss_and_gradients(&mut network, &alone);
                 loss_alone += loss;
                 gradients_alone += gradients;
-                let encoded = network.encode(&alone).unwrap();
+                let encoded = network.encode(&alone).unwrap().vectors;
                 assert!(
                     distance(&encoded, &together.narrow(0, row as i64, 1)) < 1e-5,
                     "{config:?}"
@@ -397,8 +398,9 @@ impl Head {
             group_added: &mut || (),
         };
         let workspace = &mut Workspace::default();
+        let states = Encoded { vectors: self.states.shallow_clone(), sparse: None };
         let done =
-            cross_entropy(&self.states, &self.targets, &mut scored, negatives, uniform, workspace)
+            cross_entropy(&states, &self.targets, &mut scored, negatives, uniform, workspace)
                 .unwrap();
         let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
         CrossEntropy {

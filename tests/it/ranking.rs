@@ -185,6 +185,7 @@ fn offline(network: &Network, sessions: &[Vec<i64>]) -> Evaluation {
             columns: vec![Tensor::from_slice(&block.concat())],
             lengths: block.iter().map(Vec::len).collect(),
             session_seeds: vec![0; block.len()],
+            days: vec![0; block.len()],
             step_seed: 0,
             segments: vec![Segment { seed: 0, n_sessions: block.len() }],
         };

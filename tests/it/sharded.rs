@@ -76,6 +76,7 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
     let with_features = [&reproducible[..], &ALL_FEATURES].concat();
     let smoothed = ["--set", "train.loss={ kind = \"softmax\", label_smoothing = 0.1 }"];
     let sampled = ["--set", "train.loss={ kind = \"sampled\", n_negatives = 12 }"];
+    let evidence = ["--set", "model.head.evidence={ hidden_width = 8 }"];
     let replaced = CONFIG.replace(
         "[train]",
         "[model.objective]\nkind = \"replaced\"\nprobability = 0.3\nweight = 1.0\n[train]",
@@ -84,6 +85,8 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
         ("gru", CONFIG.to_owned(), [&reproducible[..], &smoothed].concat()),
         ("sampled", CONFIG.to_owned(), [&reproducible[..], &sampled].concat()),
         ("replaced", replaced, reproducible.clone()),
+        ("evidence", CONFIG.to_owned(), [&reproducible[..], &evidence].concat()),
+        ("sampled evidence", CONFIG.to_owned(), [&reproducible[..], &evidence, &sampled].concat()),
         ("xlnet", config_with(XLNET), with_features),
     ];
     for (name, config, set) in cases {

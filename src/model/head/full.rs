@@ -21,10 +21,10 @@ use bireme_kernels::parallel::torch_in_parallel;
 use bireme_kernels::softmax::softmax_rows;
 use tch::{Device, Kind, Tensor};
 
-use super::{CrossEntropy, Logits, ScoringTable, draw};
+use super::{CrossEntropy, Logits, ScoringTable, draw, is_target};
 use crate::collective::{Collective, CollectiveError};
-use crate::model::ItemTable;
 use crate::model::item_table::div_ceil;
+use crate::model::{Encoded, ItemTable, SparseScores};
 
 /// Items of a chunk on the CPU. A GPU is faster with few large products.
 const CHUNK_ITEMS: i64 = 4096;
@@ -109,15 +109,23 @@ impl FullSoftmax<'_> {
     /// *All ranks*, if the table is sharded. See [`super::cross_entropy`].
     pub fn loss(
         mut self,
-        own_states: &Tensor,
+        own: &Encoded,
         own_targets: &Tensor,
         scored: &mut ScoringTable<'_>,
         own_uniform: Option<&Tensor>,
     ) -> Result<CrossEntropy, CollectiveError> {
+        let Encoded { vectors: own_states, sparse: own_sparse } = own;
         let (item_table, counts) = (scored.item_table, scored.counts);
         let gather = |own: &Tensor| item_table.gather_rows(own, counts);
         let (states, targets) = (gather(own_states)?, gather(own_targets)?);
         let uniform = own_uniform.map(gather).transpose()?;
+        let sparse = own_sparse.as_ref().map(|own| {
+            let scores = gather(&own.scores)?;
+            let gradients = scores.zeros_like();
+            let scores = SparseScores { items: gather(&own.items)?, scores };
+            Ok::<_, CollectiveError>(SparseTerms { scores, gradients })
+        });
+        let sparse = sparse.transpose()?;
         let drawn = uniform.as_ref().map(|_| targets.zeros_like());
         let state_gradients = StateGradients::new(&states, item_table.is_reproducible());
         let mean_row = if self.label_smoothing > 0.0 { Some(mean_row(scored)?) } else { None };
@@ -129,6 +137,7 @@ impl FullSoftmax<'_> {
                 states: of_group(&states),
                 targets: of_group(&targets),
                 state_gradients: state_gradients.rows(group.start, group.end - group.start),
+                sparse: sparse.as_ref().map(|sparse| sparse.rows(&group)),
                 draws: uniform
                     .as_ref()
                     .zip(drawn.as_ref())
@@ -153,7 +162,21 @@ impl FullSoftmax<'_> {
             state_gradient -= row * self.label_smoothing;
         }
         let drawn = drawn.as_ref().map(reduce_scatter).transpose()?;
-        Ok(CrossEntropy { loss, state_gradient, drawn })
+        let mut sparse_gradient =
+            sparse.map(|sparse| reduce_scatter(&sparse.gradients)).transpose()?;
+        if let (Some(sparse), Some(gradient)) = (own_sparse, &mut sparse_gradient) {
+            let is_target = is_target(sparse, own_targets);
+            let of_target = (&sparse.scores * &is_target).sum(Kind::Double);
+            loss -= of_target * on_target;
+            *gradient -= is_target * on_target;
+            if self.label_smoothing > 0.0 {
+                let each = self.label_smoothing / item_table.n_items as f64;
+                let is_item = sparse.items.gt(0).to_kind(Kind::Float);
+                loss -= (&sparse.scores * &is_item).sum(Kind::Double) * each;
+                *gradient -= is_item * each;
+            }
+        }
+        Ok(CrossEntropy { loss, state_gradient, sparse_gradient, drawn })
     }
 
     /// *All ranks*, if the table is sharded. Adds the gradients of `logsumexp(z)` of a group, and
@@ -208,6 +231,7 @@ struct TargetGroup {
     /// `[n]`.
     targets: Tensor,
     state_gradients: StateGradients,
+    sparse: Option<SparseTerms>,
     /// Uniform numbers, `[n]`, and the items that are drawn by them, `[n]`.
     draws: Option<(Tensor, Tensor)>,
 }
@@ -220,8 +244,38 @@ impl TargetGroup {
             states: of_part(&self.states),
             targets: of_part(&self.targets),
             state_gradients: self.state_gradients.rows(first, n),
+            sparse: self.sparse.as_ref().map(|sparse| sparse.rows(&(first..first + n))),
             draws: self.draws.as_ref().map(|(uniform, drawn)| (of_part(uniform), of_part(drawn))),
         }
+    }
+}
+
+/// Sparse scores of targets, and their gradients.
+struct SparseTerms {
+    /// `[n, E]`.
+    scores: SparseScores,
+    /// `[n, E]`, to which the chunk with the item adds. One rank has that chunk, so that the sum
+    /// over ranks is exact.
+    gradients: Tensor,
+}
+
+impl SparseTerms {
+    /// Views of the targets `rows`.
+    fn rows(&self, rows: &Range<i64>) -> Self {
+        let of_rows = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
+        let SparseScores { items, scores } = &self.scores;
+        let scores = SparseScores { items: of_rows(items), scores: of_rows(scores) };
+        Self { scores, gradients: of_rows(&self.gradients) }
+    }
+
+    /// Adds the probabilities `p: [n, C]` of the sparse items among `items`, times `weight:
+    /// [n, 1]`, to `gradients: [n, E]`.
+    fn add_gradients(&self, gradients: &Tensor, p: &Tensor, weight: &Tensor, items: &Range<i64>) {
+        let found = &self.scores.items;
+        let is_inside = found.ge(items.start.max(1)).logical_and(&found.lt(items.end));
+        let (column, _) = self.scores.columns(items);
+        let of_items = p.gather(1, &column, false).to_kind(Kind::Float) * weight;
+        let _ = gradients.shallow_clone().g_add_(&(of_items * is_inside.to_kind(Kind::Float)));
     }
 }
 
@@ -310,7 +364,7 @@ fn softmax_gradients(
     workspace: &mut Workspace,
 ) -> Result<Tensor, CollectiveError> {
     let item_table = scored.item_table;
-    let workers = Worker::split(&part.states, scored, blocking, workspace);
+    let workers = Worker::split(&part, scored, blocking, workspace);
     let first_pass =
         torch_in_parallel(workers, |worker| (tch::no_grad(|| worker.log_sums()), worker));
     let (logs, workers): (Vec<Tensor>, Vec<Worker>) = first_pass.into_iter().unzip();
@@ -349,7 +403,12 @@ fn softmax_gradients(
     let second_pass = torch_in_parallel(work, |(mut worker, weights, draws)| {
         tch::no_grad(|| worker.gradients(&weights, draws.as_ref()))
     });
-    second_pass.iter().for_each(|sums| part.state_gradients.add_sums(sums));
+    for (sums, sparse_gradients) in &second_pass {
+        part.state_gradients.add_sums(sums);
+        if let (Some(sparse), Some(gradients)) = (&part.sparse, sparse_gradients) {
+            let _ = sparse.gradients.shallow_clone().g_add_(gradients);
+        }
+    }
     Ok(log_sums)
 }
 
@@ -365,6 +424,9 @@ struct Worker {
     states: Tensor,
     /// The states in the type of the logits.
     factors: Tensor,
+    sparse: Option<SparseTerms>,
+    /// The item of the first row.
+    first_item: i64,
     /// Of the worker's rows, like the three below.
     weights: Tensor,
     bias: Tensor,
@@ -377,11 +439,12 @@ struct Worker {
 impl Worker {
     /// One for each thread, with equally many chunks, as far as there are enough.
     fn split(
-        states: &Tensor,
+        part: &TargetGroup,
         scored: &ScoringTable<'_>,
         blocking: Blocking,
         workspace: &mut Workspace,
     ) -> Vec<Self> {
+        let states = &part.states;
         let Blocking { chunk_items, keeps_probabilities, kind, .. } = blocking;
         let (n, n_items) = (states.size()[0], scored.weights.size()[0]);
         let factors = states.to_kind(kind);
@@ -405,6 +468,8 @@ impl Worker {
                 is_reproducible: scored.item_table.is_reproducible(),
                 states: states.shallow_clone(),
                 factors: factors.shallow_clone(),
+                sparse: part.sparse.as_ref().map(|sparse| sparse.rows(&(0..n))),
+                first_item: scored.item_table.rows.start + first_row,
                 weights: rows(scored.weights, &local),
                 bias: rows(scored.bias, &local),
                 weight_gradient: rows(&scored.weight_gradient, &local),
@@ -426,14 +491,28 @@ impl Worker {
         let bias = rows(&self.bias, chunk);
         if (p.device(), p.kind()) == (Device::Cpu, Kind::Float) {
             let _ = self.factors.mm_out(&p, &self.vectors(chunk).tr());
+            self.add_sparse(&p, chunk);
             return softmax_rows(&mut p, &bias).unsqueeze(0);
         }
         let _ = bias.to_kind(p.kind()).addmm_out(&p, &self.factors, &self.vectors(chunk).tr());
+        self.add_sparse(&p, chunk);
         // The largest probability is `exp(0)` over the sum, which gives the sum's logarithm.
         let max = || p.amax([1i64].as_slice(), false).to_kind(Kind::Float);
         let max_logit = max();
         let _ = p.softmax_int_out(&p, 1, None);
         (max_logit - max().log()).unsqueeze(0)
+    }
+
+    /// Adds the sparse scores to the logits `[n, C]` of a chunk.
+    fn add_sparse(&self, logits: &Tensor, chunk: &Range<i64>) {
+        if let Some(sparse) = &self.sparse {
+            sparse.scores.add_to(logits, &self.items(chunk));
+        }
+    }
+
+    /// The items of a chunk.
+    fn items(&self, chunk: &Range<i64>) -> Range<i64> {
+        self.first_item + chunk.start..self.first_item + chunk.end
     }
 
     /// Item vectors of a chunk in the type of the logits: `[C, D]`.
@@ -442,9 +521,14 @@ impl Worker {
     }
 
     /// The second pass, with `w_c: [n, chunks]`: adds to the gradients of the worker's rows and
-    /// returns what it contributes to those of the states.
-    fn gradients(&mut self, weights: &Tensor, draws: Option<&WorkerDraws>) -> StateGradients {
+    /// returns what it contributes to those of the states and of the sparse scores.
+    fn gradients(
+        &mut self,
+        weights: &Tensor,
+        draws: Option<&WorkerDraws>,
+    ) -> (StateGradients, Option<Tensor>) {
         let sums = StateGradients::new(&self.states, self.is_reproducible);
+        let sparse_gradients = self.sparse.as_ref().map(|sparse| sparse.gradients.zeros_like());
         for (number, chunk) in (0..).zip(&self.chunks) {
             if !self.keeps_probabilities {
                 let _ = self.softmax(chunk);
@@ -454,6 +538,9 @@ impl Worker {
             let weight = weights.narrow(1, number, 1).copy();
             if let Some(draws) = draws {
                 draws.draw_from(&p, number, chunk.start);
+            }
+            if let (Some(sparse), Some(gradients)) = (&self.sparse, &sparse_gradients) {
+                sparse.add_gradients(gradients, &p, &weight, &self.items(chunk));
             }
             let weighted = &self.states * &weight;
             let mut of_weights = rows(&self.weight_gradient, chunk);
@@ -469,7 +556,7 @@ impl Worker {
             }
             sums.add(&(p.matmul(&self.vectors(chunk)) * weight));
         }
-        sums
+        (sums, sparse_gradients)
     }
 
     /// The memory of a chunk's probabilities, `[n, C]`.

@@ -15,8 +15,8 @@ use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use tch::{Device, Kind, Tensor};
 
-use super::ItemTable;
 use super::rows::add_rows;
+use super::{Encoded, ItemTable, SparseScores};
 use crate::collective::CollectiveError;
 use crate::config::LossConfig;
 
@@ -210,14 +210,17 @@ pub struct CrossEntropy {
     pub loss: Tensor,
     /// Gradient of the loss by the states, `[N, D]`.
     pub state_gradient: Tensor,
+    /// Gradient of the loss by the sparse scores, `[N, E]`; `None` without them.
+    pub sparse_gradient: Option<Tensor>,
     /// An item sampled from the model's distribution for each target, i64 `[N]`; `None` without
     /// `uniform`.
     pub drawn: Option<Tensor>,
 }
 
-/// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under `states: [N,
-/// D]`; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn
-/// for each target.
+/// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under `encoded`,
+/// states `[N, D]` and terms that are added to the scores of some items of each target, `[N, E]`;
+/// adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn for
+/// each target.
 ///
 /// On a sharded table the computation is vocabulary-parallel, as in Megatron-LM (Shoeybi et al.
 /// 2019): the states and targets of all ranks are gathered, each rank scores them against its rows,
@@ -229,7 +232,7 @@ pub struct CrossEntropy {
 /// # Errors
 /// A collective call fails.
 pub fn cross_entropy(
-    states: &Tensor,
+    encoded: &Encoded,
     targets: &Tensor,
     scored: &mut ScoringTable<'_>,
     negatives: &Negatives,
@@ -239,12 +242,17 @@ pub fn cross_entropy(
     match negatives {
         &Negatives::Full { label_smoothing, logits } => {
             let full = FullSoftmax { label_smoothing, logits, workspace };
-            full.loss(states, targets, scored, uniform)
+            full.loss(encoded, targets, scored, uniform)
         }
         Negatives::Sampled { items, loss } => {
-            sampled(states, targets, scored, items, loss, uniform)
+            sampled(encoded, targets, scored, items, loss, uniform)
         }
     }
+}
+
+/// Where the sparse scores of a target are those of the target itself: f32 `[N, E]`.
+fn is_target(sparse: &SparseScores, targets: &Tensor) -> Tensor {
+    sparse.items.eq_tensor(&targets.unsqueeze(1)).to_kind(Kind::Float)
 }
 
 /// Samples a column from each row of probabilities `p: [n, C]` by inverting its cumulative sums at

@@ -1,20 +1,28 @@
 //! The loss over the target and sampled negatives.
 
+use std::ops::Range;
+
 use tch::{Kind, Tensor};
 
-use super::{CrossEntropy, SampledLoss, ScoringTable, draw};
+use super::{CrossEntropy, SampledLoss, ScoringTable, draw, is_target};
 use crate::collective::CollectiveError;
+use crate::model::item_table::RowRequest;
+use crate::model::rows::add_rows;
+use crate::model::{Encoded, SparseScores};
 
 /// *All ranks*, if the table is sharded. See [`super::cross_entropy`]. All ranks have sampled the
-/// same `items: [M]`; those that equal a target are not negatives of it.
+/// same `items: [M]`; those that equal a target are not negatives of it. Items with sparse scores
+/// are negatives besides the sampled ones, each in full, and samples that equal them are left out.
 pub(super) fn sampled(
-    states: &Tensor,
+    encoded: &Encoded,
     targets: &Tensor,
     scored: &mut ScoringTable<'_>,
     items: &Tensor,
     loss: &SampledLoss,
     uniform: Option<&Tensor>,
 ) -> Result<CrossEntropy, CollectiveError> {
+    let Encoded { vectors: states, sparse } = encoded;
+    let sparse = sparse.as_ref();
     let width = states.size()[1];
     let vectors = |rows: &Tensor| rows.narrow(1, 0, width);
     let (item_table, counts) = (scored.item_table, scored.counts);
@@ -26,17 +34,36 @@ pub(super) fn sampled(
     let positives = request.fetch(|rows| scored.vectors_and_bias(rows))?;
 
     let negative_logits = negatives.select(1, width).addmm(states, &vectors(&negatives).tr());
-    let is_target = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0));
-    let negative_logits = negative_logits.masked_fill(&is_target, f64::NEG_INFINITY);
-    let target_logits =
+    let is_no_negative = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0));
+    let is_no_negative = match sparse {
+        Some(sparse) => is_no_negative.logical_or(&has_sparse_score(sparse, items)),
+        None => is_no_negative,
+    };
+    let negative_logits = negative_logits.masked_fill(&is_no_negative, f64::NEG_INFINITY);
+    let mut target_logits =
         (states * vectors(&positives)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
             + positives.narrow(1, width, 1);
-    let (loss, [by_target, by_negatives]) = loss.with_gradients(&target_logits, &negative_logits);
+    let candidates = sparse.map(|sparse| {
+        let candidates = SparseNegatives::new(sparse, states, targets, scored)?;
+        target_logits += &candidates.target_term;
+        Ok::<_, CollectiveError>(candidates)
+    });
+    let candidates = candidates.transpose()?;
+    let (loss, LogitGradients { by_target, by_negatives, by_sparse }) = loss.with_gradients(
+        &target_logits,
+        &negative_logits,
+        candidates.as_ref().map(|candidates| &candidates.logits),
+    );
     let drawn = uniform.map(|uniform| {
-        let logits = Tensor::cat(&[target_logits, negative_logits], 1);
-        let column = draw(&logits.softmax(1, Kind::Float), uniform);
-        let negative = items.index_select(0, &(&column - 1).clamp_min(0));
-        negative.where_self(&column.gt(0), targets)
+        let mut logits = vec![&target_logits, &negative_logits];
+        let mut all_items =
+            vec![targets.unsqueeze(1), items.unsqueeze(0).expand_as(&negative_logits)];
+        if let (Some(candidates), Some(sparse)) = (&candidates, sparse) {
+            logits.push(&candidates.logits);
+            all_items.push(sparse.items.shallow_clone());
+        }
+        let column = draw(&Tensor::cat(&logits, 1).softmax(1, Kind::Float), uniform);
+        Tensor::cat(&all_items, 1).gather(1, &column.unsqueeze(1), false).squeeze_dim(1)
     });
 
     // A column of ones makes the product with the states the gradient of the bias, too.
@@ -50,34 +77,182 @@ pub(super) fn sampled(
         scored.add_gradients(rows, gradients);
         (scored.group_added)();
     })?;
-    let state_gradient =
-        by_negatives.matmul(&vectors(&negatives)) + by_target * vectors(&positives);
-    Ok(CrossEntropy { loss, state_gradient, drawn })
+    let mut state_gradient =
+        by_negatives.matmul(&vectors(&negatives)) + &by_target * vectors(&positives);
+    let sparse_gradient = match (candidates, by_sparse) {
+        (Some(candidates), Some(by_sparse)) => {
+            state_gradient += candidates.add_gradients(&by_sparse, states, scored)?;
+            Some(by_sparse + candidates.is_target * by_target)
+        }
+        _ => None,
+    };
+    Ok(CrossEntropy { loss, state_gradient, sparse_gradient, drawn })
+}
+
+/// Which of the sampled `items: [M]` have a sparse score for a target: bool `[N, M]`.
+fn has_sparse_score(sparse: &SparseScores, items: &Tensor) -> Tensor {
+    let (distinct, number, _) = items.internal_unique2(true, true, false);
+    let last = distinct.size()[0] - 1;
+    let place =
+        sparse.items.contiguous().searchsorted(&distinct, false, false, "left", None::<&Tensor>);
+    let place = place.clamp_max(last);
+    let found = distinct.index_select(0, &place.reshape([-1])).reshape_as(&place);
+    let is_found = found.eq_tensor(&sparse.items).to_kind(Kind::Float);
+    let n_found = Tensor::zeros([sparse.items.size()[0], last + 1], (Kind::Float, items.device()));
+    n_found.scatter_add(1, &place, &is_found).gt(0.0).index_select(1, &number)
+}
+
+/// Items with sparse scores as negatives.
+struct SparseNegatives<'a> {
+    /// Rows that the items of all targets share, without repetition: `[U]`.
+    request: RowRequest<'a>,
+    /// Vectors and biases of these items, `[U, D + 1]`.
+    vectors: Tensor,
+    /// Index of each item among them, i64 `[N, E]`.
+    index: Tensor,
+    /// `[N, E]`; −∞ for the target and where there is no item.
+    logits: Tensor,
+    /// 1 where the item is the target: `[N, E]`.
+    is_target: Tensor,
+    /// Sparse score of each target, `[N, 1]`.
+    target_term: Tensor,
+}
+
+impl<'a> SparseNegatives<'a> {
+    fn new(
+        sparse: &SparseScores,
+        states: &Tensor,
+        targets: &Tensor,
+        scored: &ScoringTable<'a>,
+    ) -> Result<Self, CollectiveError> {
+        let (distinct, index, _) = sparse.items.internal_unique2(true, true, false);
+        let counts = scored.item_table.gather_counts(distinct.size()[0])?;
+        let request = scored.item_table.request(&distinct, &counts)?;
+        let vectors = request.fetch(|rows| scored.vectors_and_bias(rows))?;
+        let width = states.size()[1];
+        let dense: Vec<Tensor> = target_blocks(&sparse.items, width)
+            .map(|block| {
+                let of_items = rows_of(&vectors, &index, &block);
+                let states = narrow(states, &block).unsqueeze(2);
+                of_items.narrow(2, 0, width).matmul(&states).squeeze_dim(2)
+                    + of_items.select(2, width)
+            })
+            .collect();
+        let is_target = is_target(sparse, targets);
+        let is_no_negative = is_target.gt(0.0).logical_or(&sparse.items.eq(0));
+        let logits = (Tensor::cat(&dense, 0) + &sparse.scores)
+            .masked_fill(&is_no_negative, f64::NEG_INFINITY);
+        let target_term =
+            (&sparse.scores * &is_target).sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+        Ok(Self { request, vectors, index, logits, is_target, target_term })
+    }
+
+    /// Adds the gradients `by_logits: [N, E]` to the table, and returns those of the states,
+    /// `[N, D]`.
+    fn add_gradients(
+        &self,
+        by_logits: &Tensor,
+        states: &Tensor,
+        scored: &mut ScoringTable<'_>,
+    ) -> Result<Tensor, CollectiveError> {
+        let Self { request, vectors, index, .. } = self;
+        let item_table = scored.item_table;
+        let width = states.size()[1];
+        let mut gradients = vectors.zeros_like();
+        let mut of_states = Vec::new();
+        for block in target_blocks(index, width) {
+            let (by_logits, states) = (narrow(by_logits, &block), narrow(states, &block));
+            let of_items = rows_of(vectors, index, &block).narrow(2, 0, width);
+            of_states.push(by_logits.unsqueeze(1).matmul(&of_items).squeeze_dim(1));
+            let ones = states.new_ones([states.size()[0], 1], (states.kind(), states.device()));
+            let with_one = Tensor::cat(&[states, ones], 1).unsqueeze(1);
+            let of_items = (by_logits.unsqueeze(2) * with_one).flatten(0, 1);
+            let rows = narrow(index, &block).reshape([-1]);
+            add_rows(&mut gradients, &rows, &of_items, item_table.is_reproducible());
+        }
+        request.scatter_gradients(item_table, &gradients, |rows, gradients| {
+            scored.add_gradients(rows, gradients);
+            (scored.group_added)();
+        })?;
+        Ok(Tensor::cat(&of_states, 0))
+    }
+}
+
+/// Numbers of vectors of a block: they stay in the caches of a CPU.
+const BLOCK_NUMBERS: i64 = 1 << 21;
+
+/// Ranges of targets whose vectors `[n, E, width]` are worked on together. `items: [N, E]`. At
+/// least one range, which may be empty.
+fn target_blocks(items: &Tensor, width: i64) -> impl Iterator<Item = Range<i64>> {
+    let (n, n_each) = items.size2().expect("sparse scores are [N, E]");
+    let n_block = (BLOCK_NUMBERS / (n_each * width).max(1)).max(1);
+    (0..n.max(1)).step_by(n_block as usize).map(move |first| first..(first + n_block).min(n))
+}
+
+fn narrow(x: &Tensor, rows: &Range<i64>) -> Tensor {
+    x.narrow(0, rows.start, rows.end - rows.start)
+}
+
+/// The rows `index: [N, E]` of `vectors: [U, D + 1]` for the targets `block`: `[n, E, D + 1]`.
+fn rows_of(vectors: &Tensor, index: &Tensor, block: &Range<i64>) -> Tensor {
+    let index = narrow(index, block);
+    let (n, n_each) = index.size2().expect("indices are [n, E]");
+    let width = vectors.size()[1];
+    vectors.index_select(0, &index.reshape([-1])).view([n, n_each, width])
+}
+
+/// Gradients of a loss by logits.
+struct LogitGradients {
+    /// `[N, 1]`.
+    by_target: Tensor,
+    /// `[N, M]`.
+    by_negatives: Tensor,
+    /// `[N, E]`.
+    by_sparse: Option<Tensor>,
 }
 
 impl SampledLoss {
-    /// The summed loss, f64, and its gradients by the logits of the target `[N, 1]` and of the
-    /// negatives `[N, M]`, some of which are −∞.
-    fn with_gradients(&self, target: &Tensor, negatives: &Tensor) -> (Tensor, [Tensor; 2]) {
+    /// The summed loss, f64, and its gradients by the logits of the target `[N, 1]`, of the
+    /// sampled negatives `[N, M]` and of the items with sparse scores `[N, E]`, of which some are
+    /// −∞.
+    fn with_gradients(
+        &self,
+        target: &Tensor,
+        negatives: &Tensor,
+        sparse: Option<&Tensor>,
+    ) -> (Tensor, LogitGradients) {
+        let split = |gradients: &Tensor| {
+            let n_negatives = negatives.size()[1];
+            let rest = gradients.size()[1] - n_negatives;
+            let of_sparse = sparse.map(|_| gradients.narrow(1, n_negatives, rest));
+            (gradients.narrow(1, 0, n_negatives), of_sparse)
+        };
         match self {
             // The logQ correction: a negative's logit is lowered by the logarithm of its expected
-            // count, so that the sampled sum estimates the sum over the catalogue.
+            // count, so that the sampled sum estimates the sum over the catalogue. An item with a
+            // sparse score is always in the sum.
             SampledLoss::Softmax { log_expected } => {
-                let p = Tensor::cat(&[target, &(negatives - log_expected)], 1)
-                    .log_softmax(1, Kind::Float);
+                let corrected = negatives - log_expected;
+                let logits: Vec<&Tensor> = [target, &corrected].into_iter().chain(sparse).collect();
+                let p = Tensor::cat(&logits, 1).log_softmax(1, Kind::Float);
                 let loss = -p.narrow(1, 0, 1).sum(Kind::Double);
                 let p = p.exp();
-                (loss, [p.narrow(1, 0, 1) - 1.0, p.narrow(1, 1, negatives.size()[1])])
+                let (by_negatives, by_sparse) = split(&p.narrow(1, 1, p.size()[1] - 1));
+                let by_target = p.narrow(1, 0, 1) - 1.0;
+                (loss, LogitGradients { by_target, by_negatives, by_sparse })
             }
             // All logits are raised by the logit of an item of average popularity, which leaves the
             // ranking as it is. Otherwise training would first have to lower all logits to it, with
             // gradients so large that Adagrad's step sizes are used up.
             SampledLoss::Binary { target_weight } => {
                 let average = (target_weight / negatives.size()[1] as f64).ln();
-                let (target, negatives) = (target + average, negatives + average);
+                let all: Vec<&Tensor> = [negatives].into_iter().chain(sparse).collect();
+                let (target, negatives) = (target + average, Tensor::cat(&all, 1) + average);
                 let of_target = target.neg().softplus().sum(Kind::Double) * *target_weight;
                 let loss = of_target + negatives.softplus().sum(Kind::Double);
-                (loss, [(target.sigmoid() - 1.0) * *target_weight, negatives.sigmoid()])
+                let (by_negatives, by_sparse) = split(&negatives.sigmoid());
+                let by_target = (target.sigmoid() - 1.0) * *target_weight;
+                (loss, LogitGradients { by_target, by_negatives, by_sparse })
             }
         }
     }

@@ -298,7 +298,7 @@ fn warnings(runs: &[FinishedRun]) -> Vec<String> {
     let mut warnings = Vec::new();
     if !runs.iter().any(FinishedRun::is_baseline) {
         let text = "no baseline was given: add a run of a counting model to compare with \
-                    (`model.kind` popularity, recent, markov or vsknn)";
+                    (`model.kind` popularity, recent, markov, vsknn or loglinear)";
         warnings.push(text.to_owned());
     }
     let known = |run| last_outcomes(run).iter().map(|outcome| outcome.n_known);

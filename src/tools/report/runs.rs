@@ -11,7 +11,7 @@ use crate::run_dir::{CONFIG, EVALUATIONS, METRICS, RESULTS, RUN};
 use crate::run_log::{self, InvalidLine, LoggedRecord, LoggedStep, TrainedDay};
 
 /// `model.kind` of the models that count instead of learning.
-const BASELINES: [&str; 4] = ["popularity", "recent", "markov", "vsknn"];
+const BASELINES: [&str; 5] = ["popularity", "recent", "markov", "vsknn", "loglinear"];
 
 /// A finished run.
 pub struct FinishedRun {

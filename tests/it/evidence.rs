@@ -1,0 +1,331 @@
+//! Counts as features of candidates: what they contain, and the gradients of the term of the scores
+//! from them.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use bireme::collective::phase_timer::PhaseTimer;
+use bireme::config::{CandidatesConfig, EvidenceConfig, Reminders};
+use bireme::data::{Batch, DataConfig, Days, Features, Sessions, Split};
+use bireme::model::head::{
+    CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Workspace, cross_entropy,
+};
+use bireme::model::{
+    CandidateIndex, Candidates, Encoded, GruConfig, HeadConfig, ItemTable, LossConfig, Network,
+    Neural, NoHooks, Recommender, SparseScores,
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::support::session_data::{self, COLOUR, PRICE};
+use crate::support::tensors::distance;
+
+const N_ITEMS: i64 = 40;
+
+fn data_config() -> DataConfig {
+    let features = [PRICE, COLOUR].map(str::to_owned).into();
+    DataConfig { first_day: Some(1), last_day: Some(2), features, ..DataConfig::default() }
+}
+
+/// The train file of day 1 with these sessions.
+struct Shop {
+    _dir: tempfile::TempDir,
+    days: Days,
+}
+
+impl Shop {
+    fn new(sessions: &[Vec<i64>]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        session_data::write_schema(dir.path(), N_ITEMS);
+        let write = |path: &Path| {
+            session_data::write_sessions(path, sessions, |item| item as f32 / 40.0);
+        };
+        write(&dir.path().join("1/train.parquet"));
+        let days = Days::open(dir.path(), &data_config()).unwrap();
+        Self { _dir: dir, days }
+    }
+
+    fn features(&self) -> &Features {
+        self.days.features()
+    }
+
+    fn sessions(&self) -> Sessions {
+        let file = self.days.file(1, Split::Train).unwrap();
+        file.read(&file.spans(0..file.n_sessions())).unwrap()
+    }
+
+    fn index(&self, config: &CandidatesConfig, reminders: Reminders) -> CandidateIndex {
+        let mut index =
+            CandidateIndex::new(config, self.features(), reminders, 20, Device::Cpu).unwrap();
+        index.add_day(1, &self.days.file(1, Split::Train).unwrap()).unwrap();
+        index
+    }
+}
+
+/// Few frequent items, so that nearly all candidates come from pairs.
+fn candidates_config() -> CandidatesConfig {
+    CandidatesConfig {
+        n_frequent: 1,
+        attributes: Some(vec![COLOUR.to_owned(), PRICE.to_owned()]),
+        ..CandidatesConfig::default()
+    }
+}
+
+fn batch(sessions: &Sessions, rows: Range<usize>, features: &Features) -> Batch {
+    Batch::new(&rows.map(|row| (sessions, row)).collect::<Vec<_>>(), features)
+}
+
+/// The features of each candidate of the first session.
+fn by_item(candidates: &Candidates) -> BTreeMap<i64, Tensor> {
+    let items = Vec::<i64>::try_from(candidates.items.get(0)).unwrap();
+    let features = (0..).map(|place| candidates.features.get(0).get(place));
+    items.into_iter().zip(features).filter(|(item, _)| *item > 0).collect()
+}
+
+#[test]
+fn a_session_is_left_out_of_the_counts_of_its_own_targets() {
+    let mut sessions = session_data::sessions(60, N_ITEMS, 5);
+    sessions.retain(|session| session.iter().all(|&item| item != 39));
+    // The target 39 occurs nowhere else, and neither does the repeated pair of 5 and 7.
+    sessions.push(vec![5, 7, 5, 7, 11, 39]);
+    let shop = Shop::new(&sessions);
+    let all = shop.index(&candidates_config(), Reminders::All);
+    let read = shop.sessions();
+    for row in (0..10).chain([sessions.len() - 1]) {
+        let batch = batch(&read, row..row + 1, shop.features());
+        let (known, target) = batch.split_last();
+        let training = by_item(&all.of_targets(&[batch.n_events() as i64 - 1], &batch));
+
+        let others: Vec<Vec<i64>> = sessions
+            .iter()
+            .enumerate()
+            .filter(|(other, _)| *other != row)
+            .map(|(_, s)| s.clone())
+            .collect();
+        let without = Shop::new(&others).index(&candidates_config(), Reminders::All);
+        let unseen = by_item(&without.of_next(&known));
+        for (item, features) in &training {
+            if let Some(expected) = unseen.get(item) {
+                assert!(distance(features, expected) < 1e-5, "{row} {item} {features} {expected}");
+            }
+        }
+        // The lists of frequent items alone may differ: they count the session itself.
+        let differing = |a: &BTreeMap<i64, Tensor>, b: &BTreeMap<i64, Tensor>| {
+            a.keys().filter(|item| !b.contains_key(item)).count()
+        };
+        assert!(differing(&training, &unseen) <= 2 && differing(&unseen, &training) <= 2, "{row}");
+        if row == sessions.len() - 1 {
+            assert_eq!(target.int64_value(&[0]), 39);
+            assert!(!training.contains_key(&39), "the target is seen");
+        }
+    }
+}
+
+#[test]
+fn candidates_are_neighbours_known_items_and_frequent_ones() {
+    let sessions = vec![vec![2, 3, 4], vec![2, 3], vec![9, 3, 8], vec![30, 31], vec![30, 31]];
+    let shop = Shop::new(&sessions);
+    let known = |items: &[i64]| {
+        // The last item is the target.
+        let read = Shop::new(&[[items, &[2]].concat()]).sessions();
+        batch(&read, 0..1, shop.features()).split_last().0
+    };
+    let items = |reminders, config: &CandidatesConfig, of: &[i64]| {
+        let candidates = shop.index(config, reminders).of_next(&known(of));
+        let hidden = candidates.items.masked_select(&candidates.is_hidden);
+        let mut hidden = Vec::<i64>::try_from(hidden).unwrap();
+        hidden.sort_unstable();
+        (by_item(&candidates).into_keys().collect::<Vec<_>>(), hidden)
+    };
+    let config = CandidatesConfig { attributes: None, ..candidates_config() };
+    // 2 and 9 precede 3, 4 and 8 follow it; 3 is the most frequent item; 20 is known.
+    let expected = vec![2, 3, 4, 8, 9, 20];
+    assert_eq!(items(Reminders::All, &config, &[20, 3]), (expected.clone(), vec![]));
+    assert_eq!(items(Reminders::Earlier, &config, &[20, 3]), (expected.clone(), vec![3]));
+    assert_eq!(items(Reminders::None, &config, &[20, 3]), (expected, vec![3, 20]));
+    // Items of the colour of 37, which has not occurred, are candidates by their attribute alone.
+    let same_colour: Vec<i64> = [2, 9, 30].into_iter().filter(|item| item % 7 == 37 % 7).collect();
+    let config = CandidatesConfig { n_frequent: 8, ..candidates_config() };
+    let (found, _) = items(Reminders::All, &config, &[37]);
+    assert!(!same_colour.is_empty() && same_colour.iter().all(|item| found.contains(item)));
+    let few = CandidatesConfig { n_candidates: 2, ..candidates_config() };
+    assert_eq!(items(Reminders::All, &few, &[20, 3]).0, [3, 20]);
+}
+
+/// Random states `[n, 6]`, table `[V, 6]`, bias `[V]`, targets `[n]` and sparse scores `[n, 5]`.
+fn scored(n: i64) -> (Tensor, Tensor, Tensor, Tensor, SparseScores) {
+    tch::manual_seed(3);
+    let randn = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
+    // The first target is among the items with sparse scores, and the last place is empty.
+    let items: Vec<i64> = (0..n).flat_map(|row| [2 + row, 10 + row, 20, 30 + row % 9, 0]).collect();
+    let targets: Vec<i64> = (0..n).map(|row| if row % 2 == 0 { 2 + row } else { 25 }).collect();
+    let sparse =
+        SparseScores { items: Tensor::from_slice(&items).view([n, 5]), scores: randn(&[n, 5]) };
+    (randn(&[n, 6]), randn(&[N_ITEMS, 6]), randn(&[N_ITEMS]), Tensor::from_slice(&targets), sparse)
+}
+
+/// Loss and gradients of states, table, bias and sparse scores by [`cross_entropy`].
+fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
+    let (states, weights, bias, targets, sparse) = scored(8);
+    let item_table = ItemTable::replicated(N_ITEMS);
+    let (weight_gradient, bias_gradient) = (weights.zeros_like(), bias.zeros_like());
+    let mut table = ScoringTable {
+        weights: &weights,
+        bias: &bias,
+        weight_gradient: weight_gradient.shallow_clone(),
+        bias_gradient: bias_gradient.shallow_clone(),
+        item_table: &item_table,
+        counts: &[8],
+        group_added: &mut || (),
+    };
+    let workspace = &mut Workspace::default();
+    let encoded = Encoded { vectors: states, sparse: Some(sparse) };
+    let result = cross_entropy(&encoded, &targets, &mut table, negatives, None, workspace);
+    let CrossEntropy { loss, state_gradient, sparse_gradient, .. } = result.unwrap();
+    let sparse_gradient = sparse_gradient.unwrap();
+    (loss.double_value(&[]), [state_gradient, weight_gradient, bias_gradient, sparse_gradient])
+}
+
+/// The same by autograd from all logits `[n, V]`; `loss` gives the loss from them and from the
+/// targets.
+fn by_autograd(loss: impl Fn(&Tensor, &Tensor) -> Tensor) -> (f64, [Tensor; 4]) {
+    let (states, weights, bias, targets, sparse) = scored(8);
+    let leaves = [&states, &weights, &bias, &sparse.scores].map(|x| x.set_requires_grad(true));
+    let [states, weights, bias, scores] = &leaves;
+    let is_item = sparse.items.gt(0).to_kind(Kind::Float);
+    let logits =
+        (states.matmul(&weights.tr()) + bias).scatter_add(1, &sparse.items, &(scores * is_item));
+    let loss = loss(&logits, &targets);
+    let gradients = Tensor::run_backward(&[&loss], &leaves.each_ref(), false, false);
+    (loss.double_value(&[]), gradients.try_into().unwrap())
+}
+
+#[test]
+fn sparse_scores_are_part_of_the_loss_over_the_catalogue() {
+    for (label_smoothing, most) in [(0.0, 1 << 20), (0.2, 1 << 20), (0.0, 64), (0.1, 64)] {
+        let logits = Logits { kind: Kind::Float, most };
+        let (loss, gradients) = with_gradients(&Negatives::Full { label_smoothing, logits });
+        let (expected, expected_gradients) = by_autograd(|logits, targets| {
+            let weight = None::<&Tensor>;
+            logits.cross_entropy_loss(targets, weight, tch::Reduction::Sum, -100, label_smoothing)
+        });
+        assert!((loss - expected).abs() < 1e-4, "{label_smoothing} {most}: {loss} {expected}");
+        for (number, (gradient, expected)) in gradients.iter().zip(&expected_gradients).enumerate()
+        {
+            assert!(distance(gradient, expected) < 1e-5, "{label_smoothing} {most}: {number}");
+        }
+    }
+}
+
+#[test]
+fn items_with_sparse_scores_are_negatives_besides_the_sampled_ones() {
+    let loss = LossConfig::Sampled { n_negatives: 12, power: 0.5 };
+    let logits = Logits { kind: Kind::Float, most: 1 << 20 };
+    let occurrences: Vec<i64> = (0..N_ITEMS).collect();
+    let negatives = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu).of_step(7);
+    let Negatives::Sampled { items, .. } = &negatives else { unreachable!() };
+    let sampled = Vec::<i64>::try_from(items).unwrap();
+    let weights: Vec<f64> =
+        (0..N_ITEMS).map(|n| if n < 2 { 0.0 } else { ((n + 1) as f64).sqrt() }).collect();
+    let total: f64 = weights.iter().sum();
+
+    let (loss, gradients) = with_gradients(&negatives);
+    let (_, _, _, _, SparseScores { items: evident, .. }) = scored(8);
+    let evident = Vec::<Vec<i64>>::try_from(&evident).unwrap();
+    let (expected, expected_gradients) = by_autograd(|logits, targets| {
+        let targets = Vec::<i64>::try_from(targets).unwrap();
+        let losses = targets.iter().zip(&evident).enumerate().map(|(row, (&target, evident))| {
+            let logits = logits.get(row as i64);
+            let mut terms = vec![logits.get(target)];
+            let is_evident = |item: &i64| *item > 0 && *item != target;
+            terms.extend(
+                evident.iter().filter(|item| is_evident(item)).map(|&item| logits.get(item)),
+            );
+            let others = sampled.iter().filter(|item| **item != target && !evident.contains(item));
+            terms.extend(
+                others.map(|&item| logits.get(item) - (12.0 * weights[item as usize] / total).ln()),
+            );
+            Tensor::stack(&terms, 0).logsumexp([0i64].as_slice(), false) - logits.get(target)
+        });
+        Tensor::stack(&losses.collect::<Vec<_>>(), 0).sum(Kind::Float)
+    });
+    assert!((loss - expected).abs() < 1e-4, "{loss} {expected}");
+    for (number, (gradient, expected)) in gradients.iter().zip(&expected_gradients).enumerate() {
+        assert!(distance(gradient, expected) < 1e-5, "{number}");
+    }
+}
+
+/// A GRU with evidence from the sessions of a shop.
+fn network(shop: &Shop) -> Network<'static> {
+    let evidence = EvidenceConfig { hidden_width: 8, candidates: candidates_config() };
+    let config = GruConfig {
+        hidden_width: 12,
+        head: HeadConfig { evidence: Some(evidence), ..HeadConfig::default() },
+        ..GruConfig::default()
+    };
+    let neural = Neural::Gru(&config);
+    let mut network = Network::new(&neural, shop.features(), 20, 7, Device::Cpu).unwrap();
+    let index = network.candidate_index_mut().unwrap();
+    index.add_day(1, &shop.days.file(1, Split::Train).unwrap()).unwrap();
+    network
+}
+
+#[test]
+fn the_scorer_of_candidates_learns_along_its_gradient() {
+    let shop = Shop::new(&session_data::sessions(60, N_ITEMS, 5));
+    let mut network = network(&shop);
+    let sessions = shop.sessions();
+    let batch = batch(&sessions, 0..20, shop.features());
+    let logits = Logits { kind: Kind::Float, most: 1 << 20 };
+    let softmax = Negatives::Full { label_smoothing: 0.1, logits };
+    let loss = |network: &mut Network, values: &Tensor| {
+        tch::no_grad(|| network.parameters().values().copy_(values));
+        network.gradients_mut().zero();
+        let sum = network.backward(&batch, &softmax, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+        sum.loss.double_value(&[])
+    };
+    // The last layers are 0 at first, and then nothing reaches those before.
+    let noise = tch::no_grad(|| {
+        tch::manual_seed(5);
+        network.parameters().values().randn_like() * 0.1
+    });
+    let start = network.parameters().values() + noise;
+    loss(&mut network, &start);
+    let gradient = network.gradients().all().copy();
+    let named = network.parameters().named(&gradient);
+    for (name, of_name) in named.iter().filter(|(name, _)| name.starts_with("head.evidence")) {
+        let norm = of_name.norm().double_value(&[]);
+        assert!(norm > 1e-2, "{name}: {norm}");
+        let mask = gradient.zeros_like();
+        let (_, part) =
+            network.parameters().named(&mask).into_iter().find(|(other, _)| other == name).unwrap();
+        part.shallow_clone().copy_(of_name);
+        let step = mask * (0.02 / norm);
+        let change = loss(&mut network, &(&start + &step)) - loss(&mut network, &(&start - &step));
+        let expected = 2.0 * 0.02 * norm;
+        assert!((change - expected).abs() < 0.03 * expected, "{name}: {change} {expected}");
+    }
+}
+
+#[test]
+fn padded_sessions_are_scored_as_packed_ones() {
+    let sessions = session_data::sessions(60, N_ITEMS, 5);
+    let shop = Shop::new(&sessions);
+    let network = network(&shop);
+    tch::no_grad(|| {
+        let values = network.parameters().values();
+        values.shallow_clone().copy_(&(&values + values.randn_like() * 0.1));
+    });
+    let batch = batch(&shop.sessions(), 0..20, shop.features());
+    let packed = network.scores(&network.encode(&batch).unwrap(), 0..N_ITEMS);
+    let lengths: Vec<i64> = batch.lengths.iter().map(|&length| length as i64).collect();
+    let padded = batch.columns.iter().map(|column| {
+        let sessions: Vec<Tensor> = column.split_with_sizes(&lengths[..], 0);
+        let padded =
+            sessions.iter().map(|session| session.constant_pad_nd([0, 20 - session.size()[0]]));
+        Tensor::stack(&padded.collect::<Vec<_>>(), 0)
+    });
+    let padded: Vec<Tensor> = padded.collect();
+    let padded = network.next_scores(&padded, &Tensor::from_slice(&lengths), 20);
+    assert!(distance(&padded, &packed) < 1e-5);
+}
