@@ -507,7 +507,7 @@ mod tests {
             (
                 "model.kind=lstm",
                 "`model.kind` cannot be `lstm`; it is one of `gru`, `xlnet`, `popularity`, \
-                 `recent`, `markov`, `vsknn`",
+                 `recent`, `markov`, `vsknn`, `loglinear`",
             ),
             (
                 "model.inptu.item_width=3",

@@ -29,6 +29,8 @@ pub(super) fn run(args: &ImportArgs) -> Result<(), Failure> {
     let mut job = Job::with_config(|| Config::load(&args.run.config, &args.run.set))?;
     let days = job.config.data.resolve_days(&args.run.data, Some(args.day));
     job.agree(days)?;
+    let reminders = job.config.evaluate.resolve_reminders(&args.run.data, &job.config.data);
+    job.agree(reminders)?;
     job.check_memory_to_read(&args.run.data)?;
     let Some(root) = job.collective.root() else { return Ok(()) };
     // Read before the run directory is touched, which may hold another run.

@@ -56,6 +56,8 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let resolved = job.config.data.resolve_days(&args.run.data, None);
     let signals = job.agree(signals)?;
     job.agree(resolved)?;
+    let reminders = job.config.evaluate.resolve_reminders(&args.run.data, &job.config.data);
+    job.agree(reminders)?;
     let (data, checked) = open_data(&job, &args.run.data)?;
     let exportable =
         args.export_options().map_or(Ok(()), |options| export::check(&options, &job.config));

@@ -23,7 +23,8 @@ pub struct DataConfig {
     pub window_days: usize,
     /// Most recent events of a session that are read; 2 to 65536.
     pub max_length: usize,
-    /// Columns that the model reads, by their names in `schema.pbtxt`; empty: the item id alone.
+    /// Columns that the model reads, by their names in `schema.pbtxt`; `"*"`: all lists; empty: the
+    /// item id alone.
     pub features: Vec<String>,
 }
 

@@ -39,6 +39,8 @@ impl EvaluateConfig {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Reminders {
+    /// `earlier` if no item follows itself in the first training day, else `all`.
+    Auto,
     /// All items.
     All,
     /// All but the last, which never follows itself after preprocessing.

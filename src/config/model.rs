@@ -554,8 +554,8 @@ pub struct CandidatesConfig {
     /// Most frequent items of all, and of those that share an attribute with the last item, that
     /// are candidates; at least 1.
     pub n_frequent: i64,
-    /// Features that describe an item, among those in `data.features`. Absent: the categorical
-    /// ones that `schema.pbtxt` tags `item`.
+    /// Features that describe an item, among those in `data.features`. Absent: those that
+    /// `schema.pbtxt` does not tag `time`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attributes: Option<Vec<String>>,
 }

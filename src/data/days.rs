@@ -7,6 +7,9 @@ use bireme_etl::{Feature, SCHEMA, SESSIONS_BY_DAY, Schema, Split};
 
 use super::{DataConfig, DataError, SessionFile};
 
+/// In `data.features`: every feature of the schema that is a list.
+const ALL_FEATURES: &str = "*";
+
 /// The columns that a run reads, in the order of [`super::Batch::columns`].
 #[derive(Clone, Debug)]
 pub struct Features {
@@ -15,7 +18,8 @@ pub struct Features {
 }
 
 impl Features {
-    /// Selects the item id and then the features `names`, sorted by name.
+    /// Selects the item id and then the features `names`, sorted by name; [`ALL_FEATURES`] among
+    /// them selects all that are lists.
     ///
     /// # Errors
     /// A feature is not in the schema or is not a list.
@@ -25,7 +29,13 @@ impl Features {
             return Err(DataError::ItemId { feature: item.name.clone() });
         }
         let mut columns = vec![item.clone()];
-        let mut names: Vec<&String> = names.iter().filter(|name| **name != item.name).collect();
+        let all: Vec<String> = if names.iter().any(|name| name == ALL_FEATURES) {
+            let lists = schema.features.iter().filter(|feature| feature.is_list());
+            lists.map(|feature| feature.name.clone()).collect()
+        } else {
+            names.to_vec()
+        };
+        let mut names: Vec<&String> = all.iter().filter(|name| **name != item.name).collect();
         names.sort();
         names.dedup();
         for name in names {

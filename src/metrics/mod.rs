@@ -12,6 +12,9 @@
 mod outcomes;
 mod ranking;
 
+use std::path::Path;
+use std::slice;
+
 use bireme_tools::measure::{K_MAX, Measure, RankCounts, rank_bin};
 use bireme_tools::report::evaluation_file::SessionOutcome;
 use serde::Serialize;
@@ -19,7 +22,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce};
 pub use crate::config::{EvaluateConfig, Reminders};
-use crate::data::{Batch, DataError, FIRST_ITEM, Features, SessionFile, evaluation_batches};
+use crate::data::{
+    Batch, DataConfig, DataError, Days, FIRST_ITEM, Features, SessionFile, Split,
+    evaluation_batches,
+};
 use crate::model::{ItemTable, Recommender};
 
 use outcomes::Outcomes;
@@ -34,7 +40,7 @@ impl Reminders {
     /// Items that are not recommended to each session: i64 `[B, E]`, padded with −1.
     fn hidden(self, known: &Batch) -> Tensor {
         let hidden: Vec<Vec<i64>> = match self {
-            Reminders::All => Vec::new(),
+            Reminders::Auto | Reminders::All => Vec::new(),
             Reminders::Earlier => known
                 .sessions()
                 .iter()
@@ -51,6 +57,33 @@ impl Reminders {
         Tensor::from_slice(&rows)
             .view([known.n_sessions() as i64, max_hidden as i64])
             .to_device(known.items().device())
+    }
+}
+
+/// Sessions that [`EvaluateConfig::resolve_reminders`] reads at most.
+const MAX_SESSIONS_READ: usize = 100_000;
+
+impl EvaluateConfig {
+    /// Replaces `reminders = "auto"` by what the first training day of the data in `dir` suggests.
+    ///
+    /// # Errors
+    /// The day is missing, or its sessions cannot be read.
+    pub fn resolve_reminders(&mut self, dir: &Path, data: &DataConfig) -> Result<(), DataError> {
+        if self.reminders != Reminders::Auto {
+            return Ok(());
+        }
+        let file = Days::open(dir, data)?.file(data.training_days().start, Split::Train)?;
+        self.reminders = Reminders::Earlier;
+        for span in file.spans(0..file.n_sessions().min(MAX_SESSIONS_READ)) {
+            let sessions = file.read(slice::from_ref(&span))?;
+            let follows_itself = |pair: &[i64]| pair[0] == pair[1] && pair[0] >= FIRST_ITEM;
+            let mut rows = 0..sessions.len();
+            if rows.any(|row| sessions.ids(0, row).windows(2).any(follows_itself)) {
+                self.reminders = Reminders::All;
+                break;
+            }
+        }
+        Ok(())
     }
 }
 

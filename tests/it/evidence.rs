@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use bireme::collective::phase_timer::PhaseTimer;
-use bireme::config::{CandidatesConfig, EvidenceConfig, Reminders};
+use bireme::config::{CandidatesConfig, EvaluateConfig, EvidenceConfig, Reminders};
 use bireme::data::{Batch, DataConfig, Days, Features, Sessions, Split};
 use bireme::model::head::{
     CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Workspace, cross_entropy,
@@ -29,7 +29,7 @@ fn data_config() -> DataConfig {
 
 /// The train file of day 1 with these sessions.
 struct Shop {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     days: Days,
 }
 
@@ -42,7 +42,7 @@ impl Shop {
         };
         write(&dir.path().join("1/train.parquet"));
         let days = Days::open(dir.path(), &data_config()).unwrap();
-        Self { _dir: dir, days }
+        Self { dir, days }
     }
 
     fn features(&self) -> &Features {
@@ -137,7 +137,7 @@ fn candidates_are_neighbours_known_items_and_frequent_ones() {
         hidden.sort_unstable();
         (by_item(&candidates).into_keys().collect::<Vec<_>>(), hidden)
     };
-    let config = CandidatesConfig { attributes: None, ..candidates_config() };
+    let config = CandidatesConfig { attributes: Some(Vec::new()), ..candidates_config() };
     // 2 and 9 precede 3, 4 and 8 follow it; 3 is the most frequent item; 20 is known.
     let expected = vec![2, 3, 4, 8, 9, 20];
     assert_eq!(items(Reminders::All, &config, &[20, 3]), (expected.clone(), vec![]));
@@ -328,4 +328,28 @@ fn padded_sessions_are_scored_as_packed_ones() {
     let padded: Vec<Tensor> = padded.collect();
     let padded = network.next_scores(&padded, &Tensor::from_slice(&lengths), 20);
     assert!(distance(&padded, &packed) < 1e-5);
+}
+
+#[test]
+fn reminders_follow_from_the_first_training_day() {
+    let resolved = |sessions: &[Vec<i64>]| {
+        let shop = Shop::new(sessions);
+        let mut evaluate = EvaluateConfig { reminders: Reminders::Auto, ..Default::default() };
+        evaluate.resolve_reminders(shop.dir.path(), &data_config()).unwrap();
+        evaluate.reminders
+    };
+    let without = vec![vec![2, 3, 2], vec![1, 1, 4]];
+    assert_eq!(resolved(&without), Reminders::Earlier);
+    assert_eq!(resolved(&[without, vec![vec![5, 6, 6]]].concat()), Reminders::All);
+}
+
+#[test]
+fn a_star_selects_all_features_of_the_schema() {
+    let dir = tempfile::tempdir().unwrap();
+    session_data::write_schema(dir.path(), N_ITEMS);
+    session_data::write_sessions(&dir.path().join("1/train.parquet"), &[vec![2, 3]], |_| 0.0);
+    let config = DataConfig { features: vec!["*".to_owned()], ..data_config() };
+    let days = Days::open(dir.path(), &config).unwrap();
+    let names: Vec<_> = days.features().columns().iter().map(|column| &column.name[..]).collect();
+    assert_eq!(names, [session_data::ITEM, COLOUR, PRICE]);
 }

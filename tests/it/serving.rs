@@ -31,18 +31,18 @@ impl Exported {
     fn new() -> Self {
         let shop = EventShop::small();
         let library = Path::new(PROGRAM).with_file_name(bireme::export::LIBRARY);
-        let [(gru, gru_config), _, (xlnet, xlnet_config), ..] = MODELS;
-        shop.train(gru, gru_config);
-        shop.train(xlnet, xlnet_config);
-        shop.export_with_library(gru, &library, &[]).success();
-        shop.export_with_library(xlnet, &library, &[]).success();
+        let [(gru, _), _, (xlnet, _), (evidence, _), ..] = MODELS;
+        for (model, config) in [MODELS[0], MODELS[2], MODELS[3]] {
+            shop.train(model, config);
+            shop.export_with_library(model, &library, &[]).success();
+        }
         let repository = PathBuf::from(shop.path("repository"));
 
         let (events, columns) = shop.first_events(300);
         let request = request_of_rows(&events, 10);
         let mut expected = serde_json::Map::new();
         let mut sessions = Vec::new();
-        for model in [gru, xlnet] {
+        for model in [gru, xlnet, evidence] {
             let etl = Preprocessor::load(&repository.join(format!("{model}_etl/1"))).unwrap();
             let views: Vec<_> = request.iter().map(|tensor| tensor.view()).collect();
             let outputs = etl.apply(&views, &[]).unwrap();
@@ -58,9 +58,9 @@ impl Exported {
             .unwrap()
             .map(|entry| entry.unwrap().path().join("config.pbtxt"))
             .collect();
-        assert_eq!(configs.len(), 8);
+        assert_eq!(configs.len(), 12);
         let of_client = json!({
-            "models": [gru, xlnet],
+            "models": [gru, xlnet, evidence],
             "preprocessing": format!("{xlnet}_etl"),
             "configs": configs,
             "events": columns,

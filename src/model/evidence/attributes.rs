@@ -5,8 +5,8 @@ use tch::Tensor;
 use crate::config::CandidatesConfig;
 use crate::data::{Features, Sessions};
 
-/// The tag of features that describe an item.
-const ITEM_TAG: &str = "item";
+/// The tag of features that describe the time of an event.
+const TIME_TAG: &str = "time";
 
 /// The attributes of all items.
 #[derive(Default)]
@@ -38,7 +38,7 @@ impl Attributes {
         let columns = features.columns().iter().enumerate().skip(1);
         let chosen: Vec<usize> = match &config.attributes {
             None => columns
-                .filter(|(_, feature)| feature.is_categorical() && feature.has_tag(ITEM_TAG))
+                .filter(|(_, feature)| !feature.has_tag(TIME_TAG))
                 .map(|(column, _)| column)
                 .collect(),
             Some(names) => names

@@ -86,7 +86,7 @@ impl Tables {
             candidates.unsqueeze(2).eq_tensor(&known.unsqueeze(1)).any_dim(2, false)
         };
         let is_hidden = match reminders {
-            Reminders::All => candidates.lt(0),
+            Reminders::Auto | Reminders::All => candidates.lt(0),
             Reminders::Earlier => is_in(&items.narrow(1, 0, 1)),
             Reminders::None => is_in(&items),
         };

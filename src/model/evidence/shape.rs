@@ -85,7 +85,8 @@ impl Constants {
 
 /// Number of lists of frequent items.
 fn n_lists(n_codes: usize) -> i64 {
-    n_codes.min(2) as i64 + 1
+    let n_alike = n_codes + usize::from(n_codes > 1);
+    n_alike as i64 + 1
 }
 
 pub(super) fn on_device<T: tch::kind::Element>(numbers: &[T], device: Device) -> Tensor {

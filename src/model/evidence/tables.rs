@@ -172,7 +172,7 @@ pub(super) struct Tables {
     pub codes: Vec<Tensor>,
     /// Values of each item, f32 `[V]` for each attribute.
     pub values: Vec<Tensor>,
-    /// By the first attribute with codes and, if there are several, by all of them.
+    /// By each attribute with codes and, if there are several, by all of them.
     pub alike: Vec<Alike>,
     /// The most frequent items, i64 `[n_frequent]`; 0 if there are fewer.
     pub frequent: Tensor,
@@ -212,10 +212,7 @@ impl Tables {
             }
         }
         let n_codes = host_codes.len();
-        let mut chosen: Vec<Vec<usize>> = Vec::new();
-        if n_codes > 0 {
-            chosen.push(vec![0]);
-        }
+        let mut chosen: Vec<Vec<usize>> = (0..n_codes).map(|attribute| vec![attribute]).collect();
         if n_codes > 1 {
             chosen.push((0..n_codes).collect());
         }
