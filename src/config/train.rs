@@ -175,6 +175,30 @@ pub enum LossConfig {
         /// An item with n occurrences is sampled in proportion to `(n + 1)^power`; -10 to 10.
         #[serde(default = "default_power")]
         power: f64,
+        /// Share of the samples that are drawn uniformly instead; 0 <= share <= 1.
+        #[serde(default)]
+        uniform_share: f64,
+        /// Share of the target's probability that is spread evenly over the target and the
+        /// negatives; 0 <= share < 1.
+        #[serde(default)]
+        label_smoothing: f64,
+    },
+    /// BPR-max (Hidasi and Karatzoglou 2018): the probability that the target scores above the
+    /// negatives, each weighed by its softmax among them. All targets of a step share the
+    /// negatives.
+    BprMax {
+        /// Negatives of a step; at least 1, at most the catalogue.
+        n_negatives: i64,
+        /// An item with n occurrences is sampled in proportion to `(n + 1)^power`; -10 to 10.
+        #[serde(default = "default_power")]
+        power: f64,
+        /// Share of the samples that are drawn uniformly instead; 0 <= share <= 1.
+        #[serde(default)]
+        uniform_share: f64,
+        /// Weight of the squared scores of negatives, each weighed by its softmax among them; 0 or
+        /// more.
+        #[serde(default = "default_score_penalty")]
+        score_penalty: f64,
     },
     /// gBCE (Petrov and Macdonald 2023, gSASRec): binary cross entropy of the target and of
     /// uniformly sampled negatives, calibrated for the sampling rate. All targets of a step share
@@ -190,6 +214,10 @@ pub enum LossConfig {
 
 fn default_calibration() -> f64 {
     0.75
+}
+
+fn default_score_penalty() -> f64 {
+    1.0
 }
 
 fn default_power() -> f64 {
@@ -208,23 +236,47 @@ impl LossConfig {
     /// # Errors
     /// Says which key is wrong.
     pub fn check(&self) -> Result<(), String> {
+        if let Some(n_negatives) = self.n_negatives()
+            && n_negatives < 1
+        {
+            return Err(format!("`loss.n_negatives` cannot be {n_negatives}"));
+        }
         match *self {
-            Self::Softmax { label_smoothing } if !(0.0..1.0).contains(&label_smoothing) => Err(
-                format!("`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"),
-            ),
-            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. }
-                if n_negatives < 1 =>
+            Self::Softmax { label_smoothing } | Self::Sampled { label_smoothing, .. }
+                if !(0.0..1.0).contains(&label_smoothing) =>
             {
-                Err(format!("`loss.n_negatives` cannot be {n_negatives}"))
+                Err(format!(
+                    "`loss.label_smoothing` {label_smoothing:?} is not within 0 <= share < 1"
+                ))
             }
             // Beyond, a power of an occurrence is infinite or 0.
-            Self::Sampled { power, .. } if !(-10.0..=10.0).contains(&power) => {
+            Self::Sampled { power, .. } | Self::BprMax { power, .. }
+                if !(-10.0..=10.0).contains(&power) =>
+            {
                 Err(format!("`loss.power` cannot be {power:?}"))
+            }
+            Self::Sampled { uniform_share, .. } | Self::BprMax { uniform_share, .. }
+                if !(0.0..=1.0).contains(&uniform_share) =>
+            {
+                Err(format!("`loss.uniform_share` {uniform_share:?} is not within 0 to 1"))
+            }
+            Self::BprMax { score_penalty, .. } => {
+                check_finite("loss.score_penalty", score_penalty, 0.0)
             }
             Self::Gbce { calibration, .. } if !(0.0..=1.0).contains(&calibration) => {
                 Err(format!("`loss.calibration` {calibration:?} is not within 0 to 1"))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// `None` for the full softmax.
+    fn n_negatives(&self) -> Option<i64> {
+        match *self {
+            Self::Softmax { .. } => None,
+            Self::Sampled { n_negatives, .. }
+            | Self::BprMax { n_negatives, .. }
+            | Self::Gbce { n_negatives, .. } => Some(n_negatives),
         }
     }
 
@@ -234,15 +286,11 @@ impl LossConfig {
     /// Says which key is wrong.
     pub fn check_items(&self, n_items: i64) -> Result<(), String> {
         let n_recommendable = (n_items - 2).max(0);
-        match *self {
-            Self::Sampled { n_negatives, .. } | Self::Gbce { n_negatives, .. }
-                if n_negatives > n_recommendable =>
-            {
-                Err(format!(
-                    "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of \
-                     the catalogue"
-                ))
-            }
+        match self.n_negatives() {
+            Some(n_negatives) if n_negatives > n_recommendable => Err(format!(
+                "`loss.n_negatives` {n_negatives} is more than the {n_recommendable} items of the \
+                 catalogue"
+            )),
             _ => Ok(()),
         }
     }

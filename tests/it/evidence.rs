@@ -217,35 +217,38 @@ fn sparse_scores_are_part_of_the_loss_over_the_catalogue() {
     }
 }
 
-#[test]
-fn items_with_sparse_scores_are_negatives_besides_the_sampled_ones() {
-    let loss = LossConfig::Sampled { n_negatives: 12, power: 0.5 };
+/// The loss of a target by autograd, from its logit and those of its negatives: sampled ones with
+/// their expected counts, and those with sparse scores.
+type LossOfTarget = fn(&Tensor, &[(Tensor, f64)], &[Tensor]) -> Tensor;
+
+fn assert_negatives_are_sampled_and_sparse(
+    loss: LossConfig,
+    uniform: f64,
+    of_target: LossOfTarget,
+) {
     let logits = Logits { kind: Kind::Float, most: 1 << 20 };
     let occurrences: Vec<i64> = (0..N_ITEMS).collect();
     let negatives = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu).of_step(7);
     let Negatives::Sampled { items, .. } = &negatives else { unreachable!() };
     let sampled = Vec::<i64>::try_from(items).unwrap();
-    let weights: Vec<f64> =
-        (0..N_ITEMS).map(|n| if n < 2 { 0.0 } else { ((n + 1) as f64).sqrt() }).collect();
-    let total: f64 = weights.iter().sum();
+    let weight = |item: i64| if item < 2 { 0.0 } else { ((item + 1) as f64).sqrt() };
+    let total: f64 = (0..N_ITEMS).map(weight).sum();
+    let expected_count = |item: i64| {
+        12.0 * ((1.0 - uniform) * weight(item) / total + uniform / (N_ITEMS - 2) as f64)
+    };
 
     let (loss, gradients) = with_gradients(&negatives);
-    let (_, _, _, _, SparseScores { items: evident, .. }) = scored(8);
-    let evident = Vec::<Vec<i64>>::try_from(&evident).unwrap();
+    let sparse = Vec::<Vec<i64>>::try_from(&scored(8).4.items).unwrap();
     let (expected, expected_gradients) = by_autograd(|logits, targets| {
         let targets = Vec::<i64>::try_from(targets).unwrap();
-        let losses = targets.iter().zip(&evident).enumerate().map(|(row, (&target, evident))| {
+        let losses = targets.iter().zip(&sparse).enumerate().map(|(row, (&target, sparse))| {
             let logits = logits.get(row as i64);
-            let mut terms = vec![logits.get(target)];
-            let is_evident = |item: &i64| *item > 0 && *item != target;
-            terms.extend(
-                evident.iter().filter(|item| is_evident(item)).map(|&item| logits.get(item)),
-            );
-            let others = sampled.iter().filter(|item| **item != target && !evident.contains(item));
-            terms.extend(
-                others.map(|&item| logits.get(item) - (12.0 * weights[item as usize] / total).ln()),
-            );
-            Tensor::stack(&terms, 0).logsumexp([0i64].as_slice(), false) - logits.get(target)
+            let others = sampled.iter().filter(|item| **item != target && !sparse.contains(item));
+            let others: Vec<_> =
+                others.map(|&item| (logits.get(item), expected_count(item))).collect();
+            let sparse = sparse.iter().filter(|item| **item > 0 && **item != target);
+            let sparse: Vec<_> = sparse.map(|&item| logits.get(item)).collect();
+            of_target(&logits.get(target), &others, &sparse)
         });
         Tensor::stack(&losses.collect::<Vec<_>>(), 0).sum(Kind::Float)
     });
@@ -253,6 +256,46 @@ fn items_with_sparse_scores_are_negatives_besides_the_sampled_ones() {
     for (number, (gradient, expected)) in gradients.iter().zip(&expected_gradients).enumerate() {
         assert!(distance(gradient, expected) < 1e-5, "{number}");
     }
+}
+
+/// The logits of the target and all negatives, sampled ones with logQ correction.
+fn all_logits(target: &Tensor, sampled: &[(Tensor, f64)], sparse: &[Tensor]) -> Tensor {
+    let corrected = sampled.iter().map(|(logit, expected)| logit - expected.ln());
+    let exact = [target].into_iter().chain(sparse).map(Tensor::shallow_clone);
+    stack(exact.chain(corrected))
+}
+
+fn stack(terms: impl Iterator<Item = Tensor>) -> Tensor {
+    Tensor::stack(&terms.collect::<Vec<_>>(), 0)
+}
+
+#[test]
+fn items_with_sparse_scores_are_negatives_besides_the_sampled_ones() {
+    let softmax = |uniform_share, label_smoothing| LossConfig::Sampled {
+        n_negatives: 12,
+        power: 0.5,
+        uniform_share,
+        label_smoothing,
+    };
+    for uniform in [0.0, 0.25] {
+        let of_target: LossOfTarget = |target, sampled, sparse| {
+            all_logits(target, sampled, sparse).logsumexp([0i64].as_slice(), false) - target
+        };
+        assert_negatives_are_sampled_and_sparse(softmax(uniform, 0.0), uniform, of_target);
+    }
+    assert_negatives_are_sampled_and_sparse(softmax(0.0, 0.2), 0.0, |target, sampled, sparse| {
+        let all = all_logits(target, sampled, sparse);
+        all.logsumexp([0i64].as_slice(), false) - target * 0.8 - all.mean(Kind::Float) * 0.2
+    });
+    let bpr_max =
+        LossConfig::BprMax { n_negatives: 12, power: 0.5, uniform_share: 0.0, score_penalty: 0.3 };
+    assert_negatives_are_sampled_and_sparse(bpr_max, 0.0, |target, sampled, sparse| {
+        let sampled = sampled.iter().map(|(logit, _)| logit.shallow_clone());
+        let negatives = stack(sampled.chain(sparse.iter().map(Tensor::shallow_clone)));
+        let s = negatives.softmax(0, Kind::Float);
+        let above = (&s * (target - &negatives).sigmoid()).sum(Kind::Float);
+        (s * negatives.square()).sum(Kind::Float) * 0.3 - above.log()
+    });
 }
 
 /// A GRU with evidence from the sessions of a shop.

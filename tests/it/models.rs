@@ -507,11 +507,11 @@ fn sampled_softmax_approximates_the_full_one() {
     let mut occurrences = vec![0; N_ITEMS as usize];
     occurrences[2] = 999;
     occurrences[3] = 99;
-    let sampler = ItemSampler::new(&occurrences, 400_000, 1.0, None, Device::Cpu);
-    let sampled = head.cross_entropy(&sampler.draw(1), None);
+    let sampler = ItemSampler::new(sampled(400_000, 1.0), &occurrences, Device::Cpu);
+    let drawn = head.cross_entropy(&sampler.draw(1), None);
     // Padding and unknown are no negatives here, so the full sum is over two items more.
-    assert!((sampled.loss / full.loss - 1.0).abs() < 0.05, "{} {}", sampled.loss, full.loss);
-    for (sampled, full) in sampled.gradients.iter().zip(&full.gradients) {
+    assert!((drawn.loss / full.loss - 1.0).abs() < 0.05, "{} {}", drawn.loss, full.loss);
+    for (sampled, full) in drawn.gradients.iter().zip(&full.gradients) {
         let recommendable = |x: &Tensor| {
             if x.size()[0] == N_ITEMS { x.narrow(0, 2, N_ITEMS - 2) } else { x.copy() }
         };
@@ -526,6 +526,10 @@ fn sampled_softmax_approximates_the_full_one() {
     assert_eq!(drawn(5), drawn(5));
     assert_ne!(drawn(5), drawn(6));
     assert!(drawn(5).iter().all(|&item| item >= 2));
+}
+
+fn sampled(n_negatives: i64, power: f64) -> LossConfig {
+    LossConfig::Sampled { n_negatives, power, uniform_share: 0.0, label_smoothing: 0.0 }
 }
 
 /// Recall@5 of the last events of new sessions, after 400 steps with a loss.
@@ -564,7 +568,8 @@ fn sampled_losses_learn_what_the_full_softmax_learns() {
     // An item is followed by the next one eight times in ten.
     assert!(full > 0.7, "{full}");
     for loss in [
-        LossConfig::Sampled { n_negatives: 20, power: 0.0 },
+        sampled(20, 0.0),
+        LossConfig::BprMax { n_negatives: 20, power: 0.0, uniform_share: 0.0, score_penalty: 0.01 },
         LossConfig::Gbce { n_negatives: 20, calibration: 0.75 },
     ] {
         let drawn = recall_at_5_after_training(loss);
@@ -594,7 +599,8 @@ fn gbce_is_the_binary_cross_entropy_of_target_and_negatives() {
 #[test]
 fn a_calibrated_target_weighs_as_much_as_with_all_negatives() {
     let target_weight = |n_negatives, calibration| {
-        let sampler = ItemSampler::new(&[0; 103], n_negatives, 0.0, Some(calibration), Device::Cpu);
+        let loss = LossConfig::Gbce { n_negatives, calibration };
+        let sampler = ItemSampler::new(loss, &[0; 103], Device::Cpu);
         match sampler.draw(1) {
             Negatives::Sampled { loss: SampledLoss::Binary { target_weight }, .. } => target_weight,
             _ => unreachable!(),

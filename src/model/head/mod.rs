@@ -62,7 +62,10 @@ pub enum SampledLoss {
     Softmax {
         /// Logarithm of each negative's expected count in a sample: f32 `[M]`.
         log_expected: Tensor,
+        label_smoothing: f64,
     },
+    /// See [`LossConfig::BprMax`].
+    BprMax { score_penalty: f64 },
     /// See [`LossConfig::Gbce`].
     Binary {
         /// Weight of the target's binary cross entropy.
@@ -85,16 +88,7 @@ impl NegativeSampler {
     pub fn new(loss: LossConfig, occurrences: &[i64], logits: Logits, device: Device) -> Self {
         match loss {
             LossConfig::Softmax { label_smoothing } => Self::Full { label_smoothing, logits },
-            LossConfig::Sampled { n_negatives, power } => {
-                Self::Sampled(ItemSampler::new(occurrences, n_negatives, power, None, device))
-            }
-            LossConfig::Gbce { n_negatives, calibration } => Self::Sampled(ItemSampler::new(
-                occurrences,
-                n_negatives,
-                0.0,
-                Some(calibration),
-                device,
-            )),
+            _ => Self::Sampled(ItemSampler::new(loss, occurrences, device)),
         }
     }
 
@@ -114,36 +108,39 @@ pub struct ItemSampler {
     /// Cumulative distribution over items, f64 `[V]`.
     cumulative: Tensor,
     n_negatives: i64,
-    /// For gBCE only.
-    target_weight: Option<f64>,
+    loss: LossConfig,
 }
 
 impl ItemSampler {
-    /// Samples an item that occurred n times in proportion to `(n + 1)^power`. `calibration`: the
-    /// `t` of gBCE; `None` for the sampled softmax.
-    pub fn new(
-        occurrences: &[i64],
-        n_negatives: i64,
-        power: f64,
-        calibration: Option<f64>,
-        device: Device,
-    ) -> Self {
+    /// A sampler for a loss with negatives. `occurrences: [V]`.
+    pub fn new(loss: LossConfig, occurrences: &[i64], device: Device) -> Self {
+        let (n_negatives, power, uniform_share) = match loss {
+            LossConfig::Softmax { .. } => unreachable!("the full softmax samples nothing"),
+            LossConfig::Sampled { n_negatives, power, uniform_share, .. }
+            | LossConfig::BprMax { n_negatives, power, uniform_share, .. } => {
+                (n_negatives, power, uniform_share)
+            }
+            LossConfig::Gbce { n_negatives, .. } => (n_negatives, 0.0, 0.0),
+        };
         let weights =
             (Tensor::from_slice(occurrences).to_kind(Kind::Double) + 1.0).pow_tensor_scalar(power);
         let recommendable = Tensor::ones_like(&weights);
         let _ = recommendable.narrow(0, 0, 2).zero_();
-        let weights = weights * recommendable;
-        let probabilities = &weights / weights.sum(Kind::Double);
-        // gBCE weighs the target by α (t (1 − 1/α) + 1/α) = t (α − 1) + 1, where α is the fraction
-        // of the other items that is sampled.
-        let n_others = (occurrences.len() as f64 - 3.0).max(1.0);
-        let sampled = (n_negatives as f64 / n_others).min(1.0);
-        let expected = &probabilities * n_negatives as f64;
+        let probabilities = |weights: Tensor| {
+            let weights = weights * &recommendable;
+            &weights / weights.sum(Kind::Double)
+        };
+        let mut mixed = probabilities(weights);
+        if uniform_share > 0.0 {
+            let uniform = probabilities(recommendable.shallow_clone());
+            mixed = mixed * (1.0 - uniform_share) + uniform * uniform_share;
+        }
+        let expected = &mixed * n_negatives as f64;
         Self {
             log_expected: expected.log().to_kind(Kind::Float).to_device(device),
-            cumulative: probabilities.cumsum(0, Kind::Double).to_device(device),
+            cumulative: mixed.cumsum(0, Kind::Double).to_device(device),
             n_negatives,
-            target_weight: calibration.map(|t| t * (sampled - 1.0) + 1.0),
+            loss,
         }
     }
 
@@ -155,11 +152,20 @@ impl ItemSampler {
         let items = uniform.searchsorted(&self.cumulative, false, true, "right", None::<&Tensor>);
         // Rounding may leave the last cumulative probability below 1.
         let items = items.clamp_max(self.cumulative.size()[0] - 1);
-        let loss = match self.target_weight {
-            Some(target_weight) => SampledLoss::Binary { target_weight },
-            None => {
-                SampledLoss::Softmax { log_expected: self.log_expected.index_select(0, &items) }
+        let loss = match self.loss {
+            LossConfig::Gbce { n_negatives, calibration } => {
+                // gBCE weighs the target by α (t (1 − 1/α) + 1/α) = t (α − 1) + 1, where α is the
+                // fraction of the other items that is sampled.
+                let n_others = (self.log_expected.size()[0] as f64 - 3.0).max(1.0);
+                let sampled = (n_negatives as f64 / n_others).min(1.0);
+                SampledLoss::Binary { target_weight: calibration * (sampled - 1.0) + 1.0 }
             }
+            LossConfig::BprMax { score_penalty, .. } => SampledLoss::BprMax { score_penalty },
+            LossConfig::Softmax { label_smoothing }
+            | LossConfig::Sampled { label_smoothing, .. } => SampledLoss::Softmax {
+                log_expected: self.log_expected.index_select(0, &items),
+                label_smoothing,
+            },
         };
         Negatives::Sampled { items, loss }
     }

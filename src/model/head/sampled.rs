@@ -231,14 +231,44 @@ impl SampledLoss {
             // The logQ correction: a negative's logit is lowered by the logarithm of its expected
             // count, so that the sampled sum estimates the sum over the catalogue. An item with a
             // sparse score is always in the sum.
-            SampledLoss::Softmax { log_expected } => {
+            SampledLoss::Softmax { log_expected, label_smoothing } => {
                 let corrected = negatives - log_expected;
                 let logits: Vec<&Tensor> = [target, &corrected].into_iter().chain(sparse).collect();
-                let p = Tensor::cat(&logits, 1).log_softmax(1, Kind::Float);
-                let loss = -p.narrow(1, 0, 1).sum(Kind::Double);
-                let p = p.exp();
-                let (by_negatives, by_sparse) = split(&p.narrow(1, 1, p.size()[1] - 1));
-                let by_target = p.narrow(1, 0, 1) - 1.0;
+                let logs = Tensor::cat(&logits, 1).log_softmax(1, Kind::Float);
+                let mut loss = -logs.narrow(1, 0, 1).sum(Kind::Double) * (1.0 - label_smoothing);
+                let mut gradient = logs.exp();
+                let _ = gradient.narrow(1, 0, 1).g_sub_scalar_(1.0 - label_smoothing);
+                if *label_smoothing > 0.0 {
+                    let is_there = logs.isfinite();
+                    let n_there = is_there.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+                    let share = is_there.to_kind(Kind::Float) / n_there * *label_smoothing;
+                    let logs = logs.masked_fill(&is_there.logical_not(), 0.0);
+                    loss -= (logs * &share).sum(Kind::Double);
+                    gradient -= share;
+                }
+                let (by_negatives, by_sparse) =
+                    split(&gradient.narrow(1, 1, gradient.size()[1] - 1));
+                let by_target = gradient.narrow(1, 0, 1);
+                (loss, LogitGradients { by_target, by_negatives, by_sparse })
+            }
+            // With s the softmax of the negatives' logits r, and r_t that of the target, the loss
+            // is −log A + λ B, where A = Σ s σ(r_t − r) and B = Σ s r².
+            SampledLoss::BprMax { score_penalty } => {
+                let all: Vec<&Tensor> = [negatives].into_iter().chain(sparse).collect();
+                let logits = Tensor::cat(&all, 1);
+                let s = logits.softmax(1, Kind::Float);
+                let logits = logits.masked_fill(&logits.isfinite().logical_not(), 0.0);
+                let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+                let above = (target - &logits).sigmoid();
+                // A tiny A would have a gradient without bounds.
+                let a = sum(&(&s * &above)) + 1e-24;
+                let b = sum(&(&s * logits.square()));
+                let loss = b.sum(Kind::Double) * *score_penalty - a.log().sum(Kind::Double);
+                let slope = &s * &above * (1.0 - &above) / &a;
+                let by_target = -sum(&slope);
+                let of_a = &s * (&above / &a - 1.0);
+                let of_b = &s * (logits.square() - b + &logits * 2.0);
+                let (by_negatives, by_sparse) = split(&(slope - of_a + of_b * *score_penalty));
                 (loss, LogitGradients { by_target, by_negatives, by_sparse })
             }
             // All logits are raised by the logit of an item of average popularity, which leaves the
