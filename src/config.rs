@@ -484,12 +484,14 @@ mod tests {
             ),
             (
                 "train.loss={kind=\"x\"}",
-                "`train.loss.kind` cannot be `x`; it is one of `softmax`, `sampled`, `gbce`",
+                "`train.loss.kind` cannot be `x`; it is one of `softmax`, `sampled`, \
+                 `bpr_max`, `gbce`",
             ),
             ("train.loss={kind=\"sampled\"}", "`train.loss.n_negatives` is missing"),
             (
                 "train.loss={}",
-                "`train.loss.kind` is missing; it is one of `softmax`, `sampled`, `gbce`",
+                "`train.loss.kind` is missing; it is one of `softmax`, `sampled`, `bpr_max`, \
+                 `gbce`",
             ),
             (
                 "train.loss={kind=\"sampled\", n_negatives=\"x\"}",

@@ -33,6 +33,8 @@ pub struct LogLinear {
     index: CandidateIndex,
     /// f32 `[F]`.
     weights: Tensor,
+    /// More than the occurrences of any item.
+    most_occurrences: f64,
 }
 
 impl LogLinear {
@@ -49,7 +51,13 @@ impl LogLinear {
         let index =
             CandidateIndex::new(&config.candidates, features, reminders, max_length, Device::Cpu)?;
         let weights = Tensor::zeros([index.n_features()], (Kind::Float, Device::Cpu));
-        Ok(Self { config: config.clone(), features: features.clone(), index, weights })
+        let (config, features) = (config.clone(), features.clone());
+        Ok(Self { config, features, index, weights, most_occurrences: 1.0 })
+    }
+
+    fn update_most_occurrences(&mut self) {
+        let most = self.index.occurrences().iter().max().copied().unwrap_or_default();
+        self.most_occurrences = most as f64 + 1.0;
     }
 
     /// Fits the weights on sessions of a file, which the counts contain.
@@ -170,6 +178,7 @@ impl CountingModel for LogLinear {
         tch::set_num_threads(1);
         let result = self.index.add_day(day, file).and_then(|()| tch::no_grad(|| self.fit(file)));
         tch::set_num_threads(n_threads);
+        self.update_most_occurrences();
         result
     }
 
@@ -190,7 +199,9 @@ impl CountingModel for LogLinear {
             ));
         }
         self.weights = saved.copy();
-        self.index.load(tensors)
+        self.index.load(tensors)?;
+        self.update_most_occurrences();
+        Ok(())
     }
 }
 
@@ -218,11 +229,9 @@ impl Recommender for LogLinear {
 
     fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor {
         let sparse = encoded.sparse.as_ref().expect("this model encodes sparse scores");
-        let occurrences = self.index.occurrences();
-        let base =
-            occurrences.narrow(0, items.start, items.end - items.start) / (occurrences.max() + 1.0);
-        let n_sessions = sparse.items.size()[0];
-        let scores = base.to_kind(Kind::Double).unsqueeze(0).repeat([n_sessions, 1]);
+        let occurrences = &self.index.occurrences()[items.start as usize..items.end as usize];
+        let base = Tensor::from_slice(occurrences).to_kind(Kind::Double) / self.most_occurrences;
+        let scores = base.unsqueeze(0).repeat([sparse.items.size()[0], 1]);
         sparse.add_to(&scores, &items);
         scores
     }

@@ -689,6 +689,9 @@ impl<'a> Network<'a> {
     /// Turns all parameters into constants, tables of vectors in type `kind`, which are most of a
     /// model's size. Items are then scored in that type; the other parameters stay f32.
     pub fn serve_with_tables_in(&mut self, kind: Kind) {
+        if let Some(evidence) = &self.evidence {
+            evidence.index.prepare_trace();
+        }
         for index in 0..self.parameters.views().len() {
             let is_table = index < self.n_tables && index != ITEM_BIAS;
             self.parameters.freeze(index, if is_table { kind } else { Kind::Float });

@@ -16,7 +16,7 @@ pub(super) struct Attributes(pub Vec<Attribute>);
 pub(super) struct Attribute {
     /// Number of the column in [`Features::columns`].
     pub column: usize,
-    name: String,
+    pub name: String,
     pub cells: Cells,
 }
 

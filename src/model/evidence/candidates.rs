@@ -2,21 +2,11 @@
 
 use tch::{Kind, Tensor};
 
-use super::counts::WINDOW;
+use super::counts::{UNITS, WINDOW};
 use super::shape::{Constants, PREDECESSOR_WEIGHT, on_device};
 use super::tables::{FoundNeighbours, Tables, take};
 use crate::config::{CandidatesConfig, Reminders};
 use crate::data::FIRST_ITEM;
-
-/// A count below this is 0: the lightest pair weighs 1/[`WINDOW`].
-const LEAST_WEIGHT: f64 = 0.5 / WINDOW as f64;
-
-/// Priority of a known item among all candidates: more than any weight of pairs.
-const KNOWN_PRIORITY: f64 = 1e6;
-
-/// Priority of a frequent item for each list that has it: as a pair of the last item at the largest
-/// distance.
-const FREQUENT_PRIORITY: f64 = 1.0 / WINDOW as f64;
 
 /// The known parts of `N` sessions.
 pub(in crate::model) struct Known {
@@ -52,8 +42,9 @@ pub struct Candidates {
 struct Merged {
     /// i64 `[N, E]`.
     items: Tensor,
-    /// Pair weights, f32 `[N, E, C]`: with successors of each of the `P` recent items, with
-    /// predecessors of each, and occurrences as direct successor and predecessor of the last.
+    /// Counts of pairs, whole numbers in f32 `[N, E, C]`: weights as successor of each of the `P`
+    /// recent items and as predecessor of each, in units of 1/[`UNITS`], and occurrences as direct
+    /// successor and predecessor of the last.
     weights: Tensor,
     /// Whether the item is known or frequent: bool `[N, E]`.
     has_other_source: Tensor,
@@ -69,14 +60,15 @@ impl Tables {
     ) -> Candidates {
         let recommendable = known.items.ge(FIRST_ITEM).to_kind(Kind::Int64);
         let items = &known.items * recommendable;
-        let recent = items.narrow(1, 0, self.constants.n_recent);
+        let recent = items.narrow(1, 0, self.shape.n_recent);
         let Merged { items: candidates, weights, has_other_source } =
             self.merge(&items, &recent, known, config);
         let weights = match &known.counted {
             Some(counted) => weights - own_weights(&recent, &counted.items, &candidates),
             None => weights,
         };
-        let weights = &weights * weights.ge(LEAST_WEIGHT).to_kind(Kind::Float);
+        // Counts are whole numbers. Pairs that were dropped are negative now.
+        let weights = weights.clamp_min(0.0);
         // A candidate that only the session itself suggests would not be one on the next day: that
         // it is in the list would reveal the target.
         let has_pairs = weights.sum_dim_intlist([2i64].as_slice(), false, Kind::Float).gt(0.0);
@@ -104,7 +96,7 @@ impl Tables {
         config: &CandidatesConfig,
     ) -> Merged {
         let constants = &self.constants;
-        let (k, n_recent) = (config.n_neighbours, constants.n_recent);
+        let (k, n_recent) = (config.n_neighbours, self.shape.n_recent);
         let of_recent = recent.reshape([-1]);
         let successors = self.successors.find(&of_recent, k);
         let predecessors = self.predecessors.find(&of_recent, k);
@@ -137,7 +129,7 @@ impl Tables {
         let distinct = all.zeros_like().scatter(1, &sorted_numbers, &sorted);
 
         // Pair weights of each distinct item, with a column for its other sources.
-        let n_columns = constants.n_columns() + 1;
+        let n_columns = self.shape.n_columns() as i64 + 2;
         let n_pairs = n_recent * k;
         let of_entries = |first: i64, n: i64| numbers.narrow(1, first, n);
         let cells = Tensor::cat(
@@ -151,24 +143,23 @@ impl Tables {
         );
         let cells = cells * n_columns + &constants.columns;
         let last_adjacent = |found: &FoundNeighbours| by_session(&found.adjacent).narrow(1, 0, k);
-        let known_priority = known_items.ones_like().to_kind(Kind::Float) * KNOWN_PRIORITY;
-        let frequent_priority = frequent.ones_like().to_kind(Kind::Float) * FREQUENT_PRIORITY;
+        let once = |items: &Tensor| items.ones_like().to_kind(Kind::Float);
         let values = Tensor::cat(
             &[
                 by_session(&successors.weights),
                 by_session(&predecessors.weights),
                 last_adjacent(&successors),
                 last_adjacent(&predecessors),
-                known_priority,
-                frequent_priority,
+                once(known_items),
+                once(&frequent),
             ],
             1,
         );
         let zeros = all.zeros_like().to_kind(Kind::Float).repeat([1, n_columns]);
         let weights = zeros.scatter_add(1, &cells, &values).reshape([-1, n_entries, n_columns]);
 
-        let priority = weights.matmul(&constants.priorities);
-        let priority = priority * distinct.gt(0).to_kind(Kind::Float);
+        let priority = weights.to_kind(Kind::Double).matmul(&constants.priorities);
+        let priority = priority * distinct.gt(0).to_kind(Kind::Double);
         let n_candidates = config.n_candidates.min(n_entries);
         // Equal priorities keep the order of items, so that a choice does not depend on the device.
         let (priority, chosen) = priority.sort_stable(true, 1, true);
@@ -178,8 +169,8 @@ impl Tables {
         let weights = weights.gather(1, &rows, false);
         Merged {
             items,
-            has_other_source: weights.select(2, n_columns - 1).gt(0.0),
-            weights: weights.narrow(2, 0, n_columns - 1),
+            has_other_source: weights.narrow(2, n_columns - 2, 2).gt(0.0).any_dim(2, false),
+            weights: weights.narrow(2, 0, n_columns - 2),
         }
     }
 
@@ -190,13 +181,15 @@ impl Tables {
         candidates: &Tensor,
         weights: &Tensor,
     ) -> Tensor {
-        let Constants { n_recent, ref decays, ref places, .. } = self.constants;
+        let n_recent = self.shape.n_recent;
+        let Constants { decays, places, .. } = &self.constants;
         let last = known_items.narrow(1, 0, 1);
         let is_known = known_items.gt(0).to_kind(Kind::Float);
         let n_known = is_known.sum_dim_intlist([1i64].as_slice(), true, Kind::Float).clamp_min(1.0);
 
-        let successors = weights.narrow(2, 0, n_recent);
-        let predecessors = weights.narrow(2, n_recent, n_recent);
+        let of_pairs = weights.narrow(2, 0, 2 * n_recent) / f64::from(UNITS);
+        let successors = of_pairs.narrow(2, 0, n_recent);
+        let predecessors = of_pairs.narrow(2, n_recent, n_recent);
         let decayed = [&successors, &predecessors].map(|of| of.matmul(decays));
         let n_places = n_recent.min(2);
         let pair_features = Tensor::cat(
@@ -298,7 +291,8 @@ fn own_weights(recent: &Tensor, session: &Tensor, candidates: &Tensor) -> Tensor
             .collect();
         on_device(&weights, device).view([length, length])
     };
-    let by_distance = pairs(|d| if (1..=WINDOW).contains(&d) { 1.0 / d as f32 } else { 0.0 });
+    let by_distance =
+        pairs(|d| if (1..=WINDOW).contains(&d) { (i64::from(UNITS) / d) as f32 } else { 0.0 });
     let adjacent = pairs(|d| f32::from(u8::from(d == 1)));
     let is_event = session.ge(FIRST_ITEM).unsqueeze(1);
     let of_recent = recent.unsqueeze(2).eq_tensor(&session.unsqueeze(1)).logical_and(&is_event);

@@ -13,7 +13,7 @@ pub(super) const WINDOW: i64 = 7;
 
 /// A pair at distance d weighs 1/d. Weights are counted in this fraction of 1, the least common
 /// multiple of the distances, so that their sums are exact.
-const UNITS: u32 = 420;
+pub(super) const UNITS: u32 = 420;
 
 /// Pairs are merged into the sorted ones whenever this many wait, or half as many as are sorted.
 const MIN_MERGED: usize = 1 << 22;
@@ -35,8 +35,9 @@ impl Pair {
         (self.first, self.second)
     }
 
-    pub fn weight(&self) -> f32 {
-        self.units as f32 / UNITS as f32
+    /// Summed weights, in units of 1/[`UNITS`].
+    pub fn units(&self) -> f32 {
+        self.units as f32
     }
 
     pub fn adjacent(&self) -> f32 {
@@ -95,14 +96,17 @@ impl Counts {
     /// Counts sessions of the day that began last.
     pub fn add(&mut self, sessions: &Sessions) {
         for row in 0..sessions.len() {
-            let items = sessions.ids(0, row);
-            for &item in items {
-                self.items[item as usize] += 1;
-                self.last_day_items[item as usize] += 1;
-            }
-            self.add_pairs(items);
+            self.add_items(sessions.ids(0, row), true);
             self.attributes.add(sessions, row);
         }
+    }
+
+    pub(super) fn add_items(&mut self, items: &[i64], is_last_day: bool) {
+        for &item in items {
+            self.items[item as usize] += 1;
+            self.last_day_items[item as usize] += i64::from(is_last_day);
+        }
+        self.add_pairs(items);
     }
 
     fn add_pairs(&mut self, items: &[i64]) {
@@ -156,6 +160,14 @@ impl Counts {
         let mut kept = is_kept.into_iter();
         self.pairs.retain(|_| kept.next() == Some(true));
         self.pairs.shrink_to_fit();
+    }
+
+    /// Items that occurred, the most frequent first.
+    pub fn by_occurrence(&self) -> Vec<usize> {
+        let mut items: Vec<usize> =
+            (FIRST_ITEM as usize..self.items.len()).filter(|&item| self.items[item] > 0).collect();
+        items.sort_by_key(|&item| (-self.items[item], item));
+        items
     }
 
     /// All pairs, sorted by both items.
@@ -238,9 +250,9 @@ mod tests {
         let pairs: Vec<_> = counts
             .pairs()
             .iter()
-            .map(|pair| (pair.first, pair.second, pair.weight(), pair.adjacent()))
+            .map(|pair| (pair.first, pair.second, pair.units(), pair.adjacent()))
             .collect();
-        assert_eq!(pairs, [(2, 3, 2.0, 2.0), (2, 4, 0.5, 0.0), (3, 4, 1.0, 1.0)]);
+        assert_eq!(pairs, [(2, 3, 840.0, 2.0), (2, 4, 210.0, 0.0), (3, 4, 420.0, 1.0)]);
     }
 
     #[test]

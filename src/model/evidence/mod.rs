@@ -14,9 +14,12 @@
 mod attributes;
 mod candidates;
 mod counts;
+mod host;
 mod shape;
 mod tables;
 
+use std::cell::OnceCell;
+use std::ops::Range;
 use std::slice;
 
 use bireme_kernels::transfer::send;
@@ -27,11 +30,12 @@ use super::{Parameters, SparseScores};
 use crate::config::{CandidatesConfig, EvidenceConfig, Reminders};
 use crate::data::{Batch, DataError, Features, SessionFile};
 
-use attributes::Attributes;
+use attributes::{Attribute, Attributes, Cells};
 pub use candidates::Candidates;
 use candidates::{CountedSessions, Known};
 use counts::Counts;
-use shape::{n_candidates, n_features};
+use host::{Columns, HostTables, Query};
+use shape::Shape;
 use tables::Tables;
 
 /// Pairs of an item that are kept from day to day, for each that is looked up: a pair that is
@@ -45,17 +49,19 @@ const HIDDEN: f64 = -1e4;
 /// Finds the candidates of sessions by the counts of all days so far.
 pub struct CandidateIndex {
     config: CandidatesConfig,
+    shape: Shape,
     counts: Counts,
-    tables: Tables,
+    /// For lookups on a CPU.
+    host: Option<HostTables>,
+    /// For lookups on a GPU and in a trace, made when they are first needed.
+    tables: OnceCell<Tables>,
     /// Which known items may be recommended.
     reminders: Reminders,
-    /// Largest number of events of a session.
-    max_length: usize,
     device: Device,
 }
 
 impl CandidateIndex {
-    /// An index without counts.
+    /// An index without counts, for sessions of at most `max_length` events.
     ///
     /// # Errors
     /// An attribute is not among the features.
@@ -67,22 +73,24 @@ impl CandidateIndex {
         device: Device,
     ) -> Result<Self, String> {
         let attributes = Attributes::new(config, features)?;
+        let shape = Shape::new(config, &attributes, max_length);
         let n_kept = KEPT_PER_NEIGHBOUR * config.n_neighbours;
         let counts = Counts::new(features.n_items(), n_kept as usize, attributes);
-        let tables = Tables::new(&counts, config, max_length, device);
-        Ok(Self { config: config.clone(), counts, tables, reminders, max_length, device })
+        let (host, tables) = (None, OnceCell::new());
+        let config = config.clone();
+        let mut index = Self { config, shape, counts, host, tables, reminders, device };
+        index.update_tables();
+        Ok(index)
     }
 
     /// Number of features of a candidate.
     pub fn n_features(&self) -> i64 {
-        let attributes = &self.counts.attributes;
-        let n_codes = attributes.n_codes();
-        n_features(&self.config, n_codes, attributes.0.len() - n_codes)
+        self.shape.n_features
     }
 
-    /// Occurrences of each item on all days so far, f32 `[V]`.
-    pub fn occurrences(&self) -> &Tensor {
-        &self.tables.occurrences
+    /// Occurrences of each item on all days so far, `[V]`.
+    pub fn occurrences(&self) -> &[i64] {
+        &self.counts.items
     }
 
     /// Counts the sessions of a day, which is later than all days before. Every rank reads the
@@ -101,8 +109,20 @@ impl CandidateIndex {
         Ok(())
     }
 
+    /// Indexes the counts anew.
     fn update_tables(&mut self) {
-        self.tables = Tables::new(&self.counts, &self.config, self.max_length, self.device);
+        let on_host = self.device == Device::Cpu;
+        self.host = on_host.then(|| HostTables::new(&self.counts, &self.config, self.shape));
+        self.tables = OnceCell::new();
+    }
+
+    /// Makes what a trace reads: a trace does not record the values of new tensors.
+    pub(super) fn prepare_trace(&self) {
+        self.tables();
+    }
+
+    fn tables(&self) -> &Tables {
+        self.tables.get_or_init(|| Tables::new(&self.counts, &self.config, self.shape, self.device))
     }
 
     /// The counts as a checkpoint holds them.
@@ -122,54 +142,22 @@ impl CandidateIndex {
 
     /// Candidates for the next item of each session.
     pub fn of_next(&self, known: &Batch) -> Candidates {
-        let mut end = 0;
-        let sessions = known.lengths.iter().map(|&length| {
-            let first = end;
-            end += length;
-            (first, end)
-        });
-        let rows = self.rows_before(sessions, known.n_events());
-        self.find(&columns_with_padding(known), &rows, None)
+        let sessions = event_ranges(known).into_iter();
+        self.find(known, &sessions.map(|known| Query { known, counted: None }).collect::<Vec<_>>())
     }
 
     /// Candidates for the events `targets` of a batch, whose sessions the counts contain. The known
     /// items are the events before a target in time, whatever the body reads.
     pub fn of_targets(&self, targets: &[i64], batch: &Batch) -> Candidates {
-        let (mut first, mut sessions) = (0, Vec::with_capacity(batch.n_sessions()));
-        for &length in &batch.lengths {
-            sessions.push(first..first + length);
-            first += length;
-        }
-        let session_of_event: Vec<usize> = (0..batch.n_sessions())
-            .flat_map(|session| std::iter::repeat_n(session, batch.lengths[session]))
-            .collect();
-        let of_targets: Vec<usize> =
-            targets.iter().map(|&target| session_of_event[target as usize]).collect();
-        let known = targets
-            .iter()
-            .zip(&of_targets)
-            .map(|(&target, &session)| (sessions[session].start, target as usize));
-        let padding = batch.n_events();
-        let rows = self.rows_before(known, padding);
-        let whole: Vec<i64> = of_targets
-            .iter()
-            .flat_map(|&session| {
-                let events = sessions[session].clone().map(|event| event as i64);
-                let n_missing = self.max_length.saturating_sub(events.len());
-                events.take(self.max_length).chain(std::iter::repeat_n(padding as i64, n_missing))
-            })
-            .collect();
-        let is_last_day: Vec<f32> = of_targets
-            .iter()
-            .map(|&session| f32::from(u8::from(batch.days[session] == self.tables.last_day)))
-            .collect();
-        let columns = columns_with_padding(batch);
-        let whole = Tensor::from_slice(&whole).view([-1, self.max_length as i64]);
-        let counted = CountedSessions {
-            items: gather(&columns[0], &send(&whole, self.device)),
-            is_last_day: send(&Tensor::from_slice(&is_last_day).view([-1, 1]), self.device),
+        let sessions = event_ranges(batch);
+        let query = |&target: &i64| {
+            let target = target as usize;
+            let session = sessions.partition_point(|events| events.end <= target);
+            let events = sessions[session].clone();
+            let is_last_day = batch.days[session] == self.counts.last_day;
+            Query { known: events.start..target, counted: Some((events, is_last_day)) }
         };
-        self.find(&columns, &rows, Some(counted))
+        self.find(batch, &targets.iter().map(query).collect::<Vec<_>>())
     }
 
     /// Candidates for the next item of sessions in padded columns `[B, width]`, of `lengths: [B]`.
@@ -183,50 +171,77 @@ impl CandidateIndex {
         let padding = lengths.ones_like().sum(Kind::Int64) * width;
         let rows = (session * width + &lengths - 1 - &place)
             .where_self(&place.lt_tensor(&lengths), &padding);
-        self.find(&columns, &rows, None)
+        self.find_rows(&columns, &rows, None)
     }
 
-    /// Rows of the events `first..end` of each session, the last first: i64 `[N, max_length]`.
-    fn rows_before(
-        &self,
-        sessions: impl Iterator<Item = (usize, usize)>,
-        padding: usize,
-    ) -> Tensor {
-        let rows: Vec<i64> = sessions
-            .flat_map(|(first, end)| {
-                let events = (first..end).rev().map(|event| event as i64);
-                let n_missing = self.max_length.saturating_sub(end - first);
-                events.take(self.max_length).chain(std::iter::repeat_n(padding as i64, n_missing))
-            })
-            .collect();
-        send(&Tensor::from_slice(&rows).view([-1, self.max_length as i64]), self.device)
+    fn find(&self, batch: &Batch, queries: &[Query]) -> Candidates {
+        let Shape { n_candidates, n_features, max_length, .. } = self.shape;
+        if queries.is_empty() {
+            let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, self.device));
+            return Candidates {
+                items: zeros(&[0, n_candidates], Kind::Int64),
+                features: zeros(&[0, n_candidates, n_features], Kind::Float),
+                is_hidden: zeros(&[0, n_candidates], Kind::Bool),
+            };
+        }
+        let columns = columns_with_padding(batch);
+        if let Some(host) = &self.host {
+            return host.candidates(&self.host_columns(&columns), queries, self.reminders);
+        }
+        let padding = batch.n_events() as i64;
+        let padded = |events: &mut dyn Iterator<Item = usize>| {
+            let mut rows: Vec<i64> = events.take(max_length).map(|event| event as i64).collect();
+            rows.resize(max_length, padding);
+            rows
+        };
+        let rows = |of: &dyn Fn(&Query) -> Vec<i64>| {
+            let rows: Vec<i64> = queries.iter().flat_map(of).collect();
+            send(&Tensor::from_slice(&rows).view([-1, max_length as i64]), self.device)
+        };
+        let known = rows(&|query| padded(&mut query.known.clone().rev()));
+        let counted = queries[0].counted.is_some().then(|| {
+            let whole = |query: &Query| query.counted.clone().unwrap_or_default();
+            let is_last_day = queries.iter().map(|query| f32::from(u8::from(whole(query).1)));
+            let is_last_day = Tensor::from_slice(&is_last_day.collect::<Vec<_>>()).view([-1, 1]);
+            CountedSessions {
+                items: gather(&columns[0], &rows(&|query| padded(&mut whole(query).0))),
+                is_last_day: send(&is_last_day, self.device),
+            }
+        });
+        self.find_rows(&columns, &known, counted)
     }
 
-    /// `columns: [T + 1]`, with a padding event at the end; `rows: [N, L]`.
-    fn find(
+    /// `columns: [T + 1]`, with a padding event at the end; `rows: [N, L]`: the known events, the
+    /// most recent first.
+    fn find_rows(
         &self,
         columns: &[Tensor],
         rows: &Tensor,
         counted: Option<CountedSessions>,
     ) -> Candidates {
-        let n_codes = self.counts.attributes.n_codes();
-        if rows.size()[0] == 0 {
-            let n_candidates = n_candidates(&self.config, n_codes, self.max_length);
-            let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, self.device));
-            return Candidates {
-                items: zeros(&[0, n_candidates], Kind::Int64),
-                features: zeros(&[0, n_candidates, self.n_features()], Kind::Float),
-                is_hidden: zeros(&[0, n_candidates], Kind::Bool),
-            };
-        }
         let (mut codes, mut values) = (Vec::new(), Vec::new());
-        for attribute in &self.counts.attributes.0 {
-            let column = gather(&columns[attribute.column], rows);
-            let into = if column.kind() == Kind::Int64 { &mut codes } else { &mut values };
-            into.push(column);
+        for Attribute { column, cells, .. } in &self.counts.attributes.0 {
+            let of_rows = gather(&columns[*column], rows);
+            match cells {
+                Cells::Codes(_) => codes.push(of_rows),
+                Cells::Values(_) => values.push(of_rows),
+            }
         }
         let known = Known { items: gather(&columns[0], rows), codes, values, counted };
-        tch::no_grad(|| self.tables.candidates(&known, &self.config, self.reminders))
+        tch::no_grad(|| self.tables().candidates(&known, &self.config, self.reminders))
+    }
+
+    fn host_columns(&self, columns: &[Tensor]) -> Columns {
+        let (mut codes, mut values) = (Vec::new(), Vec::new());
+        for Attribute { column, cells, .. } in &self.counts.attributes.0 {
+            let column = &columns[*column];
+            match cells {
+                Cells::Codes(_) => codes.push(column.try_into().expect("codes are i64 [T + 1]")),
+                Cells::Values(_) => values.push(column.try_into().expect("values are f32 [T + 1]")),
+            }
+        }
+        let items = (&columns[0]).try_into().expect("items are i64 [T + 1]");
+        Columns { items, codes, values }
     }
 }
 
@@ -265,8 +280,8 @@ impl CandidateScorer {
         builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
         let attributes = Attributes::new(&config.candidates, features)?;
-        let n_codes = attributes.n_codes();
-        let n_features = n_features(&config.candidates, n_codes, attributes.0.len() - n_codes);
+        // The number of features does not depend on the length of sessions.
+        let n_features = Shape::new(&config.candidates, &attributes, 1).n_features;
         let hidden = config.hidden_width;
         Ok(Self {
             from_features: builder.linear("head.evidence.features", n_features, hidden),
@@ -295,6 +310,16 @@ impl CandidateScorer {
     }
 }
 
+/// The events of each session of a batch.
+fn event_ranges(batch: &Batch) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let next = |&length: &usize| {
+        end += length;
+        end - length..end
+    };
+    batch.lengths.iter().map(next).collect()
+}
+
 /// The columns of a batch, each with a padding event at the end: `[T + 1]`.
 fn columns_with_padding(batch: &Batch) -> Vec<Tensor> {
     batch.columns.iter().map(|column| column.constant_pad_nd([0, 1])).collect()
@@ -303,4 +328,98 @@ fn columns_with_padding(batch: &Batch) -> Vec<Tensor> {
 /// `column: [T + 1]` at `rows: [N, L]`.
 fn gather(column: &Tensor, rows: &Tensor) -> Tensor {
     column.index_select(0, &rows.reshape([-1])).reshape_as(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Segment;
+
+    const N_ITEMS: i64 = 30;
+
+    /// Sessions with the code and the value of each event; an item's are not always the same.
+    fn batch(seed: u64, n_sessions: u64) -> Batch {
+        let mut state = seed;
+        let mut below = |n: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) % n
+        };
+        let lengths: Vec<usize> = (0..n_sessions).map(|_| 2 + below(9) as usize).collect();
+        let n_events = lengths.iter().sum::<usize>();
+        let items: Vec<i64> = (0..n_events).map(|_| 1 + below(N_ITEMS as u64 - 1) as i64).collect();
+        let codes: Vec<i64> = items.iter().map(|item| 1 + (item + below(2) as i64) % 3).collect();
+        let values: Vec<f32> = items.iter().map(|&item| item as f32 / 9.0).collect();
+        Batch {
+            columns: vec![
+                Tensor::from_slice(&items),
+                Tensor::from_slice(&codes),
+                Tensor::from_slice(&values),
+                Tensor::from_slice(&codes),
+            ],
+            session_seeds: vec![0; lengths.len()],
+            days: (0..lengths.len() as i64).map(|session| session % 2).collect(),
+            step_seed: 0,
+            segments: vec![Segment { seed: 0, n_sessions: lengths.len() }],
+            lengths,
+        }
+    }
+
+    /// An index of the sessions of a batch; sessions of day 1 are those of the last day.
+    fn index(batch: &Batch, config: &CandidatesConfig, reminders: Reminders) -> CandidateIndex {
+        let numbers = |column: usize| Vec::<i64>::try_from(&batch.columns[column]).unwrap();
+        let mut codes = vec![0; N_ITEMS as usize];
+        numbers(0).into_iter().zip(numbers(1)).for_each(|(item, code)| codes[item as usize] = code);
+        let values = (0..N_ITEMS).map(|item| item as f32 / 9.0).collect();
+        let attribute = |column, cells| Attribute { column, name: String::new(), cells };
+        let attributes = Attributes(vec![
+            attribute(1, Cells::Codes(codes.clone())),
+            attribute(2, Cells::Values(values)),
+            attribute(3, Cells::Codes(codes)),
+        ]);
+        let shape = Shape::new(config, &attributes, 8);
+        let mut counts = Counts::new(N_ITEMS, 100, attributes);
+        counts.begin_day(1);
+        for (session, items) in batch.sessions().iter().enumerate() {
+            counts.add_items(items, batch.days[session] == 1);
+        }
+        counts.end_day();
+        let (config, tables) = (config.clone(), OnceCell::new());
+        let (host, device) = (None, Device::Cpu);
+        let mut index = CandidateIndex { config, shape, counts, host, tables, reminders, device };
+        index.update_tables();
+        index
+    }
+
+    #[test]
+    fn lookups_on_the_host_are_those_with_tensors() {
+        let batch = batch(3, 40);
+        let n_events = batch.n_events() as i64;
+        for (n_candidates, reminders) in
+            [(200, Reminders::All), (12, Reminders::Earlier), (5, Reminders::None)]
+        {
+            let config = CandidatesConfig {
+                n_candidates,
+                n_recent: 3,
+                n_neighbours: 6,
+                n_frequent: 2,
+                attributes: None,
+            };
+            let mut index = index(&batch, &config, reminders);
+            let targets: Vec<i64> = (0..n_events).collect();
+            let find = |index: &CandidateIndex| {
+                [index.of_targets(&targets, &batch), index.of_next(&batch)]
+            };
+            let on_host = find(&index);
+            index.host = None;
+            let with_tensors = find(&index);
+            for (a, b) in on_host.iter().zip(&with_tensors) {
+                assert_eq!(a.items, b.items, "{n_candidates}");
+                assert_eq!(a.is_hidden, b.is_hidden, "{n_candidates}");
+                assert!(a.items.gt(0).sum(Kind::Int64).int64_value(&[]) > a.items.size()[0]);
+                let is_item = a.items.gt(0).unsqueeze(2).to_kind(Kind::Float);
+                let difference = ((&a.features - &b.features) * is_item).abs().max();
+                assert!(difference.double_value(&[]) < 1e-5, "{difference:?}");
+            }
+        }
+    }
 }

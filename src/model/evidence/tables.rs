@@ -8,9 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::attributes::Cells;
 use super::counts::{Counts, Pair};
-use super::shape::{Constants, on_device};
+use super::shape::{Constants, Shape, on_device};
 use crate::config::CandidatesConfig;
-use crate::data::FIRST_ITEM;
 
 /// Lists of items, one after the other.
 pub(super) struct Lists {
@@ -63,7 +62,7 @@ fn with_last<T: tch::kind::Element + Default + Copy>(numbers: &[T], device: Devi
 /// The successors or the predecessors of each item, the most frequent first.
 pub(super) struct Neighbours {
     lists: Lists,
-    /// Summed inverse distances, f32 `[elements + 1]`.
+    /// Summed inverse distances in units of 1/[`super::counts::UNITS`], f32 `[elements + 1]`.
     weights: Tensor,
     /// Occurrences at distance 1, f32 `[elements + 1]`.
     adjacent: Tensor,
@@ -73,7 +72,7 @@ pub(super) struct Neighbours {
 pub(super) struct FoundNeighbours {
     /// i64 `[N, k]`; 0 if there is none.
     pub items: Tensor,
-    /// f32 `[N, k]`.
+    /// Summed inverse distances in units of 1/[`super::counts::UNITS`], f32 `[N, k]`.
     pub weights: Tensor,
     /// f32 `[N, k]`.
     pub adjacent: Tensor,
@@ -86,7 +85,7 @@ impl Neighbours {
         let mut lengths = vec![0; n_items];
         sorted.iter().for_each(|pair| lengths[ends(pair).0 as usize] += 1);
         let items: Vec<i32> = sorted.iter().map(|pair| ends(pair).1 as i32).collect();
-        let weights: Vec<f32> = sorted.iter().map(Pair::weight).collect();
+        let weights: Vec<f32> = sorted.iter().map(Pair::units).collect();
         let adjacent: Vec<f32> = sorted.iter().map(Pair::adjacent).collect();
         Self {
             lists: Lists::new(lengths.into_iter(), &items, device),
@@ -167,7 +166,6 @@ pub(super) struct Tables {
     pub occurrences: Tensor,
     /// Occurrences on the last day, f32 `[V]`.
     pub last_day_occurrences: Tensor,
-    pub last_day: i64,
     /// Codes of each item, i64 `[V]` for each attribute.
     pub codes: Vec<Tensor>,
     /// Values of each item, f32 `[V]` for each attribute.
@@ -176,17 +174,12 @@ pub(super) struct Tables {
     pub alike: Vec<Alike>,
     /// The most frequent items, i64 `[n_frequent]`; 0 if there are fewer.
     pub frequent: Tensor,
+    pub shape: Shape,
     pub constants: Constants,
 }
 
 impl Tables {
-    /// For sessions of at most `max_length` events.
-    pub fn new(
-        counts: &Counts,
-        config: &CandidatesConfig,
-        max_length: usize,
-        device: Device,
-    ) -> Self {
+    pub fn new(counts: &Counts, config: &CandidatesConfig, shape: Shape, device: Device) -> Self {
         let n_items = counts.items.len();
         let mut sorted = counts.pairs().to_vec();
         sorted.sort_unstable_by_key(Pair::by_first);
@@ -196,9 +189,7 @@ impl Tables {
         let predecessors =
             Neighbours::new(&sorted, |pair| (pair.second, pair.first), n_items, device);
 
-        let mut by_occurrence: Vec<usize> =
-            (FIRST_ITEM as usize..n_items).filter(|&item| counts.items[item] > 0).collect();
-        by_occurrence.sort_by_key(|&item| (-counts.items[item], item));
+        let by_occurrence = counts.by_occurrence();
         let n_most = config.n_frequent as usize;
         let mut frequent: Vec<i64> =
             by_occurrence.iter().take(n_most).map(|&item| item as i64).collect();
@@ -211,11 +202,6 @@ impl Tables {
                 Cells::Values(of_items) => values.push(on_device(of_items, device)),
             }
         }
-        let n_codes = host_codes.len();
-        let mut chosen: Vec<Vec<usize>> = (0..n_codes).map(|attribute| vec![attribute]).collect();
-        if n_codes > 1 {
-            chosen.push((0..n_codes).collect());
-        }
         let alike =
             |attributes| Alike::new(attributes, &host_codes, &by_occurrence, n_most, device);
         let floats =
@@ -225,12 +211,12 @@ impl Tables {
             predecessors,
             occurrences: floats(&counts.items),
             last_day_occurrences: floats(&counts.last_day_items),
-            last_day: counts.last_day,
-            alike: chosen.into_iter().map(alike).collect(),
+            alike: shape.alike_attributes().into_iter().map(alike).collect(),
             codes: host_codes.iter().map(|codes| on_device(codes, device)).collect(),
             values,
             frequent: on_device(&frequent, device),
-            constants: Constants::new(config, n_codes, max_length, device),
+            constants: Constants::new(config, shape, device),
+            shape,
         }
     }
 }
