@@ -1,8 +1,8 @@
 //! Candidates and their features on a CPU, session by session.
 //!
 //! The same as [`super::tables`] and [`super::candidates`] find with tensor operations, which a GPU
-//! and a trace need and which take several times as long on a CPU. Counts are whole numbers in both,
-//! so that both choose the same candidates; features differ by rounding.
+//! and a trace need and which take several times as long on a CPU. Counts are whole numbers in
+//! both, so that both choose the same candidates; features differ by rounding.
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -121,9 +121,9 @@ pub(super) fn decays(n_recent: i64) -> Vec<f32> {
 }
 
 /// Weight of each count of a candidate in its priority: weights as successor of each of the
-/// `n_recent` items and as predecessor of each, occurrences as their direct neighbour, places in the
-/// session, lists of frequent items. All are whole numbers, as the counts are, so that a priority is
-/// exact and the choice of candidates the same wherever it is made.
+/// `n_recent` items and as predecessor of each, occurrences as their direct neighbour, places in
+/// the session, lists of frequent items. All are whole numbers, as the counts are, so that a
+/// priority is exact and the choice of candidates the same wherever it is made.
 pub(super) fn priorities(n_recent: i64) -> Vec<f64> {
     const ONE: f64 = 1024.0;
     let by_place = |weight: f64| {
