@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 pub use checkpoint::CheckpointConfig;
-pub use data::DataConfig;
+pub use data::{ALL_FEATURES, DataConfig};
 pub use evaluate::{EvaluateConfig, Reminders};
 pub use model::{
     Aggregation, CandidatesConfig, Continuous, Decay, EvidenceConfig, GruConfig, HeadConfig,
@@ -297,9 +297,18 @@ impl Config {
 
     /// The name results are reported under.
     pub fn title(&self) -> String {
-        let side_information =
-            if self.data.features.len() > 1 { " with side information" } else { "" };
-        format!("{}{side_information}", self.model.title())
+        // The item id may be among the features, and a star stands for all.
+        let features = &self.data.features;
+        let has_more = features.len() > 1 || features.iter().any(|name| name == ALL_FEATURES);
+        let head = self.model.neural().map(Neural::head);
+        let has_evidence = head.is_some_and(|head| head.evidence.is_some());
+        let with = match (has_more, has_evidence) {
+            (false, false) => "",
+            (true, false) => " with side information",
+            (false, true) => " with evidence",
+            (true, true) => " with side information and evidence",
+        };
+        format!("{}{with}", self.model.title())
     }
 
     /// As TOML, defaults filled in.

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::check_count;
 
+/// In `data.features`: every feature of the schema that is a list.
+pub const ALL_FEATURES: &str = "*";
+
 /// Section `[data]`: which days, events and columns the model learns from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

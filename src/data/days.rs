@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 use bireme_etl::{Feature, SCHEMA, SESSIONS_BY_DAY, Schema, Split};
 
 use super::{DataConfig, DataError, SessionFile};
-
-/// In `data.features`: every feature of the schema that is a list.
-const ALL_FEATURES: &str = "*";
+use crate::config::ALL_FEATURES;
 
 /// The columns that a run reads, in the order of [`super::Batch::columns`].
 #[derive(Clone, Debug)]
