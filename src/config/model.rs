@@ -283,6 +283,8 @@ pub struct InputConfig {
     /// for an XLNet without `[model.input]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub projection_width: Option<i64>,
+    /// Dropout on the looked-up vectors of items and other categorical features; 0 <= p < 1.
+    pub dropout: f64,
     /// Probability of taking a value from another event of the micro-batch in training: stochastic
     /// swap noise (de Souza Pereira Moreira et al. 2021); 0 <= p < 1.
     pub swap_noise: f64,
@@ -298,6 +300,7 @@ impl Default for InputConfig {
             continuous: Continuous::Raw {},
             layer_norm: false,
             projection_width: None,
+            dropout: 0.0,
             swap_noise: 0.0,
         }
     }
@@ -354,13 +357,12 @@ impl InputConfig {
             check_width(key, value, MOST_WIDTH)?;
         }
         check_finite("input.init_std", self.init_std, 0.0)?;
-        if !(0.0..1.0).contains(&self.swap_noise) {
-            return Err(format!(
-                "`input.swap_noise` {:?} is not within 0 <= p < 1",
-                self.swap_noise
-            ));
+        let probabilities =
+            [("input.dropout", self.dropout), ("input.swap_noise", self.swap_noise)];
+        match probabilities.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
+            Some((key, p)) => Err(format!("`{key}` {p:?} is not within 0 <= p < 1")),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -579,7 +581,17 @@ impl CandidatesConfig {
         ];
         numbers
             .into_iter()
-            .try_for_each(|(key, n)| check_width(&format!("{section}.{key}"), n, Self::MOST))
+            .try_for_each(|(key, n)| check_width(&format!("{section}.{key}"), n, Self::MOST))?;
+        let n_pairs = self.n_recent * self.n_neighbours;
+        if n_pairs > Self::MOST {
+            return Err(format!(
+                "`{section}.n_recent` {} times `n_neighbours` {} is {n_pairs}: at most {}",
+                self.n_recent,
+                self.n_neighbours,
+                Self::MOST
+            ));
+        }
+        Ok(())
     }
 }
 

@@ -14,6 +14,8 @@ use crate::data::{Batch, DropoutGenerator, Features};
 /// that threads can share it.
 pub(super) struct Encoder {
     pub input: Input,
+    /// See [`InputConfig::dropout`](crate::config::InputConfig).
+    input_dropout: f64,
     body: Body,
     /// See [`Objective::two_streams`].
     two_streams: bool,
@@ -57,6 +59,20 @@ impl EncoderInput {
         Self { columns: parts(&self.columns), vectors: parts(&self.vectors) }
     }
 
+    /// Applies dropout to the looked-up vectors of `batch`.
+    fn with_dropout(&self, p: f64, batch: &Batch, dropout: &mut DropoutGenerator<'_>) -> Self {
+        let mut counts = batch.by_segment(&batch.lengths);
+        // The padding event is behind those of the last micro-batch.
+        if let Some(last) = counts.last_mut() {
+            *last += 1;
+        }
+        let vectors = self.vectors.iter();
+        Self {
+            columns: self.columns.iter().map(Tensor::shallow_clone).collect(),
+            vectors: vectors.map(|x| dropout.dropout(x.shallow_clone(), p, &counts)).collect(),
+        }
+    }
+
     /// Makes the looked-up vectors leaves of the autograd graph: a gradient through the lookup
     /// would be as large as the table.
     pub fn into_leaves(self) -> Self {
@@ -89,6 +105,7 @@ impl Encoder {
         };
         Ok(Self {
             input: input_block,
+            input_dropout: input.dropout,
             body,
             two_streams: objective.two_streams(),
             width,
@@ -111,7 +128,7 @@ impl Encoder {
         input: &EncoderInput,
         plan: Plan,
         batch: &Batch,
-        dropout: Option<&mut DropoutGenerator<'_>>,
+        mut dropout: Option<&mut DropoutGenerator<'_>>,
     ) -> Tensor {
         let device = parameters.values().device();
         let plan = match self.padded_length {
@@ -121,7 +138,14 @@ impl Encoder {
         if plan.outputs.is_empty() {
             return Tensor::zeros([0, self.width], (Kind::Float, device));
         }
-        self.laid_out_states(parameters, input, &Layout::new(&plan, batch, device), dropout)
+        let layout = Layout::new(&plan, batch, device);
+        match dropout.as_deref_mut().filter(|_| self.input_dropout > 0.0) {
+            Some(generator) => {
+                let input = input.with_dropout(self.input_dropout, batch, generator);
+                self.laid_out_states(parameters, &input, &layout, dropout)
+            }
+            None => self.laid_out_states(parameters, input, &layout, dropout),
+        }
     }
 
     fn laid_out_states(

@@ -653,6 +653,17 @@ fn configurations_that_no_model_can_have_are_refused() {
         ),
         (XLNET, "model.head.temperature=0", "`head.temperature` cannot be 0.0"),
         (XLNET, "model.input.swap_noise=1", "`input.swap_noise` 1.0 is not within"),
+        (
+            XLNET,
+            "model.head.evidence.candidates={ n_recent = 1000, n_neighbours = 100 }",
+            "`head.evidence.candidates.n_recent` 1000 times `n_neighbours` 100 is 100000",
+        ),
+        (
+            XLNET,
+            "model.head.evidence.candidates.attributes=[\"taste\"]",
+            "`candidates.attributes` has `taste`: it is not in `data.features`",
+        ),
+        (XLNET, "model.input.dropout=1", "`input.dropout` 1.0 is not within"),
         (XLNET, "model.inptu.item_width=3", "unknown key `model.inptu`"),
         (
             "kind = \"gru\"",
