@@ -74,8 +74,8 @@ impl Outcomes {
     }
 }
 
-/// Counts how often the target occurs among the known events of its session. The index of unknown
-/// items stands for different items, so that it is no repeat.
+/// Counts how often the target occurs among the known events of its session; 0 for an unknown item,
+/// because all unknown items have the same index.
 fn n_repeats(known: &[i64], target: i64) -> i64 {
     if target < FIRST_ITEM {
         return 0;

@@ -215,9 +215,7 @@ impl Recommender for Baseline {
         // An extra column receives the scores of items outside the range.
         let base = [&self.base_scores[items.start as usize..items.end as usize], &[0.0]].concat();
         let scores = Tensor::from_slice(&base).unsqueeze(0).repeat([sparse.items.size()[0], 1]);
-        let item = &sparse.items;
-        let is_inside = item.ge(items.start.max(1)).logical_and(&item.lt(items.end));
-        let column = (item - items.start).where_scalarother(&is_inside, width);
+        let (_, column) = sparse.columns(&items, width);
         scores.scatter(1, &column, &sparse.scores).narrow(1, 0, width)
     }
 }

@@ -26,7 +26,7 @@ mod xlnet;
 
 use std::ops::Range;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 pub use baseline::{Baseline, BaselineKind};
 pub use body::Layout;
@@ -153,18 +153,18 @@ pub struct SparseScores {
 }
 
 impl SparseScores {
-    /// The column of each item in scores `[B, C]` of `items`, i64 `[B, E]`, and its score;
-    /// column 0 and score 0 for an item outside.
-    pub fn columns(&self, items: &Range<i64>) -> (Tensor, Tensor) {
+    /// Whether each item is among `items`, bool `[B, E]`, and its column in scores `[B, C]` of
+    /// them, i64 `[B, E]`; `outside` for an item that is not.
+    pub fn columns(&self, items: &Range<i64>, outside: i64) -> (Tensor, Tensor) {
         let is_inside = self.items.ge(items.start.max(1)).logical_and(&self.items.lt(items.end));
-        let column = (&self.items - items.start) * is_inside.to_kind(Kind::Int64);
-        (column, &self.scores * is_inside.to_kind(self.scores.kind()))
+        let column = (&self.items - items.start).where_scalarother(&is_inside, outside);
+        (is_inside, column)
     }
 
     /// Adds the scores to `scores: [B, C]` of `items`, in place.
     pub fn add_to(&self, scores: &Tensor, items: &Range<i64>) {
-        let (columns, values) = self.columns(items);
-        let values = values.to_kind(scores.kind());
+        let (is_inside, columns) = self.columns(items, 0);
+        let values = (&self.scores * is_inside.to_kind(self.scores.kind())).to_kind(scores.kind());
         let _ = scores.shallow_clone().scatter_add_(1, &columns, &values);
     }
 }

@@ -660,18 +660,18 @@ impl<'a> Network<'a> {
     /// `lengths: [B]`. The arithmetic is that of [`Recommender::encode`] and
     /// [`Recommender::scores`]; no operation depends on the number of sessions, so that it can be
     /// traced. The item table must be replicated.
-    pub fn next_scores(&self, padded: &[Tensor], lengths: &Tensor, width: i64) -> Tensor {
+    pub fn next_scores(&self, columns: &[Tensor], lengths: &Tensor, width: i64) -> Tensor {
         tch::no_grad(|| {
             let (encoder, parameters) = (&self.encoder, &self.parameters);
             let columns: Vec<Tensor> =
-                padded.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
+                columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
             let lookups = encoder.input.look_up(parameters, &columns, &self.item_table);
             let lookups = lookups.expect("lookups in a replicated table make no collective call");
             let input = EncoderInput::whole(columns, &lookups);
             let states = encoder.next_states(parameters, &input, &self.objective, lengths, width);
             let vectors = encoder.vectors(parameters, &states);
             let sparse = self.evidence.as_ref().map(|Evidence { index, scorer }| {
-                let candidates = index.of_padded(padded, lengths, width);
+                let candidates = index.of_padded(&input.columns, lengths, width);
                 scorer.scores(parameters, &candidates, &states)
             });
             self.scores(&Encoded { vectors, sparse }, 0..self.item_table.n_items)

@@ -28,6 +28,28 @@ pub(super) enum Cells {
     Values(Vec<f32>),
 }
 
+/// Numbers of the attributes of `config` in [`Features::columns`].
+///
+/// # Errors
+/// An attribute is not among the features.
+pub(super) fn attribute_columns(
+    config: &CandidatesConfig,
+    features: &Features,
+) -> Result<Vec<usize>, String> {
+    let columns = features.columns().iter().enumerate().skip(1);
+    let Some(names) = &config.attributes else {
+        let of_items = columns.filter(|(_, feature)| !feature.has_tag(TIME_TAG));
+        return Ok(of_items.map(|(column, _)| column).collect());
+    };
+    let column = |name: &String| {
+        let column = columns.clone().find(|(_, feature)| feature.name == *name);
+        column.map(|(column, _)| column).ok_or_else(|| {
+            format!("`candidates.attributes` has `{name}`: it is not in `data.features`")
+        })
+    };
+    names.iter().map(column).collect()
+}
+
 impl Attributes {
     /// The attributes of `config`, of no item yet.
     ///
@@ -35,24 +57,7 @@ impl Attributes {
     /// An attribute is not among the features.
     pub fn new(config: &CandidatesConfig, features: &Features) -> Result<Self, String> {
         let n_items = features.n_items() as usize;
-        let columns = features.columns().iter().enumerate().skip(1);
-        let chosen: Vec<usize> = match &config.attributes {
-            None => columns
-                .filter(|(_, feature)| !feature.has_tag(TIME_TAG))
-                .map(|(column, _)| column)
-                .collect(),
-            Some(names) => names
-                .iter()
-                .map(|name| {
-                    let column = columns.clone().find(|(_, feature)| feature.name == *name);
-                    column.map(|(column, _)| column).ok_or_else(|| {
-                        format!(
-                            "`candidates.attributes` has `{name}`: it is not in `data.features`"
-                        )
-                    })
-                })
-                .collect::<Result<_, _>>()?,
-        };
+        let chosen = attribute_columns(config, features)?;
         let attribute = |column: usize| {
             let feature = &features.columns()[column];
             let cells = if feature.is_categorical() {

@@ -160,7 +160,7 @@ impl Tables {
 
         let priority = weights.to_kind(Kind::Double).matmul(&constants.priorities);
         let priority = priority * distinct.gt(0).to_kind(Kind::Double);
-        let n_candidates = config.n_candidates.min(n_entries);
+        let n_candidates = self.shape.n_candidates;
         // Equal priorities keep the order of items, so that a choice does not depend on the device.
         let (priority, chosen) = priority.sort_stable(true, 1, true);
         let [priority, chosen] = [priority, chosen].map(|of| of.narrow(1, 0, n_candidates));

@@ -5,8 +5,7 @@ use std::cmp::Reverse;
 use tch::Tensor;
 
 use super::attributes::Attributes;
-use crate::data::FIRST_ITEM;
-use crate::data::Sessions;
+use crate::data::{FIRST_ITEM, Sessions};
 
 /// Events at most this far apart in a session are a pair.
 pub(super) const WINDOW: i64 = 7;

@@ -205,7 +205,7 @@ impl HostTables {
         // The events, the most recent first.
         let mut events: Vec<usize> = (first..query.known.end).rev().collect();
         if events.is_empty() {
-            // The padding event, which is no item.
+            // The padding event, whose item is 0.
             events.push(columns.items.len() - 1);
         }
         self.find(columns, &events, scratch);

@@ -30,7 +30,7 @@ use super::{Parameters, SparseScores};
 use crate::config::{CandidatesConfig, EvidenceConfig, Reminders};
 use crate::data::{Batch, DataError, Features, SessionFile};
 
-use attributes::{Attribute, Attributes, Cells};
+use attributes::{Attribute, Attributes, Cells, attribute_columns};
 pub use candidates::Candidates;
 use candidates::{CountedSessions, Known};
 use counts::Counts;
@@ -73,7 +73,8 @@ impl CandidateIndex {
         device: Device,
     ) -> Result<Self, String> {
         let attributes = Attributes::new(config, features)?;
-        let shape = Shape::new(config, &attributes, max_length);
+        let (n_codes, n_attributes) = (attributes.n_codes(), attributes.0.len());
+        let shape = Shape::new(config, n_codes, n_attributes, max_length);
         let n_kept = KEPT_PER_NEIGHBOUR * config.n_neighbours;
         let counts = Counts::new(features.n_items(), n_kept as usize, attributes);
         let (host, tables) = (None, OnceCell::new());
@@ -160,18 +161,17 @@ impl CandidateIndex {
         self.find(batch, &targets.iter().map(query).collect::<Vec<_>>())
     }
 
-    /// Candidates for the next item of sessions in padded columns `[B, width]`, of `lengths: [B]`.
-    /// No operation depends on the number of sessions, so that they can be traced.
+    /// Candidates for the next item of sessions of `lengths: [B]`. `columns: [B · width + 1]`: each
+    /// session padded to `width` events, and a padding event at the end. No operation depends on
+    /// the number of sessions, so that they can be traced.
     pub(super) fn of_padded(&self, columns: &[Tensor], lengths: &Tensor, width: i64) -> Candidates {
-        let columns: Vec<Tensor> =
-            columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
         let session = (lengths.ones_like().cumsum(0, Kind::Int64) - 1).unsqueeze(1);
         let place = Tensor::arange(width, (Kind::Int64, lengths.device())).unsqueeze(0);
         let lengths = lengths.unsqueeze(1);
         let padding = lengths.ones_like().sum(Kind::Int64) * width;
         let rows = (session * width + &lengths - 1 - &place)
             .where_self(&place.lt_tensor(&lengths), &padding);
-        self.find_rows(&columns, &rows, None)
+        self.find_rows(columns, &rows, None)
     }
 
     fn find(&self, batch: &Batch, queries: &[Query]) -> Candidates {
@@ -253,7 +253,7 @@ pub(super) fn check_attributes(
     config: &CandidatesConfig,
     features: &Features,
 ) -> Result<(), String> {
-    Attributes::new(config, features).map(|_| ())
+    attribute_columns(config, features).map(|_| ())
 }
 
 /// Parameters of the network that scores candidates, by index.
@@ -279,9 +279,12 @@ impl CandidateScorer {
         width: i64,
         builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
-        let attributes = Attributes::new(&config.candidates, features)?;
+        // No value of an item is needed: memory for them is not checked yet.
+        let columns = attribute_columns(&config.candidates, features)?;
+        let has_codes = |column: &&usize| features.columns()[**column].is_categorical();
+        let n_codes = columns.iter().filter(has_codes).count();
         // The number of features does not depend on the length of sessions.
-        let n_features = Shape::new(&config.candidates, &attributes, 1).n_features;
+        let n_features = Shape::new(&config.candidates, n_codes, columns.len(), 1).n_features;
         let hidden = config.hidden_width;
         Ok(Self {
             from_features: builder.linear("head.evidence.features", n_features, hidden),
@@ -376,7 +379,7 @@ mod tests {
             attribute(2, Cells::Values(values)),
             attribute(3, Cells::Codes(codes)),
         ]);
-        let shape = Shape::new(config, &attributes, 8);
+        let shape = Shape::new(config, 2, 3, 8);
         let mut counts = Counts::new(N_ITEMS, 100, attributes);
         counts.begin_day(1);
         for (session, items) in batch.sessions().iter().enumerate() {

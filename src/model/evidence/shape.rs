@@ -2,7 +2,6 @@
 
 use tch::{Device, Tensor};
 
-use super::attributes::Attributes;
 use super::counts::{UNITS, WINDOW};
 use crate::config::CandidatesConfig;
 
@@ -31,10 +30,15 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    pub fn new(config: &CandidatesConfig, attributes: &Attributes, max_length: usize) -> Self {
+    /// `n_attributes`: with codes and with values.
+    pub fn new(
+        config: &CandidatesConfig,
+        n_codes: usize,
+        n_attributes: usize,
+        max_length: usize,
+    ) -> Self {
         let n_recent = config.n_recent.min(max_length as i64);
-        let n_codes = attributes.n_codes();
-        let n_attribute_features = 2 * attributes.0.len() as i64 + if n_codes > 1 { 1 } else { 0 };
+        let n_attribute_features = 2 * n_attributes as i64 + if n_codes > 1 { 1 } else { 0 };
         let n_pair_features = 2 * config.n_recent.min(2) + 4;
         let mut shape = Self {
             max_length,

@@ -271,9 +271,7 @@ impl SparseTerms {
     /// Adds the probabilities `p: [n, C]` of the sparse items among `items`, times `weight:
     /// [n, 1]`, to `gradients: [n, E]`.
     fn add_gradients(&self, gradients: &Tensor, p: &Tensor, weight: &Tensor, items: &Range<i64>) {
-        let found = &self.scores.items;
-        let is_inside = found.ge(items.start.max(1)).logical_and(&found.lt(items.end));
-        let (column, _) = self.scores.columns(items);
+        let (is_inside, column) = self.scores.columns(items, 0);
         let of_items = p.gather(1, &column, false).to_kind(Kind::Float) * weight;
         let _ = gradients.shallow_clone().g_add_(&(of_items * is_inside.to_kind(Kind::Float)));
     }

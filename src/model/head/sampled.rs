@@ -110,7 +110,7 @@ struct SparseNegatives<'a> {
     vectors: Tensor,
     /// Index of each item among them, i64 `[N, E]`.
     index: Tensor,
-    /// `[N, E]`; −∞ for the target and where there is no item.
+    /// `[N, E]`; −∞ for the target and for padding.
     logits: Tensor,
     /// 1 where the item is the target: `[N, E]`.
     is_target: Tensor,
