@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -22,6 +22,9 @@ const BEAT: Duration = Duration::from_secs(5);
 
 /// How long a process watches the count of an owner on another host.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a process waits for the record of an owner that has just locked the file.
+const RECORD_WAIT: Duration = Duration::from_secs(1);
 
 /// The process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,16 +86,30 @@ impl Lock {
             .truncate(false)
             .open(path)
             .map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(held(read_record(&mut file).map_err(io)?)),
-            // On a file system without `flock`, the record alone protects the output.
-            Err(TryLockError::Error(e))
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK)
-                ) => {}
-            Err(TryLockError::Error(e)) => return Err(io(e)),
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) => {
+                    let record = read_record(&mut file).map_err(io)?;
+                    // The owner writes its record after it has locked the file, and empties it
+                    // before it unlocks.
+                    if !record.is_empty() || begun.elapsed() > RECORD_WAIT {
+                        return Err(held(record));
+                    }
+                    thread::sleep(RECORD_WAIT / 100);
+                }
+                // On a file system without `flock`, the record alone protects the output.
+                Err(TryLockError::Error(e))
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK)
+                    ) =>
+                {
+                    break;
+                }
+                Err(TryLockError::Error(e)) => return Err(io(e)),
+            }
         }
         // The owner before may have removed the file between the opening and the locking.
         let locked = file.metadata().map_err(io)?;
@@ -203,6 +220,23 @@ mod tests {
         );
         drop(first);
         Lock::acquire(&path).unwrap();
+    }
+
+    #[test]
+    fn an_owner_that_has_not_written_its_record_is_awaited() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let mut first = File::create(&path).unwrap();
+        first.lock().unwrap();
+        let owner = Owner { host: "here".into(), pid: 7 };
+        thread::scope(|scope| {
+            let second = scope.spawn(|| Lock::acquire(&path).unwrap_err().to_string());
+            thread::sleep(RECORD_WAIT / 10);
+            write_record(&mut first, &Record { owner, count: 0 }).unwrap();
+            assert_eq!(second.join().unwrap(), "in use by process 7 on here");
+        });
+        first.set_len(0).unwrap();
+        assert_eq!(Lock::acquire(&path).unwrap_err().to_string(), "in use by another process");
     }
 
     #[test]
