@@ -26,8 +26,9 @@ pub use checkpoint::CheckpointConfig;
 pub use data::{ALL_FEATURES, DataConfig};
 pub use evaluate::{EvaluateConfig, Reminders};
 pub use model::{
-    Aggregation, CandidatesConfig, Continuous, Decay, EvidenceConfig, GruConfig, HeadConfig,
-    InputConfig, LogLinearConfig, ModelConfig, NeighboursConfig, Neural, Objective, XlnetConfig,
+    Aggregation, CandidatesConfig, ContentConfig, Continuous, Decay, EvidenceConfig, GruConfig,
+    HeadConfig, InputConfig, LogLinearConfig, ModelConfig, NeighboursConfig, Neural, Objective,
+    XlnetConfig,
 };
 pub use run::{DeviceChoice, Precision};
 pub use train::{

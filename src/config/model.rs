@@ -141,6 +141,9 @@ impl<'a> Neural<'a> {
         check_finite("head.temperature", self.head().temperature, f32::MIN_POSITIVE)?;
         self.head().evidence.as_ref().map_or(Ok(()), EvidenceConfig::check)?;
         self.input().check()?;
+        if self.input().content.is_some() && !self.head().tied {
+            return Err("`input.content` needs `head.tied`".to_owned());
+        }
         self.objective().check()
     }
 }
@@ -288,6 +291,9 @@ pub struct InputConfig {
     /// Probability of taking a value from another event of the micro-batch in training: stochastic
     /// swap noise (de Souza Pereira Moreira et al. 2021); 0 <= p < 1.
     pub swap_noise: f64,
+    /// Vectors of what describes an item are part of its vector, at the input and in the scores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<ContentConfig>,
 }
 
 impl Default for InputConfig {
@@ -302,7 +308,33 @@ impl Default for InputConfig {
             projection_width: None,
             dropout: 0.0,
             swap_noise: 0.0,
+            content: None,
         }
+    }
+}
+
+/// `[model.input.content]`: an item's vector is the sum of one for its id, which begins at zero,
+/// and one for each of its attributes. So items that training has not seen are scored by their
+/// attributes. These come from the events, and for items without events from `items.parquet` beside
+/// `schema.pbtxt`, if there is one: a column with the name of each feature, a row for each item.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct ContentConfig {
+    /// Features that describe an item, among those in `data.features`. Absent: those that
+    /// `schema.pbtxt` does not tag `time`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attributes: Option<Vec<String>>,
+    /// Equally full intervals of a continuous attribute, with a vector each; at least 1.
+    pub n_buckets: i64,
+    /// Probability that a step of training reads and scores an item by its attributes alone; 0 <= p
+    /// < 1.
+    pub id_dropout: f64,
+}
+
+impl Default for ContentConfig {
+    fn default() -> Self {
+        Self { attributes: None, n_buckets: 16, id_dropout: 0.1 }
     }
 }
 
@@ -357,8 +389,15 @@ impl InputConfig {
             check_width(key, value, MOST_WIDTH)?;
         }
         check_finite("input.init_std", self.init_std, 0.0)?;
-        let probabilities =
-            [("input.dropout", self.dropout), ("input.swap_noise", self.swap_noise)];
+        if let Some(content) = &self.content {
+            check_width("input.content.n_buckets", content.n_buckets, MOST_WIDTH)?;
+        }
+        let id_dropout = self.content.as_ref().map_or(0.0, |content| content.id_dropout);
+        let probabilities = [
+            ("input.dropout", self.dropout),
+            ("input.swap_noise", self.swap_noise),
+            ("input.content.id_dropout", id_dropout),
+        ];
         match probabilities.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
             Some((key, p)) => Err(format!("`{key}` {p:?} is not within 0 <= p < 1")),
             None => Ok(()),
@@ -516,15 +555,16 @@ impl Default for HeadConfig {
     }
 }
 
-/// `[model.head.evidence]`: a term of the scores from co-occurrence counts of the candidates of a
-/// session. A network of two hidden layers reads the counts and the state of the body.
+/// `[model.head.evidence]`: the candidates of a session are scored from co-occurrence counts, by a
+/// network of two hidden layers that reads the counts and the state of the body. All other items
+/// are scored by their vectors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct EvidenceConfig {
     /// Width of the hidden layers.
     pub hidden_width: i64,
-    /// Which items get the term.
+    /// Which items are candidates.
     pub candidates: CandidatesConfig,
 }
 

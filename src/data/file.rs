@@ -26,6 +26,17 @@ pub enum Column {
     Values(Vec<f32>),
 }
 
+impl Column {
+    /// Appends a column of the same feature.
+    pub(super) fn append(&mut self, other: Column) {
+        match (self, other) {
+            (Column::Ids(ids), Column::Ids(appended)) => ids.extend(appended),
+            (Column::Values(values), Column::Values(appended)) => values.extend(appended),
+            _ => unreachable!("both follow the same feature"),
+        }
+    }
+}
+
 /// Sessions in ragged form: row `i` is `offsets[i]..offsets[i + 1]` of every column.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sessions {
@@ -92,11 +103,7 @@ impl Sessions {
         let base = *self.offsets.last().unwrap_or(&0);
         self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
         for (column, appended) in self.columns.iter_mut().zip(other.columns) {
-            match (column, appended) {
-                (Column::Ids(ids), Column::Ids(appended)) => ids.extend(appended),
-                (Column::Values(values), Column::Values(appended)) => values.extend(appended),
-                _ => unreachable!("both follow the same features"),
-            }
+            column.append(appended);
         }
     }
 }
@@ -333,7 +340,7 @@ impl Window {
     }
 }
 
-fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>, DataError> {
+pub(super) fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>, DataError> {
     let file =
         File::open(path).map_err(|source| DataError::Open { path: path.to_owned(), source })?;
     SerializedFileReader::new(file)
@@ -346,12 +353,12 @@ enum Raw {
     Float(Vec<f64>),
 }
 
-/// Rows of a list column.
-struct Lists {
-    lengths: Vec<usize>,
+/// Rows of a list column; the rows of a column of single values are lists of one.
+pub(super) struct Lists {
+    pub lengths: Vec<usize>,
     values: Raw,
     /// First row with a null list, an empty list or a null element.
-    first_gap: Option<usize>,
+    pub first_gap: Option<usize>,
 }
 
 impl Lists {
@@ -379,7 +386,7 @@ impl Lists {
 
     /// Checks that codes are within `1..cardinality` and continuous values are finite. The error
     /// has the row and the problem.
-    fn into_column(self, feature: &Feature) -> Result<Column, (usize, String)> {
+    pub fn into_column(self, feature: &Feature) -> Result<Column, (usize, String)> {
         let row_of = |index: usize| {
             let mut end = 0;
             self.lengths.iter().position(|&length| {
@@ -418,7 +425,7 @@ impl Lists {
     }
 }
 
-fn read_lists(
+pub(super) fn read_lists(
     column: ColumnReader,
     rows: Range<usize>,
     defined: i16,
@@ -443,6 +450,13 @@ fn read_lists(
                 break;
             }
             n_read += n;
+        }
+        // Required values have no levels, and single values no repetition.
+        if definitions.is_empty() {
+            definitions.resize(n_read, defined);
+        }
+        if repetitions.is_empty() {
+            repetitions.resize(n_read, 0);
         }
         let mut lengths: Vec<usize> = Vec::with_capacity(n_read);
         let mut first_gap = None;

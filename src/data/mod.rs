@@ -5,6 +5,7 @@
 //! and [`Loader`] prepares the batches of a rank in the background.
 
 mod batch;
+mod catalogue;
 mod check;
 mod days;
 mod file;
@@ -20,9 +21,10 @@ pub use crate::config::DataConfig;
 
 pub use batch::{Batch, DropoutGenerator, Segment, with_seed};
 pub use bireme_etl::Split;
+pub use catalogue::Catalogue;
 pub use check::{N_CHECKED_AT_START, RowCheck};
 pub use days::{Days, Features};
-pub use file::{SessionFile, Sessions, Window};
+pub use file::{Column, SessionFile, Sessions, Window};
 pub use loader::{DayPlan, Loader, evaluation_batches};
 pub use occurrences::occurrences;
 

@@ -6,6 +6,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
+use super::content::ItemVectors;
 use super::item_table::RowRequest;
 use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
@@ -202,7 +203,7 @@ impl Input {
     /// A collective call fails.
     pub(super) fn look_up<'a>(
         &self,
-        parameters: &Parameters,
+        items: &ItemVectors<'_>,
         columns: &[Tensor],
         item_table: &ItemTable<'a>,
     ) -> Result<Vec<Lookup<'a>>, CollectiveError> {
@@ -213,13 +214,16 @@ impl Input {
         tables
             .map(|(column, table)| {
                 let rows = columns[column].shallow_clone();
-                let request = if table == ITEM_TABLE {
-                    item_table.request(&rows, &item_table.gather_counts(rows.size()[0])?)?
+                let (request, vectors);
+                if table == ITEM_TABLE {
+                    let counts = item_table.gather_counts(rows.size()[0])?;
+                    request = item_table.request(&rows, &counts)?;
+                    vectors = request.fetch(|rows| items.vectors(rows))?;
                 } else {
-                    RowRequest::replicated(&rows)
-                };
-                let weights = parameters.leaf(table).detach();
-                let vectors = request.fetch(|rows| weights.index_select(0, rows))?;
+                    request = RowRequest::replicated(&rows);
+                    let weights = items.parameters.leaf(table).detach();
+                    vectors = weights.index_select(0, &rows);
+                }
                 Ok(Lookup { table, rows, vectors: vectors.to_kind(Kind::Float), request })
             })
             .collect()

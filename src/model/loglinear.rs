@@ -24,6 +24,9 @@ const TOLERANCE: f64 = 1e-7;
 /// Added to the scores of candidates, so that they rank before all other items.
 const CANDIDATE_SCORE: f64 = 1e4;
 
+/// Score of a candidate that may not be recommended: it ranks behind all items.
+const HIDDEN: f64 = -2.0 * CANDIDATE_SCORE;
+
 /// Scores of candidates that are linear in their features. The weights minimise the cross entropy
 /// of the last items of sessions among their candidates. Other items rank behind the candidates, by
 /// occurrences.
@@ -221,7 +224,7 @@ impl Recommender for LogLinear {
     /// Only sparse scores, f64.
     fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError> {
         let Candidates { items, features, is_hidden } = self.index.of_next(known);
-        let scores = features.matmul(&self.weights).masked_fill(&is_hidden, -CANDIDATE_SCORE);
+        let scores = features.matmul(&self.weights).masked_fill(&is_hidden, HIDDEN);
         let scores = scores.to_kind(Kind::Double) + CANDIDATE_SCORE;
         let vectors = Tensor::zeros([items.size()[0], 0], (Kind::Float, Device::Cpu));
         Ok(Encoded { vectors, sparse: Some(SparseScores { items, scores }) })
@@ -232,7 +235,7 @@ impl Recommender for LogLinear {
         let occurrences = &self.index.occurrences()[items.start as usize..items.end as usize];
         let base = Tensor::from_slice(occurrences).to_kind(Kind::Double) / self.most_occurrences;
         let scores = base.unsqueeze(0).repeat([sparse.items.size()[0], 1]);
-        sparse.add_to(&scores, &items);
+        sparse.write_to(&scores, None, &items);
         scores
     }
 }

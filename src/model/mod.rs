@@ -6,8 +6,10 @@
 //! chooses which events are hidden and which are predicted. Gradients of the tables do not go
 //! through autograd: see [`head`].
 
+mod attributes;
 mod baseline;
 mod body;
+mod content;
 mod encoder;
 mod evidence;
 mod gradient_hooks;
@@ -26,7 +28,7 @@ mod xlnet;
 
 use std::ops::Range;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use baseline::{Baseline, BaselineKind};
 pub use body::Layout;
@@ -72,7 +74,11 @@ impl ModelConfig {
         if let Some(candidates) = candidates {
             evidence::check_attributes(candidates, features)?;
         }
-        self.neural().map_or(Ok(()), |model| model.input().aggregated_width(features).map(|_| ()))
+        let Some(model) = self.neural() else { return Ok(()) };
+        if let Some(content) = &model.input().content {
+            content::content_columns(content, features)?;
+        }
+        model.input().aggregated_width(features).map(|_| ())
     }
 }
 
@@ -98,6 +104,13 @@ pub trait Recommender {
     fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor;
 }
 
+/// Sets the columns `[B, E]` of `x: [B, C]` to zero where `is_inside: [B, E]` is 1. A row has such a
+/// column once.
+fn clear(x: &Tensor, columns: &Tensor, is_inside: &Tensor) {
+    let old = x.gather(1, columns, false) * is_inside.to_kind(x.kind());
+    let _ = x.shallow_clone().scatter_add_(1, columns, &-old);
+}
+
 /// A recommender that counts day by day instead of learning by gradients.
 pub trait CountingModel: Recommender {
     /// Counts the sessions of a day, which is later than all days before.
@@ -120,7 +133,7 @@ pub trait CountingModel: Recommender {
 pub struct Encoded {
     /// `[B, ..]`.
     pub vectors: Tensor,
-    /// Scores that only some items of a session have.
+    /// Scores of some items of each session, in place of those from the vectors.
     pub sparse: Option<SparseScores>,
 }
 
@@ -161,10 +174,25 @@ impl SparseScores {
         (is_inside, column)
     }
 
-    /// Adds the scores to `scores: [B, C]` of `items`, in place.
-    pub fn add_to(&self, scores: &Tensor, items: &Range<i64>) {
+    /// Writes the scores, less `offset: [C]` of their items, into `scores: [B, C]` of `items`.
+    pub fn write_to(&self, scores: &Tensor, offset: Option<&Tensor>, items: &Range<i64>) {
         let (is_inside, columns) = self.columns(items, 0);
-        let values = (&self.scores * is_inside.to_kind(self.scores.kind())).to_kind(scores.kind());
-        let _ = scores.shallow_clone().scatter_add_(1, &columns, &values);
+        let is_inside = is_inside.to_kind(self.scores.kind());
+        let new = match offset {
+            Some(offset) => {
+                let offset = offset.index_select(0, &columns.reshape([-1]));
+                &self.scores - offset.view_as(&columns)
+            }
+            None => self.scores.shallow_clone(),
+        };
+        // Additions, because items outside share a column with one inside.
+        let mut scores = scores.shallow_clone();
+        clear(&scores, &columns, &is_inside);
+        let _ = scores.scatter_add_(1, &columns, &(new * is_inside).to_kind(scores.kind()));
+    }
+
+    /// Whether a score is that of the target of its row: f32 `[B, E]`. `targets: [B]`.
+    fn is_target(&self, targets: &Tensor) -> Tensor {
+        self.items.eq_tensor(&targets.unsqueeze(1)).to_kind(Kind::Float)
     }
 }

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::Objective;
+use super::content::{self, Content, ItemVectors};
 use super::encoder::{Encoder, EncoderInput};
 use super::evidence::CandidateScorer;
 use super::head::{CrossEntropy, Negatives, ScoringTable, Workspace, cross_entropy};
@@ -24,18 +25,22 @@ use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::Reminders;
 use crate::data::plan::derive_seed;
-use crate::data::{Batch, DropoutGenerator, Features, with_seed};
+use crate::data::with_seed;
+use crate::data::{Batch, Catalogue, DataError, DropoutGenerator, Features, SessionFile};
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then all
 /// other parameters.
 pub(super) const ITEM_TABLE: usize = 0;
-const ITEM_BIAS: usize = 1;
+pub(super) const ITEM_BIAS: usize = 1;
 
 /// Names of the item tables, which may be sharded.
 pub const ITEM_TABLES: [&str; 3] = ["item_table.weight", "item_table.bias", "head.table.weight"];
 
 /// Prefix of the names of counts among the weights of a checkpoint.
 pub const COUNTS: &str = "counts.";
+
+/// Prefix of those of them that say what items are.
+const COUNTED_CONTENT: &str = "counts.content.";
 
 /// Loss of a backward pass as a sum: the division by the targets of all ranks comes last.
 pub struct LossSum {
@@ -52,8 +57,10 @@ pub struct Network<'a> {
     objective: Objective,
     /// Classifies events as original or replaced, for [`Objective::Replaced`].
     detector: Option<Linear>,
-    /// The term of the scores from counts.
+    /// Scores of candidates from counts.
     evidence: Option<Evidence>,
+    /// Attributes of the items; absent once they are part of the item table.
+    content: Option<Content>,
     /// The table that items are scored against.
     scored_table: usize,
     /// Number of tables and of vectors as long as a table, which come first among the parameters.
@@ -118,6 +125,17 @@ struct EncodedPart {
     n_draws: u64,
 }
 
+/// The targets of a batch.
+struct Targets {
+    /// i64 `[N]`.
+    items: Tensor,
+    /// Targets of each rank.
+    counts: Vec<i64>,
+    /// Numbers in 0..1 by which an item is drawn for each target, `[N]`, if items are drawn.
+    uniform: Option<Tensor>,
+    step_seed: u64,
+}
+
 /// The sparse scores of all parts, without the graph.
 fn join_sparse(parts: &[EncodedPart]) -> Option<SparseScores> {
     let of_parts: Option<Vec<&SparseScores>> =
@@ -134,6 +152,8 @@ fn join_sparse(parts: &[EncodedPart]) -> Option<SparseScores> {
 /// Where the parameters of a model are.
 struct Declared {
     scored_table: usize,
+    /// The first of the attributes' tables.
+    first_content: usize,
     n_tables: usize,
     encoder: Encoder,
     detector: Option<Linear>,
@@ -148,7 +168,8 @@ fn declare_parameters(
     builder: &mut ParameterBuilder,
 ) -> Result<Declared, String> {
     let (input, head, objective) = (config.input(), config.head(), config.objective());
-    builder.item_table(ITEM_TABLES[0], input.item_width, input.init_std, table);
+    let id_std = if input.content.is_some() { 0.0 } else { input.init_std };
+    builder.item_table(ITEM_TABLES[0], input.item_width, id_std, table);
     builder.item_bias(ITEM_TABLES[1], 0.0, table);
     let scored_table = if head.tied {
         ITEM_TABLE
@@ -157,6 +178,10 @@ fn declare_parameters(
     };
     let first_table = builder.len();
     Input::declare_tables(input, features, builder);
+    let first_content = builder.len();
+    if let Some(config) = &input.content {
+        content::declare_tables(config, features, input.item_width, input.init_std, builder)?;
+    }
     let n_tables = builder.len();
     let encoder = Encoder::declare(config, features, first_table, max_length, builder)?;
     let is_replaced = matches!(objective, Objective::Replaced { .. });
@@ -165,7 +190,8 @@ fn declare_parameters(
         .evidence
         .as_ref()
         .map(|evidence| CandidateScorer::declare(evidence, features, config.width(), builder));
-    Ok(Declared { scored_table, n_tables, encoder, detector, scorer: scorer.transpose()? })
+    let scorer = scorer.transpose()?;
+    Ok(Declared { scored_table, first_content, n_tables, encoder, detector, scorer })
 }
 
 /// Names and shapes of a model's parameters.
@@ -249,7 +275,8 @@ impl<'a> Network<'a> {
         let declared = with_seed(seed, || {
             declare_parameters(config, features, max_length, &item_table, &mut builder)
         });
-        let Declared { scored_table, n_tables, encoder, detector, scorer } = declared?;
+        let Declared { scored_table, first_content, n_tables, encoder, detector, scorer } =
+            declared?;
         let parameters = Parameters::new(builder, device);
         let evidence = scorer.zip(config.head().evidence.as_ref()).map(|(scorer, evidence)| {
             let candidates = &evidence.candidates;
@@ -257,6 +284,8 @@ impl<'a> Network<'a> {
             Ok::<_, String>(Evidence { index, scorer })
         });
         let evidence = evidence.transpose()?;
+        let content = config.input().content.as_ref();
+        let content = content.map(|content| Content::new(content, features, first_content, device));
         Ok(Self {
             gradients: parameters.zero_gradients(),
             parameters,
@@ -264,6 +293,7 @@ impl<'a> Network<'a> {
             objective: config.objective().clone(),
             detector,
             evidence,
+            content: content.transpose()?,
             scored_table,
             n_tables,
             item_table,
@@ -309,6 +339,8 @@ impl<'a> Network<'a> {
         let mut weights = self.parameters.named(&self.parameters.values());
         let counts = self.evidence.iter().flat_map(|evidence| evidence.index.tensors());
         weights.extend(counts.map(|(name, tensor)| (COUNTS.to_owned() + &name, tensor)));
+        let content = self.content.iter().flat_map(Content::tensors);
+        weights.extend(content.map(|(name, tensor)| (COUNTED_CONTENT.to_owned() + &name, tensor)));
         weights
     }
 
@@ -334,22 +366,66 @@ impl<'a> Network<'a> {
     /// # Errors
     /// Names the first tensor that does not fit.
     pub fn load_counts(&mut self, counts: &[(String, Tensor)]) -> Result<(), String> {
-        let Some(evidence) = &mut self.evidence else {
-            return match counts.first() {
-                Some((name, _)) => Err(format!("unknown parameter `{name}`")),
-                None => Ok(()),
-            };
+        let (content, counts): (Vec<_>, Vec<_>) =
+            counts.iter().partition(|(name, _)| name.starts_with(COUNTED_CONTENT));
+        let without_prefix = |named: &[&(String, Tensor)], prefix: &str| -> Vec<(String, Tensor)> {
+            let tensors = named.iter();
+            tensors.map(|(name, x)| (name[prefix.len()..].to_owned(), x.shallow_clone())).collect()
         };
-        let named: Vec<(String, Tensor)> = counts
-            .iter()
-            .map(|(name, tensor)| (name[COUNTS.len()..].to_owned(), tensor.shallow_clone()))
-            .collect();
-        evidence.index.load(&named)
+        let unexpected = |named: &[&(String, Tensor)]| match named.first() {
+            Some((name, _)) => Err(format!("unknown parameter `{name}`")),
+            None => Ok(()),
+        };
+        match &mut self.evidence {
+            Some(evidence) => evidence.index.load(&without_prefix(&counts, COUNTS))?,
+            None => unexpected(&counts)?,
+        }
+        match &mut self.content {
+            Some(of_items) => {
+                let tensors = without_prefix(&content, COUNTED_CONTENT);
+                of_items.load(&tensors, self.item_table.n_items)
+            }
+            None => unexpected(&content),
+        }
     }
 
-    /// The counts that candidates are found by, if the head has evidence.
-    pub fn candidate_index_mut(&mut self) -> Option<&mut CandidateIndex> {
-        self.evidence.as_mut().map(|evidence| &mut evidence.index)
+    /// Counts the sessions of a day, which is later than all days before, and takes the attributes
+    /// of their items, those of other items from the catalogue.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn add_day(
+        &mut self,
+        day: i64,
+        file: &SessionFile,
+        catalogue: Option<&Catalogue>,
+    ) -> Result<(), DataError> {
+        if let Some(evidence) = &mut self.evidence {
+            evidence.index.add_day(day, file)?;
+        }
+        self.content.as_mut().map_or(Ok(()), |content| content.add_day(file, catalogue))
+    }
+
+    /// *All ranks*, if the item table is sharded. Completes the gradients after those of the item
+    /// table were summed over the ranks; `step_seed`: of the step's batches.
+    ///
+    /// # Errors
+    /// A collective call fails.
+    pub fn finish_gradients(&mut self, step_seed: u64) -> Result<(), CollectiveError> {
+        let Self { content, gradients, item_table, .. } = self;
+        content
+            .as_ref()
+            .map_or(Ok(()), |content| content.finish_gradients(gradients, item_table, step_seed))
+    }
+
+    /// The item vectors of the step with this seed, or outside training.
+    fn items(&self, step_seed: Option<u64>) -> ItemVectors<'_> {
+        ItemVectors {
+            parameters: &self.parameters,
+            content: self.content.as_ref(),
+            first_item: self.item_table.rows.start,
+            step_seed,
+        }
     }
 
     /// Frees memory that only backward passes need.
@@ -420,16 +496,22 @@ impl<'a> Network<'a> {
         let mut dropout = DropoutGenerator::new(batch, self.max_length);
         let uniform = self.detector.map(|_| self.uniform(&parts));
         let columns = self.encoder.input.columns(batch, true);
-        let lookups = self.encoder.input.look_up(&self.parameters, &columns, &self.item_table)?;
+        let items = self.items(Some(batch.step_seed));
+        let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
         let predicted = predicted_events(&parts, self.device());
-        let targets = batch.items().index_select(0, &predicted);
+        let targets = Targets {
+            items: batch.items().index_select(0, &predicted),
+            counts,
+            uniform,
+            step_seed: batch.step_seed,
+        };
         let encoded = self.encode_parts(parts, EncoderInput::whole(columns, &lookups), &dropout);
         timer.end("forward");
 
         let vectors: Vec<Tensor> = encoded.iter().map(|part| part.vectors.detach()).collect();
         let vectors = Encoded { vectors: Tensor::cat(&vectors, 0), sparse: join_sparse(&encoded) };
         let CrossEntropy { mut loss, state_gradient, sparse_gradient, drawn } =
-            self.score(&vectors, &targets, &counts, uniform.as_ref(), negatives, hooks)?;
+            self.score(&vectors, &targets, negatives, hooks)?;
         timer.end("loss");
 
         let n_draws = encoded.iter().map(|part| part.n_draws).max().unwrap_or(0);
@@ -519,29 +601,42 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// *All ranks*, if the item table is sharded. The loss of `targets: [N]` given what they are
-    /// scored by; adds the gradients of the scoring parameters. `counts`: targets of each rank.
+    /// *All ranks*, if the item table is sharded. The loss of targets given what they are scored by;
+    /// adds the gradients of the scoring parameters.
     fn score(
         &mut self,
         encoded: &Encoded,
-        targets: &Tensor,
-        counts: &[i64],
-        uniform: Option<&Tensor>,
+        targets: &Targets,
         negatives: &Negatives,
         hooks: &mut dyn GradientHooks,
     ) -> Result<CrossEntropy, CollectiveError> {
-        let Self { parameters, gradients, item_table, workspace, scored_table, .. } = self;
+        let Self { parameters, gradients, item_table, workspace, scored_table, content, .. } = self;
+        let content = content.as_ref();
+        let (first_item, step_seed) = (item_table.rows.start, Some(targets.step_seed));
+        let items = ItemVectors { parameters, content, first_item, step_seed };
         tch::no_grad(|| {
+            let mut weights = parameters.leaf(*scored_table).detach();
+            let mut bias = parameters.leaf(ITEM_BIAS).detach();
+            let of_rows = match negatives {
+                // Every row is read.
+                Negatives::Full { .. } => {
+                    (weights, bias) = items.of_range(0, weights, bias);
+                    None
+                }
+                Negatives::Sampled { .. } => content.map(|_| items),
+            };
             let mut scored = ScoringTable {
-                weights: &parameters.leaf(*scored_table).detach(),
-                bias: &parameters.leaf(ITEM_BIAS).detach(),
+                weights,
+                bias,
+                items: of_rows,
                 weight_gradient: gradients.of(*scored_table),
                 bias_gradient: gradients.of(ITEM_BIAS),
                 item_table,
-                counts,
+                counts: &targets.counts,
                 group_added: &mut || hooks.shard_updated(gradients),
             };
-            cross_entropy(encoded, targets, &mut scored, negatives, uniform, workspace)
+            let Targets { items, uniform, .. } = targets;
+            cross_entropy(encoded, items, &mut scored, negatives, uniform.as_ref(), workspace)
         })
     }
 
@@ -561,7 +656,8 @@ impl<'a> Network<'a> {
         // A causal body classifies an event by the events before it, an attending one by all.
         let plan = Plan::all(&batch.lengths, AttentionMask::Full);
         let columns = self.encoder.input.columns(replaced, true);
-        let lookups = self.encoder.input.look_up(&self.parameters, &columns, &self.item_table)?;
+        let items = self.items(Some(batch.step_seed));
+        let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
         let input = EncoderInput::whole(columns, &lookups).into_leaves();
         let states = self.encoder.states(&self.parameters, &input, plan, batch, Some(dropout));
         let logits = detector.apply(&self.parameters, &states).squeeze_dim(1);
@@ -650,7 +746,7 @@ impl<'a> Network<'a> {
         tch::no_grad(|| {
             let columns = self.encoder.input.columns(batch, false);
             let lookups =
-                self.encoder.input.look_up(&self.parameters, &columns, &self.item_table)?;
+                self.encoder.input.look_up(&self.items(None), &columns, &self.item_table)?;
             let input = EncoderInput::whole(columns, &lookups);
             Ok(self.encoder.states(&self.parameters, &input, plan, batch, None))
         })
@@ -665,7 +761,7 @@ impl<'a> Network<'a> {
             let (encoder, parameters) = (&self.encoder, &self.parameters);
             let columns: Vec<Tensor> =
                 columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
-            let lookups = encoder.input.look_up(parameters, &columns, &self.item_table);
+            let lookups = encoder.input.look_up(&self.items(None), &columns, &self.item_table);
             let lookups = lookups.expect("lookups in a replicated table make no collective call");
             let input = EncoderInput::whole(columns, &lookups);
             let states = encoder.next_states(parameters, &input, &self.objective, lengths, width);
@@ -692,6 +788,11 @@ impl<'a> Network<'a> {
         if let Some(evidence) = &self.evidence {
             evidence.index.prepare_trace();
         }
+        let leaf = |index: usize| self.parameters.leaf(index).detach();
+        let (vectors, bias) = self.items(None).of_range(0, leaf(ITEM_TABLE), leaf(ITEM_BIAS));
+        self.parameters.replace(ITEM_TABLE, &vectors);
+        self.parameters.replace(ITEM_BIAS, &bias);
+        self.content = None;
         for index in 0..self.parameters.views().len() {
             let is_table = index < self.n_tables && index != ITEM_BIAS;
             self.parameters.freeze(index, if is_table { kind } else { Kind::Float });
@@ -740,7 +841,7 @@ impl Recommender for Network<'_> {
     fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor {
         let dense = self.dense_scores(&encoded.vectors, &items);
         if let Some(sparse) = &encoded.sparse {
-            tch::no_grad(|| sparse.add_to(&dense, &items));
+            tch::no_grad(|| sparse.write_to(&dense, None, &items));
         }
         dense
     }
@@ -754,11 +855,12 @@ impl Network<'_> {
             let rows = |index: usize| {
                 self.parameters.leaf(index).narrow(0, first, items.end - items.start)
             };
-            let table = rows(self.scored_table);
+            let (table, bias) =
+                self.items(None).of_range(first, rows(self.scored_table), rows(ITEM_BIAS));
             if table.kind() == Kind::Float {
-                return rows(ITEM_BIAS).addmm(vectors, &table.tr());
+                return bias.addmm(vectors, &table.tr());
             }
-            vectors.to_kind(table.kind()).matmul(&table.tr()).to_kind(Kind::Float) + rows(ITEM_BIAS)
+            vectors.to_kind(table.kind()).matmul(&table.tr()).to_kind(Kind::Float) + bias
         })
     }
 }

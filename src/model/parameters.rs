@@ -107,6 +107,18 @@ impl ParameterBuilder {
         self.add(name.into(), size, || Tensor::randn(size, (Kind::Float, Device::Cpu)) * std)
     }
 
+    /// Vectors of `width`, normal with mean 0, and biases of 0, side by side: `[n, width + 1]`.
+    pub fn vectors_and_bias(
+        &mut self,
+        name: impl Into<String>,
+        n: i64,
+        width: i64,
+        std: f64,
+    ) -> usize {
+        let of_vectors = || Tensor::randn([n, width], (Kind::Float, Device::Cpu)) * std;
+        self.add(name.into(), &[n, width + 1], || of_vectors().constant_pad_nd([0, 1]))
+    }
+
     /// Uniform in ±1/√fan_in, PyTorch's default for linear and recurrent layers.
     pub fn uniform(&mut self, name: impl Into<String>, size: &[i64], fan_in: i64) -> usize {
         let bound = (fan_in as f64).powf(-0.5);
@@ -308,6 +320,11 @@ impl Parameters {
     /// saved together with the whole flat buffer.
     pub(super) fn freeze(&mut self, index: usize, kind: Kind) {
         self.leaves[index] = self.leaves[index].detach().to_dtype(kind, false, true);
+    }
+
+    /// Gives a parameter the values `by`, in memory of its own.
+    pub(super) fn replace(&mut self, index: usize, by: &Tensor) {
+        self.leaves[index] = by.detach();
     }
 
     /// Splits a flat tensor as long as [`Parameters::values`] into named tensors.

@@ -10,13 +10,15 @@ use crate::collective::Collective;
 use crate::config::{Config, TableLayout, TrainConfig};
 use crate::data::plan::StepShape;
 use crate::data::{
-    DataError, Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split, Window,
+    Catalogue, DataError, Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split, Window,
 };
 use crate::model::ItemTable;
 
 /// The data of a run.
 pub struct Dataset {
     pub(super) features: Features,
+    /// Attributes of all items, if there is such a file.
+    pub(super) catalogue: Option<Catalogue>,
     pub(super) days: Vec<TrainingDay>,
     /// All files of `days`, each once, in reading order.
     pub(super) files: Vec<Arc<SessionFile>>,
@@ -82,7 +84,11 @@ impl Dataset {
             );
             return Err(DataError::TooManyRanks { world_size, limit }.into());
         }
-        Ok(Self { features: days.features().clone(), days: training_days, files, fingerprints })
+        let features = days.features().clone();
+        let reads_catalogue =
+            config.model.neural().is_some_and(|model| model.input().content.is_some());
+        let catalogue = if reads_catalogue { Catalogue::open(dir, &features)? } else { None };
+        Ok(Self { features, catalogue, days: training_days, files, fingerprints })
     }
 
     pub fn features(&self) -> &Features {

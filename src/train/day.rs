@@ -10,7 +10,7 @@ use super::{Learner, RankContext, Signals, TrainError};
 use crate::checkpoint::{Checkpoints, Position, Saver, State};
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{Config, NonFinite};
-use crate::data::{DayPlan, Features, RowCheck};
+use crate::data::{Catalogue, DayPlan, Features, RowCheck};
 use crate::report::{Record, Report};
 
 /// The inputs and the state of a day of training.
@@ -18,6 +18,8 @@ pub(super) struct Day<'a> {
     pub config: &'a Config,
     pub plan: DayPlan,
     pub features: &'a Features,
+    /// Attributes of all items, if there is such a file.
+    pub catalogue: Option<&'a Catalogue>,
     pub place: RankContext<'a>,
     pub report: &'a mut Report,
     pub signals: &'a Signals,

@@ -178,6 +178,7 @@ impl<'a> Training<'a> {
             config,
             plan,
             features: &data.features,
+            catalogue: data.catalogue.as_ref(),
             place,
             report: &mut *run.report,
             signals: run.signals,

@@ -76,7 +76,8 @@ impl<'a> GradientLearner<'a> {
         }
         day.timer.end("backward");
         let clip_norm = day.config.train.clip_norm;
-        let outcome = self.sync.finish(self.network.gradients_mut(), day.requests(), clip_norm)?;
+        let step_seed = micro_batches[0].step_seed;
+        let outcome = self.sync.finish(&mut self.network, step_seed, day.requests(), clip_norm)?;
         day.timer.end("communication");
         // Reading the outcome waits for the device, so only a run that may skip steps does it here.
         if day.config.train.non_finite == NonFinite::Stop || outcome.read().is_finite() {
@@ -138,11 +139,9 @@ impl Learner for GradientLearner<'_> {
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
-        if day.state.position.day_step == 0
-            && let Some(index) = self.network.candidate_index_mut()
-        {
+        if day.state.position.day_step == 0 {
             // A checkpoint of a later step contains the counts of the day.
-            index.add_day(day.plan.day, day.plan.window.today())?;
+            self.network.add_day(day.plan.day, day.plan.window.today(), day.catalogue)?;
         }
         let mut n_done = day.state.position.day_step;
         let ranks = (collective.rank(), collective.world_size());

@@ -91,20 +91,25 @@ impl<'a> GradientSync<'a> {
         }
     }
 
-    /// *All ranks.* Completes the sums of all micro-batches of all ranks.
+    /// *All ranks.* Completes the sums of all micro-batches of all ranks, of the step with the seed
+    /// `step_seed`.
     pub fn finish(
         &mut self,
-        gradients: &mut Gradients,
+        network: &mut Network<'_>,
+        step_seed: u64,
         requests: Requests,
         clip_norm: f64,
     ) -> Result<StepOutcome, CollectiveError> {
+        let gradients = network.gradients_mut();
         let no_loss = self.own_loss.zeros_like();
         if requests.stop || requests.save {
             let [stop, save] =
                 [requests.stop, requests.save].map(|is_set| f32::from(u8::from(is_set)));
             self.add_scalars(gradients, &no_loss, [0.0, stop, save]);
         }
-        let sharded_squares = self.finish_sharded(gradients)?;
+        if let Some(sum) = &mut self.sharded_sum {
+            sum.move_into(&mut gradients.sharded());
+        }
         // Behind the scoring parameters, if these are reduced already.
         let mut rest = if self.overlaps {
             gradients.from(self.scoring.end)
@@ -118,6 +123,9 @@ impl<'a> GradientSync<'a> {
             }
             None => self.all_reduce_rest(&mut rest, gradients)?,
         }
+        network.finish_gradients(step_seed)?;
+        let gradients = network.gradients();
+        let sharded_squares = self.sharded_squares(gradients)?;
         let scalars = gradients.scalars();
         let (scale, norm) =
             average_and_clip(&gradients.replicated(), &sharded_squares, &scalars.get(1), clip_norm);
@@ -149,15 +157,14 @@ impl<'a> GradientSync<'a> {
         self.collective.all_reduce(&mut scalars, Reduce::Sum)
     }
 
-    /// *All ranks*, if the item table is sharded. Completes the gradients of the sharded rows and
-    /// returns the sum of their squares over all ranks, `[]`.
-    fn finish_sharded(&mut self, gradients: &Gradients) -> Result<Tensor, CollectiveError> {
-        let mut sharded = gradients.sharded();
+    /// *All ranks*, if the item table is sharded. The sum of the squares of the gradients of the
+    /// sharded rows, over all ranks: `[]`.
+    fn sharded_squares(&self, gradients: &Gradients) -> Result<Tensor, CollectiveError> {
+        let sharded = gradients.sharded();
         let item_table = &self.item_table;
-        let Some(sum) = &mut self.sharded_sum else {
+        if self.sharded_sum.is_none() {
             return Ok(item_table.stack(&sum_of_squares(&sharded))?.sum(Kind::Float));
-        };
-        sum.move_into(&mut sharded);
+        }
         // Squares are summed per row block, so that the norm does not depend on the number of
         // ranks.
         let block_rows = item_table.block_rows();

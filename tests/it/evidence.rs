@@ -3,11 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
 
 use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{CandidatesConfig, EvaluateConfig, EvidenceConfig, Reminders};
-use bireme::data::{Batch, DataConfig, Days, Features, Sessions, Split};
+use bireme::data::{Batch, DataConfig, Days, Features, Sessions};
 use bireme::model::head::{
     CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Workspace, cross_entropy,
 };
@@ -17,49 +16,16 @@ use bireme::model::{
 };
 use tch::{Device, Kind, Tensor};
 
+use crate::support::one_day::{N_ITEMS, OneDay, data_config};
 use crate::support::session_data::{self, COLOUR, PRICE};
 use crate::support::tensors::distance;
 
-const N_ITEMS: i64 = 40;
-
-fn data_config() -> DataConfig {
-    let features = [PRICE, COLOUR].map(str::to_owned).into();
-    DataConfig { first_day: Some(1), last_day: Some(2), features, ..DataConfig::default() }
-}
-
-/// The train file of day 1 with these sessions.
-struct Shop {
-    dir: tempfile::TempDir,
-    days: Days,
-}
-
-impl Shop {
-    fn new(sessions: &[Vec<i64>]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        session_data::write_schema(dir.path(), N_ITEMS);
-        let write = |path: &Path| {
-            session_data::write_sessions(path, sessions, |item| item as f32 / 40.0);
-        };
-        write(&dir.path().join("1/train.parquet"));
-        let days = Days::open(dir.path(), &data_config()).unwrap();
-        Self { dir, days }
-    }
-
-    fn features(&self) -> &Features {
-        self.days.features()
-    }
-
-    fn sessions(&self) -> Sessions {
-        let file = self.days.file(1, Split::Train).unwrap();
-        file.read(&file.spans(0..file.n_sessions())).unwrap()
-    }
-
-    fn index(&self, config: &CandidatesConfig, reminders: Reminders) -> CandidateIndex {
-        let mut index =
-            CandidateIndex::new(config, self.features(), reminders, 20, Device::Cpu).unwrap();
-        index.add_day(1, &self.days.file(1, Split::Train).unwrap()).unwrap();
-        index
-    }
+/// An index of the train file of day 1.
+fn index(shop: &OneDay, config: &CandidatesConfig, reminders: Reminders) -> CandidateIndex {
+    let mut index =
+        CandidateIndex::new(config, shop.features(), reminders, 20, Device::Cpu).unwrap();
+    index.add_day(1, &shop.file()).unwrap();
+    index
 }
 
 /// Few frequent items, so that nearly all candidates come from pairs.
@@ -88,8 +54,8 @@ fn a_session_is_left_out_of_the_counts_of_its_own_targets() {
     sessions.retain(|session| session.iter().all(|&item| item != 39));
     // The target 39 occurs nowhere else, and neither does the repeated pair of 5 and 7.
     sessions.push(vec![5, 7, 5, 7, 11, 39]);
-    let shop = Shop::new(&sessions);
-    let all = shop.index(&candidates_config(), Reminders::All);
+    let shop = OneDay::new(&sessions);
+    let all = index(&shop, &candidates_config(), Reminders::All);
     let read = shop.sessions();
     for row in (0..10).chain([sessions.len() - 1]) {
         let batch = batch(&read, row..row + 1, shop.features());
@@ -102,7 +68,7 @@ fn a_session_is_left_out_of_the_counts_of_its_own_targets() {
             .filter(|(other, _)| *other != row)
             .map(|(_, s)| s.clone())
             .collect();
-        let without = Shop::new(&others).index(&candidates_config(), Reminders::All);
+        let without = index(&OneDay::new(&others), &candidates_config(), Reminders::All);
         let unseen = by_item(&without.of_next(&known));
         for (item, features) in &training {
             if let Some(expected) = unseen.get(item) {
@@ -124,14 +90,14 @@ fn a_session_is_left_out_of_the_counts_of_its_own_targets() {
 #[test]
 fn candidates_are_neighbours_known_items_and_frequent_ones() {
     let sessions = vec![vec![2, 3, 4], vec![2, 3], vec![9, 3, 8], vec![30, 31], vec![30, 31]];
-    let shop = Shop::new(&sessions);
+    let shop = OneDay::new(&sessions);
     let known = |items: &[i64]| {
         // The last item is the target.
-        let read = Shop::new(&[[items, &[2]].concat()]).sessions();
+        let read = OneDay::new(&[[items, &[2]].concat()]).sessions();
         batch(&read, 0..1, shop.features()).split_last().0
     };
     let items = |reminders, config: &CandidatesConfig, of: &[i64]| {
-        let candidates = shop.index(config, reminders).of_next(&known(of));
+        let candidates = index(&shop, config, reminders).of_next(&known(of));
         let hidden = candidates.items.masked_select(&candidates.is_hidden);
         let mut hidden = Vec::<i64>::try_from(hidden).unwrap();
         hidden.sort_unstable();
@@ -170,8 +136,9 @@ fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
     let item_table = ItemTable::replicated(N_ITEMS);
     let (weight_gradient, bias_gradient) = (weights.zeros_like(), bias.zeros_like());
     let mut table = ScoringTable {
-        weights: &weights,
-        bias: &bias,
+        weights,
+        bias,
+        items: None,
         weight_gradient: weight_gradient.shallow_clone(),
         bias_gradient: bias_gradient.shallow_clone(),
         item_table: &item_table,
@@ -193,8 +160,9 @@ fn by_autograd(loss: impl Fn(&Tensor, &Tensor) -> Tensor) -> (f64, [Tensor; 4]) 
     let leaves = [&states, &weights, &bias, &sparse.scores].map(|x| x.set_requires_grad(true));
     let [states, weights, bias, scores] = &leaves;
     let is_item = sparse.items.gt(0).to_kind(Kind::Float);
-    let logits =
-        (states.matmul(&weights.tr()) + bias).scatter_add(1, &sparse.items, &(scores * is_item));
+    let from_vectors = states.matmul(&weights.tr()) + bias;
+    let spread = |x: &Tensor| from_vectors.zeros_like().scatter_add(1, &sparse.items, x);
+    let logits = &from_vectors * (1.0 - spread(&is_item)) + spread(&(scores * &is_item));
     let loss = loss(&logits, &targets);
     let gradients = Tensor::run_backward(&[&loss], &leaves.each_ref(), false, false);
     (loss.double_value(&[]), gradients.try_into().unwrap())
@@ -299,7 +267,7 @@ fn items_with_sparse_scores_are_negatives_besides_the_sampled_ones() {
 }
 
 /// A GRU with evidence from the sessions of a shop.
-fn network(shop: &Shop) -> Network<'static> {
+fn network(shop: &OneDay) -> Network<'static> {
     let evidence = EvidenceConfig { hidden_width: 8, candidates: candidates_config() };
     let config = GruConfig {
         hidden_width: 12,
@@ -308,14 +276,13 @@ fn network(shop: &Shop) -> Network<'static> {
     };
     let neural = Neural::Gru(&config);
     let mut network = Network::new(&neural, shop.features(), 20, 7, Device::Cpu).unwrap();
-    let index = network.candidate_index_mut().unwrap();
-    index.add_day(1, &shop.days.file(1, Split::Train).unwrap()).unwrap();
+    network.add_day(1, &shop.file(), None).unwrap();
     network
 }
 
 #[test]
 fn the_scorer_of_candidates_learns_along_its_gradient() {
-    let shop = Shop::new(&session_data::sessions(60, N_ITEMS, 5));
+    let shop = OneDay::new(&session_data::sessions(60, N_ITEMS, 5));
     let mut network = network(&shop);
     let sessions = shop.sessions();
     let batch = batch(&sessions, 0..20, shop.features());
@@ -353,7 +320,7 @@ fn the_scorer_of_candidates_learns_along_its_gradient() {
 #[test]
 fn padded_sessions_are_scored_as_packed_ones() {
     let sessions = session_data::sessions(60, N_ITEMS, 5);
-    let shop = Shop::new(&sessions);
+    let shop = OneDay::new(&sessions);
     let network = network(&shop);
     tch::no_grad(|| {
         let values = network.parameters().values();
@@ -376,9 +343,9 @@ fn padded_sessions_are_scored_as_packed_ones() {
 #[test]
 fn reminders_follow_from_the_first_training_day() {
     let resolved = |sessions: &[Vec<i64>]| {
-        let shop = Shop::new(sessions);
+        let shop = OneDay::new(sessions);
         let mut evaluate = EvaluateConfig { reminders: Reminders::Auto, ..Default::default() };
-        evaluate.resolve_reminders(shop.dir.path(), &data_config()).unwrap();
+        evaluate.resolve_reminders(shop.path(), &data_config()).unwrap();
         evaluate.reminders
     };
     let without = vec![vec![2, 3, 2], vec![1, 1, 4]];

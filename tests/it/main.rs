@@ -9,6 +9,7 @@ mod collective;
 mod console;
 mod cuda;
 mod device;
+mod content;
 mod evidence;
 mod export;
 mod faults;

@@ -389,8 +389,9 @@ impl Head {
     fn cross_entropy(&self, negatives: &Negatives, uniform: Option<&Tensor>) -> CrossEntropy {
         let (n, n_items) = (self.targets.size()[0], self.bias.size()[0]);
         let mut scored = ScoringTable {
-            weights: &self.table,
-            bias: &self.bias,
+            weights: self.table.shallow_clone(),
+            bias: self.bias.shallow_clone(),
+            items: None,
             weight_gradient: self.table.zeros_like(),
             bias_gradient: self.bias.zeros_like(),
             item_table: &ItemTable::replicated(n_items),

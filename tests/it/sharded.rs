@@ -77,6 +77,7 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
     let smoothed = ["--set", "train.loss={ kind = \"softmax\", label_smoothing = 0.1 }"];
     let sampled = ["--set", "train.loss={ kind = \"sampled\", n_negatives = 12 }"];
     let evidence = ["--set", "model.head.evidence={ hidden_width = 8 }"];
+    let content = ["--set", "model.input.content={ id_dropout = 0.3 }"];
     let replaced = CONFIG.replace(
         "[train]",
         "[model.objective]\nkind = \"replaced\"\nprobability = 0.3\nweight = 1.0\n[train]",
@@ -92,6 +93,8 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
             [&reproducible[..], &evidence, &sampled, &["--set", "model.input.dropout=0.3"]]
                 .concat(),
         ),
+        ("content", CONFIG.to_owned(), [&with_features[..], &content, &evidence].concat()),
+        ("sampled content", CONFIG.to_owned(), [&with_features[..], &content, &sampled].concat()),
         ("xlnet", config_with(XLNET), with_features),
     ];
     for (name, config, set) in cases {

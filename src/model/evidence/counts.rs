@@ -4,8 +4,8 @@ use std::cmp::Reverse;
 
 use tch::Tensor;
 
-use super::attributes::Attributes;
 use crate::data::{FIRST_ITEM, Sessions};
+use crate::model::attributes::Attributes;
 
 /// Events at most this far apart in a session are a pair.
 pub(super) const WINDOW: i64 = 7;

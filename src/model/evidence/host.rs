@@ -10,12 +10,12 @@ use std::ops::Range;
 use bireme_kernels::parallel::{in_parallel, part_len};
 use tch::Tensor;
 
-use super::attributes::Cells;
 use super::candidates::Candidates;
 use super::counts::{Counts, Pair, UNITS, WINDOW};
 use super::shape::{PLACES, PREDECESSOR_WEIGHT, Shape, decays, priorities};
 use crate::config::{CandidatesConfig, Reminders};
 use crate::data::FIRST_ITEM;
+use crate::model::attributes::Cells;
 
 /// A session whose next item is looked for.
 pub(super) struct Query {

@@ -1,17 +1,16 @@
-//! Co-occurrence counts as features of candidates, and a term of the scores from them.
+//! Co-occurrence counts as features of candidates, and the scores of candidates from them.
 //!
 //! Items that followed or preceded the last items of a session in other sessions, the items of the
 //! session itself, and frequent items with the attributes of its last item are its *candidates*. A
 //! candidate has features from counts: weights of its pairs with the last items, its occurrences,
 //! its place in the session, and its attributes beside theirs. A network of two hidden layers,
-//! which also reads the state of the body, turns them into a term of the candidate's score. All
-//! other items have no such term.
+//! which also reads the state of the body, turns them into the candidate's score. All other
+//! items are scored by their vectors.
 //!
 //! The counts contain the sessions that are trained on. In training, each session's own
 //! contributions are subtracted from the features of its targets, so that a target that occurs
 //! nowhere else looks as unseen as it will be on the next day.
 
-mod attributes;
 mod candidates;
 mod counts;
 mod host;
@@ -25,12 +24,12 @@ use std::slice;
 use bireme_kernels::transfer::send;
 use tch::{Device, Kind, Tensor};
 
+use super::attributes::{Attribute, Attributes, Cells, attribute_columns};
 use super::parameters::{Linear, ParameterBuilder};
 use super::{Parameters, SparseScores};
 use crate::config::{CandidatesConfig, EvidenceConfig, Reminders};
 use crate::data::{Batch, DataError, Features, SessionFile};
 
-use attributes::{Attribute, Attributes, Cells, attribute_columns};
 pub use candidates::Candidates;
 use candidates::{CountedSessions, Known};
 use counts::Counts;
@@ -72,7 +71,7 @@ impl CandidateIndex {
         max_length: usize,
         device: Device,
     ) -> Result<Self, String> {
-        let attributes = Attributes::new(config, features)?;
+        let attributes = Attributes::new(columns_of_attributes(config, features)?, features);
         let (n_codes, n_attributes) = (attributes.n_codes(), attributes.0.len());
         let shape = Shape::new(config, n_codes, n_attributes, max_length);
         let n_kept = KEPT_PER_NEIGHBOUR * config.n_neighbours;
@@ -253,7 +252,14 @@ pub(super) fn check_attributes(
     config: &CandidatesConfig,
     features: &Features,
 ) -> Result<(), String> {
-    attribute_columns(config, features).map(|_| ())
+    columns_of_attributes(config, features).map(|_| ())
+}
+
+fn columns_of_attributes(
+    config: &CandidatesConfig,
+    features: &Features,
+) -> Result<Vec<usize>, String> {
+    attribute_columns(config.attributes.as_deref(), "candidates.attributes", features)
 }
 
 /// Parameters of the network that scores candidates, by index.
@@ -280,7 +286,7 @@ impl CandidateScorer {
         builder: &mut ParameterBuilder,
     ) -> Result<Self, String> {
         // No value of an item is needed: memory for them is not checked yet.
-        let columns = attribute_columns(&config.candidates, features)?;
+        let columns = columns_of_attributes(&config.candidates, features)?;
         let has_codes = |column: &&usize| features.columns()[**column].is_categorical();
         let n_codes = columns.iter().filter(has_codes).count();
         // The number of features does not depend on the length of sessions.
@@ -295,7 +301,7 @@ impl CandidateScorer {
         })
     }
 
-    /// Terms of the scores of candidates, given the states `[N, width]`: `[N, E]`.
+    /// Scores of candidates, given the states `[N, width]`: `[N, E]`.
     pub fn scores(
         self,
         parameters: &Parameters,

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
-use super::attributes::Cells;
 use super::counts::{Counts, Pair};
 use super::shape::{Constants, Shape, on_device};
 use crate::config::CandidatesConfig;
+use crate::model::attributes::Cells;
 
 /// Lists of items, one after the other.
 pub(super) struct Lists {

@@ -21,10 +21,10 @@ use bireme_kernels::parallel::torch_in_parallel;
 use bireme_kernels::softmax::softmax_rows;
 use tch::{Device, Kind, Tensor};
 
-use super::{CrossEntropy, Logits, ScoringTable, draw, is_target};
+use super::{CrossEntropy, Logits, ScoringTable, draw};
 use crate::collective::{Collective, CollectiveError};
 use crate::model::item_table::div_ceil;
-use crate::model::{Encoded, ItemTable, SparseScores};
+use crate::model::{Encoded, ItemTable, SparseScores, clear};
 
 /// Items of a chunk on the CPU. A GPU is faster with few large products.
 const CHUNK_ITEMS: i64 = 4096;
@@ -119,11 +119,12 @@ impl FullSoftmax<'_> {
         let gather = |own: &Tensor| item_table.gather_rows(own, counts);
         let (states, targets) = (gather(own_states)?, gather(own_targets)?);
         let uniform = own_uniform.map(gather).transpose()?;
+        let smoothing = self.label_smoothing / item_table.n_items as f64;
         let sparse = own_sparse.as_ref().map(|own| {
             let scores = gather(&own.scores)?;
             let gradients = scores.zeros_like();
             let scores = SparseScores { items: gather(&own.items)?, scores };
-            Ok::<_, CollectiveError>(SparseTerms { scores, gradients })
+            Ok::<_, CollectiveError>(SparseTerms { scores, gradients, smoothing })
         });
         let sparse = sparse.transpose()?;
         let drawn = uniform.as_ref().map(|_| targets.zeros_like());
@@ -131,6 +132,7 @@ impl FullSoftmax<'_> {
         let mean_row = if self.label_smoothing > 0.0 { Some(mean_row(scored)?) } else { None };
 
         let (mut log_sums, mut target_logits) = (Vec::new(), Vec::new());
+        let mut replaced_logits = Vec::new();
         for group in item_table.target_groups(counts) {
             let of_group = |x: &Tensor| x.narrow(0, group.start, group.end - group.start);
             let group = TargetGroup {
@@ -145,6 +147,9 @@ impl FullSoftmax<'_> {
             };
             self.add_softmax(&group, scored, &mut log_sums)?;
             target_logits.push(self.subtract_targets(&group, scored));
+            if let Some(sparse) = group.sparse.as_ref().filter(|_| smoothing > 0.0) {
+                replaced_logits.push(sparse.replaced_logits(&group.states, scored));
+            }
             (scored.group_added)();
         }
 
@@ -160,20 +165,23 @@ impl FullSoftmax<'_> {
                 + (&row * column_sums(own_states)).sum(Kind::Float);
             loss -= mean.to_kind(Kind::Double) * self.label_smoothing;
             state_gradient -= row * self.label_smoothing;
+            if sparse.is_some() {
+                let replaced = reduce_scatter(&Tensor::cat(&replaced_logits, 0))?;
+                loss += replaced.sum(Kind::Double) * smoothing;
+            }
         }
         let drawn = drawn.as_ref().map(reduce_scatter).transpose()?;
         let mut sparse_gradient =
             sparse.map(|sparse| reduce_scatter(&sparse.gradients)).transpose()?;
         if let (Some(sparse), Some(gradient)) = (own_sparse, &mut sparse_gradient) {
-            let is_target = is_target(sparse, own_targets);
+            let is_target = sparse.is_target(own_targets);
             let of_target = (&sparse.scores * &is_target).sum(Kind::Double);
             loss -= of_target * on_target;
             *gradient -= is_target * on_target;
-            if self.label_smoothing > 0.0 {
-                let each = self.label_smoothing / item_table.n_items as f64;
+            if smoothing > 0.0 {
                 let is_item = sparse.items.gt(0).to_kind(Kind::Float);
-                loss -= (&sparse.scores * &is_item).sum(Kind::Double) * each;
-                *gradient -= is_item * each;
+                loss -= (&sparse.scores * &is_item).sum(Kind::Double) * smoothing;
+                *gradient -= is_item * smoothing;
             }
         }
         Ok(CrossEntropy { loss, state_gradient, sparse_gradient, drawn })
@@ -204,17 +212,25 @@ impl FullSoftmax<'_> {
     /// Adds the gradients of `−z[target]`, and of the mean logit under label smoothing, for the
     /// local rows. Returns `z[target]`, zero where another rank holds the target: `[n]`.
     fn subtract_targets(&self, group: &TargetGroup, scored: &mut ScoringTable<'_>) -> Tensor {
-        let (states, on_target) = (&group.states, 1.0 - self.label_smoothing);
+        let states = &group.states;
         let n_targets = states.size()[0];
+        // The score of a target among the sparse ones is not that of its vector.
+        let mut on_target = states.new_ones([n_targets], (Kind::Float, states.device()));
+        if let Some(sparse) = &group.sparse {
+            let is_sparse = sparse.scores.is_target(&group.targets);
+            on_target -= is_sparse.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+        }
         let located = scored.item_table.locate(&group.targets);
         let vectors = located.mask(scored.weights.index_select(0, &located.rows));
         let logits = (states * &vectors).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
             + located.mask(scored.bias.index_select(0, &located.rows));
-        let of_bias =
-            located.mask(states.new_full([n_targets], -on_target, (Kind::Float, states.device())));
-        let of_weights = located.mask(states * -on_target);
+        let logits = logits * &on_target;
+        let by_logit = on_target * -(1.0 - self.label_smoothing);
+        let of_bias = located.mask(by_logit.shallow_clone());
+        let by_logit = by_logit.unsqueeze(1);
+        let of_weights = located.mask(states * &by_logit);
         scored.add_weight_and_bias(&located.rows, &of_weights, &of_bias);
-        group.state_gradients.add(&(vectors * -on_target));
+        group.state_gradients.add(&(vectors * by_logit));
         if self.label_smoothing > 0.0 {
             let each = self.label_smoothing / scored.item_table.n_items as f64;
             scored.weight_gradient -= column_sums(states) * each;
@@ -257,7 +273,15 @@ struct SparseTerms {
     /// `[n, E]`, to which the chunk with the item adds. One rank has that chunk, so that the sum
     /// over ranks is exact.
     gradients: Tensor,
+    /// Probability of an item by label smoothing.
+    smoothing: f64,
 }
+
+/// Targets whose candidates' vectors are in memory at once.
+const BLOCK: i64 = 64;
+
+/// Smallest weight of a chunk that probabilities are divided by.
+const MIN_WEIGHT: f64 = 1e-30;
 
 impl SparseTerms {
     /// Views of the targets `rows`.
@@ -265,15 +289,39 @@ impl SparseTerms {
         let of_rows = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
         let SparseScores { items, scores } = &self.scores;
         let scores = SparseScores { items: of_rows(items), scores: of_rows(scores) };
-        Self { scores, gradients: of_rows(&self.gradients) }
+        Self { scores, gradients: of_rows(&self.gradients), smoothing: self.smoothing }
     }
 
-    /// Adds the probabilities `p: [n, C]` of the sparse items among `items`, times `weight:
-    /// [n, 1]`, to `gradients: [n, E]`.
-    fn add_gradients(&self, gradients: &Tensor, p: &Tensor, weight: &Tensor, items: &Range<i64>) {
+    /// Moves the probabilities `p: [n, C]` of the sparse items among `items`, times `weight:
+    /// [n, 1]`, to `gradients: [n, E]`: those of the logits of their vectors are zero.
+    fn move_gradients(&self, gradients: &Tensor, p: &Tensor, weight: &Tensor, items: &Range<i64>) {
         let (is_inside, column) = self.scores.columns(items, 0);
+        let is_inside = is_inside.to_kind(Kind::Float);
         let of_items = p.gather(1, &column, false).to_kind(Kind::Float) * weight;
-        let _ = gradients.shallow_clone().g_add_(&(of_items * is_inside.to_kind(Kind::Float)));
+        let _ = gradients.shallow_clone().g_add_(&(of_items * &is_inside));
+        clear(p, &column, &is_inside);
+        if self.smoothing > 0.0 {
+            // What label smoothing subtracts from the gradients of all rows is added to these.
+            let each = is_inside / weight.clamp_min(MIN_WEIGHT) * self.smoothing;
+            let _ = p.shallow_clone().scatter_add_(1, &column, &each.to_kind(p.kind()));
+        }
+    }
+
+    /// Sums of the logits that the sparse scores replace, of the local rows: `[n]`.
+    fn replaced_logits(&self, states: &Tensor, scored: &ScoringTable<'_>) -> Tensor {
+        // Some targets at a time: `[n, E, D]` may be large.
+        let (states, items) = (states.split(BLOCK, 0), self.scores.items.split(BLOCK, 0));
+        let sums = states.iter().zip(&items).map(|(states, items)| {
+            let located = scored.item_table.locate(&items.reshape([-1]));
+            let of_rows = |x: &Tensor| located.mask(x.index_select(0, &located.rows));
+            let (n, n_each) = items.size2().expect("sparse scores are [n, E]");
+            let vectors = of_rows(&scored.weights).view([n, n_each, -1]);
+            let logits = vectors.matmul(&states.unsqueeze(2)).squeeze_dim(2)
+                + of_rows(&scored.bias).view([n, n_each]);
+            let is_item = items.gt(0).to_kind(Kind::Float);
+            (logits * is_item).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+        });
+        Tensor::cat(&sums.collect::<Vec<_>>(), 0)
     }
 }
 
@@ -319,7 +367,7 @@ impl StateGradients {
 /// *All ranks*, if the table is sharded. The mean row of the catalogue, `[D]`, and its mean bias,
 /// `[]`.
 fn mean_row(scored: &ScoringTable<'_>) -> Result<(Tensor, Tensor), CollectiveError> {
-    let (weights, bias, item_table) = (scored.weights, scored.bias, scored.item_table);
+    let (weights, bias, item_table) = (&scored.weights, &scored.bias, scored.item_table);
     let sums = |items: Range<i64>| {
         let bias = rows(bias, &items).sum(Kind::Float).view([1]);
         Tensor::cat(&[column_sums(&rows(weights, &items)), bias], 0).unsqueeze(0)
@@ -468,8 +516,8 @@ impl Worker {
                 factors: factors.shallow_clone(),
                 sparse: part.sparse.as_ref().map(|sparse| sparse.rows(&(0..n))),
                 first_item: scored.item_table.rows.start + first_row,
-                weights: rows(scored.weights, &local),
-                bias: rows(scored.bias, &local),
+                weights: rows(&scored.weights, &local),
+                bias: rows(&scored.bias, &local),
                 weight_gradient: rows(&scored.weight_gradient, &local),
                 bias_gradient: rows(&scored.bias_gradient, &local),
                 room: room.narrow(0, start, size),
@@ -489,11 +537,12 @@ impl Worker {
         let bias = rows(&self.bias, chunk);
         if (p.device(), p.kind()) == (Device::Cpu, Kind::Float) {
             let _ = self.factors.mm_out(&p, &self.vectors(chunk).tr());
-            self.add_sparse(&p, chunk);
+            // The bias is added last.
+            self.write_sparse(&p, Some(&bias), chunk);
             return softmax_rows(&mut p, &bias).unsqueeze(0);
         }
         let _ = bias.to_kind(p.kind()).addmm_out(&p, &self.factors, &self.vectors(chunk).tr());
-        self.add_sparse(&p, chunk);
+        self.write_sparse(&p, None, chunk);
         // The largest probability is `exp(0)` over the sum, which gives the sum's logarithm.
         let max = || p.amax([1i64].as_slice(), false).to_kind(Kind::Float);
         let max_logit = max();
@@ -501,10 +550,10 @@ impl Worker {
         (max_logit - max().log()).unsqueeze(0)
     }
 
-    /// Adds the sparse scores to the logits `[n, C]` of a chunk.
-    fn add_sparse(&self, logits: &Tensor, chunk: &Range<i64>) {
+    /// Writes the sparse scores, less the bias of their items, into the logits `[n, C]` of a chunk.
+    fn write_sparse(&self, logits: &Tensor, bias: Option<&Tensor>, chunk: &Range<i64>) {
         if let Some(sparse) = &self.sparse {
-            sparse.scores.add_to(logits, &self.items(chunk));
+            sparse.scores.write_to(logits, bias, &self.items(chunk));
         }
     }
 
@@ -538,7 +587,7 @@ impl Worker {
                 draws.draw_from(&p, number, chunk.start);
             }
             if let (Some(sparse), Some(gradients)) = (&self.sparse, &sparse_gradients) {
-                sparse.add_gradients(gradients, &p, &weight, &self.items(chunk));
+                sparse.move_gradients(gradients, &p, &weight, &self.items(chunk));
             }
             let weighted = &self.states * &weight;
             let mut of_weights = rows(&self.weight_gradient, chunk);

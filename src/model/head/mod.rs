@@ -15,8 +15,9 @@ use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use tch::{Device, Kind, Tensor};
 
+use super::content::ItemVectors;
 use super::rows::add_rows;
-use super::{Encoded, ItemTable, SparseScores};
+use super::{Encoded, ItemTable};
 use crate::collective::CollectiveError;
 use crate::config::LossConfig;
 
@@ -174,9 +175,11 @@ impl ItemSampler {
 /// The table that items are scored against. `V` counts the local rows.
 pub struct ScoringTable<'a> {
     /// `[V, D]`.
-    pub weights: &'a Tensor,
+    pub weights: Tensor,
     /// `[V]`.
-    pub bias: &'a Tensor,
+    pub bias: Tensor,
+    /// Adds content to rows, where `weights` and `bias` are without.
+    pub items: Option<ItemVectors<'a>>,
     /// `[V, D]`; gradients are added to it.
     pub weight_gradient: Tensor,
     /// `[V]`; gradients are added to it.
@@ -193,7 +196,11 @@ impl ScoringTable<'_> {
     /// Vectors and biases of `rows: [n]`, side by side: `[n, D + 1]`.
     fn vectors_and_bias(&self, rows: &Tensor) -> Tensor {
         let bias = self.bias.index_select(0, rows).unsqueeze(1);
-        Tensor::cat(&[self.weights.index_select(0, rows), bias], 1)
+        let of_ids = Tensor::cat(&[self.weights.index_select(0, rows), bias], 1);
+        match &self.items {
+            Some(items) => items.with_content(rows, &of_ids),
+            None => of_ids,
+        }
     }
 
     /// Adds gradients `[n, D + 1]` of `rows: [n]`.
@@ -224,8 +231,8 @@ pub struct CrossEntropy {
 }
 
 /// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under `encoded`,
-/// states `[N, D]` and terms that are added to the scores of some items of each target, `[N, E]`;
-/// adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn for
+/// states `[N, D]` and the scores of some items of each target, `[N, E]`, in place of those from
+/// the states; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn for
 /// each target.
 ///
 /// On a sharded table the computation is vocabulary-parallel, as in Megatron-LM (Shoeybi et al.
@@ -254,11 +261,6 @@ pub fn cross_entropy(
             sampled(encoded, targets, scored, items, loss, uniform)
         }
     }
-}
-
-/// Where the sparse scores of a target are those of the target itself: f32 `[N, E]`.
-fn is_target(sparse: &SparseScores, targets: &Tensor) -> Tensor {
-    sparse.items.eq_tensor(&targets.unsqueeze(1)).to_kind(Kind::Float)
 }
 
 /// Samples a column from each row of probabilities `p: [n, C]` by inverting its cumulative sums at

@@ -1,13 +1,9 @@
 //! The loss over the target and sampled negatives.
 
-use std::ops::Range;
-
 use tch::{Kind, Tensor};
 
-use super::{CrossEntropy, SampledLoss, ScoringTable, draw, is_target};
+use super::{CrossEntropy, SampledLoss, ScoringTable, draw};
 use crate::collective::CollectiveError;
-use crate::model::item_table::RowRequest;
-use crate::model::rows::add_rows;
 use crate::model::{Encoded, SparseScores};
 
 /// *All ranks*, if the table is sharded. See [`super::cross_entropy`]. All ranks have sampled the
@@ -44,11 +40,14 @@ pub(super) fn sampled(
         (states * vectors(&positives)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
             + positives.narrow(1, width, 1);
     let candidates = sparse.map(|sparse| {
-        let candidates = SparseNegatives::new(sparse, states, targets, scored)?;
-        target_logits += &candidates.target_term;
-        Ok::<_, CollectiveError>(candidates)
+        let is_target = sparse.is_target(targets);
+        let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+        let has_vector_score = 1.0 - sum(&is_target);
+        target_logits = &target_logits * &has_vector_score + sum(&(&sparse.scores * &is_target));
+        let is_no_negative = is_target.gt(0.0).logical_or(&sparse.items.eq(0));
+        let logits = sparse.scores.masked_fill(&is_no_negative, f64::NEG_INFINITY);
+        SparseNegatives { logits, is_target, has_vector_score }
     });
-    let candidates = candidates.transpose()?;
     let (loss, LogitGradients { by_target, by_negatives, by_sparse }) = loss.with_gradients(
         &target_logits,
         &negative_logits,
@@ -73,19 +72,19 @@ pub(super) fn sampled(
         scored.add_gradients(&located.rows, &located.mask(of_negatives));
         (scored.group_added)();
     }
-    request.scatter_gradients(item_table, &(&by_target * with_one), |rows, gradients| {
+    let by_vector = match &candidates {
+        Some(candidates) => &by_target * &candidates.has_vector_score,
+        None => by_target.shallow_clone(),
+    };
+    request.scatter_gradients(item_table, &(&by_vector * with_one), |rows, gradients| {
         scored.add_gradients(rows, gradients);
         (scored.group_added)();
     })?;
-    let mut state_gradient =
-        by_negatives.matmul(&vectors(&negatives)) + &by_target * vectors(&positives);
-    let sparse_gradient = match (candidates, by_sparse) {
-        (Some(candidates), Some(by_sparse)) => {
-            state_gradient += candidates.add_gradients(&by_sparse, states, scored)?;
-            Some(by_sparse + candidates.is_target * by_target)
-        }
-        _ => None,
-    };
+    let state_gradient =
+        by_negatives.matmul(&vectors(&negatives)) + by_vector * vectors(&positives);
+    let sparse_gradient = candidates
+        .zip(by_sparse)
+        .map(|(candidates, by_sparse)| by_sparse + candidates.is_target * by_target);
     Ok(CrossEntropy { loss, state_gradient, sparse_gradient, drawn })
 }
 
@@ -103,102 +102,13 @@ fn has_sparse_score(sparse: &SparseScores, items: &Tensor) -> Tensor {
 }
 
 /// Items with sparse scores as negatives.
-struct SparseNegatives<'a> {
-    /// Rows that the items of all targets share, without repetition: `[U]`.
-    request: RowRequest<'a>,
-    /// Vectors and biases of these items, `[U, D + 1]`.
-    vectors: Tensor,
-    /// Index of each item among them, i64 `[N, E]`.
-    index: Tensor,
+struct SparseNegatives {
     /// `[N, E]`; −∞ for the target and for padding.
     logits: Tensor,
     /// 1 where the item is the target: `[N, E]`.
     is_target: Tensor,
-    /// Sparse score of each target, `[N, 1]`.
-    target_term: Tensor,
-}
-
-impl<'a> SparseNegatives<'a> {
-    fn new(
-        sparse: &SparseScores,
-        states: &Tensor,
-        targets: &Tensor,
-        scored: &ScoringTable<'a>,
-    ) -> Result<Self, CollectiveError> {
-        let (distinct, index, _) = sparse.items.internal_unique2(true, true, false);
-        let counts = scored.item_table.gather_counts(distinct.size()[0])?;
-        let request = scored.item_table.request(&distinct, &counts)?;
-        let vectors = request.fetch(|rows| scored.vectors_and_bias(rows))?;
-        let width = states.size()[1];
-        let dense: Vec<Tensor> = target_blocks(&sparse.items, width)
-            .map(|block| {
-                let of_items = rows_of(&vectors, &index, &block);
-                let states = narrow(states, &block).unsqueeze(2);
-                of_items.narrow(2, 0, width).matmul(&states).squeeze_dim(2)
-                    + of_items.select(2, width)
-            })
-            .collect();
-        let is_target = is_target(sparse, targets);
-        let is_no_negative = is_target.gt(0.0).logical_or(&sparse.items.eq(0));
-        let logits = (Tensor::cat(&dense, 0) + &sparse.scores)
-            .masked_fill(&is_no_negative, f64::NEG_INFINITY);
-        let target_term =
-            (&sparse.scores * &is_target).sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
-        Ok(Self { request, vectors, index, logits, is_target, target_term })
-    }
-
-    /// Adds the gradients `by_logits: [N, E]` to the table, and returns those of the states,
-    /// `[N, D]`.
-    fn add_gradients(
-        &self,
-        by_logits: &Tensor,
-        states: &Tensor,
-        scored: &mut ScoringTable<'_>,
-    ) -> Result<Tensor, CollectiveError> {
-        let Self { request, vectors, index, .. } = self;
-        let item_table = scored.item_table;
-        let width = states.size()[1];
-        let mut gradients = vectors.zeros_like();
-        let mut of_states = Vec::new();
-        for block in target_blocks(index, width) {
-            let (by_logits, states) = (narrow(by_logits, &block), narrow(states, &block));
-            let of_items = rows_of(vectors, index, &block).narrow(2, 0, width);
-            of_states.push(by_logits.unsqueeze(1).matmul(&of_items).squeeze_dim(1));
-            let ones = states.new_ones([states.size()[0], 1], (states.kind(), states.device()));
-            let with_one = Tensor::cat(&[states, ones], 1).unsqueeze(1);
-            let of_items = (by_logits.unsqueeze(2) * with_one).flatten(0, 1);
-            let rows = narrow(index, &block).reshape([-1]);
-            add_rows(&mut gradients, &rows, &of_items, item_table.is_reproducible());
-        }
-        request.scatter_gradients(item_table, &gradients, |rows, gradients| {
-            scored.add_gradients(rows, gradients);
-            (scored.group_added)();
-        })?;
-        Ok(Tensor::cat(&of_states, 0))
-    }
-}
-
-/// Numbers of vectors of a block: they stay in the caches of a CPU.
-const BLOCK_NUMBERS: i64 = 1 << 21;
-
-/// Ranges of targets whose vectors `[n, E, width]` are worked on together. `items: [N, E]`. At
-/// least one range, which may be empty.
-fn target_blocks(items: &Tensor, width: i64) -> impl Iterator<Item = Range<i64>> {
-    let (n, n_each) = items.size2().expect("sparse scores are [N, E]");
-    let n_block = (BLOCK_NUMBERS / (n_each * width).max(1)).max(1);
-    (0..n.max(1)).step_by(n_block as usize).map(move |first| first..(first + n_block).min(n))
-}
-
-fn narrow(x: &Tensor, rows: &Range<i64>) -> Tensor {
-    x.narrow(0, rows.start, rows.end - rows.start)
-}
-
-/// The rows `index: [N, E]` of `vectors: [U, D + 1]` for the targets `block`: `[n, E, D + 1]`.
-fn rows_of(vectors: &Tensor, index: &Tensor, block: &Range<i64>) -> Tensor {
-    let index = narrow(index, block);
-    let (n, n_each) = index.size2().expect("indices are [n, E]");
-    let width = vectors.size()[1];
-    vectors.index_select(0, &index.reshape([-1])).view([n, n_each, width])
+    /// 0 if the target is among them, else 1: `[N, 1]`.
+    has_vector_score: Tensor,
 }
 
 /// Gradients of a loss by logits.

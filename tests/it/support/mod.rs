@@ -12,6 +12,7 @@ pub mod process;
 pub mod requests;
 pub mod requirements;
 pub mod server;
+pub mod one_day;
 pub mod session_data;
 pub mod session_shop;
 pub mod source;

@@ -2,8 +2,7 @@
 
 use tch::Tensor;
 
-use crate::config::CandidatesConfig;
-use crate::data::{Features, Sessions};
+use crate::data::{Catalogue, Column, Features, Sessions};
 
 /// The tag of features that describe the time of an event.
 const TIME_TAG: &str = "time";
@@ -28,36 +27,34 @@ pub(super) enum Cells {
     Values(Vec<f32>),
 }
 
-/// Numbers of the attributes of `config` in [`Features::columns`].
+/// Numbers in [`Features::columns`] of the features `names`, or of all that do not describe the
+/// time of an event. `key`: of the configuration, for the message.
 ///
 /// # Errors
-/// An attribute is not among the features.
+/// A name is not among the features.
 pub(super) fn attribute_columns(
-    config: &CandidatesConfig,
+    names: Option<&[String]>,
+    key: &str,
     features: &Features,
 ) -> Result<Vec<usize>, String> {
     let columns = features.columns().iter().enumerate().skip(1);
-    let Some(names) = &config.attributes else {
+    let Some(names) = names else {
         let of_items = columns.filter(|(_, feature)| !feature.has_tag(TIME_TAG));
         return Ok(of_items.map(|(column, _)| column).collect());
     };
     let column = |name: &String| {
         let column = columns.clone().find(|(_, feature)| feature.name == *name);
-        column.map(|(column, _)| column).ok_or_else(|| {
-            format!("`candidates.attributes` has `{name}`: it is not in `data.features`")
-        })
+        column
+            .map(|(column, _)| column)
+            .ok_or_else(|| format!("`{key}` has `{name}`: it is not in `data.features`"))
     };
     names.iter().map(column).collect()
 }
 
 impl Attributes {
-    /// The attributes of `config`, of no item yet.
-    ///
-    /// # Errors
-    /// An attribute is not among the features.
-    pub fn new(config: &CandidatesConfig, features: &Features) -> Result<Self, String> {
+    /// The attributes in the columns `columns` of the features, of no item yet.
+    pub fn new(columns: Vec<usize>, features: &Features) -> Self {
         let n_items = features.n_items() as usize;
-        let chosen = attribute_columns(config, features)?;
         let attribute = |column: usize| {
             let feature = &features.columns()[column];
             let cells = if feature.is_categorical() {
@@ -67,7 +64,7 @@ impl Attributes {
             };
             Attribute { column, name: feature.name.clone(), cells }
         };
-        Ok(Self(chosen.into_iter().map(attribute).collect()))
+        Self(columns.into_iter().map(attribute).collect())
     }
 
     /// Number of attributes with codes.
@@ -90,6 +87,21 @@ impl Attributes {
                         values[item as usize] = value;
                     }
                 }
+            }
+        }
+    }
+
+    /// Takes the attributes of items that have none yet from the catalogue.
+    pub fn fill(&mut self, catalogue: &Catalogue) {
+        for Attribute { column, cells, .. } in &mut self.0 {
+            match (cells, catalogue.column(*column)) {
+                (Cells::Codes(codes), Some(Column::Ids(ids))) => {
+                    fill(codes, catalogue.items(), ids);
+                }
+                (Cells::Values(values), Some(Column::Values(of_items))) => {
+                    fill(values, catalogue.items(), of_items);
+                }
+                _ => {}
             }
         }
     }
@@ -132,6 +144,16 @@ impl Attributes {
             }
         }
         Ok(())
+    }
+}
+
+/// Sets the cells of `items` that are 0 to `values`.
+fn fill<T: Copy + Default + PartialEq>(cells: &mut [T], items: &[i64], values: &[T]) {
+    for (&item, &value) in items.iter().zip(values) {
+        let cell = &mut cells[item as usize];
+        if *cell == T::default() {
+            *cell = value;
+        }
     }
 }
 
