@@ -591,10 +591,11 @@ pub struct CandidatesConfig {
     pub n_candidates: i64,
     /// Last items of a session whose neighbours are candidates; at least 1.
     pub n_recent: i64,
-    /// Neighbours of an item: that many successors and that many predecessors; at least 1.
+    /// Neighbours of an item: that many successors and that many predecessors. With 0, pairs are
+    /// not counted.
     pub n_neighbours: i64,
     /// Most frequent items of all, and of those that share an attribute with the last item, that
-    /// are candidates; at least 1.
+    /// are candidates. With 0 and no neighbours, the candidates are the items of the session.
     pub n_frequent: i64,
     /// Features that describe an item, among those in `data.features`. Absent: those that
     /// `schema.pbtxt` does not tag `time`.
@@ -613,15 +614,12 @@ impl CandidatesConfig {
     const MOST: i64 = 1 << 16;
 
     fn check(&self, section: &str) -> Result<(), String> {
-        let numbers = [
-            ("n_candidates", self.n_candidates),
-            ("n_recent", self.n_recent),
-            ("n_neighbours", self.n_neighbours),
-            ("n_frequent", self.n_frequent),
-        ];
-        numbers
-            .into_iter()
-            .try_for_each(|(key, n)| check_width(&format!("{section}.{key}"), n, Self::MOST))?;
+        let numbers = [("n_candidates", self.n_candidates), ("n_recent", self.n_recent)];
+        let may_be_zero = [("n_neighbours", self.n_neighbours), ("n_frequent", self.n_frequent)];
+        for (key, n) in numbers.into_iter().chain(may_be_zero.into_iter().filter(|(_, n)| *n != 0))
+        {
+            check_width(&format!("{section}.{key}"), n, Self::MOST)?;
+        }
         let n_pairs = self.n_recent * self.n_neighbours;
         if n_pairs > Self::MOST {
             return Err(format!(

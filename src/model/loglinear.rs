@@ -63,8 +63,10 @@ impl LogLinear {
         self.most_occurrences = most as f64 + 1.0;
     }
 
-    /// Fits the weights on sessions of a file, which the counts contain.
+    /// Fits the weights on sessions of a file, by the counts of the days before or, for the first
+    /// day, of this day.
     fn fit(&mut self, file: &SessionFile) -> Result<(), DataError> {
+        let _no_grad = tch::no_grad_guard();
         let sessions = file.read(&file.spans(0..file.n_sessions()))?;
         let n_fitted = self.config.n_fitted.min(sessions.len());
         let rows: Vec<_> =
@@ -179,7 +181,11 @@ impl CountingModel for LogLinear {
     fn add_day(&mut self, day: i64, file: &SessionFile) -> Result<(), DataError> {
         let n_threads = tch::get_num_threads();
         tch::set_num_threads(1);
-        let result = self.index.add_day(day, file).and_then(|()| tch::no_grad(|| self.fit(file)));
+        let result = if self.index.last_day().is_none() {
+            self.index.add_day(day, file).and_then(|()| self.fit(file))
+        } else {
+            self.fit(file).and_then(|()| self.index.add_day(day, file))
+        };
         tch::set_num_threads(n_threads);
         self.update_most_occurrences();
         result

@@ -104,8 +104,8 @@ pub trait Recommender {
     fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor;
 }
 
-/// Sets the columns `[B, E]` of `x: [B, C]` to zero where `is_inside: [B, E]` is 1. A row has such a
-/// column once.
+/// Sets the columns `[B, E]` of `x: [B, C]` to zero where `is_inside: [B, E]` is 1. A row has such
+/// a column once.
 fn clear(x: &Tensor, columns: &Tensor, is_inside: &Tensor) {
     let old = x.gather(1, columns, false) * is_inside.to_kind(x.kind());
     let _ = x.shallow_clone().scatter_add_(1, columns, &-old);

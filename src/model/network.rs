@@ -389,21 +389,37 @@ impl<'a> Network<'a> {
         }
     }
 
-    /// Counts the sessions of a day, which is later than all days before, and takes the attributes
-    /// of their items, those of other items from the catalogue.
+    /// Prepares training on the sessions of a day, which is later than all days before: takes the
+    /// attributes of their items, and those of other items from the catalogue. The first day is
+    /// counted, because there are no counts of days before.
     ///
     /// # Errors
     /// See [`SessionFile::read`].
-    pub fn add_day(
+    pub fn begin_day(
         &mut self,
         day: i64,
         file: &SessionFile,
         catalogue: Option<&Catalogue>,
     ) -> Result<(), DataError> {
-        if let Some(evidence) = &mut self.evidence {
+        if let Some(evidence) = &mut self.evidence
+            && evidence.index.last_day().is_none()
+        {
             evidence.index.add_day(day, file)?;
         }
         self.content.as_mut().map_or(Ok(()), |content| content.add_day(file, catalogue))
+    }
+
+    /// Counts the sessions of a day that was trained on.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn end_day(&mut self, day: i64, file: &SessionFile) -> Result<(), DataError> {
+        match &mut self.evidence {
+            Some(evidence) if evidence.index.last_day() < Some(day) => {
+                evidence.index.add_day(day, file)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// *All ranks*, if the item table is sharded. Completes the gradients after those of the item
@@ -601,8 +617,8 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// *All ranks*, if the item table is sharded. The loss of targets given what they are scored by;
-    /// adds the gradients of the scoring parameters.
+    /// *All ranks*, if the item table is sharded. The loss of targets given what they are scored
+    /// by; adds the gradients of the scoring parameters.
     fn score(
         &mut self,
         encoded: &Encoded,

@@ -140,8 +140,8 @@ impl Learner for GradientLearner<'_> {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
         if day.state.position.day_step == 0 {
-            // A checkpoint of a later step contains the counts of the day.
-            self.network.add_day(day.plan.day, day.plan.window.today(), day.catalogue)?;
+            // A checkpoint of a later step contains what this takes from the day.
+            self.network.begin_day(day.plan.day, day.plan.window.today(), day.catalogue)?;
         }
         let mut n_done = day.state.position.day_step;
         let ranks = (collective.rank(), collective.world_size());
@@ -178,6 +178,7 @@ impl Learner for GradientLearner<'_> {
             }
             day.timer.end("records");
         }
+        self.network.end_day(day.plan.day, day.plan.window.today())?;
         self.network.free_workspace();
         Ok(ControlFlow::Continue(()))
     }

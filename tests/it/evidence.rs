@@ -276,7 +276,7 @@ fn network(shop: &OneDay) -> Network<'static> {
     };
     let neural = Neural::Gru(&config);
     let mut network = Network::new(&neural, shop.features(), 20, 7, Device::Cpu).unwrap();
-    network.add_day(1, &shop.file(), None).unwrap();
+    network.begin_day(1, &shop.file(), None).unwrap();
     network
 }
 

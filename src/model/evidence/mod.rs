@@ -7,9 +7,10 @@
 //! which also reads the state of the body, turns them into the candidate's score. All other
 //! items are scored by their vectors.
 //!
-//! The counts contain the sessions that are trained on. In training, each session's own
-//! contributions are subtracted from the features of its targets, so that a target that occurs
-//! nowhere else looks as unseen as it will be on the next day.
+//! A model that trains on a day sees the counts of the days before, as it will when it recommends.
+//! Only on its first day, and for sessions of earlier days, the counts contain the sessions that
+//! are trained on. What such a session contributes is subtracted from the features of its targets,
+//! so that a target that occurs nowhere else looks as unseen as it will be on the next day.
 
 mod candidates;
 mod counts;
@@ -93,6 +94,11 @@ impl CandidateIndex {
         &self.counts.items
     }
 
+    /// The last day that was counted.
+    pub fn last_day(&self) -> Option<i64> {
+        (self.counts.last_day > i64::MIN).then_some(self.counts.last_day)
+    }
+
     /// Counts the sessions of a day, which is later than all days before. Every rank reads the
     /// whole file, so that the counts are the same on all without communication. Row groups are
     /// read one at a time.
@@ -146,16 +152,18 @@ impl CandidateIndex {
         self.find(known, &sessions.map(|known| Query { known, counted: None }).collect::<Vec<_>>())
     }
 
-    /// Candidates for the events `targets` of a batch, whose sessions the counts contain. The known
-    /// items are the events before a target in time, whatever the body reads.
+    /// Candidates for the events `targets` of a batch in training. A session of a day that was
+    /// counted is left out of the counts for its own targets. The known items are the events before
+    /// a target in time, whatever the body reads.
     pub fn of_targets(&self, targets: &[i64], batch: &Batch) -> Candidates {
         let sessions = event_ranges(batch);
         let query = |&target: &i64| {
             let target = target as usize;
             let session = sessions.partition_point(|events| events.end <= target);
+            let (day, last_day) = (batch.days[session], self.counts.last_day);
             let events = sessions[session].clone();
-            let is_last_day = batch.days[session] == self.counts.last_day;
-            Query { known: events.start..target, counted: Some((events, is_last_day)) }
+            let known = events.start..target;
+            Query { known, counted: (day <= last_day).then_some((events, day == last_day)) }
         };
         self.find(batch, &targets.iter().map(query).collect::<Vec<_>>())
     }
@@ -198,7 +206,7 @@ impl CandidateIndex {
             send(&Tensor::from_slice(&rows).view([-1, max_length as i64]), self.device)
         };
         let known = rows(&|query| padded(&mut query.known.clone().rev()));
-        let counted = queries[0].counted.is_some().then(|| {
+        let counted = queries.iter().any(|query| query.counted.is_some()).then(|| {
             let whole = |query: &Query| query.counted.clone().unwrap_or_default();
             let is_last_day = queries.iter().map(|query| f32::from(u8::from(whole(query).1)));
             let is_last_day = Tensor::from_slice(&is_last_day.collect::<Vec<_>>()).view([-1, 1]);
@@ -366,14 +374,14 @@ mod tests {
                 Tensor::from_slice(&codes),
             ],
             session_seeds: vec![0; lengths.len()],
-            days: (0..lengths.len() as i64).map(|session| session % 2).collect(),
+            days: (0..lengths.len() as i64).map(|session| session % 3).collect(),
             step_seed: 0,
             segments: vec![Segment { seed: 0, n_sessions: lengths.len() }],
             lengths,
         }
     }
 
-    /// An index of the sessions of a batch; sessions of day 1 are those of the last day.
+    /// An index of the sessions of days 0 and 1 of a batch.
     fn index(batch: &Batch, config: &CandidatesConfig, reminders: Reminders) -> CandidateIndex {
         let numbers = |column: usize| Vec::<i64>::try_from(&batch.columns[column]).unwrap();
         let mut codes = vec![0; N_ITEMS as usize];
@@ -389,7 +397,9 @@ mod tests {
         let mut counts = Counts::new(N_ITEMS, 100, attributes);
         counts.begin_day(1);
         for (session, items) in batch.sessions().iter().enumerate() {
-            counts.add_items(items, batch.days[session] == 1);
+            if batch.days[session] <= 1 {
+                counts.add_items(items, batch.days[session] == 1);
+            }
         }
         counts.end_day();
         let (config, tables) = (config.clone(), OnceCell::new());
@@ -403,14 +413,19 @@ mod tests {
     fn lookups_on_the_host_are_those_with_tensors() {
         let batch = batch(3, 40);
         let n_events = batch.n_events() as i64;
-        for (n_candidates, reminders) in
-            [(200, Reminders::All), (12, Reminders::Earlier), (5, Reminders::None)]
-        {
+        for (n_candidates, n_neighbours, n_frequent, reminders) in [
+            (200, 6, 2, Reminders::All),
+            (12, 6, 2, Reminders::Earlier),
+            (5, 6, 2, Reminders::None),
+            (200, 6, 0, Reminders::All),
+            (200, 0, 2, Reminders::All),
+            (200, 0, 0, Reminders::All),
+        ] {
             let config = CandidatesConfig {
                 n_candidates,
                 n_recent: 3,
-                n_neighbours: 6,
-                n_frequent: 2,
+                n_neighbours,
+                n_frequent,
                 attributes: None,
             };
             let mut index = index(&batch, &config, reminders);

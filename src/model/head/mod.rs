@@ -232,8 +232,8 @@ pub struct CrossEntropy {
 
 /// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under `encoded`,
 /// states `[N, D]` and the scores of some items of each target, `[N, E]`, in place of those from
-/// the states; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is drawn for
-/// each target.
+/// the states; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is
+/// drawn for each target.
 ///
 /// On a sharded table the computation is vocabulary-parallel, as in Megatron-LM (Shoeybi et al.
 /// 2019): the states and targets of all ranks are gathered, each rank scores them against its rows,
