@@ -55,6 +55,7 @@ fn rates(config: &str, data: &str, runs: usize) -> Result<Vec<f64>, Box<dyn std:
             micro_batch: train.micro_batch,
         },
         seed: config.run.seed,
+        order: config.train.order,
         max_steps: None,
         one_batch_each: false,
     };

@@ -32,8 +32,8 @@ pub use model::{
 };
 pub use run::{DeviceChoice, Precision};
 pub use train::{
-    LossConfig, NonFinite, ParallelConfig, Reduction, Schedule, TableLayout, TableOptimizer,
-    TrainConfig,
+    LossConfig, NonFinite, ParallelConfig, Reduction, Schedule, SessionOrder, TableLayout,
+    TableOptimizer, TrainConfig,
 };
 
 /// Section `[run]`: where a run computes and how.

@@ -141,8 +141,12 @@ impl<'a> Neural<'a> {
         check_finite("head.temperature", self.head().temperature, f32::MIN_POSITIVE)?;
         self.head().evidence.as_ref().map_or(Ok(()), EvidenceConfig::check)?;
         self.input().check()?;
-        if self.input().content.is_some() && !self.head().tied {
-            return Err("`input.content` needs `head.tied`".to_owned());
+        let composes = [
+            ("input.content", self.input().content.is_some()),
+            ("head.cosine", self.head().cosine),
+        ];
+        if let Some((key, _)) = composes.iter().find(|(_, is_set)| *is_set && !self.head().tied) {
+            return Err(format!("`{key}` needs `head.tied`"));
         }
         self.objective().check()
     }
@@ -542,16 +546,20 @@ pub struct HeadConfig {
     pub relu: bool,
     /// Whether items are scored with their input vectors, or with a separate table.
     pub tied: bool,
-    /// Divisor of the scores: `h · e / temperature + b`; above 0.
+    /// Whether scores are cosines of states and item vectors, `cos(h, e) / temperature + b`, with a
+    /// temperature that is learnt. Vectors of events are normalised, too (Gupta et al. 2019).
+    pub cosine: bool,
+    /// Divisor of the scores: `h · e / temperature + b`; above 0. With `cosine` its initial value,
+    /// for which 0.06 is usual.
     pub temperature: f64,
-    /// Term of the scores from co-occurrence counts; absent: no such term.
+    /// Scores of candidates from co-occurrence counts; absent: from their vectors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evidence: Option<EvidenceConfig>,
 }
 
 impl Default for HeadConfig {
     fn default() -> Self {
-        Self { relu: true, tied: true, temperature: 1.0, evidence: None }
+        Self { relu: true, tied: true, cosine: false, temperature: 1.0, evidence: None }
     }
 }
 

@@ -23,6 +23,8 @@ pub struct TrainConfig {
     pub loss: LossConfig,
     /// Optimizer of the embedding tables.
     pub tables: TableOptimizer,
+    /// Order of the sessions of a day.
+    pub order: SessionOrder,
     /// Course of the learning rates over a day.
     pub schedule: Schedule,
     /// Decoupled weight decay of AdamW.
@@ -57,6 +59,7 @@ impl Default for TrainConfig {
             learning_rate: 7.1e-4,
             loss: LossConfig::default(),
             tables: TableOptimizer::default(),
+            order: SessionOrder::default(),
             schedule: Schedule::default(),
             weight_decay: 0.0,
             clip_norm: 1.0,
@@ -125,10 +128,13 @@ impl TrainConfig {
             ));
         }
         self.loss.check()?;
-        let of_tables = match self.tables {
-            TableOptimizer::Adamw | TableOptimizer::LazyAdamw => 0.0,
-            TableOptimizer::Adagrad { learning_rate } => learning_rate,
+        let (of_tables, momentum) = match self.tables {
+            TableOptimizer::Adamw | TableOptimizer::LazyAdamw => (0.0, 0.0),
+            TableOptimizer::Adagrad { learning_rate, momentum } => (learning_rate, momentum),
         };
+        if !(0.0..1.0).contains(&momentum) {
+            return Err(format!("`tables.momentum` {momentum:?} is not within 0 <= p < 1"));
+        }
         let finite = [
             ("learning_rate", self.learning_rate),
             ("tables.learning_rate", of_tables),
@@ -182,6 +188,9 @@ pub enum LossConfig {
         /// negatives; 0 <= share < 1.
         #[serde(default)]
         label_smoothing: f64,
+        /// Whether the targets of the other sessions of a micro-batch are negatives, too.
+        #[serde(default)]
+        in_batch: bool,
     },
     /// BPR-max (Hidasi and Karatzoglou 2018): the probability that the target scores above the
     /// negatives, each weighed by its softmax among them. All targets of a step share the
@@ -199,6 +208,9 @@ pub enum LossConfig {
         /// more.
         #[serde(default = "default_score_penalty")]
         score_penalty: f64,
+        /// Whether the targets of the other sessions of a micro-batch are negatives, too.
+        #[serde(default)]
+        in_batch: bool,
     },
     /// gBCE (Petrov and Macdonald 2023, gSASRec): binary cross entropy of the target and of
     /// uniformly sampled negatives, calibrated for the sampling rate. All targets of a step share
@@ -312,7 +324,23 @@ pub enum TableOptimizer {
     Adagrad {
         /// Learning rate at the start of each day; it follows `train.schedule`.
         learning_rate: f64,
+        /// Part of its last step that a row's next step repeats, as in GRU4Rec; 0 <= p < 1.
+        #[serde(default)]
+        momentum: f64,
     },
+}
+
+/// `train.order`: the order in which the sessions of a day are trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum SessionOrder {
+    /// Another random order in every epoch.
+    #[default]
+    Shuffled,
+    /// That of the file, as GRU4Rec trains on sessions in order of time. Days of a window follow
+    /// each other.
+    File,
 }
 
 /// `train.schedule`: the course of the learning rate over a day.

@@ -5,6 +5,8 @@ use std::thread::{self, JoinHandle};
 
 use bireme_base::console::panic_text;
 
+use crate::config::SessionOrder;
+
 use super::plan::{EpochKey, StepShape, derive_seed, streams_of_rank};
 use super::{Batch, DataError, Features, Segment, SessionFile, Sessions, Window};
 
@@ -21,6 +23,7 @@ pub struct DayPlan {
     pub shape: StepShape,
     /// Seed of the run.
     pub seed: u64,
+    pub order: SessionOrder,
     /// Largest number of steps of the day.
     pub max_steps: Option<usize>,
     /// Whether each micro-batch is a separate batch; otherwise all micro-batches of a rank are one
@@ -135,8 +138,8 @@ impl StepReader {
     }
 
     fn read_epoch(&self, epoch: usize) -> Result<Vec<EpochStream>, DataError> {
-        let DayPlan { window, shape, seed, day, .. } = &self.plan;
-        let key = EpochKey { seed: *seed, day: *day, epoch };
+        let DayPlan { window, shape, seed, order, day, .. } = &self.plan;
+        let key = EpochKey { seed: *seed, day: *day, epoch, order: *order };
         let streams =
             streams_of_rank(&window.group_rows(), *shape, key, self.rank, self.world_size);
         let read = streams.iter().map(|stream| {

@@ -18,6 +18,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::config::SessionOrder;
+
 /// Derives an independent seed for a purpose and a position in the run.
 pub fn derive_seed(seed: u64, purpose: &str, position: &[u64]) -> u64 {
     let mut key = Vec::with_capacity(16 + purpose.len() + 8 * position.len());
@@ -36,6 +38,7 @@ pub struct EpochKey {
     pub seed: u64,
     pub day: i64,
     pub epoch: usize,
+    pub order: SessionOrder,
 }
 
 /// One stream of an epoch.
@@ -45,8 +48,8 @@ pub struct SessionStream {
     pub index: usize,
     /// Its rows: row groups and spans of rows in them.
     pub spans: Vec<(usize, Range<usize>)>,
-    /// Seed of the order of its sessions.
-    seed: u64,
+    /// Seed of the order of its sessions; `None` for that of `spans`.
+    seed: Option<u64>,
 }
 
 impl SessionStream {
@@ -56,9 +59,10 @@ impl SessionStream {
     /// Stratified sampling: the sessions are sorted by length and cut into `micro_batch` strata,
     /// and each micro-batch draws one session of every stratum without replacement.
     pub fn order(&self, lengths: &[usize], micro_batch: usize) -> Vec<usize> {
-        let mut generator = ChaCha8Rng::seed_from_u64(self.seed);
         let n = lengths.len();
         let mut sessions: Vec<usize> = (0..n).collect();
+        let Some(seed) = self.seed else { return sessions };
+        let mut generator = ChaCha8Rng::seed_from_u64(seed);
         sessions.shuffle(&mut generator);
         sessions.sort_by_key(|&session| lengths[session]);
         // Strata differ by one session at most. The last, shorter micro-batch gets the extra
@@ -97,6 +101,20 @@ impl StepShape {
         index * n_sessions / self.n_streams..(index + 1) * n_sessions / self.n_streams
     }
 
+    /// Rows of stream `index` in each step, if the steps take the rows one after the other. A
+    /// stream has as many as in [`StepShape::stream_rows`].
+    fn rows_in_order(self, n_sessions: usize, index: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut first = 0;
+        (0..self.steps(n_sessions)).map(move |step| {
+            let n_rows = |stream| {
+                self.micro_batch_rows(self.stream_rows(n_sessions, stream).len(), step).len()
+            };
+            let start = first + (0..index).map(n_rows).sum::<usize>();
+            first += self.sessions_in_step(n_sessions, step);
+            start..start + n_rows(index)
+        })
+    }
+
     /// Number of sessions in the global batch of step `step` of an epoch.
     pub fn sessions_in_step(&self, n_sessions: usize, step: usize) -> usize {
         (0..self.n_streams)
@@ -123,14 +141,21 @@ pub fn streams_of_rank(
 ) -> Vec<SessionStream> {
     let position = [key.day as u64, key.epoch as u64];
     let mut groups: Vec<usize> = (0..group_rows.len()).collect();
-    groups.shuffle(&mut ChaCha8Rng::seed_from_u64(derive_seed(key.seed, "row groups", &position)));
     let n_sessions: usize = group_rows.iter().sum();
-    (rank..shape.n_streams)
-        .step_by(world_size)
+    let of_rank = (rank..shape.n_streams).step_by(world_size);
+    if key.order == SessionOrder::File {
+        let in_step = |rows| spans_in_order(group_rows, &groups, rows);
+        let spans = |index| shape.rows_in_order(n_sessions, index).flat_map(in_step).collect();
+        return of_rank
+            .map(|index| SessionStream { index, spans: spans(index), seed: None })
+            .collect();
+    }
+    groups.shuffle(&mut ChaCha8Rng::seed_from_u64(derive_seed(key.seed, "row groups", &position)));
+    of_rank
         .map(|index| {
             let spans = spans_in_order(group_rows, &groups, shape.stream_rows(n_sessions, index));
             let seed = derive_seed(key.seed, "lane", &[position[0], position[1], index as u64]);
-            SessionStream { index, spans, seed }
+            SessionStream { index, spans, seed: Some(seed) }
         })
         .collect()
 }
@@ -164,8 +189,17 @@ mod tests {
         shape: StepShape,
         world_size: usize,
     ) -> Vec<Vec<(usize, usize)>> {
+        epoch_in(SessionOrder::Shuffled, group_rows, shape, world_size)
+    }
+
+    fn epoch_in(
+        order: SessionOrder,
+        group_rows: &[usize],
+        shape: StepShape,
+        world_size: usize,
+    ) -> Vec<Vec<(usize, usize)>> {
         let n: usize = group_rows.iter().sum();
-        let key = EpochKey { seed: 7, day: 3, epoch: 1 };
+        let key = EpochKey { seed: 7, day: 3, epoch: 1, order };
         let mut streams: Vec<SessionStream> = (0..world_size)
             .flat_map(|rank| streams_of_rank(group_rows, shape, key, rank, world_size))
             .collect();
@@ -230,10 +264,26 @@ mod tests {
     }
 
     #[test]
+    fn steps_follow_the_file_in_its_order() {
+        for (groups, n_streams) in [(vec![3, 0, 50, 20], 4), (vec![5], 8), (vec![7, 94], 7)] {
+            let shape = StepShape { n_streams, micro_batch: 4 };
+            let in_file: Vec<_> =
+                (0..groups.len()).flat_map(|g| (0..groups[g]).map(move |r| (g, r))).collect();
+            for world_size in [1, 3] {
+                let steps = epoch_in(SessionOrder::File, &groups, shape, world_size);
+                assert_eq!(steps.concat(), in_file);
+                let sizes: Vec<_> = steps.iter().map(Vec::len).collect();
+                let expected = (0..steps.len()).map(|i| shape.sessions_in_step(in_file.len(), i));
+                assert_eq!(sizes, expected.collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
     fn each_epoch_and_day_has_its_own_order() {
         let shape = StepShape { n_streams: 2, micro_batch: 4 };
         let order = |day, epoch| {
-            let key = EpochKey { seed: 7, day, epoch };
+            let key = EpochKey { seed: 7, day, epoch, order: SessionOrder::Shuffled };
             streams_of_rank(&[40], shape, key, 0, 1)[0].order(&[2; 20], shape.micro_batch)
         };
         assert_ne!(order(1, 0), order(1, 1));
@@ -255,7 +305,8 @@ mod tests {
     fn a_rank_reads_only_the_row_groups_of_its_streams() {
         let shape = StepShape { n_streams: 8, micro_batch: 4 };
         let groups = vec![100; 64];
-        let streams = streams_of_rank(&groups, shape, EpochKey { seed: 7, day: 1, epoch: 0 }, 1, 4);
+        let key = EpochKey { seed: 7, day: 1, epoch: 0, order: SessionOrder::Shuffled };
+        let streams = streams_of_rank(&groups, shape, key, 1, 4);
         let touched: usize = streams.iter().map(|stream| stream.spans.len()).sum();
         assert!(touched <= 64 / 4 + 2 * streams.len(), "{touched} of 64 row groups");
     }

@@ -5,15 +5,13 @@
 //! for a random part of the items of a training step 0, so that attributes learn to stand alone.
 //! `E` begins at zero: an item that training has not seen has the vector of its attributes.
 //!
-//! The rows `C_f` have no gradient of their own. `e` is linear in them, so that the gradient of
-//! `C_f[c]` is the sum of the gradients of `e` over the items with code `c`. It is formed once a
-//! step from the gradient of the item table, after that was summed over the ranks.
+//! `e` is linear in the rows `C_f`, so that the gradient of `C_f[c]` is the sum of the gradients by
+//! `e` over the items with code `c`.
 
 use bireme_kernels::fixed_point::{from_fixed_point, to_fixed_point};
 use tch::{Device, Kind, Tensor};
 
 use super::attributes::{Attributes, Cells, attribute_columns};
-use super::network::{ITEM_BIAS, ITEM_TABLE};
 use super::parameters::{Gradients, ParameterBuilder};
 use super::rows::add_rows_deterministically;
 use super::{ItemTable, Parameters};
@@ -56,7 +54,7 @@ pub(super) fn declare_tables(
 }
 
 /// Attributes of the items, and the parameters with their vectors.
-pub struct Content {
+pub(super) struct Content {
     /// Number of the first attribute's table.
     first_table: usize,
     attributes: Attributes,
@@ -163,7 +161,7 @@ impl Content {
 
     /// Vectors and biases of `items: [N]` in the step with this seed, if any: those of their ids,
     /// `of_ids: [N, D + 1]`, and those of their attributes. `[N, D + 1]`.
-    pub fn compose(
+    pub fn add_to(
         &self,
         parameters: &Parameters,
         items: &Tensor,
@@ -183,7 +181,7 @@ impl Content {
 
     /// 1 for items that keep their id's vector in a step, 0 for the others: f32 `[N]`. `None` if
     /// all keep it.
-    fn keeps_id(&self, items: &Tensor, seed: u64) -> Option<Tensor> {
+    pub fn keeps_id(&self, items: &Tensor, seed: u64) -> Option<Tensor> {
         (self.id_dropout > 0.0).then(|| {
             // SplitMix64 (Steele et al. 2014) of item and seed: any rank finds the same for an
             // item, whichever items it asks for.
@@ -198,94 +196,35 @@ impl Content {
         })
     }
 
-    /// *All ranks*, if the item table is sharded. Forms the gradients of the attributes' vectors
-    /// from those of the item vectors, which are complete, and removes those of ids that the step
-    /// with this seed left out.
+    /// *All ranks*, if the item table is sharded. Adds the gradients `[N, D + 1]` by the vectors
+    /// and biases of `items: [N]`, which this rank holds, to those of their attributes' vectors.
     ///
     /// # Errors
     /// A collective call fails.
-    pub fn finish_gradients(
+    pub fn add_gradients(
         &self,
-        gradients: &mut Gradients,
+        gradients: &Gradients,
         item_table: &ItemTable<'_>,
-        step_seed: u64,
+        items: &Tensor,
+        of_items: &Tensor,
     ) -> Result<(), CollectiveError> {
-        let _no_grad = tch::no_grad_guard();
-        let (mut of_vectors, mut of_bias) = (gradients.of(ITEM_TABLE), gradients.of(ITEM_BIAS));
-        let norms = of_vectors.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
-        // A NaN is not zero, so that it is passed on.
-        let rows = (norms + of_bias.abs()).nonzero().squeeze_dim(1);
-        let vectors = of_vectors.index_select(0, &rows);
-        let bias = of_bias.index_select(0, &rows);
-        let of_items = Tensor::cat(&[&vectors, &bias.unsqueeze(1)], 1);
-        let items = &rows + item_table.rows.start;
         for (codes, table) in self.codes.iter().zip(self.first_table..) {
-            let codes = codes.index_select(0, &items);
+            let codes = codes.index_select(0, items);
             let mut of_table = gradients.of(table);
             match item_table.ranks() {
-                None => add_rows_deterministically(&mut of_table, &codes, &of_items),
+                None => add_rows_deterministically(&mut of_table, &codes, of_items),
                 Some(ranks) => {
                     // In fixed point, so that the sum does not depend on the number of shards.
                     let mut sums = of_table.zeros_like().to_kind(Kind::Int64);
-                    let terms = to_fixed_point(&of_items);
+                    let terms = to_fixed_point(of_items);
                     let index = codes.unsqueeze(1).expand_as(&terms);
                     let _ = sums.scatter_add_(0, &index, &terms);
                     ranks.all_reduce(&mut sums, Reduce::Sum)?;
-                    of_table.copy_(&from_fixed_point(&sums));
+                    of_table += from_fixed_point(&sums);
                 }
             }
         }
-        if let Some(keeps_id) = self.keeps_id(&items, step_seed) {
-            let _ = of_vectors.index_copy_(0, &rows, &(vectors * keeps_id.unsqueeze(1)));
-            let _ = of_bias.index_copy_(0, &rows, &(bias * keeps_id));
-        }
         Ok(())
-    }
-}
-
-/// The vectors of items, in a step of training or outside.
-#[derive(Clone, Copy)]
-pub struct ItemVectors<'n> {
-    pub parameters: &'n Parameters,
-    pub content: Option<&'n Content>,
-    /// Item of the first local row.
-    pub first_item: i64,
-    /// Seed of the step, outside training `None`.
-    pub step_seed: Option<u64>,
-}
-
-impl ItemVectors<'_> {
-    /// Vectors of local rows `[N]`, as the input reads them: `[N, D]`.
-    pub fn vectors(&self, rows: &Tensor) -> Tensor {
-        let of_ids = self.parameters.leaf(ITEM_TABLE).detach().index_select(0, rows);
-        match self.content {
-            None => of_ids,
-            Some(_) => {
-                let width = of_ids.size()[1];
-                self.with_content(rows, &of_ids.constant_pad_nd([0, 1])).narrow(1, 0, width)
-            }
-        }
-    }
-
-    /// Adds content to the vectors and biases of the ids of local rows `[N]`: `[N, D + 1]`.
-    pub fn with_content(&self, rows: &Tensor, of_ids: &Tensor) -> Tensor {
-        let Self { parameters, content, first_item, step_seed } = *self;
-        match content {
-            None => of_ids.shallow_clone(),
-            Some(content) => content.compose(parameters, &(rows + first_item), of_ids, step_seed),
-        }
-    }
-
-    /// Adds content to the vectors `[n, D]` and biases `[n]` of the ids of consecutive local rows
-    /// from `first` on.
-    pub fn of_range(&self, first: i64, vectors: Tensor, bias: Tensor) -> (Tensor, Tensor) {
-        if self.content.is_none() {
-            return (vectors, bias);
-        }
-        let (n, width) = vectors.size2().expect("item vectors are [n, D]");
-        let rows = Tensor::arange_start(first, first + n, (Kind::Int64, vectors.device()));
-        let whole = self.with_content(&rows, &Tensor::cat(&[vectors, bias.unsqueeze(1)], 1));
-        (whole.narrow(1, 0, width).contiguous(), whole.select(1, width).contiguous())
     }
 }
 

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 use super::Objective;
 use super::body::{Body, Layout};
 use super::input::{Input, Lookup};
+use super::item_vectors::normalise;
 use super::objective::Plan;
 use super::parameters::{Linear, ParameterBuilder};
 use super::{Gru, Neural, Parameters, Xlnet};
@@ -26,6 +27,8 @@ pub(super) struct Encoder {
     /// Whether these pass a ReLU.
     relu: bool,
     temperature: f64,
+    /// Parameter with the logarithm of the inverse temperature of a cosine head.
+    log_scale: Option<usize>,
     /// Length that sessions are padded to where the padding is attended to.
     pub padded_length: Option<usize>,
 }
@@ -110,6 +113,9 @@ impl Encoder {
             two_streams: objective.two_streams(),
             width,
             to_item: builder.linear("head.projection", width, input.item_width),
+            log_scale: head
+                .cosine
+                .then(|| builder.constant("head.log_scale", &[1], -head.temperature.ln())),
             relu: head.relu,
             temperature: head.temperature,
             padded_length: attends_to_padding.then_some(max_length),
@@ -181,6 +187,10 @@ impl Encoder {
     pub fn vectors(&self, parameters: &Parameters, states: &Tensor) -> Tensor {
         let vectors = self.to_item.apply(parameters, states);
         let vectors = if self.relu { vectors.relu() } else { vectors };
-        if self.temperature == 1.0 { vectors } else { vectors / self.temperature }
+        match self.log_scale {
+            Some(log_scale) => normalise(&vectors) * parameters.leaf(log_scale).exp(),
+            None if self.temperature == 1.0 => vectors,
+            None => vectors / self.temperature,
+        }
     }
 }

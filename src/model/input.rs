@@ -6,8 +6,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
-use super::content::ItemVectors;
 use super::item_table::RowRequest;
+use super::item_vectors::ItemVectors;
 use super::parameters::{LayerNorm, Linear, ParameterBuilder};
 use super::rows::take_rows;
 use super::{ITEM_TABLE, ItemTable, Parameters};

@@ -18,6 +18,7 @@ pub mod head;
 pub mod import;
 pub mod input;
 mod item_table;
+mod item_vectors;
 mod loglinear;
 mod neighbours;
 mod network;

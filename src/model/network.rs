@@ -9,11 +9,12 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::Objective;
-use super::content::{self, Content, ItemVectors};
+use super::content::{self, Content};
 use super::encoder::{Encoder, EncoderInput};
 use super::evidence::CandidateScorer;
-use super::head::{CrossEntropy, Negatives, ScoringTable, Workspace, cross_entropy};
+use super::head::{CrossEntropy, Negatives, ScoringTable, Targets, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
+use super::item_vectors::{Composition, ItemVectors};
 use super::objective::{AttentionMask, Plan};
 use super::parameters::{Gradients, Linear, ParameterBuilder};
 use super::rows::{add_rows, add_rows_deterministically};
@@ -59,8 +60,8 @@ pub struct Network<'a> {
     detector: Option<Linear>,
     /// Scores of candidates from counts.
     evidence: Option<Evidence>,
-    /// Attributes of the items; absent once they are part of the item table.
-    content: Option<Content>,
+    /// How item vectors follow from the parameters.
+    composition: Composition,
     /// The table that items are scored against.
     scored_table: usize,
     /// Number of tables and of vectors as long as a table, which come first among the parameters.
@@ -126,13 +127,10 @@ struct EncodedPart {
 }
 
 /// The targets of a batch.
-struct Targets {
-    /// i64 `[N]`.
-    items: Tensor,
+struct StepTargets {
+    targets: Targets,
     /// Targets of each rank.
     counts: Vec<i64>,
-    /// Numbers in 0..1 by which an item is drawn for each target, `[N]`, if items are drawn.
-    uniform: Option<Tensor>,
     step_seed: u64,
 }
 
@@ -229,6 +227,19 @@ fn predicted_events(parts: &[(Plan, Batch)], device: Device) -> Tensor {
     send(&Tensor::from_slice(&predicted), device)
 }
 
+/// Number of the micro-batch of each target.
+fn micro_batches(parts: &[(Plan, Batch)]) -> Vec<i64> {
+    let mut of_targets = Vec::new();
+    let mut number = 0;
+    for (plan, part) in parts {
+        for n_targets in part.by_segment(&plan.outputs_per_session) {
+            of_targets.extend(std::iter::repeat_n(number, n_targets as usize));
+            number += 1;
+        }
+    }
+    of_targets
+}
+
 /// `batch` with the items of the events `places: [N]` replaced by `items: [N]`.
 fn replace_items(batch: &Batch, places: &Tensor, items: &Tensor) -> Batch {
     let mut replaced =
@@ -293,7 +304,11 @@ impl<'a> Network<'a> {
             objective: config.objective().clone(),
             detector,
             evidence,
-            content: content.transpose()?,
+            composition: Composition {
+                content: content.transpose()?,
+                is_normalised: config.head().cosine,
+                is_learnt: None,
+            },
             scored_table,
             n_tables,
             item_table,
@@ -339,7 +354,7 @@ impl<'a> Network<'a> {
         let mut weights = self.parameters.named(&self.parameters.values());
         let counts = self.evidence.iter().flat_map(|evidence| evidence.index.tensors());
         weights.extend(counts.map(|(name, tensor)| (COUNTS.to_owned() + &name, tensor)));
-        let content = self.content.iter().flat_map(Content::tensors);
+        let content = self.composition.content.iter().flat_map(Content::tensors);
         weights.extend(content.map(|(name, tensor)| (COUNTED_CONTENT.to_owned() + &name, tensor)));
         weights
     }
@@ -380,7 +395,7 @@ impl<'a> Network<'a> {
             Some(evidence) => evidence.index.load(&without_prefix(&counts, COUNTS))?,
             None => unexpected(&counts)?,
         }
-        match &mut self.content {
+        match &mut self.composition.content {
             Some(of_items) => {
                 let tensors = without_prefix(&content, COUNTED_CONTENT);
                 of_items.load(&tensors, self.item_table.n_items)
@@ -406,7 +421,8 @@ impl<'a> Network<'a> {
         {
             evidence.index.add_day(day, file)?;
         }
-        self.content.as_mut().map_or(Ok(()), |content| content.add_day(file, catalogue))
+        let content = self.composition.content.as_mut();
+        content.map_or(Ok(()), |content| content.add_day(file, catalogue))
     }
 
     /// Counts the sessions of a day that was trained on.
@@ -428,17 +444,15 @@ impl<'a> Network<'a> {
     /// # Errors
     /// A collective call fails.
     pub fn finish_gradients(&mut self, step_seed: u64) -> Result<(), CollectiveError> {
-        let Self { content, gradients, item_table, .. } = self;
-        content
-            .as_ref()
-            .map_or(Ok(()), |content| content.finish_gradients(gradients, item_table, step_seed))
+        let Self { parameters, composition, gradients, item_table, .. } = self;
+        composition.finish_gradients(parameters, gradients, item_table, step_seed)
     }
 
     /// The item vectors of the step with this seed, or outside training.
     fn items(&self, step_seed: Option<u64>) -> ItemVectors<'_> {
         ItemVectors {
             parameters: &self.parameters,
-            content: self.content.as_ref(),
+            composition: &self.composition,
             first_item: self.item_table.rows.start,
             step_seed,
         }
@@ -510,17 +524,16 @@ impl<'a> Network<'a> {
             return self.backward_without_targets(hooks);
         }
         let mut dropout = DropoutGenerator::new(batch, self.max_length);
-        let uniform = self.detector.map(|_| self.uniform(&parts));
         let columns = self.encoder.input.columns(batch, true);
         let items = self.items(Some(batch.step_seed));
         let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
         let predicted = predicted_events(&parts, self.device());
         let targets = Targets {
             items: batch.items().index_select(0, &predicted),
-            counts,
-            uniform,
-            step_seed: batch.step_seed,
+            micro_batches: send(&Tensor::from_slice(&micro_batches(&parts)), self.device()),
+            uniform: self.detector.map(|_| self.uniform(&parts)),
         };
+        let targets = StepTargets { targets, counts, step_seed: batch.step_seed };
         let encoded = self.encode_parts(parts, EncoderInput::whole(columns, &lookups), &dropout);
         timer.end("forward");
 
@@ -622,14 +635,15 @@ impl<'a> Network<'a> {
     fn score(
         &mut self,
         encoded: &Encoded,
-        targets: &Targets,
+        targets: &StepTargets,
         negatives: &Negatives,
         hooks: &mut dyn GradientHooks,
     ) -> Result<CrossEntropy, CollectiveError> {
-        let Self { parameters, gradients, item_table, workspace, scored_table, content, .. } = self;
-        let content = content.as_ref();
+        let Self {
+            parameters, gradients, item_table, workspace, scored_table, composition, ..
+        } = self;
         let (first_item, step_seed) = (item_table.rows.start, Some(targets.step_seed));
-        let items = ItemVectors { parameters, content, first_item, step_seed };
+        let items = ItemVectors { parameters, composition, first_item, step_seed };
         tch::no_grad(|| {
             let mut weights = parameters.leaf(*scored_table).detach();
             let mut bias = parameters.leaf(ITEM_BIAS).detach();
@@ -639,7 +653,7 @@ impl<'a> Network<'a> {
                     (weights, bias) = items.of_range(0, weights, bias);
                     None
                 }
-                Negatives::Sampled { .. } => content.map(|_| items),
+                Negatives::Sampled { .. } => (!items.are_rows()).then_some(items),
             };
             let mut scored = ScoringTable {
                 weights,
@@ -651,8 +665,7 @@ impl<'a> Network<'a> {
                 counts: &targets.counts,
                 group_added: &mut || hooks.shard_updated(gradients),
             };
-            let Targets { items, uniform, .. } = targets;
-            cross_entropy(encoded, items, &mut scored, negatives, uniform.as_ref(), workspace)
+            cross_entropy(encoded, &targets.targets, &mut scored, negatives, workspace)
         })
     }
 
@@ -808,7 +821,7 @@ impl<'a> Network<'a> {
         let (vectors, bias) = self.items(None).of_range(0, leaf(ITEM_TABLE), leaf(ITEM_BIAS));
         self.parameters.replace(ITEM_TABLE, &vectors);
         self.parameters.replace(ITEM_BIAS, &bias);
-        self.content = None;
+        self.composition = Composition::default();
         for index in 0..self.parameters.views().len() {
             let is_table = index < self.n_tables && index != ITEM_BIAS;
             self.parameters.freeze(index, if is_table { kind } else { Kind::Float });

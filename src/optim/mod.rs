@@ -36,8 +36,8 @@ impl Optimizer {
         let (adamw_start, lazy, table_adagrad) = match table_optimizer {
             TableOptimizer::Adamw => (0, &[][..], None),
             TableOptimizer::LazyAdamw => (0, tables, None),
-            TableOptimizer::Adagrad { learning_rate } => {
-                let adagrad = Adagrad::new(values, tables);
+            TableOptimizer::Adagrad { learning_rate, momentum } => {
+                let adagrad = Adagrad::new(values, tables, momentum);
                 (adagrad.sum.size()[0], &[][..], Some(TableAdagrad { adagrad, learning_rate }))
             }
         };
@@ -78,12 +78,16 @@ impl Optimizer {
     pub fn state(&self) -> Vec<(&'static str, i64, &Tensor)> {
         let mut state =
             vec![("m", self.adamw_start, &self.adamw.m), ("v", self.adamw_start, &self.adamw.v)];
-        state.extend(self.tables.as_ref().map(|tables| ("sum", 0, &tables.adagrad.sum)));
+        if let Some(TableAdagrad { adagrad, .. }) = &self.tables {
+            state.push(("sum", 0, &adagrad.sum));
+            state.extend(adagrad.last_step.as_ref().map(|last_step| ("last_step", 0, last_step)));
+        }
         state
     }
 }
 
 /// Adagrad for tables (Duchi et al. 2011), as in PyTorch: `s ← s + g²`, `p ← p − lr g / (√s + ε)`.
+/// With momentum a row's step is `d ← momentum d − lr g / (√s + ε)`, as in GRU4Rec.
 ///
 /// Rows without a gradient do not change. So a step reads all gradients once and otherwise costs as
 /// much as the rows with a gradient.
@@ -91,13 +95,18 @@ pub struct Adagrad {
     tables: Vec<View>,
     /// Sums of squared gradients, `[n]`.
     sum: Tensor,
+    momentum: f64,
+    /// Last step of each row, `[n]`; `None` without momentum.
+    last_step: Option<Tensor>,
 }
 
 impl Adagrad {
     /// Zero sums for `tables`, which are contiguous from the start of `values: [n]`.
-    pub fn new(values: &Tensor, tables: &[View]) -> Self {
+    pub fn new(values: &Tensor, tables: &[View], momentum: f64) -> Self {
         let n = tables.last().map_or(0, View::end);
-        Self { tables: tables.to_vec(), sum: values.narrow(0, 0, n).zeros_like() }
+        let zeros = || values.narrow(0, 0, n).zeros_like();
+        let last_step = (momentum > 0.0).then(zeros);
+        Self { tables: tables.to_vec(), sum: zeros(), momentum, last_step }
     }
 
     /// Updates the tables in `values: [n]` by one step with `gradients: [n]` times `scale: []` and
@@ -116,7 +125,12 @@ impl Adagrad {
                 let rows = rows_with_gradient(&gradients);
                 let gradient = gradients.index_select(0, &rows) * scale;
                 let squares = sum.index_select(0, &rows) + &gradient * &gradient;
-                let change = gradient * -learning_rate / (squares.sqrt() + 1e-10);
+                let mut change = gradient * -learning_rate / (squares.sqrt() + 1e-10);
+                if let Some(last_step) = &self.last_step {
+                    let mut last_step = matrix(table, last_step);
+                    change += last_step.index_select(0, &rows) * self.momentum;
+                    let _ = last_step.index_copy_(0, &rows, &change);
+                }
                 let _ = values.index_copy_(0, &rows, &(values.index_select(0, &rows) + change));
                 let _ = sum.index_copy_(0, &rows, &squares);
                 let _ = gradients.index_fill_(0, &rows, 0.0);
@@ -325,7 +339,7 @@ mod tests {
     #[test]
     fn adagrad_steps_shrink_and_rows_without_gradient_keep_their_values() {
         let (parameters, values) = parameters();
-        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
+        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2], 0.0);
         for _ in 0..2 {
             let gradients = flat(&parameters, &[0.0, 0.0, 1.0, 0.0, 2.0, 0.0, 7.0, 7.0]);
             adagrad.step(&values, &gradients, &Tensor::from(0.5f32), 0.1);
@@ -343,9 +357,26 @@ mod tests {
     }
 
     #[test]
+    fn momentum_repeats_a_part_of_the_last_step_of_a_row() {
+        let (parameters, values) = parameters();
+        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2], 0.5);
+        // The second row has a gradient in the first and the last step only.
+        for of_second in [1.0, 0.0, 1.0] {
+            let gradients = flat(&parameters, &[1.0, 0.0, of_second, 0.0, 0.0, 0.0, 0.0, 0.0]);
+            adagrad.step(&values, &gradients, &Tensor::from(1f32), 0.1);
+        }
+        let (first, second, third) = (0.1, 0.1 * 0.5f32.sqrt(), 0.1 / 3f32.sqrt());
+        let of_first = [first, 0.5 * first + second, 0.25 * first + 0.5 * second + third];
+        let of_second = [first, 0.5 * first + second];
+        let values = numbers(&parameters, &values);
+        assert!((values[0] - (1.0 - of_first.iter().sum::<f32>())).abs() < 1e-6, "{values:?}");
+        assert!((values[2] - (1.0 - of_second.iter().sum::<f32>())).abs() < 1e-6, "{values:?}");
+    }
+
+    #[test]
     fn tables_use_adagrad_and_other_parameters_use_adamw() {
         let (parameters, values) = parameters();
-        let adagrad = TableOptimizer::Adagrad { learning_rate: 0.5 };
+        let adagrad = TableOptimizer::Adagrad { learning_rate: 0.5, momentum: 0.0 };
         let mut optimizer = Optimizer::new(
             &values,
             &parameters.views()[..2],
@@ -387,7 +418,7 @@ mod tests {
     #[test]
     fn a_nan_gradient_reaches_the_table() {
         let (parameters, values) = parameters();
-        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2]);
+        let mut adagrad = Adagrad::new(&values, &parameters.views()[..2], 0.0);
         let gradients = flat(&parameters, &[f32::NAN, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
         adagrad.step(&values, &gradients, &Tensor::from(1f32), 0.5);
         assert!(values.double_value(&[0]).is_nan() && values.double_value(&[2]) == 1.0);

@@ -238,6 +238,7 @@ fn day_plan(config: &Config, day: &TrainingDay) -> DayPlan {
         n_epochs: config.train.epochs_per_day,
         shape: step_shape(&config.train),
         seed: config.run.seed,
+        order: config.train.order,
         max_steps: config.train.max_steps_per_day,
         // Gradients are summed in fixed point per micro-batch, so each needs its own backward pass.
         one_batch_each: config.run.reduction == Reduction::Reproducible,

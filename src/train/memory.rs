@@ -197,12 +197,15 @@ impl MemoryNeed {
         is_writer: bool,
     ) -> Result<Self, String> {
         let sizes = ParameterSizes::new(&neural, features, config.data.max_length, item_table)?;
-        let is_adagrad = matches!(config.train.tables, TableOptimizer::Adagrad { .. });
+        let states_of_tables = match config.train.tables {
+            TableOptimizer::Adagrad { momentum: 0.0, .. } => 1,
+            _ => 2,
+        };
         let (mut values, mut states) = (0, 0);
         let mut by_key: BTreeMap<String, ParameterGroup> = BTreeMap::new();
         for (index, (name, size)) in sizes.named.iter().enumerate() {
             let n: u128 = size.iter().map(|&n| n as u128).product();
-            let n_states = if is_adagrad && index < sizes.n_tables { 1 } else { 2 };
+            let n_states = if index < sizes.n_tables { states_of_tables } else { 2 };
             values += n;
             states += n * n_states;
             let group = by_key.entry(key_of(name, size, config, neural, features)).or_default();

@@ -10,7 +10,9 @@ use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{Config, ContentConfig};
 use bireme::data::{Batch, Days, Segment};
 use bireme::model::head::{Logits, NegativeSampler, Negatives};
-use bireme::model::{GruConfig, InputConfig, LossConfig, Network, Neural, NoHooks, Recommender};
+use bireme::model::{
+    GruConfig, HeadConfig, InputConfig, LossConfig, Network, Neural, NoHooks, Recommender,
+};
 use parquet::data_type::{DoubleType, Int32Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
@@ -66,12 +68,13 @@ fn batch(shop: &OneDay) -> Batch {
     Batch::new(&rows, shop.features())
 }
 
-fn with_content(shop: &OneDay, id_dropout: f64) -> Network<'static> {
+fn with_content(shop: &OneDay, id_dropout: f64, cosine: bool) -> Network<'static> {
     let content = ContentConfig { id_dropout, n_buckets: 3, ..ContentConfig::default() };
     let config = GruConfig {
         hidden_width: 12,
         dropout: 0.0,
         input: InputConfig { item_width: 8, content: Some(content), ..InputConfig::default() },
+        head: HeadConfig { cosine, temperature: 0.3, ..HeadConfig::default() },
         ..GruConfig::default()
     };
     let neural = Neural::Gru(&config);
@@ -90,14 +93,17 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
         power: 0.5,
         uniform_share: 0.0,
         label_smoothing: 0.0,
+        in_batch: true,
     };
     let sampler = NegativeSampler::new(loss, &[3; N_ITEMS as usize], logits, Device::Cpu);
-    for (id_dropout, negatives) in [
-        (0.0, Negatives::Full { label_smoothing: 0.1, logits }),
-        (0.4, Negatives::Full { label_smoothing: 0.0, logits }),
-        (0.4, sampler.of_step(7)),
+    for (id_dropout, cosine, negatives) in [
+        (0.0, false, Negatives::Full { label_smoothing: 0.1, logits }),
+        (0.4, false, Negatives::Full { label_smoothing: 0.0, logits }),
+        (0.4, false, sampler.of_step(7)),
+        (0.0, true, Negatives::Full { label_smoothing: 0.1, logits }),
+        (0.4, true, sampler.of_step(7)),
     ] {
-        let mut network = with_content(&shop, id_dropout);
+        let mut network = with_content(&shop, id_dropout, cosine);
         let noise = tch::no_grad(|| {
             tch::manual_seed(5);
             network.parameters().values().randn_like() * 0.2
@@ -113,9 +119,11 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
         loss(&mut network, &start);
         let gradient = network.gradients().all().copy();
         let named = network.parameters().named(&gradient);
-        let of_tables = |name: &str| name.starts_with("content.") || name.starts_with("item_table");
-        let named: Vec<_> = named.iter().filter(|(name, _)| of_tables(name)).collect();
-        assert_eq!(named.len(), 4);
+        let is_checked = |name: &str| {
+            ["content.", "item_table", "head.log_scale"].iter().any(|of| name.starts_with(of))
+        };
+        let named: Vec<_> = named.iter().filter(|(name, _)| is_checked(name)).collect();
+        assert_eq!(named.len(), 4 + usize::from(cosine));
         for (name, of_name) in named {
             let norm = of_name.norm().double_value(&[]);
             let mask = gradient.zeros_like();
@@ -144,8 +152,14 @@ fn named_rows(network: &Network, name: &str) -> Tensor {
 
 #[test]
 fn served_scores_are_those_of_the_composed_vectors() {
+    for cosine in [false, true] {
+        assert_served_as_composed(cosine);
+    }
+}
+
+fn assert_served_as_composed(cosine: bool) {
     let shop = one_day();
-    let mut network = with_content(&shop, 0.2);
+    let mut network = with_content(&shop, 0.2, cosine);
     tch::no_grad(|| {
         let values = network.parameters().values();
         values.shallow_clone().copy_(&(&values + values.randn_like() * 0.1));
@@ -154,7 +168,7 @@ fn served_scores_are_those_of_the_composed_vectors() {
     let scores = |network: &Network| network.scores(&network.encode(&batch).unwrap(), 0..N_ITEMS);
     let expected = scores(&network);
     // A checkpoint restores the attributes with the weights.
-    let mut restored = with_content(&shop, 0.2);
+    let mut restored = with_content(&shop, 0.2, cosine);
     restored.load_weights(&network.weights()).unwrap();
     assert!(distance(&scores(&restored), &expected) < 1e-6);
     network.serve_with_tables_in(Kind::Float);

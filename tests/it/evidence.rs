@@ -8,7 +8,8 @@ use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{CandidatesConfig, EvaluateConfig, EvidenceConfig, Reminders};
 use bireme::data::{Batch, DataConfig, Days, Features, Sessions};
 use bireme::model::head::{
-    CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Workspace, cross_entropy,
+    CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Targets, Workspace,
+    cross_entropy,
 };
 use bireme::model::{
     CandidateIndex, Candidates, Encoded, GruConfig, HeadConfig, ItemTable, LossConfig, Network,
@@ -130,6 +131,9 @@ fn scored(n: i64) -> (Tensor, Tensor, Tensor, Tensor, SparseScores) {
     (randn(&[n, 6]), randn(&[N_ITEMS, 6]), randn(&[N_ITEMS]), Tensor::from_slice(&targets), sparse)
 }
 
+/// Of the targets of [`scored`].
+const MICRO_BATCHES: [i64; 8] = [0, 0, 0, 1, 1, 1, 1, 1];
+
 /// Loss and gradients of states, table, bias and sparse scores by [`cross_entropy`].
 fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
     let (states, weights, bias, targets, sparse) = scored(8);
@@ -147,7 +151,9 @@ fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
     };
     let workspace = &mut Workspace::default();
     let encoded = Encoded { vectors: states, sparse: Some(sparse) };
-    let result = cross_entropy(&encoded, &targets, &mut table, negatives, None, workspace);
+    let micro_batches = Tensor::from_slice(&MICRO_BATCHES);
+    let targets = Targets { items: targets, micro_batches, uniform: None };
+    let result = cross_entropy(&encoded, &targets, &mut table, negatives, workspace);
     let CrossEntropy { loss, state_gradient, sparse_gradient, .. } = result.unwrap();
     let sparse_gradient = sparse_gradient.unwrap();
     (loss.double_value(&[]), [state_gradient, weight_gradient, bias_gradient, sparse_gradient])
@@ -192,6 +198,7 @@ type LossOfTarget = fn(&Tensor, &[(Tensor, f64)], &[Tensor]) -> Tensor;
 fn assert_negatives_are_sampled_and_sparse(
     loss: LossConfig,
     uniform: f64,
+    in_batch: bool,
     of_target: LossOfTarget,
 ) {
     let logits = Logits { kind: Kind::Float, most: 1 << 20 };
@@ -211,9 +218,16 @@ fn assert_negatives_are_sampled_and_sparse(
         let targets = Vec::<i64>::try_from(targets).unwrap();
         let losses = targets.iter().zip(&sparse).enumerate().map(|(row, (&target, sparse))| {
             let logits = logits.get(row as i64);
-            let others = sampled.iter().filter(|item| **item != target && !sparse.contains(item));
-            let others: Vec<_> =
-                others.map(|&item| (logits.get(item), expected_count(item))).collect();
+            let near = MICRO_BATCHES.iter().map(|of| in_batch && *of == MICRO_BATCHES[row]);
+            let near: Vec<i64> =
+                targets.iter().zip(near).filter_map(|(&item, is)| is.then_some(item)).collect();
+            let expected = |item: i64| {
+                let share = item as f64 / occurrences.iter().sum::<i64>() as f64;
+                expected_count(item) + near.len() as f64 * share
+            };
+            let others = sampled.iter().chain(&near);
+            let others = others.filter(|item| **item != target && !sparse.contains(item));
+            let others: Vec<_> = others.map(|&item| (logits.get(item), expected(item))).collect();
             let sparse = sparse.iter().filter(|item| **item > 0 && **item != target);
             let sparse: Vec<_> = sparse.map(|&item| logits.get(item)).collect();
             of_target(&logits.get(target), &others, &sparse)
@@ -239,31 +253,42 @@ fn stack(terms: impl Iterator<Item = Tensor>) -> Tensor {
 
 #[test]
 fn items_with_sparse_scores_are_negatives_besides_the_sampled_ones() {
-    let softmax = |uniform_share, label_smoothing| LossConfig::Sampled {
+    let softmax = |uniform_share, label_smoothing, in_batch| LossConfig::Sampled {
         n_negatives: 12,
         power: 0.5,
         uniform_share,
         label_smoothing,
+        in_batch,
     };
-    for uniform in [0.0, 0.25] {
+    for (uniform, in_batch) in [(0.0, false), (0.25, false), (0.25, true)] {
         let of_target: LossOfTarget = |target, sampled, sparse| {
             all_logits(target, sampled, sparse).logsumexp([0i64].as_slice(), false) - target
         };
-        assert_negatives_are_sampled_and_sparse(softmax(uniform, 0.0), uniform, of_target);
+        let softmax = softmax(uniform, 0.0, in_batch);
+        assert_negatives_are_sampled_and_sparse(softmax, uniform, in_batch, of_target);
     }
-    assert_negatives_are_sampled_and_sparse(softmax(0.0, 0.2), 0.0, |target, sampled, sparse| {
+    let smoothed: LossOfTarget = |target, sampled, sparse| {
         let all = all_logits(target, sampled, sparse);
         all.logsumexp([0i64].as_slice(), false) - target * 0.8 - all.mean(Kind::Float) * 0.2
-    });
-    let bpr_max =
-        LossConfig::BprMax { n_negatives: 12, power: 0.5, uniform_share: 0.0, score_penalty: 0.3 };
-    assert_negatives_are_sampled_and_sparse(bpr_max, 0.0, |target, sampled, sparse| {
+    };
+    assert_negatives_are_sampled_and_sparse(softmax(0.0, 0.2, false), 0.0, false, smoothed);
+    let of_target: LossOfTarget = |target, sampled, sparse| {
         let sampled = sampled.iter().map(|(logit, _)| logit.shallow_clone());
         let negatives = stack(sampled.chain(sparse.iter().map(Tensor::shallow_clone)));
         let s = negatives.softmax(0, Kind::Float);
         let above = (&s * (target - &negatives).sigmoid()).sum(Kind::Float);
         (s * negatives.square()).sum(Kind::Float) * 0.3 - above.log()
-    });
+    };
+    for in_batch in [false, true] {
+        let bpr_max = LossConfig::BprMax {
+            n_negatives: 12,
+            power: 0.5,
+            uniform_share: 0.0,
+            score_penalty: 0.3,
+            in_batch,
+        };
+        assert_negatives_are_sampled_and_sparse(bpr_max, 0.0, in_batch, of_target);
+    }
 }
 
 /// A GRU with evidence from the sessions of a shop.

@@ -6,12 +6,11 @@ use std::process::Command;
 use std::sync::Arc;
 
 use bireme::collective::phase_timer::PhaseTimer;
-use bireme::config::Config;
-use bireme::config::{Aggregation, Continuous};
+use bireme::config::{Aggregation, Config, Continuous, SessionOrder};
 use bireme::data::plan::StepShape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
 use bireme::model::head::{
-    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Workspace,
+    ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Targets, Workspace,
     cross_entropy,
 };
 use bireme::model::objective::{AttentionMask, Plan};
@@ -233,6 +232,7 @@ fn masked(days: &Days, seed: u64, layout: &Layout) -> Vec<Masked> {
         n_epochs: 2,
         shape,
         seed,
+        order: SessionOrder::Shuffled,
         max_steps: None,
         one_batch_each: false,
     };
@@ -398,11 +398,14 @@ impl Head {
             counts: &[n],
             group_added: &mut || (),
         };
+        let targets = Targets {
+            items: self.targets.shallow_clone(),
+            micro_batches: self.targets.zeros_like(),
+            uniform: uniform.map(Tensor::shallow_clone),
+        };
         let workspace = &mut Workspace::default();
         let states = Encoded { vectors: self.states.shallow_clone(), sparse: None };
-        let done =
-            cross_entropy(&states, &self.targets, &mut scored, negatives, uniform, workspace)
-                .unwrap();
+        let done = cross_entropy(&states, &targets, &mut scored, negatives, workspace).unwrap();
         let ScoringTable { weight_gradient, bias_gradient, .. } = scored;
         CrossEntropy {
             loss: done.loss.double_value(&[]),
@@ -530,7 +533,13 @@ fn sampled_softmax_approximates_the_full_one() {
 }
 
 fn sampled(n_negatives: i64, power: f64) -> LossConfig {
-    LossConfig::Sampled { n_negatives, power, uniform_share: 0.0, label_smoothing: 0.0 }
+    LossConfig::Sampled {
+        n_negatives,
+        power,
+        uniform_share: 0.0,
+        label_smoothing: 0.0,
+        in_batch: false,
+    }
 }
 
 /// Recall@5 of the last events of new sessions, after 400 steps with a loss.
@@ -570,7 +579,13 @@ fn sampled_losses_learn_what_the_full_softmax_learns() {
     assert!(full > 0.7, "{full}");
     for loss in [
         sampled(20, 0.0),
-        LossConfig::BprMax { n_negatives: 20, power: 0.0, uniform_share: 0.0, score_penalty: 0.01 },
+        LossConfig::BprMax {
+            n_negatives: 20,
+            power: 0.0,
+            uniform_share: 0.0,
+            score_penalty: 0.01,
+            in_batch: false,
+        },
         LossConfig::Gbce { n_negatives: 20, calibration: 0.75 },
     ] {
         let drawn = recall_at_5_after_training(loss);
@@ -593,7 +608,8 @@ fn gbce_is_the_binary_cross_entropy_of_target_and_negatives() {
     let of_targets = logits.gather(1, &targets.unsqueeze(1), false).log_sigmoid().sum(Kind::Float);
     let loss = -(of_targets * 0.3 + of_negatives);
     let sampled = SampledLoss::Binary { target_weight: 0.3 };
-    let found = head.cross_entropy(&Negatives::Sampled { items, loss: sampled }, None);
+    let found =
+        head.cross_entropy(&Negatives::Sampled { items, loss: sampled, in_batch: None }, None);
     found.assert_as_pytorch(&loss, &leaves, 1e-3);
 }
 

@@ -75,9 +75,10 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
     let reproducible = [&SHARDED[..], &REPRODUCIBLE, &["--set", "train.micro_batch=12"]].concat();
     let with_features = [&reproducible[..], &ALL_FEATURES].concat();
     let smoothed = ["--set", "train.loss={ kind = \"softmax\", label_smoothing = 0.1 }"];
-    let sampled = ["--set", "train.loss={ kind = \"sampled\", n_negatives = 12 }"];
+    let sampled = ["--set", "train.loss={ kind = \"sampled\", n_negatives = 12, in_batch = true }"];
     let evidence = ["--set", "model.head.evidence={ hidden_width = 8 }"];
     let content = ["--set", "model.input.content={ id_dropout = 0.3 }"];
+    let cosine = ["--set", "model.head.cosine=true", "--set", "model.head.temperature=0.1"];
     let replaced = CONFIG.replace(
         "[train]",
         "[model.objective]\nkind = \"replaced\"\nprobability = 0.3\nweight = 1.0\n[train]",
@@ -94,7 +95,11 @@ fn reproducible_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() {
                 .concat(),
         ),
         ("content", CONFIG.to_owned(), [&with_features[..], &content, &evidence].concat()),
-        ("sampled content", CONFIG.to_owned(), [&with_features[..], &content, &sampled].concat()),
+        (
+            "sampled content and cosine",
+            CONFIG.to_owned(),
+            [&with_features[..], &content, &cosine, &sampled].concat(),
+        ),
         ("xlnet", config_with(XLNET), with_features),
     ];
     for (name, config, set) in cases {

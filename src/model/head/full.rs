@@ -21,7 +21,7 @@ use bireme_kernels::parallel::torch_in_parallel;
 use bireme_kernels::softmax::softmax_rows;
 use tch::{Device, Kind, Tensor};
 
-use super::{CrossEntropy, Logits, ScoringTable, draw};
+use super::{CrossEntropy, Logits, ScoringTable, Targets, draw};
 use crate::collective::{Collective, CollectiveError};
 use crate::model::item_table::div_ceil;
 use crate::model::{Encoded, ItemTable, SparseScores, clear};
@@ -110,15 +110,15 @@ impl FullSoftmax<'_> {
     pub fn loss(
         mut self,
         own: &Encoded,
-        own_targets: &Tensor,
+        targets: &Targets,
         scored: &mut ScoringTable<'_>,
-        own_uniform: Option<&Tensor>,
     ) -> Result<CrossEntropy, CollectiveError> {
+        let Targets { items: own_targets, uniform: own_uniform, .. } = targets;
         let Encoded { vectors: own_states, sparse: own_sparse } = own;
         let (item_table, counts) = (scored.item_table, scored.counts);
         let gather = |own: &Tensor| item_table.gather_rows(own, counts);
         let (states, targets) = (gather(own_states)?, gather(own_targets)?);
-        let uniform = own_uniform.map(gather).transpose()?;
+        let uniform = own_uniform.as_ref().map(gather).transpose()?;
         let smoothing = self.label_smoothing / item_table.n_items as f64;
         let sparse = own_sparse.as_ref().map(|own| {
             let scores = gather(&own.scores)?;

@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use tch::{Device, Kind, Tensor};
 
-use super::content::ItemVectors;
+use super::item_vectors::ItemVectors;
 use super::rows::add_rows;
 use super::{Encoded, ItemTable};
 use crate::collective::CollectiveError;
@@ -23,7 +23,7 @@ use crate::config::LossConfig;
 
 use full::FullSoftmax;
 pub use full::Workspace;
-use sampled::sampled;
+use sampled::SampledNegatives;
 
 /// Type and memory of the logits of the whole catalogue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,14 +54,24 @@ pub enum Negatives {
         /// Item indices, i64 `[M]`.
         items: Tensor,
         loss: SampledLoss,
+        /// Set if the targets of a micro-batch are negatives of each other.
+        in_batch: Option<InBatch>,
     },
+}
+
+/// How often items are expected among the negatives.
+pub struct InBatch {
+    /// Logarithm of each item's expected count in a sample: f32 `[V]`.
+    pub log_expected: Tensor,
+    /// Logarithm of each item's share of the events in training: f32 `[V]`.
+    pub log_share: Tensor,
 }
 
 /// A loss over the target and sampled negatives.
 pub enum SampledLoss {
     /// See [`LossConfig::Sampled`].
     Softmax {
-        /// Logarithm of each negative's expected count in a sample: f32 `[M]`.
+        /// Logarithm of each item's expected count in a sample: f32 `[M]`.
         log_expected: Tensor,
         label_smoothing: f64,
     },
@@ -106,6 +116,9 @@ impl NegativeSampler {
 pub struct ItemSampler {
     /// Logarithm of each item's expected count in a sample, f32 `[V]`: −∞ for padding and unknown.
     log_expected: Tensor,
+    /// Logarithm of each item's share of the events in training: f32 `[V]`; `None` if targets are
+    /// no negatives of each other.
+    log_share: Option<Tensor>,
     /// Cumulative distribution over items, f64 `[V]`.
     cumulative: Tensor,
     n_negatives: i64,
@@ -115,14 +128,19 @@ pub struct ItemSampler {
 impl ItemSampler {
     /// A sampler for a loss with negatives. `occurrences: [V]`.
     pub fn new(loss: LossConfig, occurrences: &[i64], device: Device) -> Self {
-        let (n_negatives, power, uniform_share) = match loss {
+        let (n_negatives, power, uniform_share, in_batch) = match loss {
             LossConfig::Softmax { .. } => unreachable!("the full softmax samples nothing"),
-            LossConfig::Sampled { n_negatives, power, uniform_share, .. }
-            | LossConfig::BprMax { n_negatives, power, uniform_share, .. } => {
-                (n_negatives, power, uniform_share)
+            LossConfig::Sampled { n_negatives, power, uniform_share, in_batch, .. }
+            | LossConfig::BprMax { n_negatives, power, uniform_share, in_batch, .. } => {
+                (n_negatives, power, uniform_share, in_batch)
             }
-            LossConfig::Gbce { n_negatives, .. } => (n_negatives, 0.0, 0.0),
+            LossConfig::Gbce { n_negatives, .. } => (n_negatives, 0.0, 0.0, false),
         };
+        let log_share = in_batch.then(|| {
+            let occurrences = Tensor::from_slice(occurrences).to_kind(Kind::Double);
+            let share = &occurrences / occurrences.sum(Kind::Double);
+            share.log().to_kind(Kind::Float).to_device(device)
+        });
         let weights =
             (Tensor::from_slice(occurrences).to_kind(Kind::Double) + 1.0).pow_tensor_scalar(power);
         let recommendable = Tensor::ones_like(&weights);
@@ -139,6 +157,7 @@ impl ItemSampler {
         let expected = &mixed * n_negatives as f64;
         Self {
             log_expected: expected.log().to_kind(Kind::Float).to_device(device),
+            log_share,
             cumulative: mixed.cumsum(0, Kind::Double).to_device(device),
             n_negatives,
             loss,
@@ -168,7 +187,11 @@ impl ItemSampler {
                 label_smoothing,
             },
         };
-        Negatives::Sampled { items, loss }
+        let in_batch = self.log_share.as_ref().map(|log_share| InBatch {
+            log_expected: self.log_expected.shallow_clone(),
+            log_share: log_share.shallow_clone(),
+        });
+        Negatives::Sampled { items, loss, in_batch }
     }
 }
 
@@ -178,7 +201,7 @@ pub struct ScoringTable<'a> {
     pub weights: Tensor,
     /// `[V]`.
     pub bias: Tensor,
-    /// Adds content to rows, where `weights` and `bias` are without.
+    /// Composes vectors of rows, where `weights` and `bias` are those of ids.
     pub items: Option<ItemVectors<'a>>,
     /// `[V, D]`; gradients are added to it.
     pub weight_gradient: Tensor,
@@ -198,7 +221,7 @@ impl ScoringTable<'_> {
         let bias = self.bias.index_select(0, rows).unsqueeze(1);
         let of_ids = Tensor::cat(&[self.weights.index_select(0, rows), bias], 1);
         match &self.items {
-            Some(items) => items.with_content(rows, &of_ids),
+            Some(items) => items.compose(rows, &of_ids),
             None => of_ids,
         }
     }
@@ -217,6 +240,17 @@ impl ScoringTable<'_> {
     }
 }
 
+/// What is predicted.
+pub struct Targets {
+    /// i64 `[N]`.
+    pub items: Tensor,
+    /// Number of the micro-batch of each target, i64 `[N]`: targets are negatives of each other
+    /// within a micro-batch only, so that a step does not depend on the number of ranks.
+    pub micro_batches: Tensor,
+    /// Numbers in 0..1 by which an item is drawn for each target, `[N]`, if items are drawn.
+    pub uniform: Option<Tensor>,
+}
+
 /// Result of [`cross_entropy`], which also adds the gradients of the scoring table in place.
 pub struct CrossEntropy {
     /// Summed over the targets, scalar f64.
@@ -230,10 +264,9 @@ pub struct CrossEntropy {
     pub drawn: Option<Tensor>,
 }
 
-/// *All ranks*, if the table is sharded. Summed cross entropy of `targets: [N]` under `encoded`,
-/// states `[N, D]` and the scores of some items of each target, `[N, E]`, in place of those from
-/// the states; adds its gradients to `scored`. `uniform: [N]`: numbers in 0..1 by which an item is
-/// drawn for each target.
+/// *All ranks*, if the table is sharded. Summed cross entropy of targets under `encoded`, states
+/// `[N, D]` and the scores of some items of each target, `[N, E]`, in place of those from the
+/// states; adds its gradients to `scored`.
 ///
 /// On a sharded table the computation is vocabulary-parallel, as in Megatron-LM (Shoeybi et al.
 /// 2019): the states and targets of all ranks are gathered, each rank scores them against its rows,
@@ -246,19 +279,19 @@ pub struct CrossEntropy {
 /// A collective call fails.
 pub fn cross_entropy(
     encoded: &Encoded,
-    targets: &Tensor,
+    targets: &Targets,
     scored: &mut ScoringTable<'_>,
     negatives: &Negatives,
-    uniform: Option<&Tensor>,
     workspace: &mut Workspace,
 ) -> Result<CrossEntropy, CollectiveError> {
     match negatives {
         &Negatives::Full { label_smoothing, logits } => {
             let full = FullSoftmax { label_smoothing, logits, workspace };
-            full.loss(encoded, targets, scored, uniform)
+            full.loss(encoded, targets, scored)
         }
-        Negatives::Sampled { items, loss } => {
-            sampled(encoded, targets, scored, items, loss, uniform)
+        Negatives::Sampled { items, loss, in_batch } => {
+            let negatives = SampledNegatives { items, loss, in_batch: in_batch.as_ref() };
+            negatives.loss(encoded, targets, scored)
         }
     }
 }

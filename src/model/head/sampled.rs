@@ -2,90 +2,145 @@
 
 use tch::{Kind, Tensor};
 
-use super::{CrossEntropy, SampledLoss, ScoringTable, draw};
+use super::{CrossEntropy, InBatch, SampledLoss, ScoringTable, Targets, draw};
 use crate::collective::CollectiveError;
 use crate::model::{Encoded, SparseScores};
 
-/// *All ranks*, if the table is sharded. See [`super::cross_entropy`]. All ranks have sampled the
-/// same `items: [M]`; those that equal a target are not negatives of it. Items with sparse scores
-/// are negatives besides the sampled ones, each in full, and samples that equal them are left out.
-pub(super) fn sampled(
-    encoded: &Encoded,
-    targets: &Tensor,
-    scored: &mut ScoringTable<'_>,
-    items: &Tensor,
-    loss: &SampledLoss,
-    uniform: Option<&Tensor>,
-) -> Result<CrossEntropy, CollectiveError> {
-    let Encoded { vectors: states, sparse } = encoded;
-    let sparse = sparse.as_ref();
-    let width = states.size()[1];
-    let vectors = |rows: &Tensor| rows.narrow(1, 0, width);
-    let (item_table, counts) = (scored.item_table, scored.counts);
+/// The negatives of a step, with the loss that contrasts targets with them.
+pub(super) struct SampledNegatives<'a> {
+    /// The same on all ranks, i64 `[M]`.
+    pub items: &'a Tensor,
+    pub loss: &'a SampledLoss,
+    pub in_batch: Option<&'a InBatch>,
+}
 
-    // Vectors and biases of the negatives, `[M, D + 1]`, and of the targets, `[N, D + 1]`.
-    let located = item_table.locate(items);
-    let negatives = item_table.sum(located.mask(scored.vectors_and_bias(&located.rows)))?;
-    let request = item_table.request(targets, counts)?;
-    let positives = request.fetch(|rows| scored.vectors_and_bias(rows))?;
+impl SampledNegatives<'_> {
+    /// *All ranks*, if the table is sharded. See [`super::cross_entropy`]. Negatives that equal a
+    /// target are left out. Items with sparse scores are negatives besides the sampled ones and the
+    /// targets of the micro-batch, each in full, and samples and targets that equal them are left
+    /// out.
+    pub fn loss(
+        &self,
+        encoded: &Encoded,
+        targets: &Targets,
+        scored: &mut ScoringTable<'_>,
+    ) -> Result<CrossEntropy, CollectiveError> {
+        let Encoded { vectors: states, sparse } = encoded;
+        let (sparse, items) = (sparse.as_ref(), self.items);
+        let (n_items, width) = (items.size()[0], states.size()[1]);
+        let vectors = |rows: &Tensor| rows.narrow(1, 0, width);
+        let (item_table, counts) = (scored.item_table, scored.counts);
 
-    let negative_logits = negatives.select(1, width).addmm(states, &vectors(&negatives).tr());
-    let is_no_negative = targets.unsqueeze(1).eq_tensor(&items.unsqueeze(0));
-    let is_no_negative = match sparse {
-        Some(sparse) => is_no_negative.logical_or(&has_sparse_score(sparse, items)),
-        None => is_no_negative,
-    };
-    let negative_logits = negative_logits.masked_fill(&is_no_negative, f64::NEG_INFINITY);
-    let mut target_logits =
-        (states * vectors(&positives)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
-            + positives.narrow(1, width, 1);
-    let candidates = sparse.map(|sparse| {
-        let is_target = sparse.is_target(targets);
-        let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
-        let has_vector_score = 1.0 - sum(&is_target);
-        target_logits = &target_logits * &has_vector_score + sum(&(&sparse.scores * &is_target));
-        let is_no_negative = is_target.gt(0.0).logical_or(&sparse.items.eq(0));
-        let logits = sparse.scores.masked_fill(&is_no_negative, f64::NEG_INFINITY);
-        SparseNegatives { logits, is_target, has_vector_score }
-    });
-    let (loss, LogitGradients { by_target, by_negatives, by_sparse }) = loss.with_gradients(
-        &target_logits,
-        &negative_logits,
-        candidates.as_ref().map(|candidates| &candidates.logits),
-    );
-    let drawn = uniform.map(|uniform| {
-        let mut logits = vec![&target_logits, &negative_logits];
-        let mut all_items =
-            vec![targets.unsqueeze(1), items.unsqueeze(0).expand_as(&negative_logits)];
-        if let (Some(candidates), Some(sparse)) = (&candidates, sparse) {
-            logits.push(&candidates.logits);
-            all_items.push(sparse.items.shallow_clone());
+        // Vectors and biases of the sampled items, `[M, D + 1]`, and of the targets, `[N, D + 1]`.
+        let located = item_table.locate(items);
+        let of_items = item_table.sum(located.mask(scored.vectors_and_bias(&located.rows)))?;
+        let request = item_table.request(&targets.items, counts)?;
+        let of_targets = request.fetch(|rows| scored.vectors_and_bias(rows))?;
+        // Of the negatives, `[M + N, D + 1]` if targets are among them.
+        let negatives = match self.in_batch {
+            Some(_) => Tensor::cat(&[&of_items, &of_targets], 0),
+            None => of_items,
+        };
+
+        let negative_logits = negatives.select(1, width).addmm(states, &vectors(&negatives).tr());
+        let is_no_negative = self.is_no_negative(targets, sparse);
+        let negative_logits = negative_logits.masked_fill(&is_no_negative, f64::NEG_INFINITY);
+        let mut target_logits =
+            (states * vectors(&of_targets)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
+                + of_targets.narrow(1, width, 1);
+        let candidates = sparse.map(|sparse| {
+            let is_target = sparse.is_target(&targets.items);
+            let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+            let has_vector_score = 1.0 - sum(&is_target);
+            target_logits =
+                &target_logits * &has_vector_score + sum(&(&sparse.scores * &is_target));
+            let is_no_negative = is_target.gt(0.0).logical_or(&sparse.items.eq(0));
+            let logits = sparse.scores.masked_fill(&is_no_negative, f64::NEG_INFINITY);
+            SparseNegatives { logits, is_target, has_vector_score }
+        });
+        let log_expected = self.log_expected(targets);
+        let (loss, LogitGradients { by_target, by_negatives, by_sparse }) =
+            self.loss.with_gradients(
+                &target_logits,
+                &negative_logits,
+                candidates.as_ref().map(|candidates| &candidates.logits),
+                log_expected.as_ref(),
+            );
+        let drawn = targets.uniform.as_ref().map(|uniform| {
+            let mut logits = vec![&target_logits, &negative_logits];
+            let negatives = match self.in_batch {
+                Some(_) => Tensor::cat(&[items, &targets.items], 0),
+                None => items.shallow_clone(),
+            };
+            let negatives = negatives.unsqueeze(0).expand_as(&negative_logits);
+            let mut all_items = vec![targets.items.unsqueeze(1), negatives];
+            if let (Some(candidates), Some(sparse)) = (&candidates, sparse) {
+                logits.push(&candidates.logits);
+                all_items.push(sparse.items.shallow_clone());
+            }
+            let column = draw(&Tensor::cat(&logits, 1).softmax(1, Kind::Float), uniform);
+            Tensor::cat(&all_items, 1).gather(1, &column.unsqueeze(1), false).squeeze_dim(1)
+        });
+
+        // A column of ones makes the product with the states the gradient of the bias, too.
+        let ones = states.new_ones([states.size()[0], 1], (states.kind(), states.device()));
+        let with_one = Tensor::cat(&[states, &ones], 1);
+        let by_items = by_negatives.narrow(1, 0, n_items);
+        for of_items in item_table.sum_or_terms(by_items.tr().matmul(&with_one))? {
+            scored.add_gradients(&located.rows, &located.mask(of_items));
+            (scored.group_added)();
         }
-        let column = draw(&Tensor::cat(&logits, 1).softmax(1, Kind::Float), uniform);
-        Tensor::cat(&all_items, 1).gather(1, &column.unsqueeze(1), false).squeeze_dim(1)
-    });
-
-    // A column of ones makes the product with the states the gradient of the bias, too.
-    let ones = states.new_ones([states.size()[0], 1], (states.kind(), states.device()));
-    let with_one = Tensor::cat(&[states, &ones], 1);
-    for of_negatives in item_table.sum_or_terms(by_negatives.tr().matmul(&with_one))? {
-        scored.add_gradients(&located.rows, &located.mask(of_negatives));
-        (scored.group_added)();
+        let by_vector = match &candidates {
+            Some(candidates) => &by_target * &candidates.has_vector_score,
+            None => by_target.shallow_clone(),
+        };
+        let mut gradients = &by_vector * &with_one;
+        if self.in_batch.is_some() {
+            let n_targets = targets.items.size()[0];
+            gradients += by_negatives.narrow(1, n_items, n_targets).tr().matmul(&with_one);
+        }
+        request.scatter_gradients(item_table, &gradients, |rows, gradients| {
+            scored.add_gradients(rows, gradients);
+            (scored.group_added)();
+        })?;
+        let state_gradient =
+            by_negatives.matmul(&vectors(&negatives)) + by_vector * vectors(&of_targets);
+        let sparse_gradient = candidates
+            .zip(by_sparse)
+            .map(|(candidates, by_sparse)| by_sparse + candidates.is_target * by_target);
+        Ok(CrossEntropy { loss, state_gradient, sparse_gradient, drawn })
     }
-    let by_vector = match &candidates {
-        Some(candidates) => &by_target * &candidates.has_vector_score,
-        None => by_target.shallow_clone(),
-    };
-    request.scatter_gradients(item_table, &(&by_vector * with_one), |rows, gradients| {
-        scored.add_gradients(rows, gradients);
-        (scored.group_added)();
-    })?;
-    let state_gradient =
-        by_negatives.matmul(&vectors(&negatives)) + by_vector * vectors(&positives);
-    let sparse_gradient = candidates
-        .zip(by_sparse)
-        .map(|(candidates, by_sparse)| by_sparse + candidates.is_target * by_target);
-    Ok(CrossEntropy { loss, state_gradient, sparse_gradient, drawn })
+
+    /// Which sampled items, and which targets if they are negatives, are none of a target: bool
+    /// `[N, M]` or `[N, M + N]`.
+    fn is_no_negative(&self, targets: &Targets, sparse: Option<&SparseScores>) -> Tensor {
+        let Targets { items, micro_batches, .. } = targets;
+        let equal = |of: &Tensor, to: &Tensor| of.unsqueeze(1).eq_tensor(&to.unsqueeze(0));
+        let is_left_out = |others: &Tensor| match sparse {
+            Some(sparse) => equal(items, others).logical_or(&has_sparse_score(sparse, others)),
+            None => equal(items, others),
+        };
+        let of_items = is_left_out(self.items);
+        if self.in_batch.is_none() {
+            return of_items;
+        }
+        let is_elsewhere = equal(micro_batches, micro_batches).logical_not();
+        Tensor::cat(&[of_items, is_left_out(items).logical_or(&is_elsewhere)], 1)
+    }
+
+    /// Logarithms of the expected counts of the negatives, `[N, M + N]`: an item is sampled, or
+    /// target of the micro-batch. `None` if targets are no negatives.
+    fn log_expected(&self, targets: &Targets) -> Option<Tensor> {
+        let InBatch { log_expected, log_share } = self.in_batch?;
+        let Targets { items, micro_batches, .. } = targets;
+        let negatives = Tensor::cat(&[self.items, items], 0);
+        let of = |x: &Tensor| x.index_select(0, &negatives).unsqueeze(0);
+        let n_each = micro_batches
+            .unsqueeze(1)
+            .eq_tensor(&micro_batches.unsqueeze(0))
+            .sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+        Some((of(log_share) + n_each.log()).logaddexp(&of(log_expected)))
+    }
 }
 
 /// Which of the sampled `items: [M]` have a sparse score for a target: bool `[N, M]`.
@@ -124,12 +179,13 @@ struct LogitGradients {
 impl SampledLoss {
     /// The summed loss, f64, and its gradients by the logits of the target `[N, 1]`, of the
     /// sampled negatives `[N, M]` and of the items with sparse scores `[N, E]`, of which some are
-    /// −∞.
+    /// −∞. `log_expected`: of the negatives, if targets are among them.
     fn with_gradients(
         &self,
         target: &Tensor,
         negatives: &Tensor,
         sparse: Option<&Tensor>,
+        log_expected: Option<&Tensor>,
     ) -> (Tensor, LogitGradients) {
         let split = |gradients: &Tensor| {
             let n_negatives = negatives.size()[1];
@@ -141,8 +197,8 @@ impl SampledLoss {
             // The logQ correction: a negative's logit is lowered by the logarithm of its expected
             // count, so that the sampled sum estimates the sum over the catalogue. An item with a
             // sparse score is always in the sum.
-            SampledLoss::Softmax { log_expected, label_smoothing } => {
-                let corrected = negatives - log_expected;
+            SampledLoss::Softmax { log_expected: of_items, label_smoothing } => {
+                let corrected = negatives - log_expected.unwrap_or(of_items);
                 let logits: Vec<&Tensor> = [target, &corrected].into_iter().chain(sparse).collect();
                 let logs = Tensor::cat(&logits, 1).log_softmax(1, Kind::Float);
                 let mut loss = -logs.narrow(1, 0, 1).sum(Kind::Double) * (1.0 - label_smoothing);
