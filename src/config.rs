@@ -28,7 +28,7 @@ pub use evaluate::{EvaluateConfig, Reminders};
 pub use model::{
     Aggregation, CandidatesConfig, ContentConfig, Continuous, Decay, EvidenceConfig, GruConfig,
     HeadConfig, InputConfig, LogLinearConfig, ModelConfig, NeighboursConfig, Neural, Objective,
-    XlnetConfig,
+    StartConfig, XlnetConfig,
 };
 pub use run::{DeviceChoice, Precision};
 pub use train::{

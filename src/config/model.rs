@@ -1,5 +1,7 @@
 //! Section `[model]`.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::{MOST_WIDTH, check_count, check_finite, check_width};
@@ -295,6 +297,9 @@ pub struct InputConfig {
     /// Probability of taking a value from another event of the micro-batch in training: stochastic
     /// swap noise (de Souza Pereira Moreira et al. 2021); 0 <= p < 1.
     pub swap_noise: f64,
+    /// What the vectors of items begin as; absent: random, with `init_std`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartConfig>,
     /// Vectors of what describes an item are part of its vector, at the input and in the scores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<ContentConfig>,
@@ -312,9 +317,31 @@ impl Default for InputConfig {
             projection_width: None,
             dropout: 0.0,
             swap_noise: 0.0,
+            start: None,
             content: None,
         }
     }
+}
+
+/// `[model.input.start]`: what the vectors of items begin as, scaled to `init_std`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum StartConfig {
+    /// Factors of the co-occurrence counts of the first day: a randomised eigendecomposition (Halko
+    /// et al. 2011) of pair weights, which the fourth roots of the occurrences of both items
+    /// divide.
+    PairCounts {},
+    /// Vectors from a file; items without one begin at random.
+    File {
+        /// A parquet file with a row for each item: its index in a column named like the feature of
+        /// items, its vector in a list column `vector`. Vectors wider than `item_width` are
+        /// projected on their principal axes, narrower ones are padded with zeros.
+        path: PathBuf,
+        /// Whether the vectors of the file stay as they are.
+        #[serde(default)]
+        frozen: bool,
+    },
 }
 
 /// `[model.input.content]`: an item's vector is the sum of one for its id, which begins at zero,

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use parquet::file::reader::FileReader;
-
-use super::file::{Column, open_parquet, read_lists};
+use super::file::{Column, leaf, open_parquet, read_column};
 use super::{DataError, Features};
 
 /// File of the catalogue in a folder of sessions.
@@ -35,57 +33,21 @@ impl Catalogue {
             problem: problem.to_owned(),
         };
         let reader = open_parquet(&path)?;
-        let unreadable = |source| DataError::Parquet { path: path.clone(), source };
-        let descriptor = reader.metadata().file_metadata().schema_descr();
         let mut columns = Vec::new();
         for feature in features.columns() {
-            let leaf = (0..descriptor.num_columns())
-                .find(|&leaf| descriptor.column(leaf).path().parts()[0] == feature.name);
-            let Some(leaf) = leaf else {
-                columns.push(None);
-                continue;
+            let of_items = match leaf(&reader, &feature.name) {
+                None => None,
+                Some(leaf) if leaf.max_repetition > 0 => {
+                    return Err(column(&feature.name, "is a list, not one value for each item"));
+                }
+                Some(leaf) => Some(read_column(&reader, &path, feature, leaf)?.column),
             };
-            if descriptor.column(leaf).max_rep_level() > 0 {
-                return Err(column(&feature.name, "is a list, not one value for each item"));
-            }
-            let defined = descriptor.column(leaf).max_def_level();
-            let mut whole: Option<Column> = None;
-            let mut first_row = 0;
-            for group in 0..reader.num_row_groups() {
-                let invalid = |row: usize, problem: String| DataError::Row {
-                    path: path.clone(),
-                    row: first_row + row,
-                    column: feature.name.clone(),
-                    problem,
-                };
-                let group = reader.get_row_group(group).map_err(unreadable)?;
-                let n_rows = group.metadata().num_rows() as usize;
-                let values = group.get_column_reader(leaf).map_err(unreadable)?;
-                let values = read_lists(values, 0..n_rows, defined).map_err(unreadable)?;
-                if let Some(row) = values.first_gap {
-                    return Err(invalid(row, "holds a null".to_owned()));
-                }
-                let values = values.into_column(feature);
-                let values = values.map_err(|(row, problem)| invalid(row, problem))?;
-                first_row += n_rows;
-                match &mut whole {
-                    Some(whole) => whole.append(values),
-                    None => whole = Some(values),
-                }
-            }
-            columns.push(whole);
+            columns.push(of_items);
         }
-        let item = &features.columns()[0];
         let Some(Column::Ids(items)) = columns[0].take() else {
-            return Err(column(&item.name, "is missing"));
+            return Err(column(&features.columns()[0].name, "is missing"));
         };
-        let mut is_there = vec![false; features.n_items() as usize];
-        for (row, &id) in items.iter().enumerate() {
-            if std::mem::replace(&mut is_there[id as usize], true) {
-                let problem = format!("holds the item {id} a second time");
-                return Err(DataError::Row { path, row, column: item.name.clone(), problem });
-            }
-        }
+        check_distinct(&items, features, &path)?;
         Ok(Some(Self { items, columns }))
     }
 
@@ -99,4 +61,24 @@ impl Catalogue {
     pub fn column(&self, column: usize) -> Option<&Column> {
         self.columns[column].as_ref()
     }
+}
+
+/// Checks that no item is there twice.
+///
+/// # Errors
+/// Names the second row of the first that is.
+pub(super) fn check_distinct(
+    items: &[i64],
+    features: &Features,
+    path: &Path,
+) -> Result<(), DataError> {
+    let mut is_there = vec![false; features.n_items() as usize];
+    for (row, &id) in items.iter().enumerate() {
+        if std::mem::replace(&mut is_there[id as usize], true) {
+            let problem = format!("holds the item {id} a second time");
+            let column = features.columns()[0].name.clone();
+            return Err(DataError::Row { path: path.to_owned(), row, column, problem });
+        }
+    }
+    Ok(())
 }

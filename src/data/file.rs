@@ -28,7 +28,7 @@ pub enum Column {
 
 impl Column {
     /// Appends a column of the same feature.
-    pub(super) fn append(&mut self, other: Column) {
+    fn append(&mut self, other: Column) {
         match (self, other) {
             (Column::Ids(ids), Column::Ids(appended)) => ids.extend(appended),
             (Column::Values(values), Column::Values(appended)) => values.extend(appended),
@@ -167,6 +167,11 @@ impl SessionFile {
             group_rows,
             max_length,
         })
+    }
+
+    /// Its day.
+    pub fn day(&self) -> i64 {
+        self.day
     }
 
     pub fn path(&self) -> &Path {
@@ -347,6 +352,68 @@ pub(super) fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>, Da
         .map_err(|source| DataError::Parquet { path: path.to_owned(), source })
 }
 
+/// A leaf column of a file.
+#[derive(Clone, Copy)]
+pub(super) struct Leaf {
+    index: usize,
+    /// Definition level of a value that is not null.
+    defined: i16,
+    /// 0 for a column of single values.
+    pub max_repetition: i16,
+}
+
+/// The first leaf of the column `name`.
+pub(super) fn leaf(reader: &SerializedFileReader<File>, name: &str) -> Option<Leaf> {
+    let descriptor = reader.metadata().file_metadata().schema_descr();
+    let index = (0..descriptor.num_columns())
+        .find(|&index| descriptor.column(index).path().parts()[0] == name)?;
+    let column = descriptor.column(index);
+    Some(Leaf { index, defined: column.max_def_level(), max_repetition: column.max_rep_level() })
+}
+
+/// The values of all rows of a column.
+pub(super) struct WholeColumn {
+    pub column: Column,
+    /// Values of each row.
+    pub lengths: Vec<usize>,
+}
+
+/// Reads the values of all rows of a column and checks them against `feature`.
+///
+/// # Errors
+/// The file is damaged, or a value is null or out of range.
+pub(super) fn read_column(
+    reader: &SerializedFileReader<File>,
+    path: &Path,
+    feature: &Feature,
+    leaf: Leaf,
+) -> Result<WholeColumn, DataError> {
+    let unreadable = |source| DataError::Parquet { path: path.to_owned(), source };
+    let empty =
+        if feature.is_categorical() { Column::Ids(Vec::new()) } else { Column::Values(Vec::new()) };
+    let mut whole = WholeColumn { column: empty, lengths: Vec::new() };
+    for group in 0..reader.num_row_groups() {
+        let first_row = whole.lengths.len();
+        let invalid = |row: usize, problem: String| DataError::Row {
+            path: path.to_owned(),
+            row: first_row + row,
+            column: feature.name.clone(),
+            problem,
+        };
+        let group = reader.get_row_group(group).map_err(unreadable)?;
+        let n_rows = group.metadata().num_rows() as usize;
+        let values = group.get_column_reader(leaf.index).map_err(unreadable)?;
+        let values = read_lists(values, 0..n_rows, leaf.defined).map_err(unreadable)?;
+        if let Some(row) = values.first_gap {
+            return Err(invalid(row, "holds a null or an empty list".to_owned()));
+        }
+        whole.lengths.extend_from_slice(&values.lengths);
+        let column = values.into_column(feature);
+        whole.column.append(column.map_err(|(row, problem)| invalid(row, problem))?);
+    }
+    Ok(whole)
+}
+
 /// Values as stored, before they are checked against the schema.
 enum Raw {
     Int(Vec<i64>),
@@ -354,11 +421,11 @@ enum Raw {
 }
 
 /// Rows of a list column; the rows of a column of single values are lists of one.
-pub(super) struct Lists {
-    pub lengths: Vec<usize>,
+struct Lists {
+    lengths: Vec<usize>,
     values: Raw,
     /// First row with a null list, an empty list or a null element.
-    pub first_gap: Option<usize>,
+    first_gap: Option<usize>,
 }
 
 impl Lists {
@@ -386,7 +453,7 @@ impl Lists {
 
     /// Checks that codes are within `1..cardinality` and continuous values are finite. The error
     /// has the row and the problem.
-    pub fn into_column(self, feature: &Feature) -> Result<Column, (usize, String)> {
+    fn into_column(self, feature: &Feature) -> Result<Column, (usize, String)> {
         let row_of = |index: usize| {
             let mut end = 0;
             self.lengths.iter().position(|&length| {
@@ -425,7 +492,7 @@ impl Lists {
     }
 }
 
-pub(super) fn read_lists(
+fn read_lists(
     column: ColumnReader,
     rows: Range<usize>,
     defined: i16,

@@ -12,6 +12,7 @@ mod file;
 mod loader;
 mod occurrences;
 pub mod plan;
+mod pretrained;
 
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,7 @@ pub use days::{Days, Features};
 pub use file::{Column, SessionFile, Sessions, Window};
 pub use loader::{DayPlan, Loader, evaluation_batches};
 pub use occurrences::occurrences;
+pub use pretrained::Pretrained;
 
 /// First item index that is recommendable: padding (0) and unknown (1) are not.
 pub const FIRST_ITEM: i64 = 2;

@@ -25,6 +25,7 @@ mod network;
 pub mod objective;
 pub mod parameters;
 mod rows;
+mod start;
 mod xlnet;
 
 use std::ops::Range;

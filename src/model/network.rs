@@ -11,20 +11,22 @@ use tch::{Device, Kind, Reduction, Tensor};
 use super::Objective;
 use super::content::{self, Content};
 use super::encoder::{Encoder, EncoderInput};
-use super::evidence::CandidateScorer;
+use super::evidence::{CandidateScorer, Counts};
 use super::head::{CrossEntropy, Negatives, ScoringTable, Targets, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::item_vectors::{Composition, ItemVectors};
 use super::objective::{AttentionMask, Plan};
 use super::parameters::{Gradients, Linear, ParameterBuilder};
 use super::rows::{add_rows, add_rows_deterministically};
+use super::start::{factors_of_pairs, pretrained_vectors, scaled};
 use super::{
     CandidateIndex, Encoded, GradientHooks, ItemTable, Neural, Parameters, Recommender,
     SparseScores, View,
 };
 use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
-use crate::config::Reminders;
+use crate::config::{InputConfig, Reminders, StartConfig};
+use crate::data::Pretrained;
 use crate::data::plan::derive_seed;
 use crate::data::with_seed;
 use crate::data::{Batch, Catalogue, DataError, DropoutGenerator, Features, SessionFile};
@@ -36,6 +38,8 @@ pub(super) const ITEM_BIAS: usize = 1;
 
 /// Names of the item tables, which may be sharded.
 pub const ITEM_TABLES: [&str; 3] = ["item_table.weight", "item_table.bias", "head.table.weight"];
+
+const FLOAT_CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
 /// Prefix of the names of counts among the weights of a checkpoint.
 pub const COUNTS: &str = "counts.";
@@ -423,6 +427,59 @@ impl<'a> Network<'a> {
         }
         let content = self.composition.content.as_mut();
         content.map_or(Ok(()), |content| content.add_day(file, catalogue))
+    }
+
+    /// Sets the vectors of items to what they begin as. `file`: the first day; `pretrained`:
+    /// vectors from a file. `start`, `init_std`: see [`InputConfig`](crate::config::InputConfig).
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn start_vectors(
+        &mut self,
+        input: &InputConfig,
+        seed: u64,
+        file: &SessionFile,
+        pretrained: Option<&Pretrained>,
+    ) -> Result<(), DataError> {
+        let (n_items, width) = (self.item_table.n_items, input.item_width);
+        let (items, vectors) = match (&input.start, pretrained) {
+            (Some(StartConfig::PairCounts {}), _) => {
+                let mut counts = Counts::of_items(n_items);
+                counts.begin_day(file.day());
+                for span in file.spans(0..file.n_sessions()) {
+                    counts.add(&file.read(std::slice::from_ref(&span))?);
+                }
+                counts.end_day();
+                let items = Tensor::arange(n_items, (Kind::Int64, Device::Cpu));
+                (items, factors_of_pairs(&counts, width, seed))
+            }
+            (Some(StartConfig::File { .. }), Some(pretrained)) => {
+                (Tensor::from_slice(&pretrained.items), pretrained_vectors(pretrained, width))
+            }
+            _ => return Ok(()),
+        };
+        let vectors = scaled(&vectors, input.init_std);
+        let located = self.item_table.locate(&items);
+        let is_local = located.mask(Tensor::ones([items.size()[0]], FLOAT_CPU));
+        let chosen = is_local.nonzero().squeeze_dim(1);
+        let device = self.device();
+        tch::no_grad(|| {
+            let rows = located.rows.index_select(0, &chosen).to_device(device);
+            let vectors = vectors.index_select(0, &chosen).to_device(device);
+            let _ = self.parameters.leaf(ITEM_TABLE).detach().index_copy_(0, &rows, &vectors);
+        });
+        Ok(())
+    }
+
+    /// Keeps the vectors of `items` as they are.
+    pub fn freeze_items(&mut self, items: &[i64]) {
+        let located = self.item_table.locate(&Tensor::from_slice(items));
+        let is_local = located.mask(Tensor::ones([items.len() as i64], FLOAT_CPU));
+        let n_local = self.item_table.len();
+        let is_frozen = Tensor::zeros([n_local], FLOAT_CPU);
+        let is_frozen = is_frozen.scatter_add(0, &located.rows, &is_local).gt(0.0);
+        let is_learnt = is_frozen.logical_not().to_kind(Kind::Float);
+        self.composition.is_learnt = Some(is_learnt.to_device(self.device()));
     }
 
     /// Counts the sessions of a day that was trained on.

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use super::TrainError;
 use crate::checkpoint::State;
 use crate::collective::Collective;
-use crate::config::{Config, TableLayout, TrainConfig};
+use crate::config::{Config, StartConfig, TableLayout, TrainConfig};
 use crate::data::plan::StepShape;
 use crate::data::{
-    Catalogue, DataError, Days, Features, N_CHECKED_AT_START, RowCheck, SessionFile, Split, Window,
+    Catalogue, DataError, Days, Features, N_CHECKED_AT_START, Pretrained, RowCheck, SessionFile,
+    Split, Window,
 };
 use crate::model::ItemTable;
 
@@ -19,6 +20,8 @@ pub struct Dataset {
     pub(super) features: Features,
     /// Attributes of all items, if there is such a file.
     pub(super) catalogue: Option<Catalogue>,
+    /// Vectors that items begin with, if the configuration names a file.
+    pub(super) pretrained: Option<Pretrained>,
     pub(super) days: Vec<TrainingDay>,
     /// All files of `days`, each once, in reading order.
     pub(super) files: Vec<Arc<SessionFile>>,
@@ -88,7 +91,12 @@ impl Dataset {
         let reads_catalogue =
             config.model.neural().is_some_and(|model| model.input().content.is_some());
         let catalogue = if reads_catalogue { Catalogue::open(dir, &features)? } else { None };
-        Ok(Self { features, catalogue, days: training_days, files, fingerprints })
+        let start = config.model.neural().and_then(|model| model.input().start.as_ref());
+        let pretrained = match start {
+            Some(StartConfig::File { path, .. }) => Some(Pretrained::read(path, &features)?),
+            _ => None,
+        };
+        Ok(Self { features, catalogue, pretrained, days: training_days, files, fingerprints })
     }
 
     pub fn features(&self) -> &Features {

@@ -10,7 +10,7 @@ use super::{Learner, RankContext, Signals, TrainError};
 use crate::checkpoint::{Checkpoints, Position, Saver, State};
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{Config, NonFinite};
-use crate::data::{Catalogue, DayPlan, Features, RowCheck};
+use crate::data::{Catalogue, DayPlan, Features, Pretrained, RowCheck};
 use crate::report::{Record, Report};
 
 /// The inputs and the state of a day of training.
@@ -20,6 +20,10 @@ pub(super) struct Day<'a> {
     pub features: &'a Features,
     /// Attributes of all items, if there is such a file.
     pub catalogue: Option<&'a Catalogue>,
+    /// Vectors that items begin with, if the configuration names a file.
+    pub pretrained: Option<&'a Pretrained>,
+    /// Whether no day was trained on before this one.
+    pub is_first: bool,
     pub place: RankContext<'a>,
     pub report: &'a mut Report,
     pub signals: &'a Signals,

@@ -155,6 +155,7 @@ impl<'a> Training<'a> {
     ) -> Result<ControlFlow<()>, TrainError> {
         let Self { config, data, place, resumed_at, .. } = *self;
         let plan = day_plan(config, day);
+        let is_first = resumed_at.is_none() && self.state.position.global_step == 0;
         set_phase(format!("training on day {}", day.day));
         match resumed_at.filter(|position| position.day == day.day) {
             // The checkpoint was written after the last step of the day and before its evaluation.
@@ -179,6 +180,8 @@ impl<'a> Training<'a> {
             plan,
             features: &data.features,
             catalogue: data.catalogue.as_ref(),
+            pretrained: data.pretrained.as_ref(),
+            is_first,
             place,
             report: &mut *run.report,
             signals: run.signals,

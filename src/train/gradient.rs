@@ -8,7 +8,7 @@ use super::fault::Fault;
 use super::gradient_sync::{GradientSync, StepOutcome};
 use super::{Day, Learner, RankContext, TrainError};
 use crate::checkpoint::{SharedCheckpoint, Tensors};
-use crate::config::{Config, NonFinite, TrainConfig};
+use crate::config::{Config, NonFinite, StartConfig, TrainConfig};
 use crate::data::{Batch, Features, Loader};
 use crate::model::head::{Logits, NegativeSampler, Negatives};
 use crate::model::parameters::copy_rows;
@@ -92,6 +92,21 @@ impl<'a> GradientLearner<'a> {
         Ok(outcome)
     }
 
+    /// Sets the vectors that items begin with before the first step, and freezes those that stay.
+    fn begin_vectors(&mut self, day: &Day<'_>) -> Result<(), TrainError> {
+        let Some(model) = day.config.model.neural() else { return Ok(()) };
+        let (input, seed) = (model.input(), day.config.run.seed);
+        if day.is_first && day.state.position.day_step == 0 {
+            self.network.start_vectors(input, seed, day.plan.window.today(), day.pretrained)?;
+        }
+        if let (Some(StartConfig::File { frozen: true, .. }), Some(pretrained)) =
+            (&input.start, day.pretrained)
+        {
+            self.network.freeze_items(&pretrained.items);
+        }
+        Ok(())
+    }
+
     /// *All ranks.* Compares the replicated parameters of all ranks, bit by bit.
     fn compare_ranks(&self, day: &Day<'_>, n_done: usize) -> Result<(), TrainError> {
         let bits = self
@@ -139,6 +154,7 @@ impl Learner for GradientLearner<'_> {
     fn learn_day(&mut self, day: &mut Day<'_>) -> Result<ControlFlow<()>, TrainError> {
         let n_steps = day.plan.n_steps();
         let collective = day.place.collective;
+        self.begin_vectors(day)?;
         if day.state.position.day_step == 0 {
             // A checkpoint of a later step contains what this takes from the day.
             self.network.begin_day(day.plan.day, day.plan.window.today(), day.catalogue)?;

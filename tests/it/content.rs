@@ -13,12 +13,13 @@ use bireme::model::head::{Logits, NegativeSampler, Negatives};
 use bireme::model::{
     GruConfig, HeadConfig, InputConfig, LossConfig, Network, Neural, NoHooks, Recommender,
 };
-use parquet::data_type::{DoubleType, Int32Type};
+use parquet::data_type::{DoubleType, FloatType, Int32Type, Int64Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use tch::{Device, Kind, Tensor};
 
+use crate::support::configs::REPRODUCIBLE;
 use crate::support::one_day::{N_ITEMS, OneDay};
 use crate::support::session_data::{self, COLOUR, ITEM, PRICE, colour};
 use crate::support::session_shop::SessionShop;
@@ -269,4 +270,123 @@ fn a_bad_catalogue_is_refused() {
     let untied = [&set[..], &["--set", "model.head.tied=false"]].concat();
     let finished = shop.train("refused", &untied);
     assert!(finished.stderr.contains("`input.content` needs `head.tied`"), "{finished:#?}");
+}
+
+/// Writes vectors of these items, `width(item)` numbers each.
+fn write_vectors(path: &Path, items: &[i64], width: impl Fn(i64) -> usize) {
+    let message = format!(
+        "message vectors {{ required int64 {ITEM}; required group vector (LIST) {{ repeated group \
+         list {{ required float element; }} }} }}"
+    );
+    let schema = Arc::new(parse_message_type(&message).unwrap());
+    let properties = Arc::new(WriterProperties::builder().build());
+    let mut writer =
+        SerializedFileWriter::new(File::create(path).unwrap(), schema, properties).unwrap();
+    let mut columns = writer.next_row_group().unwrap();
+    let mut column = columns.next_column().unwrap().unwrap();
+    column.typed::<Int64Type>().write_batch(items, None, None).unwrap();
+    column.close().unwrap();
+    let numbers = |item: i64| (0..width(item)).map(move |i| (item * 7 + i as i64 * 3) as f32 % 5.0);
+    let values: Vec<f32> = items.iter().flat_map(|&item| numbers(item)).collect();
+    let repetitions: Vec<i16> =
+        items.iter().flat_map(|&item| (0..width(item)).map(|i| i16::from(i > 0))).collect();
+    let mut column = columns.next_column().unwrap().unwrap();
+    let definitions = vec![1; values.len()];
+    column
+        .typed::<FloatType>()
+        .write_batch(&values, Some(&definitions), Some(&repetitions))
+        .unwrap();
+    column.close().unwrap();
+    columns.close().unwrap();
+    writer.close().unwrap();
+}
+
+/// The item table of a run's newest checkpoint.
+fn item_vectors(shop: &SessionShop, run: &str) -> Tensor {
+    let tensors = Checkpoints::of(&shop.run_dir(run)).newest().unwrap().0.tensors;
+    let table = tensors.weights.into_iter().find(|(name, _)| name == "item_table.weight");
+    table.unwrap().1
+}
+
+#[test]
+fn item_vectors_begin_as_those_of_a_file_and_stay_if_they_are_frozen() {
+    let shop = SessionShop::new(100);
+    let path = shop.data().join("vectors.parquet");
+    let items: Vec<i64> = (2..30).collect();
+    write_vectors(&path, &items, |_| 6);
+    let start = |frozen: bool| {
+        let path = path.display();
+        format!("model.input.start={{ kind = \"file\", path = \"{path}\", frozen = {frozen} }}")
+    };
+    let set = ["--set", "model.input.item_width=8", "--set", "model.input.init_std=0.1"];
+    let unlearnt = [&set[..], &["--set", "train.learning_rate=0.0"]].concat();
+    shop.train("unlearnt", &[&unlearnt[..], &["--set", &start(false)]].concat()).success();
+    let of_file = item_vectors(&shop, "unlearnt").narrow(0, 2, 28);
+    let square = of_file.square().mean(Kind::Double).double_value(&[]);
+    assert!((square.sqrt() - 0.1 * (6.0_f64 / 8.0).sqrt()).abs() < 2e-2, "{square}");
+    assert_eq!(of_file.narrow(1, 6, 2).abs().max().double_value(&[]), 0.0);
+
+    let [start_frozen, start_learnt] = [true, false].map(start);
+    let frozen = [&set[..], &["--set", &start_frozen]].concat();
+    let learnt = [&set[..], &["--set", &start_learnt]].concat();
+    for (run, more, stays) in [("frozen", &frozen, true), ("learnt", &learnt, false)] {
+        shop.train(run, more).success();
+        let vectors = item_vectors(&shop, run);
+        assert_eq!(vectors.narrow(0, 2, 28).equal(&of_file), stays, "{run}");
+        // Items without a vector learn.
+        assert!(
+            !vectors.narrow(0, 30, 10).equal(&item_vectors(&shop, "unlearnt").narrow(0, 30, 10))
+        );
+    }
+    // On three ranks and a sharded table, and after an interruption, too.
+    let sharded = [&frozen[..], &REPRODUCIBLE, &["--set", "parallel.item_table=sharded"]].concat();
+    if let Some(finished) = shop.train_on(3, "sharded", &sharded) {
+        finished.success();
+        shop.train("alone", &sharded).success();
+        assert!(item_vectors(&shop, "sharded").equal(&item_vectors(&shop, "alone")));
+        assert!(item_vectors(&shop, "sharded").narrow(0, 2, 28).equal(&of_file));
+    }
+    let saved = [&frozen[..], &["--set", "checkpoint.every_steps=1"]].concat();
+    let killed = shop.train_command("stopped", &saved).env("BIREME_FAULT", "kill@0:4").output();
+    assert!(!killed.unwrap().status.success());
+    let resumed = shop.train("stopped", &saved).success();
+    assert!(resumed.stderr.contains("resuming from"), "{resumed:#?}");
+    assert!(item_vectors(&shop, "stopped").narrow(0, 2, 28).equal(&of_file));
+
+    let refused = |message: &str| {
+        let finished = shop.train("refused", &learnt);
+        assert_eq!(finished.code, Some(2), "{finished:#?}");
+        assert!(finished.stderr.contains(message), "{message}\n{finished:#?}");
+        assert!(!shop.run_dir("refused").exists());
+    };
+    write_vectors(&path, &[2, 3, 4], |item| if item == 4 { 5 } else { 6 });
+    refused("vectors.parquet` row 2: column `vector` has 5 values, the first vector 6");
+    write_vectors(&path, &[2, 3, 2], |_| 6);
+    refused("vectors.parquet` row 2: column `product_id-list_seq` holds the item 2 a second time");
+    write_catalogue(&path, &[2, 3]);
+    refused("vectors.parquet`: column `vector` is missing");
+    fs::remove_file(&path).unwrap();
+    refused("vectors.parquet`");
+}
+
+#[test]
+fn item_vectors_begin_as_factors_of_the_counts_on_any_number_of_ranks() {
+    let shop = SessionShop::new(150);
+    let start = ["--set", "model.input.start={ kind = \"pair_counts\" }"];
+    let set = [&start[..], &REPRODUCIBLE, &["--set", "train.learning_rate=0.0"]].concat();
+    shop.train("alone", &set).success();
+    let vectors = item_vectors(&shop, "alone");
+    // An item is mostly followed by the next one.
+    let products = vectors.matmul(&vectors.tr());
+    let mean_of = |distance: i64| {
+        products.diagonal(distance, 0, 1).narrow(0, 2, 20).mean(Kind::Double).double_value(&[])
+    };
+    assert!(mean_of(1) > 3.0 * mean_of(15).abs(), "{} {}", mean_of(1), mean_of(15));
+    for layout in ["replicated", "sharded"] {
+        let layout = format!("parallel.item_table={layout}");
+        let set = [&set[..], &["--set", &layout]].concat();
+        let Some(finished) = shop.train_on(3, &layout, &set) else { return };
+        finished.success();
+        assert!(item_vectors(&shop, &layout).equal(&vectors), "{layout}");
+    }
 }

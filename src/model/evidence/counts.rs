@@ -54,12 +54,15 @@ impl Pair {
     }
 }
 
+/// Pairs of an item that are factored.
+const N_FACTORED: usize = 128;
+
 /// Counts of items and of pairs, and the attributes of items.
 ///
 /// At the end of a day the lightest pairs are dropped: a pair stays if it is among the `n_kept`
 /// heaviest of its first item or of its second. Memory then grows with the catalogue, not with the
 /// number of days, and a checkpoint holds all that the next day needs.
-pub(super) struct Counts {
+pub struct Counts {
     n_kept: usize,
     /// Sorted by both items.
     pairs: Vec<Pair>,
@@ -87,6 +90,17 @@ impl Counts {
         }
     }
 
+    /// Counts without attributes, as the factors of pairs need them.
+    pub fn of_items(n_items: i64) -> Self {
+        Self::new(n_items, N_FACTORED, Attributes::default())
+    }
+
+    /// Both items of each pair, and its weight.
+    pub fn weights(&self) -> impl Iterator<Item = (usize, usize, f32)> {
+        let weight = |pair: &Pair| pair.units() / UNITS as f32;
+        self.pairs.iter().map(move |pair| (pair.first as usize, pair.second as usize, weight(pair)))
+    }
+
     pub fn begin_day(&mut self, day: i64) {
         self.last_day = day;
         self.last_day_items.fill(0);
@@ -100,7 +114,7 @@ impl Counts {
         }
     }
 
-    pub(super) fn add_items(&mut self, items: &[i64], is_last_day: bool) {
+    pub fn add_items(&mut self, items: &[i64], is_last_day: bool) {
         for &item in items {
             self.items[item as usize] += 1;
             self.last_day_items[item as usize] += i64::from(is_last_day);
@@ -170,7 +184,7 @@ impl Counts {
     }
 
     /// All pairs, sorted by both items.
-    pub fn pairs(&self) -> &[Pair] {
+    pub(super) fn pairs(&self) -> &[Pair] {
         &self.pairs
     }
 

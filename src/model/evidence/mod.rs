@@ -33,7 +33,7 @@ use crate::data::{Batch, DataError, Features, SessionFile};
 
 pub use candidates::Candidates;
 use candidates::{CountedSessions, Known};
-use counts::Counts;
+pub(super) use counts::Counts;
 use host::{Columns, HostTables, Query};
 use shape::Shape;
 use tables::Tables;
