@@ -298,6 +298,7 @@ fn values_that_no_key_can_have() {
         ("train.logits_mib", [&numbers(false)[..], &huge].concat()),
         ("train.schedule", words.to_vec()),
         ("train.time_phases", vec!["1", "\"yes\""]),
+        ("train.order", words.to_vec()),
         ("train.non_finite.kind", words.to_vec()),
         ("train.tables.kind", words.to_vec()),
         ("train.loss.kind", words.to_vec()),
@@ -320,12 +321,16 @@ fn values_that_no_key_can_have() {
         ("model.input.dropout", shares.to_vec()),
         ("model.input.layer_norm", vec!["1"]),
         ("model.input.aggregation", words.to_vec()),
+        ("model.input.content.n_buckets", [&numbers(false)[..], &huge].concat()),
+        ("model.input.content.id_dropout", shares.to_vec()),
+        ("model.input.start.kind", words.to_vec()),
         ("model.head.relu", vec!["1"]),
+        ("model.head.cosine", vec!["1"]),
         ("model.head.evidence.hidden_width", [&numbers(false)[..], &huge].concat()),
         ("model.head.evidence.candidates.n_candidates", [&numbers(false)[..], &huge].concat()),
         ("model.head.evidence.candidates.n_recent", [&numbers(false)[..], &huge].concat()),
-        ("model.head.evidence.candidates.n_neighbours", [&numbers(false)[..], &huge].concat()),
-        ("model.head.evidence.candidates.n_frequent", [&numbers(false)[..], &huge].concat()),
+        ("model.head.evidence.candidates.n_neighbours", [&numbers(true)[..], &huge].concat()),
+        ("model.head.evidence.candidates.n_frequent", [&numbers(true)[..], &huge].concat()),
         ("model.head.tied", vec!["\"no\""]),
         ("model.head.temperature", [&floats[..], &["0", "1e-300"]].concat()),
         ("model.objective.kind", words.to_vec()),
@@ -384,6 +389,7 @@ fn values_that_no_key_can_have() {
     let negatives = ["0", "-1", "nan", "\"all\""];
     for (loss, key, values) in [
         ("sampled", "power", &["nan", "inf", "1e300", "-100"][..]),
+        ("sampled", "in_batch", &["1"]),
         ("gbce", "calibration", &["-0.1", "1.1", "nan"]),
     ] {
         let loss = format!("{CONFIG}\n[train.loss]\nkind = \"{loss}\"\nn_negatives = 5\n");
@@ -393,7 +399,11 @@ fn values_that_no_key_can_have() {
     let softmax = format!("{CONFIG}\n[train.loss]\nkind = \"softmax\"\n");
     try_all(&softmax, &[("train.loss.label_smoothing", shares.to_vec())]);
     let adagrad = format!("{CONFIG}\n[train.tables]\nkind = \"adagrad\"\nlearning_rate = 0.1\n");
-    try_all(&adagrad, &[("train.tables.learning_rate", floats.to_vec())]);
+    let rates = [
+        ("train.tables.learning_rate", floats.to_vec()),
+        ("train.tables.momentum", shares.to_vec()),
+    ];
+    try_all(&adagrad, &rates);
     let vsknn = [
         ("model.k", [&numbers(false)[..], &["9999"]].concat()),
         ("model.sample_size", [&numbers(false)[..], &["3"]].concat()),
