@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
+use bireme_etl::ITEMS;
+
 use super::file::{Column, leaf, open_parquet, read_column};
 use super::{DataError, Features};
-
-/// File of the catalogue in a folder of sessions.
-const ITEMS: &str = "items.parquet";
 
 /// Attributes of items, a row each. It may have items without events.
 pub struct Catalogue {

@@ -48,7 +48,7 @@ pub use first::{RawEvent, first_events};
 pub use inputs::{check_distinct, check_output};
 pub use partition::{Day, Split};
 pub use preprocess::{
-    PreprocessOptions, PreprocessReport, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess,
+    ITEMS, PreprocessOptions, PreprocessReport, SCHEMA, SESSIONS_BY_DAY, WORKFLOW, preprocess,
 };
 pub use schema::{Domain, Feature, FloatRange, IntRange, Schema, SchemaError, ValueCount};
 pub use sessions::Keep;

@@ -31,18 +31,20 @@ use crate::schema::{
 use crate::sessions::{DAY, Dictionaries, Event, sessions, sort_and_drop_repeats};
 use crate::vocab::{Coded, Vocabulary};
 use crate::workflow::{Product, Settings, Statistics, Workflow};
-use crate::workflow_files::STATISTICS;
+use crate::workflow_files::{STATISTICS, write_table};
 
 /// The folder of the days, in the output.
 pub const SESSIONS_BY_DAY: &str = "sessions_by_day";
 /// The folder of the fitted workflow, in the output.
 pub const WORKFLOW: &str = "workflow";
 pub const SCHEMA: &str = "schema.pbtxt";
+/// The catalogue: what describes each item, in the output.
+pub const ITEMS: &str = "items.parquet";
 
 /// The schema is written last.
 const SESSIONS: FolderKind = FolderKind {
     marker: SCHEMA,
-    is_ours: |name| matches!(name, SESSIONS_BY_DAY | WORKFLOW | SCHEMA),
+    is_ours: |name| matches!(name, SESSIONS_BY_DAY | WORKFLOW | SCHEMA | ITEMS),
 };
 
 #[derive(Clone, Debug)]
@@ -158,8 +160,8 @@ impl fmt::Display for PreprocessReport {
     }
 }
 
-/// Turns events into sessions, and writes [`SESSIONS_BY_DAY`], [`WORKFLOW`] and [`SCHEMA`] to
-/// `out`.
+/// Turns events into sessions, and writes [`SESSIONS_BY_DAY`], [`WORKFLOW`], [`ITEMS`] and
+/// [`SCHEMA`] to `out`.
 ///
 /// `out` appears at the end; an error leaves it unchanged. `progress` receives lines about the
 /// progress, and warnings. The work runs on rayon's current pool and on polars' own.
@@ -172,7 +174,7 @@ pub fn preprocess(
 ) -> Result<PreprocessReport, Error> {
     options.check()?;
     check_distinct(&options.events)?;
-    for entry in [SESSIONS_BY_DAY, WORKFLOW, SCHEMA] {
+    for entry in [SESSIONS_BY_DAY, WORKFLOW, SCHEMA, ITEMS] {
         check_output(&options.events, &options.out.join(entry))?;
     }
     if options.extend {
@@ -464,6 +466,7 @@ impl Stages<'_> {
         let dir = self.output.path().join(WORKFLOW);
         fs::create_dir(&dir).map_err(Error::io("create", &dir))?;
         workflow.save(&dir)?;
+        write_table(workflow.item_table()?, &self.output.path().join(ITEMS))?;
         let mut schema = schema(workflow, days);
         if let Some(base) = &self.base {
             base.widen(&mut schema)?;

@@ -240,6 +240,44 @@ impl Workflow {
         }
     }
 
+    /// What describes each item, by ascending index: its columns of [`crate::schema::session`] by
+    /// its latest event, also of items whose events are in no session of training.
+    pub(crate) fn item_table(&self) -> PolarsResult<DataFrame> {
+        let (encoder, items) = (self.encoder(), self.vocabulary(Coded::Product).ids());
+        let event = |(code, product): (usize, &Product)| {
+            let mut codes = [Dictionary::NULL; 7];
+            codes[Coded::Product as usize] = code as u32;
+            for (column, of_product) in DESCRIBED.into_iter().zip(product.codes) {
+                codes[column as usize] = of_product;
+            }
+            let EventTime { seconds, nanos } = product.last_seen;
+            Event { seconds, price: product.price, codes, nanos }
+        };
+        let is_item = |(code, product): &(usize, &Product)| {
+            items[*code] > Vocabulary::UNKNOWN && product.first_seen != NEVER_SEEN
+        };
+        let mut events: Vec<Event> =
+            self.products.iter().enumerate().filter(is_item).map(event).collect();
+        events.sort_unstable_by_key(|event| encoder.id(event, Coded::Product));
+        let ids = |name: &str, column: Coded| {
+            let ids = events.iter().map(|event| i64::from(encoder.id(event, column)));
+            Column::new(name.into(), ids.collect::<Vec<_>>())
+        };
+        let prices = events.iter().map(|event| self.statistics.price_log.apply(log(event.price)));
+        let relative = events.iter().map(|event| {
+            relative_price(event.price, self.mean_price[event.code(Coded::Category) as usize])
+        });
+        let columns = vec![
+            ids(session::PRODUCT, Coded::Product),
+            ids(session::CATEGORY_CODE, Coded::CategoryCode),
+            ids(session::BRAND, Coded::Brand),
+            ids(session::CATEGORY, Coded::Category),
+            Column::new(session::PRICE.into(), prices.collect::<Vec<_>>()),
+            Column::new(session::RELATIVE_PRICE.into(), relative.collect::<Vec<_>>()),
+        ];
+        DataFrame::new(events.len(), columns)
+    }
+
     /// An encoder of events that were coded with other dictionaries.
     fn encoder_for(&self, dictionaries: &Dictionaries) -> Encoder<'_> {
         // Each distinct value is looked up once, not once per event.

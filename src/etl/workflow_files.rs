@@ -339,7 +339,7 @@ fn column_of<'v>(
     }
 }
 
-fn write_table(mut table: DataFrame, path: &Path) -> Result<(), Error> {
+pub(crate) fn write_table(mut table: DataFrame, path: &Path) -> Result<(), Error> {
     let file = File::create(path).map_err(Error::io("create", path))?;
     let written = ParquetWriter::new(BufWriter::new(file)).finish(&mut table);
     written.map(drop).map_err(Error::parquet("write", path))

@@ -38,7 +38,7 @@ fn folders_that_exist_stay_the_same_folders() {
     fs::create_dir(dir.path().join("large")).unwrap();
     symlink("large", dir.path().join("data")).unwrap();
     into(dir.path(), "data", |_| {}).unwrap();
-    let expected = ["schema.pbtxt", "sessions_by_day", "workflow"];
+    let expected = ["items.parquet", "schema.pbtxt", "sessions_by_day", "workflow"];
     assert_eq!(names(&dir.path().join("large")), expected);
     assert!(dir.path().join("data").is_symlink());
     fs::write(dir.path().join("large/notes"), "of somebody").unwrap();

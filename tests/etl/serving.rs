@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use bireme_etl::serving::{ModelColumn, Preprocessor, ServingSettings};
-use bireme_etl::{Coded, ColumnValue, ProductInWords, WORKFLOW, Workflow};
+use bireme_etl::{Coded, ColumnValue, ITEMS, ProductInWords, Settings, WORKFLOW, Workflow};
 use bireme_protocol::{DataType as Type, Parameter, Tensor};
 use polars::prelude::*;
 
@@ -42,6 +42,61 @@ fn apply_after_load_gives_what_preprocess_wrote() {
         assert_eq!(row.lists, served.lists, "{}", row.session);
     }
 }
+
+#[test]
+fn the_catalogue_has_each_item_as_its_latest_event_describes_it() {
+    let dir = scratch();
+    let csv = shop(600);
+    run(dir.path(), &csv, |_| {}).unwrap();
+    let out = dir.path().join("out");
+    let workflow = Workflow::load(&out.join(WORKFLOW)).unwrap();
+    // Times are texts of one length, so that they are sorted as texts.
+    let mut latest: BTreeMap<&str, (&str, &str)> = BTreeMap::new();
+    for line in csv.lines().skip(1) {
+        let cells: Vec<&str> = line.split(',').collect();
+        let (time, product, session) = (cells[0], cells[2], cells[8]);
+        let known = latest.entry(product).or_insert((time, line));
+        if !session.is_empty() && time >= known.0 {
+            *known = (time, line);
+        }
+    }
+    // Each event is a session of its own.
+    let rows = latest.values().enumerate().map(|(number, (_, line))| {
+        let (event, _) = line.rsplit_once(',').unwrap();
+        format!("{event},alone{number}")
+    });
+    let events = format!("{HEADER}\n{}\n", rows.collect::<Vec<_>>().join("\n"));
+    let settings = Settings { min_length: 1, ..workflow.statistics.settings.clone() };
+    let sessions = workflow.apply(&table(&events), &settings).unwrap().sessions;
+    let alone = |row: usize| {
+        LISTS.map(|name| {
+            let list = sessions.column(name).unwrap().list().unwrap().get_as_series(row).unwrap();
+            assert_eq!(list.len(), 1);
+            list.get(0).unwrap().into_static()
+        })
+    };
+    let mut expected: Vec<_> = (0..sessions.height()).map(alone).collect();
+    expected.sort_by_key(|row| row[0].extract::<i64>());
+    let items = fs::File::open(out.join(ITEMS)).unwrap();
+    let items = ParquetReader::new(items).finish().unwrap();
+    let of_file =
+        |row: usize| LISTS.map(|name| items.column(name).unwrap().get(row).unwrap().into_static());
+    let found: Vec<_> = (0..items.height()).map(of_file).collect();
+    // Events in no session may describe products that are no items.
+    expected.retain(|row| row[0].extract::<i64>() > Some(1));
+    assert!(found.len() > 20);
+    assert_eq!(found, expected);
+}
+
+/// The columns of a catalogue.
+const LISTS: [&str; 6] = [
+    "product_id-list_seq",
+    "category_code-list_seq",
+    "brand-list_seq",
+    "category_id-list_seq",
+    "price_log_norm-list_seq",
+    "relative_price_to_avg_categ_id-list_seq",
+];
 
 #[test]
 fn a_loaded_workflow_saves_the_same_files() {

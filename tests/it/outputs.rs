@@ -80,7 +80,7 @@ fn sessions_are_written_into_the_current_folder() {
     let here = dir.path().join("here");
     fs::create_dir(&here).unwrap();
     bireme(&here, &["preprocess", "--events", "../events.csv", "--out", "."]).success();
-    assert_eq!(names(&here), ["schema.pbtxt", "sessions_by_day", "workflow"]);
+    assert_eq!(names(&here), ["items.parquet", "schema.pbtxt", "sessions_by_day", "workflow"]);
     let missing =
         bireme(dir.path(), &["preprocess", "--events", "events.csv", "--extend", "nothing"]);
     assert_eq!(missing.code, Some(2), "{missing:#?}");
@@ -136,7 +136,10 @@ fn a_signal_leaves_nothing_and_a_kill_is_cleaned_up_by_the_next() {
         let finished = preprocess().success();
         assert!(finished.stderr.contains("which an interrupted command left"), "{finished:#?}");
         assert_eq!(names(dir), ["data", "events.csv", "pipe"]);
-        assert_eq!(names(&dir.join("data")), ["schema.pbtxt", "sessions_by_day", "workflow"]);
+        assert_eq!(
+            names(&dir.join("data")),
+            ["items.parquet", "schema.pbtxt", "sessions_by_day", "workflow"]
+        );
         fs::remove_dir_all(dir.join("data")).unwrap();
     }
 }
@@ -160,5 +163,5 @@ fn an_empty_folder_in_a_folder_without_write_permission_is_written_to() {
     let found = names(&volume);
     assert!(Command::new("umount").arg(&volume).status().unwrap().success());
     finished.success();
-    assert_eq!(found, ["schema.pbtxt", "sessions_by_day", "workflow"]);
+    assert_eq!(found, ["items.parquet", "schema.pbtxt", "sessions_by_day", "workflow"]);
 }
