@@ -45,7 +45,7 @@ fn folders_that_exist_stay_the_same_folders() {
     into(dir.path(), "data", |options| options.overwrite = true).unwrap();
     into(dir.path(), "deep/er", |_| {}).unwrap();
     assert_eq!(names(&dir.path().join("deep/er")), expected);
-    assert_eq!(names(&dir.path().join("large")).len(), 4);
+    assert_eq!(names(&dir.path().join("large")).len(), 5);
     assert_eq!(names(dir.path()), ["data", "deep", "events.csv", "large"]);
 }
 
