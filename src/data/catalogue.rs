@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bireme_etl::ITEMS;
 
-use super::file::{Column, leaf, open_parquet, read_column};
+use super::file::{Column, Rows, column_error, leaf, open_parquet, read_column};
 use super::{DataError, Features};
 
 /// Attributes of items, a row each. It may have items without events.
@@ -15,36 +15,26 @@ pub struct Catalogue {
 }
 
 impl Catalogue {
-    /// Reads `items.parquet` in `dir`; `None` if there is no such file. A column of the file has
-    /// the name of a feature and single values, encoded as those of the sessions are.
+    /// Reads `items.parquet` in `dir`; `None` if the file is missing. Its columns are named like
+    /// features and hold one value for each item, encoded as in the sessions.
     ///
     /// # Errors
-    /// The file is not parquet, has no column with the items, has an item twice, or a value is null
-    /// or out of range.
+    /// The file is not parquet, has no column with the items, has an item twice, or a column has
+    /// another type than its feature, a null or a value out of range.
     pub fn open(dir: &Path, features: &Features) -> Result<Option<Self>, DataError> {
         let path = dir.join(ITEMS);
         if !path.exists() {
             return Ok(None);
         }
-        let column = |feature: &str, problem: &str| DataError::Column {
-            path: path.clone(),
-            column: feature.to_owned(),
-            problem: problem.to_owned(),
-        };
         let reader = open_parquet(&path)?;
         let mut columns = Vec::new();
         for feature in features.columns() {
-            let of_items = match leaf(&reader, &feature.name) {
-                None => None,
-                Some(leaf) if leaf.max_repetition > 0 => {
-                    return Err(column(&feature.name, "is a list, not one value for each item"));
-                }
-                Some(leaf) => Some(read_column(&reader, &path, feature, leaf)?.column),
-            };
-            columns.push(of_items);
+            let leaf = leaf(&reader, &path, feature, Rows::Values)?;
+            let column = leaf.map(|leaf| read_column(&reader, &path, feature, leaf)).transpose()?;
+            columns.push(column.map(|column| column.column));
         }
         let Some(Column::Ids(items)) = columns[0].take() else {
-            return Err(column(&features.columns()[0].name, "is missing"));
+            return Err(column_error(&path, &features.columns()[0].name, "is missing".to_owned()));
         };
         check_distinct(&items, features, &path)?;
         Ok(Some(Self { items, columns }))

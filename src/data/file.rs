@@ -113,9 +113,8 @@ pub struct SessionFile {
     day: i64,
     path: PathBuf,
     features: Features,
-    /// Leaf column of each feature: its index, and the definition level of a value that is not
-    /// null.
-    leaves: Vec<(usize, i16)>,
+    /// Leaf column of each feature.
+    leaves: Vec<Leaf>,
     group_rows: Vec<usize>,
     max_length: usize,
 }
@@ -128,37 +127,13 @@ impl SessionFile {
         max_length: usize,
     ) -> Result<Self, DataError> {
         let reader = open_parquet(path)?;
-        let metadata = reader.metadata();
-        let descriptor = metadata.file_metadata().schema_descr();
-        let mut leaves = Vec::new();
-        for feature in features.columns() {
-            let column_error = |problem: &str| DataError::Column {
-                path: path.to_owned(),
-                column: feature.name.clone(),
-                problem: problem.to_owned(),
-            };
-            let leaf = (0..descriptor.num_columns())
-                .find(|&i| descriptor.column(i).path().parts()[0] == feature.name)
-                .ok_or_else(|| column_error("is missing"))?;
-            let column = descriptor.column(leaf);
-            if column.max_rep_level() != 1 {
-                return Err(column_error("is not a list"));
-            }
-            let is_supported = match column.physical_type() {
-                Physical::INT32 | Physical::INT64 => true,
-                Physical::FLOAT | Physical::DOUBLE => !feature.is_categorical(),
-                _ => false,
-            };
-            if !is_supported {
-                return Err(column_error(&format!(
-                    "has the unexpected type {}",
-                    column.physical_type()
-                )));
-            }
-            leaves.push((leaf, column.max_def_level()));
-        }
+        let leaves = features.columns().iter().map(|feature| {
+            leaf(&reader, path, feature, Rows::Lists)?
+                .ok_or_else(|| column_error(path, &feature.name, "is missing".to_owned()))
+        });
+        let leaves = leaves.collect::<Result<_, _>>()?;
         let group_rows =
-            metadata.row_groups().iter().map(|group| group.num_rows() as usize).collect();
+            reader.metadata().row_groups().iter().map(|group| group.num_rows() as usize).collect();
         Ok(Self {
             day,
             path: path.to_owned(),
@@ -251,15 +226,15 @@ impl SessionFile {
         let group_reader = reader.get_row_group(group).map_err(unreadable)?;
         let mut lengths = Vec::new();
         let mut columns = Vec::with_capacity(self.leaves.len());
-        for (feature, &(leaf, defined)) in self.features.columns().iter().zip(&self.leaves) {
+        for (feature, leaf) in self.features.columns().iter().zip(&self.leaves) {
             let invalid = |row: usize, problem: String| DataError::Row {
                 path: self.path.clone(),
                 row: first_row + row,
                 column: feature.name.clone(),
                 problem,
             };
-            let column = group_reader.get_column_reader(leaf).map_err(unreadable)?;
-            let lists = read_lists(column, rows.clone(), defined).map_err(unreadable)?;
+            let column = group_reader.get_column_reader(leaf.index).map_err(unreadable)?;
+            let lists = read_lists(column, rows.clone(), leaf.defined).map_err(unreadable)?;
             if let Some(row) = lists.first_gap {
                 return Err(invalid(row, "holds a null or an empty list".to_owned()));
             }
@@ -358,17 +333,53 @@ pub(super) struct Leaf {
     index: usize,
     /// Definition level of a value that is not null.
     defined: i16,
-    /// 0 for a column of single values.
-    pub max_repetition: i16,
 }
 
-/// The first leaf of the column `name`.
-pub(super) fn leaf(reader: &SerializedFileReader<File>, name: &str) -> Option<Leaf> {
+/// What the rows of a column hold.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rows {
+    /// A list each.
+    Lists,
+    /// One value each.
+    Values,
+}
+
+/// The column of a feature; `None` if the file does not have it.
+///
+/// # Errors
+/// Its rows hold something else, or it has a type that the feature cannot have.
+pub(super) fn leaf(
+    reader: &SerializedFileReader<File>,
+    path: &Path,
+    feature: &Feature,
+    rows: Rows,
+) -> Result<Option<Leaf>, DataError> {
     let descriptor = reader.metadata().file_metadata().schema_descr();
     let index = (0..descriptor.num_columns())
-        .find(|&index| descriptor.column(index).path().parts()[0] == name)?;
+        .find(|&index| descriptor.column(index).path().parts()[0] == feature.name);
+    let Some(index) = index else { return Ok(None) };
     let column = descriptor.column(index);
-    Some(Leaf { index, defined: column.max_def_level(), max_repetition: column.max_rep_level() })
+    let problem = |problem: String| column_error(path, &feature.name, problem);
+    match (rows, column.max_rep_level()) {
+        (Rows::Lists, 1) | (Rows::Values, 0) => {}
+        (Rows::Lists, _) => return Err(problem("is not a list".to_owned())),
+        (Rows::Values, _) => {
+            return Err(problem("is a list, not one value for each item".to_owned()));
+        }
+    }
+    let is_supported = match column.physical_type() {
+        Physical::INT32 | Physical::INT64 => true,
+        Physical::FLOAT | Physical::DOUBLE => !feature.is_categorical(),
+        _ => false,
+    };
+    if !is_supported {
+        return Err(problem(format!("has the unexpected type {}", column.physical_type())));
+    }
+    Ok(Some(Leaf { index, defined: column.max_def_level() }))
+}
+
+pub(super) fn column_error(path: &Path, column: &str, problem: String) -> DataError {
+    DataError::Column { path: path.to_owned(), column: column.to_owned(), problem }
 }
 
 /// The values of all rows of a column.

@@ -5,10 +5,9 @@ use std::thread::{self, JoinHandle};
 
 use bireme_base::console::panic_text;
 
-use crate::config::SessionOrder;
-
 use super::plan::{EpochKey, StepShape, derive_seed, streams_of_rank};
 use super::{Batch, DataError, Features, Segment, SessionFile, Sessions, Window};
+use crate::config::SessionOrder;
 
 /// Number of steps that are read ahead: enough to hide a slow read, few enough to need little
 /// memory.

@@ -5,7 +5,7 @@ use std::path::Path;
 use bireme_etl::{Domain, Feature};
 use parquet::file::reader::FileReader;
 
-use super::file::{Column, leaf, open_parquet, read_column};
+use super::file::{Column, Rows, column_error, leaf, open_parquet, read_column};
 use super::{DataError, Features, catalogue};
 
 /// Column with the vectors.
@@ -31,22 +31,15 @@ impl Pretrained {
     pub fn read(path: &Path, features: &Features) -> Result<Self, DataError> {
         let reader = open_parquet(path)?;
         let item = &features.columns()[0];
-        let column = |column: &str, problem: &str| DataError::Column {
-            path: path.to_owned(),
-            column: column.to_owned(),
-            problem: problem.to_owned(),
+        let read = |feature: &Feature, rows: Rows| {
+            let leaf = leaf(&reader, path, feature, rows)?;
+            let missing = || column_error(path, &feature.name, "is missing".to_owned());
+            read_column(&reader, path, feature, leaf.ok_or_else(missing)?)
         };
-        let find = |name: &str, is_list: bool| match leaf(&reader, name) {
-            None => Err(column(name, "is missing")),
-            Some(leaf) if (leaf.max_repetition > 0) != is_list => {
-                Err(column(name, if is_list { "is not a list" } else { "is a list" }))
-            }
-            Some(leaf) => Ok(leaf),
-        };
-        let items = read_column(&reader, path, item, find(&item.name, false)?)?;
+        let items = read(item, Rows::Values)?;
         let Column::Ids(items) = items.column else { unreachable!("the item id is categorical") };
         catalogue::check_distinct(&items, features, path)?;
-        let vectors = read_column(&reader, path, &vector_feature(), find(VECTOR, true)?)?;
+        let vectors = read(&vector_feature(), Rows::Lists)?;
         let Column::Values(values) = vectors.column else { unreachable!("vectors have values") };
         let width = vectors.lengths.first().copied().unwrap_or_default();
         if let Some(row) = vectors.lengths.iter().position(|&length| length != width) {
@@ -58,7 +51,7 @@ impl Pretrained {
             });
         }
         if reader.metadata().file_metadata().num_rows() == 0 {
-            return Err(column(VECTOR, "has no vector"));
+            return Err(column_error(path, VECTOR, "has no vector".to_owned()));
         }
         Ok(Self { items, width, values })
     }

@@ -211,11 +211,9 @@ impl Recommender for Baseline {
 
     fn scores(&self, encoded: &Encoded, items: Range<i64>) -> Tensor {
         let sparse = encoded.sparse.as_ref().expect("a baseline encodes sparse scores");
-        let width = items.end - items.start;
-        // An extra column receives the scores of items outside the range.
-        let base = [&self.base_scores[items.start as usize..items.end as usize], &[0.0]].concat();
-        let scores = Tensor::from_slice(&base).unsqueeze(0).repeat([sparse.items.size()[0], 1]);
-        let (_, column) = sparse.columns(&items, width);
-        scores.scatter(1, &column, &sparse.scores).narrow(1, 0, width)
+        let base = &self.base_scores[items.start as usize..items.end as usize];
+        let scores = Tensor::from_slice(base).unsqueeze(0).repeat([sparse.items.size()[0], 1]);
+        sparse.write_to(&scores, None, &items);
+        scores
     }
 }

@@ -36,89 +36,6 @@ pub(super) struct Composition {
     pub is_learnt: Option<Tensor>,
 }
 
-impl Composition {
-    /// Whether vectors are the rows of the item table.
-    fn is_identity(&self) -> bool {
-        self.content.is_none() && !self.is_normalised
-    }
-
-    /// The vectors and biases of `items: [N]`, given those of their ids: `[N, D + 1]`.
-    fn compose(
-        &self,
-        parameters: &Parameters,
-        items: &Tensor,
-        of_ids: &Tensor,
-        step_seed: Option<u64>,
-    ) -> Tensor {
-        let sum = self.sum(parameters, items, of_ids, step_seed);
-        if !self.is_normalised {
-            return sum;
-        }
-        let width = sum.size()[1] - 1;
-        Tensor::cat(&[normalise(&sum.narrow(1, 0, width)), sum.narrow(1, width, 1)], 1)
-    }
-
-    /// [`Composition::compose`] before the lengths are normalised.
-    fn sum(
-        &self,
-        parameters: &Parameters,
-        items: &Tensor,
-        of_ids: &Tensor,
-        step_seed: Option<u64>,
-    ) -> Tensor {
-        match &self.content {
-            Some(content) => content.add_to(parameters, items, of_ids, step_seed),
-            None => of_ids.shallow_clone(),
-        }
-    }
-
-    /// *All ranks*, if the item table is sharded. Turns the gradients by the vectors, which are
-    /// complete, into those of the parameters, in the step with this seed.
-    ///
-    /// # Errors
-    /// A collective call fails.
-    pub fn finish_gradients(
-        &self,
-        parameters: &Parameters,
-        gradients: &mut Gradients,
-        item_table: &ItemTable<'_>,
-        step_seed: u64,
-    ) -> Result<(), CollectiveError> {
-        if self.is_identity() && self.is_learnt.is_none() {
-            return Ok(());
-        }
-        let _no_grad = tch::no_grad_guard();
-        let (mut of_vectors, mut of_bias) = (gradients.of(ITEM_TABLE), gradients.of(ITEM_BIAS));
-        let norms = of_vectors.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
-        // A NaN is not zero, so that it is passed on.
-        let rows = (norms + of_bias.abs()).nonzero().squeeze_dim(1);
-        let items = &rows + item_table.rows.start;
-        let mut by_vectors = of_vectors.index_select(0, &rows);
-        let mut by_bias = of_bias.index_select(0, &rows);
-        if self.is_normalised {
-            let row = |index: usize| parameters.leaf(index).detach().index_select(0, &rows);
-            let of_ids = Tensor::cat(&[row(ITEM_TABLE), row(ITEM_BIAS).unsqueeze(1)], 1);
-            let sums = self.sum(parameters, &items, &of_ids, Some(step_seed));
-            let sums = sums.narrow(1, 0, by_vectors.size()[1]);
-            by_vectors = through_normalise(&by_vectors, &sums);
-        }
-        if let Some(content) = &self.content {
-            let both = Tensor::cat(&[&by_vectors, &by_bias.unsqueeze(1)], 1);
-            content.add_gradients(gradients, item_table, &items, &both)?;
-            if let Some(keeps_id) = content.keeps_id(&items, step_seed) {
-                by_vectors *= keeps_id.unsqueeze(1);
-                by_bias *= keeps_id;
-            }
-        }
-        if let Some(is_learnt) = &self.is_learnt {
-            by_vectors *= is_learnt.index_select(0, &rows).unsqueeze(1);
-        }
-        let _ = of_vectors.index_copy_(0, &rows, &by_vectors);
-        let _ = of_bias.index_copy_(0, &rows, &by_bias);
-        Ok(())
-    }
-}
-
 /// The gradient by `x: [N, D]` from that by [`normalise`] of it.
 fn through_normalise(gradient: &Tensor, x: &Tensor) -> Tensor {
     let (lengths, unit) = (lengths(x), normalise(x));
@@ -130,17 +47,27 @@ fn through_normalise(gradient: &Tensor, x: &Tensor) -> Tensor {
 #[derive(Clone, Copy)]
 pub struct ItemVectors<'n> {
     pub(super) parameters: &'n Parameters,
-    pub(super) composition: &'n Composition,
+    composition: &'n Composition,
     /// Item of the first local row.
-    pub(super) first_item: i64,
+    first_item: i64,
     /// Seed of the step, outside training `None`.
-    pub(super) step_seed: Option<u64>,
+    step_seed: Option<u64>,
 }
 
-impl ItemVectors<'_> {
+impl<'n> ItemVectors<'n> {
+    /// `step_seed`: of the step of training, if any.
+    pub(super) fn new(
+        parameters: &'n Parameters,
+        composition: &'n Composition,
+        item_table: &ItemTable<'_>,
+        step_seed: Option<u64>,
+    ) -> Self {
+        Self { parameters, composition, first_item: item_table.rows.start, step_seed }
+    }
+
     /// Whether vectors are the rows of the item table.
     pub(super) fn are_rows(&self) -> bool {
-        self.composition.is_identity()
+        self.composition.content.is_none() && !self.composition.is_normalised
     }
 
     /// Vectors of local rows `[N]`: `[N, D]`.
@@ -155,8 +82,23 @@ impl ItemVectors<'_> {
 
     /// Vectors and biases of local rows `[N]`, given those of their ids: `[N, D + 1]`.
     pub(super) fn compose(&self, rows: &Tensor, of_ids: &Tensor) -> Tensor {
-        let Self { parameters, composition, first_item, step_seed } = *self;
-        composition.compose(parameters, &(rows + first_item), of_ids, step_seed)
+        let sum = self.sum(rows, of_ids);
+        if !self.composition.is_normalised {
+            return sum;
+        }
+        let width = sum.size()[1] - 1;
+        Tensor::cat(&[normalise(&sum.narrow(1, 0, width)), sum.narrow(1, width, 1)], 1)
+    }
+
+    /// [`ItemVectors::compose`] before the lengths are normalised.
+    fn sum(&self, rows: &Tensor, of_ids: &Tensor) -> Tensor {
+        match &self.composition.content {
+            Some(content) => {
+                let items = rows + self.first_item;
+                content.add_to(self.parameters, &items, of_ids, self.step_seed)
+            }
+            None => of_ids.shallow_clone(),
+        }
     }
 
     /// Vectors `[n, D]` and biases `[n]` of consecutive local rows from `first` on, given those of
@@ -169,5 +111,50 @@ impl ItemVectors<'_> {
         let rows = Tensor::arange_start(first, first + n, (Kind::Int64, of_ids.device()));
         let whole = self.compose(&rows, &Tensor::cat(&[of_ids, bias.unsqueeze(1)], 1));
         (whole.narrow(1, 0, width).contiguous(), whole.select(1, width).contiguous())
+    }
+
+    /// *All ranks*, if the item table is sharded. Turns the gradients by the vectors, which are
+    /// complete, into those of the parameters.
+    ///
+    /// # Errors
+    /// A collective call fails.
+    pub(super) fn finish_gradients(
+        &self,
+        gradients: &mut Gradients,
+        item_table: &ItemTable<'_>,
+    ) -> Result<(), CollectiveError> {
+        let Composition { content, is_normalised, is_learnt } = self.composition;
+        if self.are_rows() && is_learnt.is_none() {
+            return Ok(());
+        }
+        let _no_grad = tch::no_grad_guard();
+        let (mut of_vectors, mut of_bias) = (gradients.of(ITEM_TABLE), gradients.of(ITEM_BIAS));
+        let norms = of_vectors.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+        // A NaN is not zero, so that it is passed on.
+        let rows = (norms + of_bias.abs()).nonzero().squeeze_dim(1);
+        let items = &rows + self.first_item;
+        let mut by_vectors = of_vectors.index_select(0, &rows);
+        let mut by_bias = of_bias.index_select(0, &rows);
+        if *is_normalised {
+            let row = |index: usize| self.parameters.leaf(index).detach().index_select(0, &rows);
+            let of_ids = Tensor::cat(&[row(ITEM_TABLE), row(ITEM_BIAS).unsqueeze(1)], 1);
+            let sums = self.sum(&rows, &of_ids);
+            let sums = sums.narrow(1, 0, by_vectors.size()[1]);
+            by_vectors = through_normalise(&by_vectors, &sums);
+        }
+        if let Some(content) = content {
+            let both = Tensor::cat(&[&by_vectors, &by_bias.unsqueeze(1)], 1);
+            content.add_gradients(gradients, item_table, &items, &both)?;
+            if let Some(keeps_id) = self.step_seed.and_then(|seed| content.keeps_id(&items, seed)) {
+                by_vectors *= keeps_id.unsqueeze(1);
+                by_bias *= keeps_id;
+            }
+        }
+        if let Some(is_learnt) = is_learnt {
+            by_vectors *= is_learnt.index_select(0, &rows).unsqueeze(1);
+        }
+        let _ = of_vectors.index_copy_(0, &rows, &by_vectors);
+        let _ = of_bias.index_copy_(0, &rows, &by_bias);
+        Ok(())
     }
 }

@@ -169,16 +169,16 @@ pub struct SparseScores {
 
 impl SparseScores {
     /// Whether each item is among `items`, bool `[B, E]`, and its column in scores `[B, C]` of
-    /// them, i64 `[B, E]`; `outside` for an item that is not.
-    pub fn columns(&self, items: &Range<i64>, outside: i64) -> (Tensor, Tensor) {
+    /// them, i64 `[B, E]`; 0 for an item that is not.
+    fn columns(&self, items: &Range<i64>) -> (Tensor, Tensor) {
         let is_inside = self.items.ge(items.start.max(1)).logical_and(&self.items.lt(items.end));
-        let column = (&self.items - items.start).where_scalarother(&is_inside, outside);
+        let column = (&self.items - items.start).where_scalarother(&is_inside, 0);
         (is_inside, column)
     }
 
     /// Writes the scores, less `offset: [C]` of their items, into `scores: [B, C]` of `items`.
     pub fn write_to(&self, scores: &Tensor, offset: Option<&Tensor>, items: &Range<i64>) {
-        let (is_inside, columns) = self.columns(items, 0);
+        let (is_inside, columns) = self.columns(items);
         let is_inside = is_inside.to_kind(self.scores.kind());
         let new = match offset {
             Some(offset) => {

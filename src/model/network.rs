@@ -26,10 +26,10 @@ use super::{
 use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{InputConfig, Reminders, StartConfig};
-use crate::data::Pretrained;
 use crate::data::plan::derive_seed;
-use crate::data::with_seed;
-use crate::data::{Batch, Catalogue, DataError, DropoutGenerator, Features, SessionFile};
+use crate::data::{
+    Batch, Catalogue, DataError, DropoutGenerator, Features, Pretrained, SessionFile, with_seed,
+};
 
 /// The item table is parameter 0, the bias of its scores parameter 1; other tables follow, then all
 /// other parameters.
@@ -445,11 +445,7 @@ impl<'a> Network<'a> {
         let (items, vectors) = match (&input.start, pretrained) {
             (Some(StartConfig::PairCounts {}), _) => {
                 let mut counts = Counts::of_items(n_items);
-                counts.begin_day(file.day());
-                for span in file.spans(0..file.n_sessions()) {
-                    counts.add(&file.read(std::slice::from_ref(&span))?);
-                }
-                counts.end_day();
+                counts.add_day(file.day(), file)?;
                 let items = Tensor::arange(n_items, (Kind::Int64, Device::Cpu));
                 (items, factors_of_pairs(&counts, width, seed))
             }
@@ -502,17 +498,13 @@ impl<'a> Network<'a> {
     /// A collective call fails.
     pub fn finish_gradients(&mut self, step_seed: u64) -> Result<(), CollectiveError> {
         let Self { parameters, composition, gradients, item_table, .. } = self;
-        composition.finish_gradients(parameters, gradients, item_table, step_seed)
+        let items = ItemVectors::new(parameters, composition, item_table, Some(step_seed));
+        items.finish_gradients(gradients, item_table)
     }
 
     /// The item vectors of the step with this seed, or outside training.
     fn items(&self, step_seed: Option<u64>) -> ItemVectors<'_> {
-        ItemVectors {
-            parameters: &self.parameters,
-            composition: &self.composition,
-            first_item: self.item_table.rows.start,
-            step_seed,
-        }
+        ItemVectors::new(&self.parameters, &self.composition, &self.item_table, step_seed)
     }
 
     /// Frees memory that only backward passes need.
@@ -587,7 +579,7 @@ impl<'a> Network<'a> {
         let predicted = predicted_events(&parts, self.device());
         let targets = Targets {
             items: batch.items().index_select(0, &predicted),
-            micro_batches: send(&Tensor::from_slice(&micro_batches(&parts)), self.device()),
+            micro_batches: micro_batches(&parts),
             uniform: self.detector.map(|_| self.uniform(&parts)),
         };
         let targets = StepTargets { targets, counts, step_seed: batch.step_seed };
@@ -699,8 +691,7 @@ impl<'a> Network<'a> {
         let Self {
             parameters, gradients, item_table, workspace, scored_table, composition, ..
         } = self;
-        let (first_item, step_seed) = (item_table.rows.start, Some(targets.step_seed));
-        let items = ItemVectors { parameters, composition, first_item, step_seed };
+        let items = ItemVectors::new(parameters, composition, item_table, Some(targets.step_seed));
         tch::no_grad(|| {
             let mut weights = parameters.leaf(*scored_table).detach();
             let mut bias = parameters.leaf(ITEM_BIAS).detach();

@@ -238,12 +238,27 @@ fn items_that_training_has_not_seen_are_scored_by_their_attributes() {
         };
         (0..).zip(&unseen).map(above).collect::<Vec<_>>()
     };
-    // Without the catalogue nothing tells them apart.
+    // Without the catalogue all unseen items have the same vector.
     shop.train("blind", &set).success();
     assert_ne!(ranks("blind"), [0, 0, 0]);
     write_catalogue(&shop.data().join("items.parquet"), &[8, 17, 26]);
     shop.train("catalogue", &set).success();
     assert_eq!(ranks("catalogue"), [0, 0, 0]);
+}
+
+/// Writes a file whose items are numbers with fractions.
+fn write_fractional_items(path: &Path) {
+    let schema = parse_message_type(&format!("message items {{ required double {ITEM}; }}"));
+    let properties = Arc::new(WriterProperties::builder().build());
+    let file = File::create(path).unwrap();
+    let mut writer =
+        SerializedFileWriter::new(file, Arc::new(schema.unwrap()), properties).unwrap();
+    let mut columns = writer.next_row_group().unwrap();
+    let mut column = columns.next_column().unwrap().unwrap();
+    column.typed::<DoubleType>().write_batch(&[2.0, 3.0], None, None).unwrap();
+    column.close().unwrap();
+    columns.close().unwrap();
+    writer.close().unwrap();
 }
 
 #[test]
@@ -263,6 +278,8 @@ fn a_bad_catalogue_is_refused() {
     refused(" row 2: column `product_id-list_seq` holds the item 3 a second time");
     write_catalogue(&path, &[3, 4, 40]);
     refused(" row 2: column `product_id-list_seq` has the id 40, outside 1..=39 of the schema");
+    write_fractional_items(&path);
+    refused(": column `product_id-list_seq` has the unexpected type DOUBLE");
     fs::write(&path, "no parquet").unwrap();
     refused("");
     session_data::write_sessions(&path, &[vec![2, 3]], |_| 0.0);
@@ -365,6 +382,8 @@ fn item_vectors_begin_as_those_of_a_file_and_stay_if_they_are_frozen() {
     refused("vectors.parquet` row 2: column `product_id-list_seq` holds the item 2 a second time");
     write_catalogue(&path, &[2, 3]);
     refused("vectors.parquet`: column `vector` is missing");
+    write_fractional_items(&path);
+    refused("vectors.parquet`: column `product_id-list_seq` has the unexpected type DOUBLE");
     fs::remove_file(&path).unwrap();
     refused("vectors.parquet`");
 }

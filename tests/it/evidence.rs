@@ -151,7 +151,7 @@ fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
     };
     let workspace = &mut Workspace::default();
     let encoded = Encoded { vectors: states, sparse: Some(sparse) };
-    let micro_batches = Tensor::from_slice(&MICRO_BATCHES);
+    let micro_batches = MICRO_BATCHES.to_vec();
     let targets = Targets { items: targets, micro_batches, uniform: None };
     let result = cross_entropy(&encoded, &targets, &mut table, negatives, workspace);
     let CrossEntropy { loss, state_gradient, sparse_gradient, .. } = result.unwrap();

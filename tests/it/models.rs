@@ -400,7 +400,7 @@ impl Head {
         };
         let targets = Targets {
             items: self.targets.shallow_clone(),
-            micro_batches: self.targets.zeros_like(),
+            micro_batches: vec![0; n as usize],
             uniform: uniform.map(Tensor::shallow_clone),
         };
         let workspace = &mut Workspace::default();

@@ -100,7 +100,7 @@ impl Tables {
         let of_recent = recent.reshape([-1]);
         let successors = self.successors.find(&of_recent, k);
         let predecessors = self.predecessors.find(&of_recent, k);
-        // Not one reshape, which cannot tell how many sessions there are if `k` is 0.
+        // A reshape to `[-1, n_recent · k]` fails if `k` is 0.
         let by_session = |x: &Tensor| x.unflatten(0, [-1, n_recent]).flatten(1, 2);
         let last_codes: Vec<Tensor> = known.codes.iter().map(|codes| codes.select(1, 0)).collect();
         let mut frequent: Vec<Tensor> =

@@ -1,10 +1,11 @@
 //! Occurrences and co-occurrences of items in the sessions of all days so far.
 
 use std::cmp::Reverse;
+use std::slice;
 
 use tch::Tensor;
 
-use crate::data::{FIRST_ITEM, Sessions};
+use crate::data::{DataError, FIRST_ITEM, SessionFile, Sessions};
 use crate::model::attributes::Attributes;
 
 /// Events at most this far apart in a session are a pair.
@@ -99,6 +100,20 @@ impl Counts {
     pub fn weights(&self) -> impl Iterator<Item = (usize, usize, f32)> {
         let weight = |pair: &Pair| pair.units() / UNITS as f32;
         self.pairs.iter().map(move |pair| (pair.first as usize, pair.second as usize, weight(pair)))
+    }
+
+    /// Counts the sessions of a day, which is later than all days before. Row groups are read one
+    /// at a time.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn add_day(&mut self, day: i64, file: &SessionFile) -> Result<(), DataError> {
+        self.begin_day(day);
+        for span in file.spans(0..file.n_sessions()) {
+            self.add(&file.read(slice::from_ref(&span))?);
+        }
+        self.end_day();
+        Ok(())
     }
 
     pub fn begin_day(&mut self, day: i64) {

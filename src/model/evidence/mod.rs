@@ -20,7 +20,6 @@ mod tables;
 
 use std::cell::OnceCell;
 use std::ops::Range;
-use std::slice;
 
 use bireme_kernels::transfer::send;
 use tch::{Device, Kind, Tensor};
@@ -100,17 +99,12 @@ impl CandidateIndex {
     }
 
     /// Counts the sessions of a day, which is later than all days before. Every rank reads the
-    /// whole file, so that the counts are the same on all without communication. Row groups are
-    /// read one at a time.
+    /// whole file, so that the counts are the same on all without communication.
     ///
     /// # Errors
     /// See [`SessionFile::read`].
     pub fn add_day(&mut self, day: i64, file: &SessionFile) -> Result<(), DataError> {
-        self.counts.begin_day(day);
-        for span in file.spans(0..file.n_sessions()) {
-            self.counts.add(&file.read(slice::from_ref(&span))?);
-        }
-        self.counts.end_day();
+        self.counts.add_day(day, file)?;
         self.update_tables();
         Ok(())
     }

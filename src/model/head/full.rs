@@ -295,7 +295,7 @@ impl SparseTerms {
     /// Moves the probabilities `p: [n, C]` of the sparse items among `items`, times `weight:
     /// [n, 1]`, to `gradients: [n, E]`: those of the logits of their vectors are zero.
     fn move_gradients(&self, gradients: &Tensor, p: &Tensor, weight: &Tensor, items: &Range<i64>) {
-        let (is_inside, column) = self.scores.columns(items, 0);
+        let (is_inside, column) = self.scores.columns(items);
         let is_inside = is_inside.to_kind(Kind::Float);
         let of_items = p.gather(1, &column, false).to_kind(Kind::Float) * weight;
         let _ = gradients.shallow_clone().g_add_(&(of_items * &is_inside));

@@ -244,9 +244,9 @@ impl ScoringTable<'_> {
 pub struct Targets {
     /// i64 `[N]`.
     pub items: Tensor,
-    /// Number of the micro-batch of each target, i64 `[N]`: targets are negatives of each other
-    /// within a micro-batch only, so that a step does not depend on the number of ranks.
-    pub micro_batches: Tensor,
+    /// Number of the micro-batch of each target, `[N]`: targets are negatives of each other within
+    /// a micro-batch only, so that a step does not depend on the number of ranks.
+    pub micro_batches: Vec<i64>,
     /// Numbers in 0..1 by which an item is drawn for each target, `[N]`, if items are drawn.
     pub uniform: Option<Tensor>,
 }

@@ -1,5 +1,6 @@
 //! The loss over the target and sampled negatives.
 
+use bireme_kernels::transfer::send;
 use tch::{Kind, Tensor};
 
 use super::{CrossEntropy, InBatch, SampledLoss, ScoringTable, Targets, draw};
@@ -43,7 +44,8 @@ impl SampledNegatives<'_> {
         };
 
         let negative_logits = negatives.select(1, width).addmm(states, &vectors(&negatives).tr());
-        let is_no_negative = self.is_no_negative(targets, sparse);
+        let is_near = self.in_batch.map(|_| is_near(targets));
+        let is_no_negative = self.is_no_negative(targets, sparse, is_near.as_ref());
         let negative_logits = negative_logits.masked_fill(&is_no_negative, f64::NEG_INFINITY);
         let mut target_logits =
             (states * vectors(&of_targets)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float)
@@ -58,7 +60,7 @@ impl SampledNegatives<'_> {
             let logits = sparse.scores.masked_fill(&is_no_negative, f64::NEG_INFINITY);
             SparseNegatives { logits, is_target, has_vector_score }
         });
-        let log_expected = self.log_expected(targets);
+        let log_expected = self.log_expected(&targets.items, is_near.as_ref());
         let (loss, LogitGradients { by_target, by_negatives, by_sparse }) =
             self.loss.with_gradients(
                 &target_logits,
@@ -113,34 +115,43 @@ impl SampledNegatives<'_> {
 
     /// Which sampled items, and which targets if they are negatives, are none of a target: bool
     /// `[N, M]` or `[N, M + N]`.
-    fn is_no_negative(&self, targets: &Targets, sparse: Option<&SparseScores>) -> Tensor {
-        let Targets { items, micro_batches, .. } = targets;
+    fn is_no_negative(
+        &self,
+        targets: &Targets,
+        sparse: Option<&SparseScores>,
+        is_near: Option<&Tensor>,
+    ) -> Tensor {
+        let items = &targets.items;
         let equal = |of: &Tensor, to: &Tensor| of.unsqueeze(1).eq_tensor(&to.unsqueeze(0));
         let is_left_out = |others: &Tensor| match sparse {
             Some(sparse) => equal(items, others).logical_or(&has_sparse_score(sparse, others)),
             None => equal(items, others),
         };
         let of_items = is_left_out(self.items);
-        if self.in_batch.is_none() {
-            return of_items;
+        match is_near {
+            None => of_items,
+            Some(is_near) => {
+                let of_targets = is_left_out(items).logical_or(&is_near.logical_not());
+                Tensor::cat(&[of_items, of_targets], 1)
+            }
         }
-        let is_elsewhere = equal(micro_batches, micro_batches).logical_not();
-        Tensor::cat(&[of_items, is_left_out(items).logical_or(&is_elsewhere)], 1)
     }
 
     /// Logarithms of the expected counts of the negatives, `[N, M + N]`: an item is sampled, or
-    /// target of the micro-batch. `None` if targets are no negatives.
-    fn log_expected(&self, targets: &Targets) -> Option<Tensor> {
+    /// target of the micro-batch. `None` if targets are no negatives. `is_near`: see [`is_near`].
+    fn log_expected(&self, items: &Tensor, is_near: Option<&Tensor>) -> Option<Tensor> {
         let InBatch { log_expected, log_share } = self.in_batch?;
-        let Targets { items, micro_batches, .. } = targets;
         let negatives = Tensor::cat(&[self.items, items], 0);
         let of = |x: &Tensor| x.index_select(0, &negatives).unsqueeze(0);
-        let n_each = micro_batches
-            .unsqueeze(1)
-            .eq_tensor(&micro_batches.unsqueeze(0))
-            .sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+        let n_each = is_near?.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
         Some((of(log_share) + n_each.log()).logaddexp(&of(log_expected)))
     }
+}
+
+/// Which targets are of the same micro-batch: bool `[N, N]`.
+fn is_near(targets: &Targets) -> Tensor {
+    let numbers = send(&Tensor::from_slice(&targets.micro_batches), targets.items.device());
+    numbers.unsqueeze(1).eq_tensor(&numbers.unsqueeze(0))
 }
 
 /// Which of the sampled `items: [M]` have a sparse score for a target: bool `[N, M]`.
