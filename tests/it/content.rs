@@ -11,7 +11,7 @@ use bireme::config::{Config, ContentConfig};
 use bireme::data::{Batch, Days, Segment};
 use bireme::model::head::{Logits, NegativeSampler, Negatives};
 use bireme::model::{
-    GruConfig, HeadConfig, InputConfig, LossConfig, Network, Neural, NoHooks, Recommender,
+    GruConfig, HeadConfig, InputConfig, LossConfig, Network, NoHooks, Recommender,
 };
 use parquet::data_type::{DoubleType, FloatType, Int32Type, Int64Type};
 use parquet::file::properties::WriterProperties;
@@ -78,10 +78,7 @@ fn with_content(shop: &OneDay, id_dropout: f64, cosine: bool) -> Network<'static
         head: HeadConfig { cosine, temperature: 0.3, ..HeadConfig::default() },
         ..GruConfig::default()
     };
-    let neural = Neural::Gru(&config);
-    let mut network = Network::new(&neural, shop.features(), 20, 7, Device::Cpu).unwrap();
-    network.begin_day(1, &shop.file(), None).unwrap();
-    network
+    shop.gru(&config)
 }
 
 #[test]

@@ -13,7 +13,7 @@ use bireme::model::head::{
 };
 use bireme::model::{
     CandidateIndex, Candidates, Encoded, GruConfig, HeadConfig, ItemTable, LossConfig, Network,
-    Neural, NoHooks, Recommender, SparseScores,
+    NoHooks, Recommender, SparseScores,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -299,10 +299,7 @@ fn network(shop: &OneDay) -> Network<'static> {
         head: HeadConfig { evidence: Some(evidence), ..HeadConfig::default() },
         ..GruConfig::default()
     };
-    let neural = Neural::Gru(&config);
-    let mut network = Network::new(&neural, shop.features(), 20, 7, Device::Cpu).unwrap();
-    network.begin_day(1, &shop.file(), None).unwrap();
-    network
+    shop.gru(&config)
 }
 
 #[test]

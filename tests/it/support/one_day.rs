@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use bireme::data::{DataConfig, Days, Features, SessionFile, Sessions, Split};
+use bireme::model::{GruConfig, Network, Neural};
+use tch::Device;
 
 use super::session_data::{self, COLOUR, PRICE};
 
@@ -40,6 +42,14 @@ impl OneDay {
 
     pub fn file(&self) -> SessionFile {
         self.days.file(1, Split::Train).unwrap()
+    }
+
+    /// A network that is ready to train on the day.
+    pub fn gru(&self, config: &GruConfig) -> Network<'static> {
+        let neural = Neural::Gru(config);
+        let mut network = Network::new(&neural, self.features(), 20, 7, Device::Cpu).unwrap();
+        network.begin_day(1, &self.file(), None).unwrap();
+        network
     }
 
     pub fn sessions(&self) -> Sessions {
