@@ -59,8 +59,10 @@ fn add_versions(findings: &mut Findings, collective: &dyn Collective) {
     findings.add("bireme", env!("CARGO_PKG_VERSION"));
     findings.add("libtorch", device::LIBTORCH);
     findings.add("MPI", &mpi::library());
-    match nccl::check() {
-        Ok(()) => findings.add("NCCL", "found"),
+    let driver = device::driver().map(|cuda| format!("for CUDA {cuda}"));
+    findings.add("NVIDIA driver", driver.as_deref().unwrap_or("not found; only GPUs need it"));
+    match nccl::version() {
+        Ok(version) => findings.add("NCCL", &version),
         Err(missing) => findings.add("NCCL", &format!("not found; only GPUs need it: {missing}")),
     }
     let (ranks, backend) = (collective.world_size(), collective.backend());
@@ -211,11 +213,14 @@ mod tests {
     use super::*;
     use crate::collective::threads;
 
+    fn on_cpu() -> Place {
+        Place { device: Device::Cpu, gpu_address: None, n_threads: 1, warnings: Vec::new() }
+    }
+
     #[test]
     fn ranks_are_examined_together_and_nothing_is_left_behind() {
         let dir = tempfile::tempdir().unwrap();
-        let place =
-            Place { device: Device::Cpu, n_threads: 1, warnings: vec!["a word".to_owned()] };
+        let place = Place { warnings: vec!["a word".to_owned()], ..on_cpu() };
         let found =
             threads::spawn(2, |collective| examine(&place, dir.path(), collective).unwrap());
         let lines = found[0].lines.join("\n");
@@ -235,7 +240,7 @@ mod tests {
     #[test]
     fn a_folder_that_cannot_be_written_is_told() {
         let nowhere = Path::new("/proc/nowhere");
-        let place = Place { device: Device::Cpu, n_threads: 1, warnings: Vec::new() };
+        let place = on_cpu();
         let found = threads::spawn(1, |collective| examine(&place, nowhere, collective).unwrap());
         assert!(
             found[0]

@@ -44,7 +44,7 @@ impl<C> Job<C> {
         });
         let (place, config) = agree(&*host, chosen)?;
         let place = agree(&*host, place)?;
-        let collective = collective::on_device(host, place.device).map_err(Failure::refused)?;
+        let collective = collective::on_device(host, &place).map_err(Failure::refused)?;
         Ok(Self { collective, place, config })
     }
 

@@ -14,6 +14,10 @@ pub struct RankPlacement {
     pub host: String,
     /// `cpu`, or `cuda:` and the number of the GPU on its host.
     pub device: String,
+    /// PCI address of the GPU.
+    pub gpu_address: Option<String>,
+    /// The cores near the GPU; empty if the system does not report them.
+    pub gpu_cores: BTreeSet<usize>,
     /// The cores in its affinity mask.
     pub cores: BTreeSet<usize>,
     /// The NUMA domains of these cores; empty if the system does not report them.
@@ -37,8 +41,19 @@ impl RankPlacement {
             .filter(|(_, node_cores)| !node_cores.is_disjoint(&cores))
             .map(|(node, _)| node)
             .collect();
-        let n_threads = place.n_threads;
-        Self { host: host_name(), device: place.device_name(), cores, domains, n_threads }
+        let gpu_address = place.gpu_address.clone();
+        let gpu_cores = gpu_address.as_ref().and_then(|address| {
+            fs::read_to_string(format!("/sys/bus/pci/devices/{address}/local_cpulist")).ok()
+        });
+        Self {
+            host: host_name(),
+            device: place.device_name(),
+            gpu_address,
+            gpu_cores: parse_list(&gpu_cores.unwrap_or_default()),
+            cores,
+            domains,
+            n_threads: place.n_threads,
+        }
     }
 }
 
@@ -69,7 +84,7 @@ pub fn table(placements: &[RankPlacement]) -> Vec<String> {
         .max("host".len());
     let header = format!("rank  {:width$}  device   threads  cores", "host");
     let row = |(rank, placement): (usize, &RankPlacement)| {
-        let RankPlacement { host, device, cores, domains, n_threads } = placement;
+        let RankPlacement { host, device, cores, domains, n_threads, .. } = placement;
         let domains = if domains.is_empty() {
             String::new()
         } else {
@@ -83,24 +98,36 @@ pub fn table(placements: &[RankPlacement]) -> Vec<String> {
     std::iter::once(header).chain(placements.iter().enumerate().map(row)).collect()
 }
 
-/// Warnings about ranks that share a GPU and about more threads than cores.
+/// Warnings about ranks that share a GPU or compute far from it, and about more threads than cores.
 pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
-    let mut by_device: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
+    let mut by_gpu: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
     let mut by_host: BTreeMap<&str, (usize, BTreeSet<usize>)> = BTreeMap::new();
     for (rank, placement) in placements.iter().enumerate() {
-        if placement.device != "cpu" {
-            by_device.entry((&placement.host, &placement.device)).or_default().push(rank);
+        if let Some(address) = &placement.gpu_address {
+            by_gpu.entry((&placement.host, address)).or_default().push(rank);
         }
         let (n_threads, cores) = by_host.entry(&placement.host).or_default();
         *n_threads += placement.n_threads;
         cores.extend(&placement.cores);
     }
     let shared =
-        by_device.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, device), ranks)| {
+        by_gpu.iter().filter(|(_, ranks)| ranks.len() > 1).map(|((host, address), ranks)| {
             let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
             let ranks = ranks.join(", ");
-            format!("ranks {ranks} share {device} of {host}, which NCCL refuses by default")
+            format!("ranks {ranks} share the GPU {address} of {host}")
         });
+    let far = placements.iter().enumerate().filter_map(|(rank, placement)| {
+        let RankPlacement { gpu_address, gpu_cores, cores, .. } = placement;
+        let address = gpu_address.as_ref()?;
+        (!gpu_cores.is_empty() && gpu_cores.is_disjoint(cores)).then(|| {
+            format!(
+                "rank {rank} is bound to the cores {}, and its GPU {address} is connected to the \
+                 cores {}",
+                format_list(cores),
+                format_list(gpu_cores)
+            )
+        })
+    });
     let crowded = by_host.iter().filter(|(_, (n_threads, cores))| *n_threads > cores.len()).map(
         |(host, (n_threads, cores))| {
             format!(
@@ -118,7 +145,7 @@ pub fn warnings(placements: &[RankPlacement]) -> Vec<String> {
             let (n_threads, n_cores) = (placement.n_threads, placement.cores.len());
             format!("rank {rank} has {n_threads} threads and is bound to {n_cores} cores")
         });
-    shared.chain(crowded).chain(bound).collect()
+    shared.chain(far).chain(crowded).chain(bound).collect()
 }
 
 /// Parses a list in the kernel's format, such as `0-3,8`.
@@ -149,8 +176,15 @@ mod tests {
     use super::*;
 
     fn placement(host: &str, device: &str, cores: &str, n_threads: usize) -> RankPlacement {
-        let (host, device) = (host.to_owned(), device.to_owned());
-        RankPlacement { host, device, cores: parse_list(cores), domains: [0].into(), n_threads }
+        RankPlacement {
+            host: host.to_owned(),
+            device: device.to_owned(),
+            gpu_address: device.strip_prefix("cuda:").map(|gpu| format!("0000:0{gpu}:00.0")),
+            gpu_cores: BTreeSet::new(),
+            cores: parse_list(cores),
+            domains: [0].into(),
+            n_threads,
+        }
     }
 
     #[test]
@@ -191,13 +225,28 @@ mod tests {
         assert_eq!(
             warnings(&bad),
             [
-                "ranks 0, 2 share cuda:0 of bow, which NCCL refuses by default",
+                "ranks 0, 2 share the GPU 0000:00:00.0 of bow",
                 "the ranks on bow have 4 threads for 2 cores: start fewer, or lower \
                  `run.threads_per_rank`",
                 "the ranks on stern have 2 threads for 1 cores: start fewer, or lower \
                  `run.threads_per_rank`",
                 "rank 1 has 2 threads and is bound to 1 cores",
             ]
+        );
+    }
+
+    #[test]
+    fn gpus_are_compared_by_address_and_far_cores_give_a_warning() {
+        // Each task of the launcher sees one GPU, whose number is therefore 0.
+        let mut tasks =
+            [placement("bow", "cuda:0", "0-3", 4), placement("bow", "cuda:0", "4-7", 4)];
+        tasks[1].gpu_address = Some("0000:41:00.0".to_owned());
+        assert_eq!(warnings(&tasks), [""; 0]);
+        tasks[1].gpu_cores = parse_list("8-15");
+        assert_eq!(
+            warnings(&tasks),
+            ["rank 1 is bound to the cores 4-7, and its GPU 0000:41:00.0 is connected to the \
+              cores 8-15"]
         );
     }
 }

@@ -4,10 +4,12 @@ use std::env;
 
 use tch::Device;
 
+use super::host_name;
 use super::mpi::Mpi;
 use super::nccl::Nccl;
 use super::solo::Solo;
 use super::{Collective, CollectiveError};
+use crate::device::Place;
 
 /// *All ranks.* Joins the job of this process: an MPI job if a launcher started it, otherwise a
 /// single process, which does not initialise MPI.
@@ -36,15 +38,17 @@ pub fn join() -> Result<Box<dyn Collective>, CollectiveError> {
     }
 }
 
-/// *All ranks.* Returns a collective over the same ranks for tensors on `device`. For a GPU it adds
-/// NCCL, because MPI carries host memory only.
+/// *All ranks.* Returns a collective over the same ranks for tensors on the device of `place`. For
+/// a GPU it adds NCCL, because MPI carries host memory only.
 ///
 /// # Errors
-/// Only some ranks are on GPUs, or NCCL is missing or does not start. All ranks return the error.
+/// Only some ranks are on GPUs, two ranks are on one GPU, or NCCL is missing or does not start. All
+/// ranks return the error.
 pub fn on_device(
     host: Box<dyn Collective>,
-    device: Device,
+    place: &Place,
 ) -> Result<Box<dyn Collective>, CollectiveError> {
+    let device = place.device;
     let on_gpu = host.gather(&[u8::from(device.is_cuda())])?;
     if let Some(other) = on_gpu.iter().position(|other| *other != on_gpu[0]) {
         let name = |on_gpu| if on_gpu == 1 { "a GPU" } else { "the CPU" };
@@ -59,10 +63,28 @@ pub fn on_device(
     }
     match device {
         Device::Cuda(gpu) if host.backend() != Solo.backend() => {
+            refuse_shared_gpus(&*host, place)?;
             Ok(Box::new(Nccl::join(host, gpu)?))
         }
         _ => Ok(host),
     }
+}
+
+/// *All ranks.* Refuses ranks that share a GPU, which NCCL would refuse without naming them.
+/// Different values of `NCCL_HOSTID` make NCCL, and so this check, take ranks for remote ones.
+fn refuse_shared_gpus(host: &dyn Collective, place: &Place) -> Result<(), CollectiveError> {
+    let host_name = env::var("NCCL_HOSTID").unwrap_or_else(|_| host_name());
+    let gpu = place.gpu_address.as_ref().map(|address| format!("{address} of {host_name}"));
+    let gpus = host.gather_bytes(gpu.unwrap_or_default().as_bytes())?;
+    let n_ranks = |gpu: &Vec<u8>| gpus.iter().filter(|other| *other == gpu).count();
+    let shared = gpus.iter().find(|gpu| !gpu.is_empty() && n_ranks(gpu) > 1);
+    let Some(shared) = shared else { return Ok(()) };
+    let ranks = (0..gpus.len()).filter(|&rank| gpus[rank] == *shared);
+    let ranks = ranks.map(|rank| rank.to_string()).collect::<Vec<_>>().join(", ");
+    Err(CollectiveError::Launch {
+        problem: format!("ranks {ranks} share the GPU {}", String::from_utf8_lossy(shared)),
+        hint: "start at most one rank for each GPU of a host (`mpirun --map-by ppr:N:node`)",
+    })
 }
 
 /// Whether a launcher started this process.

@@ -21,6 +21,9 @@ pub use crate::config::{DeviceChoice, Precision};
 /// Version of libtorch that this program is built against.
 pub const LIBTORCH: &str = "2.11.0";
 
+/// Version of CUDA that libtorch is built with, in the driver's format.
+const CUDA: i32 = 13_000;
+
 /// `run.device = "cuda"` on a host without a usable GPU.
 #[derive(Debug, Error)]
 #[error("`run.device` is `cuda`, but {reason}")]
@@ -45,6 +48,9 @@ impl UserError for NoGpu {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Place {
     pub device: Device,
+    /// PCI address of the GPU on its host, such as `0000:41:00.0`. A rank that sees one GPU of
+    /// several numbers it 0, so that the number does not identify it.
+    pub gpu_address: Option<String>,
     /// Threads of this rank for computation on the CPU.
     pub n_threads: usize,
     /// Problems that do not stop the run, one line each.
@@ -100,7 +106,11 @@ pub fn place(
         n_threads
     };
     tch::set_num_threads(n_threads as i32);
-    Ok(Place { device, n_threads, warnings })
+    let gpu_address = match device {
+        Device::Cuda(gpu) => pci_address(gpu),
+        _ => None,
+    };
+    Ok(Place { device, gpu_address, n_threads, warnings })
 }
 
 /// Why no GPU is usable.
@@ -127,8 +137,63 @@ fn find_gpus() -> Result<usize, Missing> {
     })?;
     match tch::Cuda::device_count() {
         n_gpus if n_gpus > 0 => Ok(n_gpus as usize),
-        _ => Err(Missing::LibraryOrGpu("libtorch finds no GPU".to_owned())),
+        _ => Err(Missing::LibraryOrGpu(match driver_version() {
+            Some(version) if version < CUDA => format!(
+                "its driver supports CUDA {}, and libtorch needs CUDA {}: update the driver",
+                version_text(version),
+                version_text(CUDA)
+            ),
+            _ => "libtorch finds no GPU".to_owned(),
+        })),
     }
+}
+
+/// The version of CUDA that the driver of this host supports, such as `13.0`; `None` without a
+/// driver.
+pub fn driver() -> Option<String> {
+    load("libcuda.so.1").ok()?;
+    driver_version().map(version_text)
+}
+
+/// `1000 major + 10 minor`. The driver is loaded.
+fn driver_version() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: `cuDriverGetVersion` writes an integer and returns 0 on success.
+    let code = unsafe {
+        let this = Library::this();
+        let get = this.get::<unsafe extern "C" fn(*mut i32) -> i32>(b"cuDriverGetVersion\0");
+        get.ok()?(&mut version)
+    };
+    (code == 0).then_some(version)
+}
+
+fn version_text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// PCI address of GPU number `gpu` of those that this process sees. The driver is loaded.
+fn pci_address(gpu: usize) -> Option<String> {
+    type GetDevice = unsafe extern "C" fn(*mut i32, i32) -> i32;
+    type GetAddress = unsafe extern "C" fn(*mut u8, i32, i32) -> i32;
+    let (mut device, mut text) = (0, [0_u8; 32]);
+    let this = Library::this();
+    // SAFETY: the types match cuda.h, the driver writes one integer and at most 32 characters with
+    // a terminating zero, and all three functions return 0 on success.
+    let codes = unsafe {
+        let init = this.get::<unsafe extern "C" fn(u32) -> i32>(b"cuInit\0").ok()?;
+        let get_device = this.get::<GetDevice>(b"cuDeviceGet\0").ok()?;
+        let get_address = this.get::<GetAddress>(b"cuDeviceGetPCIBusId\0").ok()?;
+        [
+            init(0),
+            get_device(&mut device, gpu as i32),
+            get_address(text.as_mut_ptr(), text.len() as i32, device),
+        ]
+    };
+    if codes != [0; 3] {
+        return None;
+    }
+    let length = text.iter().position(|&character| character == 0)?;
+    String::from_utf8(text[..length].to_vec()).ok().map(|address| address.to_lowercase())
 }
 
 /// Loads a library with globally visible symbols and never unloads it. It is searched on the path
@@ -148,29 +213,62 @@ fn load(name: &str) -> Result<(), libloading::Error> {
 /// # Errors
 /// This libtorch lacks one of the settings.
 pub fn tune(is_deterministic: bool, precision: Precision) -> Result<(), NoGpu> {
-    type Context = *mut std::ffi::c_void;
-    let missing = |error| NoGpu {
-        reason: format!("this libtorch lacks a setting of its precision: {error}"),
-    };
-    let this = Library::this();
-    // SAFETY: the types match libtorch 2.11. `at::globalContext()` returns a reference that is
-    // valid as long as the process lives. `at::Context::setDeterministicAlgorithms(bool, bool)` and
-    // `at::Context::setAllowTF32CuBLAS(bool)` are member functions, which take it as first
-    // argument.
+    let allows_tf32 = precision != Precision::F32;
+    // The last argument makes libtorch warn instead of failing if an operation has no deterministic
+    // version.
+    set_two(b"_ZN2at7Context26setDeterministicAlgorithmsEbb\0", is_deterministic, true)?;
+    // libtorch would fill every new tensor with NaN in the deterministic mode, which is a third of
+    // the kernels of a step.
+    set_one(b"_ZN2at7Context39setDeterministicFillUninitializedMemoryEb\0", false)?;
+    set_one(b"_ZN2at7Context18setAllowTF32CuBLASEb\0", allows_tf32)?;
+    // A GRU runs in cuDNN, which has a setting of its own.
+    set_one(b"_ZN2at7Context17setAllowTF32CuDNNEb\0", allows_tf32)?;
+    // The parts of a product that is split along the summed dimension are added in f32.
+    set_two(b"_ZN2at7Context27setAllowBF16ReductionCuBLASEbb\0", false, true)
+}
+
+type Context = *mut std::ffi::c_void;
+
+/// Calls a setter of `at::Context` with one argument.
+fn set_one(name: &[u8], value: bool) -> Result<(), NoGpu> {
+    // SAFETY: in libtorch 2.11 the functions that `tune` names take the context, as member
+    // functions do, and a bool.
     unsafe {
-        let context = this.get::<unsafe extern "C" fn() -> Context>(b"_ZN2at13globalContextEv\0");
-        let deterministic = this.get::<unsafe extern "C" fn(Context, bool, bool)>(
-            b"_ZN2at7Context26setDeterministicAlgorithmsEbb\0",
-        );
-        let tf32 = this
-            .get::<unsafe extern "C" fn(Context, bool)>(b"_ZN2at7Context18setAllowTF32CuBLASEb\0");
-        let context = context.map_err(missing)?();
-        // The last argument makes libtorch warn instead of failing if an operation has no
-        // deterministic version.
-        deterministic.map_err(missing)?(context, is_deterministic, true);
-        tf32.map_err(missing)?(context, precision != Precision::F32);
+        let setter = find::<unsafe extern "C" fn(Context, bool)>(name)?;
+        setter(context()?, value);
     }
     Ok(())
+}
+
+/// Calls a setter of `at::Context` with two arguments.
+fn set_two(name: &[u8], first: bool, second: bool) -> Result<(), NoGpu> {
+    // SAFETY: as in `set_one`, with two arguments of type bool.
+    unsafe {
+        let setter = find::<unsafe extern "C" fn(Context, bool, bool)>(name)?;
+        setter(context()?, first, second);
+    }
+    Ok(())
+}
+
+/// libtorch's global context, which lives as long as the process.
+fn context() -> Result<Context, NoGpu> {
+    // SAFETY: `at::globalContext()` takes no argument and returns a reference.
+    unsafe {
+        let context = find::<unsafe extern "C" fn() -> Context>(b"_ZN2at13globalContextEv\0")?;
+        Ok(context())
+    }
+}
+
+/// A function of libtorch.
+///
+/// # Safety
+/// `T` is the type of the function.
+unsafe fn find<T: Copy>(name: &[u8]) -> Result<T, NoGpu> {
+    // SAFETY: of the type, by the caller. libtorch is never unloaded.
+    let found = unsafe { Library::this().get::<T>(name) };
+    found.map(|function| *function).map_err(|error| NoGpu {
+        reason: format!("this libtorch lacks a setting of its precision: {error}"),
+    })
 }
 
 /// Whether libtorch uses fewer threads than this rank has cores. `local_size` ranks share the host.

@@ -196,7 +196,8 @@ fn solo_gives_what_arithmetic_gives() {
     let ranks = join().unwrap();
     assert_eq!((ranks.rank(), ranks.world_size(), ranks.backend()), (0, 1, "solo"));
     everything(&*ranks, Device::Cpu);
-    let ranks = on_device(ranks, Device::Cpu).unwrap();
+    let on_cpu = place(DeviceChoice::Cpu, 1, 0, 1).unwrap();
+    let ranks = on_device(ranks, &on_cpu).unwrap();
     assert_eq!(ranks.backend(), "solo");
     let error = ranks.agree(Err::<(), _>(std::fmt::Error)).unwrap_err();
     assert_eq!(error.to_string(), std::fmt::Error.to_string(), "a rank alone is not worth naming");
@@ -335,7 +336,7 @@ fn a_rank_of_a_job() {
             let ranks = join().unwrap();
             let here =
                 place(DeviceChoice::Cuda, 1, ranks.local_rank(), ranks.local_size()).unwrap();
-            let ranks = on_device(ranks, here.device).unwrap();
+            let ranks = on_device(ranks, &here).unwrap();
             assert_eq!(ranks.backend(), "nccl");
             everything(&*ranks, here.device);
             everything(&*ranks, Device::Cpu);

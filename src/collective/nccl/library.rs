@@ -16,6 +16,7 @@ type Code = c_int;
 /// The loaded NCCL. It is never unloaded.
 pub(super) struct Nccl {
     get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> Code,
+    get_version: unsafe extern "C" fn(*mut c_int) -> Code,
     get_error_string: unsafe extern "C" fn(Code) -> *const c_char,
     get_last_error: unsafe extern "C" fn(ncclComm_t) -> *const c_char,
     pub comm_init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> Code,
@@ -63,14 +64,22 @@ impl Nccl {
     /// libtorch.
     ///
     /// # Errors
-    /// No library is found; the error holds the loader's message for each path.
+    /// No library is found, and the error holds the loader's message for each path; or the library
+    /// is older than [`OLDEST`].
     pub fn load() -> Result<&'static Self, String> {
         let mut errors = Vec::new();
         for path in [Some(PathBuf::from("libnccl.so.2")), wheel_library()].into_iter().flatten() {
             // SAFETY: loading NCCL has no precondition.
             let library = unsafe { Library::new(&path) };
             match library.and_then(|library| Self::bind(Box::leak(Box::new(library)))) {
-                Ok(nccl) => return Ok(Box::leak(Box::new(nccl))),
+                Ok(nccl) => match nccl.version() {
+                    Some(version) if version < OLDEST => errors.push(format!(
+                        "NCCL {} is too old: {} or newer is needed",
+                        version_text(version),
+                        version_text(OLDEST)
+                    )),
+                    _ => return Ok(Box::leak(Box::new(nccl))),
+                },
                 Err(error) => errors.push(error.to_string()),
             }
         }
@@ -83,6 +92,7 @@ impl Nccl {
         unsafe {
             Ok(Self {
                 get_unique_id: *library.get(b"ncclGetUniqueId\0")?,
+                get_version: *library.get(b"ncclGetVersion\0")?,
                 get_error_string: *library.get(b"ncclGetErrorString\0")?,
                 get_last_error: *library.get(b"ncclGetLastError\0")?,
                 comm_init_rank: *library.get(b"ncclCommInitRank\0")?,
@@ -94,6 +104,19 @@ impl Nccl {
                 reduce_scatter: *library.get(b"ncclReduceScatter\0")?,
             })
         }
+    }
+
+    /// The version as NCCL returns it.
+    fn version(&self) -> Option<c_int> {
+        let mut version = 0;
+        // SAFETY: NCCL writes one integer.
+        let code = unsafe { (self.get_version)(&mut version) };
+        (code == 0).then_some(version)
+    }
+
+    /// The version, such as `2.28.9`.
+    pub fn version_name(&self) -> String {
+        self.version().map_or("of an unknown version".to_owned(), version_text)
     }
 
     /// Creates the id of a new communicator. One rank creates it and sends it to all. Needs no GPU.
@@ -122,6 +145,14 @@ impl Nccl {
     }
 }
 
+/// The first version whose calls can be captured in a CUDA graph.
+const OLDEST: c_int = 20_906;
+
+/// `10000 major + 100 minor + patch` since version 2.9, which changed the format.
+fn version_text(version: c_int) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}
+
 /// Path of NCCL in a Python installation, in which `torch/lib` and `nvidia/nccl/lib` have one
 /// parent.
 fn wheel_library() -> Option<PathBuf> {
@@ -142,6 +173,7 @@ mod tests {
             Ok(nccl) => {
                 let ids = [nccl.unique_id().unwrap(), nccl.unique_id().unwrap()];
                 assert_ne!(ids[0], ids[1]);
+                assert!(nccl.version_name().starts_with("2."), "{}", nccl.version_name());
                 assert!(nccl.error_text(4, std::ptr::null_mut()).starts_with("invalid argument"));
             }
             Err(errors) => {

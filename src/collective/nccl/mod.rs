@@ -32,12 +32,12 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// a stream through the pointer, and 0 on success.
 type GetCurrentStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
 
-/// Checks that NCCL can be loaded. This needs no GPU.
+/// The version of the NCCL that is loaded, such as `2.28.9`. This needs no GPU.
 ///
 /// # Errors
-/// NCCL is not found; the error holds the messages of the loader.
-pub fn check() -> Result<(), String> {
-    library::Nccl::load().map(|_| ())
+/// No usable NCCL is found; the error holds the messages of the loader.
+pub fn version() -> Result<String, String> {
+    library::Nccl::load().map(library::Nccl::version_name)
 }
 
 /// The ranks of an MPI job with one GPU each. Dropping it waits until all ranks drop theirs.
@@ -90,11 +90,14 @@ impl Nccl {
 
         let mut comm = std::ptr::null_mut();
         let (n_ranks, this_rank) = (host.world_size() as c_int, rank as c_int);
+        // A rank that does not arrive, or an unusable network interface, blocks this call forever.
+        let call = host.watch().map(|watch| watch.begin("ncclCommInitRank".to_owned()));
         // SAFETY: `comm` is writable, the context of this rank's GPU is current on this thread, and
         // all ranks pass the same id and different ranks.
         let code = unsafe {
             (nccl.comm_init_rank)(&mut comm, n_ranks, ncclUniqueId { internal }, this_rank)
         };
+        drop(call);
         let communicator = Communicator(comm);
         let host_name = super::host_name();
         let mut joined = Self {
@@ -319,6 +322,7 @@ impl Drop for Nccl {
         // Destroying the communicator waits for all ranks. After a panic the other ranks do not
         // reach this point, and the process ends anyway.
         if !thread::panicking() && !self.communicator.0.is_null() {
+            let _call = self.host.watch().map(|watch| watch.begin("ncclCommDestroy".to_owned()));
             // SAFETY: the communicator was created in `join`, has no other user and is not used
             // again.
             unsafe { (self.nccl.comm_destroy)(self.communicator.0) };
