@@ -1,12 +1,8 @@
 //! One step of AdamW (Loshchilov & Hutter 2019) on flat buffers.
 
-use std::ffi::{c_char, c_int};
-
 use tch::{Device, Tensor};
-use torch_sys::C_tensor;
 
 use crate::elements::{assert_disjoint, elements_mut};
-use crate::guarded::guarded;
 use crate::parallel::{in_parallel, part_len};
 
 const BETA_1: f64 = 0.9;
@@ -45,13 +41,13 @@ impl AdamWStep {
     }
 }
 
-/// Updates the values by one step with the gradients times `scale: []`, and sets the gradients to
-/// zero:
+/// Updates the values on the CPU by one step with the gradients times `scale: []`, and sets the
+/// gradients to zero:
 /// `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 /// `p ← (p − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε)) · decay_factor`.
 ///
 /// # Panics
-/// If the buffers differ in size or share memory, or libtorch returns an error.
+/// If the buffers differ in size or share memory, or are on a GPU.
 pub fn adamw(buffers: &mut AdamWBuffers, scale: &Tensor, step: AdamWStep) {
     let AdamWBuffers { values, gradients, m, v } = buffers;
     let n = values.numel();
@@ -59,14 +55,7 @@ pub fn adamw(buffers: &mut AdamWBuffers, scale: &Tensor, step: AdamWStep) {
         [&*gradients, m, v].iter().all(|buffer| buffer.numel() == n),
         "the buffers differ in size"
     );
-    if values.device() != Device::Cpu {
-        fused_by_libtorch(buffers, scale, step);
-        if step.decay_factor < 1.0 {
-            let _ = buffers.values.g_mul_scalar_(step.decay_factor);
-        }
-        let _ = buffers.gradients.zero_();
-        return;
-    }
+    assert_eq!(values.device(), Device::Cpu, "see `cuda::adamw` for GPUs");
     // One pass: separate operations would read and write about three times as much memory.
     let scale = scale.double_value(&[]) as f32;
     let n_each = part_len(n, BLOCK);
@@ -116,88 +105,11 @@ impl Part<'_> {
     }
 }
 
-unsafe extern "C" {
-    fn bireme_fused_adamw(
-        buffers: *const *const C_tensor,
-        n_steps: f64,
-        learning_rate: f64,
-        betas: *const f64,
-        epsilon: f64,
-        scale: *const C_tensor,
-        error: *mut c_char,
-        capacity: usize,
-    ) -> c_int;
-}
-
-/// The step without weight decay in one kernel of libtorch. The contents of the gradients are
-/// unspecified afterwards.
-///
-/// # Panics
-/// If libtorch returns an error.
-fn fused_by_libtorch(buffers: &AdamWBuffers, scale: &Tensor, step: AdamWStep) {
-    // libtorch adds ε to the root of the corrected second moment, this function to the root of the
-    // uncorrected one: √(v / c²) + ε / c = (√v + ε) / c.
-    let epsilon = EPSILON / step.second_moment_correction();
-    let (betas, divisor) = ([BETA_1, BETA_2], scale.reciprocal());
-    let AdamWBuffers { values, gradients, m, v } = buffers;
-    let buffers = [values, gradients, m, v].map(Tensor::as_ptr);
-    let n_steps = f64::from(step.n_steps);
-    let result = guarded(1024, |error, capacity| {
-        let (buffers, betas, divisor) = (buffers.as_ptr(), betas.as_ptr(), divisor.as_ptr());
-        // SAFETY: the pointers are to four live tensors, two numbers, a live tensor, and room for
-        // `capacity` characters.
-        unsafe {
-            bireme_fused_adamw(
-                buffers,
-                n_steps,
-                step.learning_rate,
-                betas,
-                epsilon,
-                divisor,
-                error,
-                capacity,
-            )
-        }
-    });
-    result.unwrap_or_else(|problem| panic!("{problem}"));
-}
-
 #[cfg(test)]
 mod tests {
     use tch::Kind;
 
     use super::*;
-
-    #[test]
-    fn the_fused_step_equals_the_step_on_the_cpu() {
-        let wave =
-            |frequency: f64| (Tensor::arange(1000, (Kind::Float, Device::Cpu)) * frequency).sin();
-        let buffers = || {
-            let zeros = || Tensor::zeros([1000], (Kind::Float, Device::Cpu));
-            AdamWBuffers { values: wave(0.7), gradients: zeros(), m: zeros(), v: zeros() }
-        };
-        let (mut on_cpu, mut by_libtorch) = (buffers(), buffers());
-        for n_steps in 1..=5 {
-            let step = AdamWStep { learning_rate: 0.01, n_steps, decay_factor: 1.0 };
-            let gradients = wave(f64::from(n_steps)) * 1e-3;
-            on_cpu.gradients.copy_(&gradients);
-            by_libtorch.gradients.copy_(&gradients);
-            let scale = Tensor::from(0.25f32);
-            adamw(&mut on_cpu, &scale, step);
-            fused_by_libtorch(&by_libtorch, &scale, step);
-            assert_eq!(on_cpu.gradients.count_nonzero(None).int64_value(&[]), 0);
-            let pairs = [
-                (&on_cpu.values, &by_libtorch.values),
-                (&on_cpu.m, &by_libtorch.m),
-                (&on_cpu.v, &by_libtorch.v),
-            ];
-            for (ours, theirs) in pairs {
-                let largest = |x: &Tensor| x.abs().max().double_value(&[]);
-                let error = largest(&(ours - theirs)) / largest(ours);
-                assert!(error < 1e-6, "{n_steps}: {error}");
-            }
-        }
-    }
 
     #[test]
     #[should_panic(expected = "shares memory")]

@@ -1,5 +1,8 @@
-// Autograd operations with a backward pass in Rust, which tch does not offer.
+// Autograd operations with a backward pass in Rust, backward passes from given gradients, and sums
+// of many tensors at once, which tch does not offer.
 
+#include <ATen/ops/_foreach_add.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -65,4 +68,35 @@ extern "C" int bireme_attach_backward(at::Tensor* output, at::Tensor** inputs, s
   });
   if (!is_owned) bireme_free_backward(slot);
   return failed;
+}
+
+namespace {
+
+std::vector<at::Tensor> tensors(at::Tensor* const* pointers, size_t n) {
+  std::vector<at::Tensor> all;
+  for (size_t i = 0; i < n; ++i) all.push_back(*pointers[i]);
+  return all;
+}
+
+}  // namespace
+
+// Writes the gradients by the `n_inputs` inputs, given those of the `n_outputs` outputs, to
+// `input_gradients`; the caller owns them. They are undefined where no output depends on the input.
+// Returns 0, or 1 with a message in `error` and no gradients.
+extern "C" int bireme_backward(at::Tensor** outputs, at::Tensor** output_gradients,
+                               size_t n_outputs, at::Tensor** inputs, size_t n_inputs,
+                               at::Tensor** input_gradients, char* error, size_t capacity) {
+  return guarded(error, capacity, [&] {
+    auto gradients = torch::autograd::grad(
+        tensors(outputs, n_outputs), tensors(inputs, n_inputs),
+        tensors(output_gradients, n_outputs), /*retain_graph=*/false, /*create_graph=*/false,
+        /*allow_unused=*/true);
+    for (size_t i = 0; i < n_inputs; ++i) input_gradients[i] = new at::Tensor(gradients[i]);
+  });
+}
+
+// Adds `n` terms to `n` sums of the same sizes. Returns 0, or 1 with a message in `error`.
+extern "C" int bireme_add_all(at::Tensor** sums, at::Tensor** terms, size_t n, char* error,
+                              size_t capacity) {
+  return guarded(error, capacity, [&] { at::_foreach_add_(tensors(sums, n), tensors(terms, n)); });
 }

@@ -1,4 +1,5 @@
-//! Autograd operations with a backward pass in Rust.
+//! Autograd operations with a backward pass in Rust, backward passes from given gradients, and sums
+//! of many tensors at once.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -45,6 +46,80 @@ pub fn with_backward(
     });
     attached.unwrap_or_else(|problem| panic!("{problem}"));
     output
+}
+
+unsafe extern "C" {
+    fn bireme_backward(
+        outputs: *const *const C_tensor,
+        output_gradients: *const *const C_tensor,
+        n_outputs: usize,
+        inputs: *const *const C_tensor,
+        n_inputs: usize,
+        input_gradients: *mut *mut C_tensor,
+        error: *mut c_char,
+        capacity: usize,
+    ) -> c_int;
+
+    fn bireme_add_all(
+        sums: *const *const C_tensor,
+        terms: *const *const C_tensor,
+        n: usize,
+        error: *mut c_char,
+        capacity: usize,
+    ) -> c_int;
+}
+
+fn pointers<'t>(tensors: impl IntoIterator<Item = &'t Tensor>) -> Vec<*const C_tensor> {
+    tensors.into_iter().map(|tensor| tensor.as_ptr()).collect()
+}
+
+/// Gradients by `inputs`, given those of `outputs`; undefined where no output depends on an input.
+///
+/// # Panics
+/// If libtorch returns an error.
+pub fn backward(outputs: &[(&Tensor, &Tensor)], inputs: &[&Tensor]) -> Vec<Tensor> {
+    let of_outputs = pointers(outputs.iter().map(|(output, _)| *output));
+    let of_gradients = pointers(outputs.iter().map(|(_, gradient)| *gradient));
+    let of_inputs = pointers(inputs.iter().copied());
+    let mut results = vec![std::ptr::null_mut(); inputs.len()];
+    let done = guarded(1024, |error, capacity| {
+        // SAFETY: the pointers are to live tensors, as many as the counts say; `results` has room
+        // for one pointer per input, and `error` for `capacity` characters.
+        unsafe {
+            bireme_backward(
+                of_outputs.as_ptr(),
+                of_gradients.as_ptr(),
+                of_outputs.len(),
+                of_inputs.as_ptr(),
+                of_inputs.len(),
+                results.as_mut_ptr(),
+                error,
+                capacity,
+            )
+        }
+    });
+    done.unwrap_or_else(|problem| panic!("{problem}"));
+    // SAFETY: C++ wrote one tensor per input and passes their ownership on.
+    results.into_iter().map(|result| unsafe { Tensor::from_ptr(result) }).collect()
+}
+
+/// Adds each of `terms` to the tensor of the same size at its place in `sums`: on a GPU in one
+/// kernel.
+///
+/// # Panics
+/// If libtorch returns an error.
+pub fn add_all(sums: &[Tensor], terms: &[&Tensor]) {
+    if sums.is_empty() {
+        return;
+    }
+    assert_eq!(sums.len(), terms.len(), "one term per sum");
+    let (sums, terms) = (pointers(sums), pointers(terms.iter().copied()));
+    let done = guarded(1024, |error, capacity| {
+        // SAFETY: the pointers are to as many live tensors as `sums` has, and `error` has room for
+        // `capacity` characters.
+        unsafe { bireme_add_all(sums.as_ptr(), terms.as_ptr(), sums.len(), error, capacity) }
+    });
+    done.unwrap_or_else(|problem| panic!("{problem}"));
 }
 
 #[unsafe(no_mangle)]
@@ -136,6 +211,28 @@ mod tests {
             1,
             "the closure is not freed after the backward pass"
         );
+    }
+
+    #[test]
+    fn backward_passes_start_from_given_gradients() {
+        let [a, b, c] = [[1f32, 2.0], [3.0, -4.0], [0.5, 0.5]]
+            .map(|x| Tensor::from_slice(&x).set_requires_grad(true));
+        let (product, square) = (&a * &b, a.square());
+        let [by_product, by_square] = [[2f32, -1.0], [1.0, 1.0]].map(|x| Tensor::from_slice(&x));
+        let gradients = backward(&[(&product, &by_product), (&square, &by_square)], &[&a, &b, &c]);
+        let numbers = |x: &Tensor| Vec::<f32>::try_from(x).unwrap();
+        assert_eq!(numbers(&gradients[0]), [2.0 * 3.0 + 2.0, 4.0 + 4.0]);
+        assert_eq!(numbers(&gradients[1]), [2.0, -2.0]);
+        assert!(!gradients[2].defined(), "nothing depends on it");
+    }
+
+    #[test]
+    fn sums_of_many_tensors_are_those_of_each() {
+        let terms = [[1f32, 2.0], [3.0, 4.0]].map(|x| Tensor::from_slice(&x));
+        let sums = [Tensor::from_slice(&[10f32, 20.0]), Tensor::from_slice(&[30f32, 40.0])];
+        add_all(&sums, &[&terms[0], &terms[1]]);
+        let numbers = sums.map(|sum| Vec::<f32>::try_from(sum).unwrap());
+        assert_eq!(numbers, [[11.0, 22.0], [33.0, 44.0]]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 fn main() {
-    let sources = ["adamw.cpp", "autograd.cpp", "torchscript.cpp"];
+    let sources = ["autograd.cpp", "torchscript.cpp", "transfer.cpp"];
     for source in sources.iter().chain(&["build.rs", "guarded.h"]) {
         println!("cargo::rerun-if-changed={source}");
     }

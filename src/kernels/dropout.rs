@@ -1,88 +1,100 @@
-//! Dropout masks (Srivastava et al. 2014) from a counter-based generator.
+//! Dropout (Srivastava et al. 2014) with masks from a counter-based generator.
+//!
+//! A mask is a function of the key of a row, of the site where dropout is applied, and of the
+//! column. A CPU and a GPU compute the same one, forward and backward, and none is stored or sent.
 
 use rand::{RngCore, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use tch::{Device, Tensor};
 
 use crate::autograd::with_backward;
+use crate::counter::{column_number, row_number};
+use crate::cuda;
 use crate::elements::{elements, elements_mut};
 use crate::parallel::{in_parallel, part_len};
-use crate::transfer::send;
 use crate::vectors::{self, Loop};
 
-/// A dropout mask `[N, ..]` from a counter-based generator: one odd number per row, drawn from the
-/// seed of the row's micro-batch, and one per column. The high bits of their wrapping product
-/// decide whether a value is kept, so that a CPU and a GPU compute the same mask and none is
-/// stored.
-pub struct DropoutMask {
-    size: Vec<i64>,
-    rows: Vec<i32>,
-    columns: Vec<i32>,
+/// Keys of rows, `counts[0]` from the first seed, and so on.
+pub fn row_keys(seeds: &[u64], counts: &[usize]) -> Vec<i32> {
+    let draw = |(&seed, &n): (&u64, &usize)| {
+        let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
+        std::iter::repeat_with(move || generator.next_u32().cast_signed()).take(n)
+    };
+    seeds.iter().zip(counts).flat_map(draw).collect()
 }
 
-impl DropoutMask {
-    /// Draws a mask of the shape `size`: its first `counts[0]` rows from the first seed, and so on.
-    /// Each row is the leading part of a row of the shape `drawn`.
-    pub fn new(size: &[i64], drawn: &[i64], seeds: &[u64], counts: &[i64]) -> Self {
-        let draw = |seed: u64, n: usize| {
-            let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
-            std::iter::repeat_with(move || (generator.next_u32() | 1).cast_signed()).take(n)
-        };
-        // The columns have the same seed everywhere; the rows make the masks of micro-batches
-        // differ.
-        let mut columns: Vec<i32> = draw(0, drawn.iter().product::<i64>() as usize).collect();
-        if size[1..] != *drawn {
-            let whole = Tensor::from_slice(&columns).view(drawn);
-            let part =
-                size[1..].iter().zip(0..).fold(whole, |part, (&n, dim)| part.narrow(dim, 0, n));
-            columns = Vec::try_from(part.reshape([-1])).expect("i32 numbers on the CPU");
-        }
-        Self {
-            size: size.to_vec(),
-            rows: seeds.iter().zip(counts).flat_map(|(&seed, &n)| draw(seed, n as usize)).collect(),
-            columns,
-        }
-    }
+/// The mask of one use of dropout.
+struct Mask {
+    /// Key of each row, i32 `[N]`.
+    row_keys: Tensor,
+    site: u32,
+    /// Shape of a row whose leading part the rows are.
+    drawn: Vec<i64>,
+    p: f64,
+}
 
-    /// Multiplies `x`, of the shape of the mask, by the mask, which is 0 with probability `p`, else
-    /// `1 / (1 − p)`. On the CPU the backward pass computes the mask again instead of storing it.
-    pub fn apply(self, x: Tensor, p: f64) -> Tensor {
-        match x.device() {
-            Device::Cpu => self.apply_on_cpu(&x, p),
-            device => x * self.to_tensor(device, p),
-        }
-    }
+/// Multiplies `x: [N, ..]` by a mask, which is 0 with probability `p`, else `1 / (1 − p)`. The mask
+/// of a row follows from its key, `row_keys` i32 `[N]`, and from `site`; it is the leading part of
+/// the mask of a row of the shape `drawn`.
+///
+/// # Panics
+/// If `row_keys` is on another device, or a GPU cannot run the kernel.
+pub fn dropout(x: &Tensor, row_keys: &Tensor, site: u32, drawn: &[i64], p: f64) -> Tensor {
+    let row_keys = row_keys.shallow_clone();
+    let mask = Mask { row_keys, site, drawn: drawn.to_vec(), p };
+    let output = mask.times(x);
+    with_backward(output, &[x], move |gradient| vec![mask.times(&gradient)])
+}
 
-    fn apply_on_cpu(self, x: &Tensor, p: f64) -> Tensor {
-        let output = self.times(x, p);
-        with_backward(output, &[x], move |gradient| vec![self.times(&gradient, p)])
-    }
-
-    fn times(&self, x: &Tensor, p: f64) -> Tensor {
+impl Mask {
+    fn times(&self, x: &Tensor) -> Tensor {
         let x = x.detach().contiguous();
+        if x.device() == Device::Cpu { self.times_on_cpu(&x) } else { self.times_on_gpu(&x) }
+    }
+
+    fn times_on_cpu(&self, x: &Tensor) -> Tensor {
         let mut output = x.empty_like();
-        let n_columns = self.columns.len().max(1);
-        let n_rows = part_len(self.rows.len(), 1);
+        let keys = Vec::<i32>::try_from(&self.row_keys).expect("row keys are i32 [N]");
+        let rows: Vec<i32> = keys.into_iter().map(|key| row_number(key, self.site)).collect();
+        let columns = self.column_numbers(&x.size()[1..]);
+        let n_columns = columns.len().max(1);
+        let n_rows = part_len(rows.len(), 1);
         // SAFETY: `output` was allocated here, so that only this function has it, and nothing
         // writes to `x` during the call.
-        let (values, outputs) = unsafe { (elements(&x), elements_mut(&mut output)) };
+        let (values, outputs) = unsafe { (elements(x), elements_mut(&mut output)) };
         let values = values.chunks(n_rows * n_columns);
-        let parts =
-            values.zip(outputs.chunks_mut(n_rows * n_columns)).zip(self.rows.chunks(n_rows));
+        let parts = values.zip(outputs.chunks_mut(n_rows * n_columns)).zip(rows.chunks(n_rows));
+        let (threshold, kept) = (threshold(self.p), kept(self.p));
         in_parallel(parts, |((x, output), rows)| {
-            let (threshold, kept) = (threshold(p), (1.0 / (1.0 - p)) as f32);
-            vectors::run(DropRows { x, output, rows, columns: &self.columns, threshold, kept });
+            vectors::run(DropRows { x, output, rows, columns: &columns, threshold, kept });
         });
         output
     }
 
-    /// Computes the mask as a tensor of the shape `size`.
-    fn to_tensor(&self, device: Device, p: f64) -> Tensor {
-        let numbers = send(&Tensor::from_slice(&[&self.rows[..], &self.columns].concat()), device);
-        let (n_rows, n_columns) = (self.rows.len() as i64, self.columns.len() as i64);
-        let products =
-            numbers.narrow(0, 0, n_rows).unsqueeze(1) * numbers.narrow(0, n_rows, n_columns);
-        (products.ge(i64::from(threshold(p))) * (1.0 / (1.0 - p))).view(self.size.as_slice())
+    /// Numbers of the columns of a row of the shape `size`.
+    fn column_numbers(&self, size: &[i64]) -> Vec<i32> {
+        let n = size.iter().product::<i64>();
+        let column = |mut index: i64| {
+            // Index of an element of a row in the shape that the row is a part of.
+            let (mut place, mut stride) = (0, 1);
+            for (n, n_drawn) in size.iter().zip(&self.drawn).rev() {
+                place += index % n * stride;
+                (index, stride) = (index / n, stride * n_drawn);
+            }
+            column_number(place as u32)
+        };
+        (0..n).map(column).collect()
+    }
+
+    fn times_on_gpu(&self, x: &Tensor) -> Tensor {
+        let mask = cuda::DropoutMask {
+            row_keys: &self.row_keys,
+            site: self.site,
+            drawn: &self.drawn,
+            threshold: threshold(self.p),
+            kept: kept(self.p),
+        };
+        cuda::dropout(x, &mask).unwrap_or_else(|problem| panic!("{problem}"))
     }
 }
 
@@ -117,24 +129,27 @@ fn threshold(p: f64) -> i32 {
     ((p - 0.5) * 2f64.powi(32)) as i32
 }
 
+/// Factor of the values that are kept.
+fn kept(p: f64) -> f32 {
+    (1.0 / (1.0 - p)) as f32
+}
+
 #[cfg(test)]
 mod tests {
     use tch::Kind;
 
     use super::*;
 
-    fn mask(size: &[i64], p: f64, seeds: &[u64], counts: &[i64]) -> Tensor {
-        let mask = DropoutMask::new(size, &size[1..], seeds, counts);
-        // The formula for a GPU, computed on the CPU.
-        let on_gpu = mask.to_tensor(Device::Cpu, p);
+    /// The mask of rows of the shape `size`, `counts` from each seed.
+    fn mask(size: &[i64], p: f64, seeds: &[u64], counts: &[usize]) -> Tensor {
+        let keys = Tensor::from_slice(&row_keys(seeds, counts));
         let ones = Tensor::ones(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let on_cpu = mask.apply_on_cpu(&ones, p);
-        assert!(on_cpu.equal(&on_gpu));
-        let weights = Tensor::arange(on_cpu.numel() as i64, (Kind::Float, Device::Cpu)).view(size);
-        let loss = (&on_cpu * &weights).sum(Kind::Float);
+        let masked = dropout(&ones, &keys, 3, &size[1..], p);
+        let weights = Tensor::arange(masked.numel() as i64, (Kind::Float, Device::Cpu)).view(size);
+        let loss = (&masked * &weights).sum(Kind::Float);
         let gradient = Tensor::run_backward(&[loss], &[&ones], false, false);
-        assert!(gradient[0].equal(&(on_gpu * weights)));
-        on_cpu.detach()
+        assert!(gradient[0].equal(&(masked.detach() * weights)));
+        masked.detach()
     }
 
     #[test]
@@ -149,13 +164,19 @@ mod tests {
         assert!(!drawn.narrow(0, 0, 300).equal(&alone.narrow(0, 0, 300)));
         assert_eq!(mask(&[0, 4], p, &[5], &[0]).size(), [0, 4]);
         assert_eq!(mask(&[2, 4, 3], 0.0, &[5], &[2]).sum(Kind::Float).double_value(&[]), 24.0);
+        let keys = Tensor::from_slice(&row_keys(&[3], &[500]));
+        let ones = Tensor::ones([500, 101], (Kind::Float, Device::Cpu));
+        let [first, second] = [1, 2].map(|site| dropout(&ones, &keys, site, &[101], p));
+        let both = (&first * &second).gt(0.0).to_kind(Kind::Float).mean(Kind::Float);
+        assert!((both.double_value(&[]) - 0.49).abs() < 0.01, "sites have different masks");
     }
 
     #[test]
     fn shorter_sessions_get_the_leading_part_of_the_mask_of_longer_ones() {
         let mask = |length: i64| {
             let ones = Tensor::ones([3, 2, length, length], (Kind::Float, Device::Cpu));
-            DropoutMask::new(&ones.size(), &[2, 6, 6], &[4], &[3]).apply_on_cpu(&ones, 0.4)
+            let keys = Tensor::from_slice(&row_keys(&[4], &[3]));
+            dropout(&ones, &keys, 1, &[2, 6, 6], 0.4)
         };
         assert!(mask(4).equal(&mask(6).narrow(2, 0, 4).narrow(3, 0, 4)));
     }
@@ -163,7 +184,7 @@ mod tests {
     #[test]
     fn dropped_values_are_uncorrelated_across_rows_and_columns() {
         let (n, d, p) = (2000, 768, 0.3);
-        let dropped = mask(&[n, d], p, &[7], &[n]).eq(0.0).to_kind(Kind::Double);
+        let dropped = mask(&[n, d], p, &[7], &[2000]).eq(0.0).to_kind(Kind::Double);
         let spread = (p * (1.0 - p)).sqrt();
         let x = (&dropped - p) / spread;
         // The means of rows and of columns vary as much as the means of independent numbers.

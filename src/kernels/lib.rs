@@ -4,7 +4,7 @@
 //! | module | computes |
 //! | --- | --- |
 //! | [`adamw`] | one step of AdamW on flat buffers |
-//! | [`autograd`] | an autograd operation with a backward pass in Rust |
+//! | [`autograd`] | an autograd operation with a backward pass in Rust, and passes from given gradients |
 //! | [`dropout`] | dropout masks from a counter-based generator |
 //! | [`fixed_point`] | sums that do not depend on the order of the terms |
 //! | [`gru`] | one GRU layer over packed sessions |
@@ -20,6 +20,8 @@
 
 pub mod adamw;
 pub mod autograd;
+pub mod counter;
+pub mod cuda;
 pub mod dropout;
 mod elements;
 pub mod fixed_point;
