@@ -2,9 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use bireme_kernels::dropout::DropoutMask;
-use bireme_kernels::transfer::send;
-use tch::{Device, Tensor};
+use bireme_kernels::dropout::{dropout, row_keys};
+use tch::Tensor;
 
 use super::plan::derive_seed;
 use super::{Features, Sessions};
@@ -19,7 +18,7 @@ pub struct Segment {
     pub n_sessions: usize,
 }
 
-/// `B` sessions with `T` events in total, packed one after the other.
+/// `B` sessions with `T` events in total, packed one after the other, in host memory.
 #[derive(Debug)]
 pub struct Batch {
     /// One tensor for each feature, in the order of [`Features::columns`]: `[T]`, i64 codes or f32
@@ -78,6 +77,11 @@ impl Batch {
         &self.columns[0]
     }
 
+    /// The columns, each with a padding event at the end: `[T + 1]`.
+    pub fn columns_with_padding(&self) -> Vec<Tensor> {
+        self.columns.iter().map(|column| column.constant_pad_nd([0, 1])).collect()
+    }
+
     /// Item indices, session by session.
     pub fn sessions(&self) -> Vec<Vec<i64>> {
         let items = Vec::<i64>::try_from(self.items()).expect("item indices are i64");
@@ -88,11 +92,6 @@ impl Batch {
             session.to_vec()
         };
         self.lengths.iter().map(take).collect()
-    }
-
-    /// Copies the columns to a device.
-    pub fn to_device(&self, device: Device) -> Self {
-        self.with_columns(self.columns.iter().map(|column| send(column, device)).collect())
     }
 
     /// Replaces the columns of the same sessions.
@@ -143,8 +142,7 @@ impl Batch {
             end += length as i64;
             last.push(end - 1);
         }
-        let device = self.items().device();
-        let [kept, last] = [kept, last].map(|indices| send(&Tensor::from_slice(&indices), device));
+        let [kept, last] = [kept, last].map(|indices| Tensor::from_slice(&indices));
         let mut known = self.with_columns(
             self.columns.iter().map(|column| column.index_select(0, &kept)).collect(),
         );
@@ -153,76 +151,76 @@ impl Batch {
     }
 
     /// Sums `per_session: [B]` over the sessions of each micro-batch.
-    pub fn by_segment(&self, per_session: &[usize]) -> Vec<i64> {
+    pub fn by_segment(&self, per_session: &[usize]) -> Vec<usize> {
         let mut rest = per_session;
         let take = |segment: &Segment| {
             let (own, after) = rest.split_at(segment.n_sessions);
             rest = after;
-            own.iter().sum::<usize>() as i64
+            own.iter().sum()
         };
         self.segments.iter().map(take).collect()
     }
+
+    /// Keys of rows for [`DropoutGenerator`], of which each session has `per_session: [B]`: i32.
+    pub fn row_keys(&self, per_session: &[usize]) -> Vec<i32> {
+        let seeds = self.segments.iter();
+        let seeds: Vec<u64> =
+            seeds.map(|segment| derive_seed(segment.seed, "dropout", &[])).collect();
+        row_keys(&seeds, &self.by_segment(per_session))
+    }
 }
 
-/// Draws the dropout masks of a backward pass.
+/// Applies dropout in a backward pass.
 ///
-/// The mask of a micro-batch is drawn from the micro-batch's seed. If its shape depends on the
-/// longest session of the batch, it is drawn for the longest session that the run allows and then
-/// cut. It therefore does not depend on which micro-batches are in the batch.
-pub struct DropoutGenerator<'a> {
-    segments: &'a [Segment],
+/// The mask of a row follows from the row's key, which is drawn from the seed of its micro-batch.
+/// If its shape depends on the longest session of the batch, it is the leading part of the mask for
+/// the longest session that the run allows. It therefore does not depend on which micro-batches are
+/// in the batch.
+#[derive(Clone)]
+pub struct DropoutGenerator {
     max_length: usize,
-    n_draws: u64,
+    /// Uses of dropout so far.
+    n_sites: u32,
 }
 
-impl<'a> DropoutGenerator<'a> {
+impl DropoutGenerator {
     /// `max_length`: largest number of events in any session of the run.
-    pub fn new(batch: &'a Batch, max_length: usize) -> Self {
-        Self { segments: &batch.segments, max_length, n_draws: 0 }
+    pub fn new(max_length: usize) -> Self {
+        Self { max_length, n_sites: 0 }
     }
 
-    /// Makes a generator for a part of the batch that starts at the same draw.
-    pub fn of_part<'b>(&self, part: &'b Batch) -> DropoutGenerator<'b> {
-        DropoutGenerator { segments: &part.segments, ..*self }
+    /// Number of uses so far.
+    pub fn n_sites(&self) -> u32 {
+        self.n_sites
     }
 
-    /// Number of masks drawn so far.
-    pub fn n_draws(&self) -> u64 {
-        self.n_draws
-    }
-
-    /// Continues after the draws that the generators of the parts have made.
-    pub fn set_n_draws(&mut self, n_draws: u64) {
-        self.n_draws = n_draws;
+    /// Continues after the uses of the generators of all parts.
+    pub fn set_n_sites(&mut self, n_sites: u32) {
+        self.n_sites = n_sites;
     }
 
     /// Applies dropout (Srivastava et al. 2014) to `x: [N, ..]` with probability `p`, scaled to
-    /// keep the mean. The first `counts[0]` rows belong to the first micro-batch, and so on.
-    pub fn dropout(&mut self, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
+    /// keep the mean. `row_keys`: i32 `[N]`.
+    pub fn dropout(&mut self, x: Tensor, p: f64, row_keys: &Tensor) -> Tensor {
         let sizes = x.size();
-        self.apply(x, p, counts, &sizes[1..])
+        self.apply(x, p, row_keys, &sizes[1..])
     }
 
     /// Applies dropout to attention weights `x: [N, H, .., L]`, where all sizes after the heads `H`
     /// are the length of the batch's longest session.
-    pub fn dropout_weights(&mut self, x: Tensor, p: f64, counts: &[i64]) -> Tensor {
+    pub fn dropout_weights(&mut self, x: Tensor, p: f64, row_keys: &Tensor) -> Tensor {
         let mut sizes = x.size()[1..].to_vec();
         sizes[1..].fill(self.max_length as i64);
-        self.apply(x, p, counts, &sizes)
+        self.apply(x, p, row_keys, &sizes)
     }
 
-    /// `drawn`: shape in which the mask of one row is drawn.
-    fn apply(&mut self, x: Tensor, p: f64, counts: &[i64], drawn: &[i64]) -> Tensor {
+    /// `drawn`: shape of a row of the whole mask.
+    fn apply(&mut self, x: Tensor, p: f64, row_keys: &Tensor, drawn: &[i64]) -> Tensor {
         if p == 0.0 {
             return x;
         }
-        self.n_draws += 1;
-        let seeds: Vec<u64> = self
-            .segments
-            .iter()
-            .map(|segment| derive_seed(segment.seed, "dropout", &[self.n_draws]))
-            .collect();
-        DropoutMask::new(&x.size(), drawn, &seeds, counts).apply(x, p)
+        self.n_sites += 1;
+        dropout(&x, row_keys, self.n_sites, drawn, p)
     }
 }
 

@@ -15,6 +15,7 @@ mod ranking;
 use std::path::Path;
 use std::slice;
 
+use bireme_kernels::transfer::send_together;
 use bireme_tools::measure::{K_MAX, Measure, RankCounts, rank_bin};
 use bireme_tools::report::evaluation_file::SessionOutcome;
 use serde::Serialize;
@@ -54,9 +55,7 @@ impl Reminders {
             .iter()
             .flat_map(|session| session.iter().copied().chain(padding(session)))
             .collect();
-        Tensor::from_slice(&rows)
-            .view([known.n_sessions() as i64, max_hidden as i64])
-            .to_device(known.items().device())
+        Tensor::from_slice(&rows).view([known.n_sessions() as i64, max_hidden as i64])
     }
 }
 
@@ -218,11 +217,15 @@ pub fn evaluate(
     // rank takes part until the last block of any rank.
     let n_blocks = item_table.gather_counts(batches.len() as i64)?.into_iter().max().unwrap_or(0);
     for _ in 0..n_blocks {
+        // On a GPU a wait for the device may be a wait for another rank.
+        let _block = collective.watch().map(|watch| watch.begin("an evaluation block".to_owned()));
         let batch = batches.next().unwrap_or_else(|| Batch::new(&[], features));
-        let (known, targets) = batch.to_device(recommender.device()).split_last();
-        let counts = item_table.gather_counts(targets.size()[0])?;
+        let (known, own_targets) = batch.split_last();
+        let counts = item_table.gather_counts(own_targets.size()[0])?;
         let encoded = recommender.encode(&known)?;
-        let hidden = config.reminders.hidden(&known);
+        let (mut hidden, mut targets) =
+            (config.reminders.hidden(&known), own_targets.shallow_clone());
+        send_together(vec![&mut hidden, &mut targets], recommender.device());
         let max_hidden = item_table.gather_counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
         let hidden = hidden.pad([0, max_hidden - hidden.size()[1]], "constant", -1.0);
         let gather = |local: &Tensor| item_table.gather_rows(local, &counts);
@@ -250,7 +253,7 @@ pub fn evaluate(
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
         tally.add(&ranks, recommender.scores_are_logits().then_some(&losses));
-        outcomes.add(&ranks, &known, &targets);
+        outcomes.add(&ranks, &known, &own_targets);
     }
     Ok(Evaluation {
         metrics: tally.all_reduce(collective)?.metrics(recommender.scores_are_logits()),

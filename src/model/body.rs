@@ -1,8 +1,7 @@
 //! The sequence model between event vectors and states, a GRU or an XLNet, and the layout of
 //! positions that both run over.
 
-use bireme_kernels::transfer::send_all;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::Objective;
 use super::objective::{AttentionMask, Plan, PositionInput};
@@ -24,7 +23,7 @@ impl Body {
         x: Tensor,
         query: Option<Tensor>,
         layout: &Layout,
-        dropout: Option<&mut DropoutGenerator<'_>>,
+        dropout: Option<&mut DropoutGenerator>,
     ) -> Tensor {
         match self {
             Body::Gru(gru) => gru.states(parameters, x, layout, dropout),
@@ -64,14 +63,20 @@ pub struct Layout {
     output_slots: Option<Tensor>,
     /// Whether every position is an output position.
     pub all_are_outputs: bool,
-    /// Positions of each micro-batch.
-    pub positions_by_segment: Vec<i64>,
-    /// The positions in time order; `None` in a trace.
+    /// The positions in time order, for a recurrence on a CPU.
     pub(super) packed_sequence: Option<PackedSequence>,
-    /// Output positions of each micro-batch.
-    pub outputs_by_segment: Vec<i64>,
-    /// Sessions of each micro-batch.
-    pub sessions_by_segment: Vec<i64>,
+    /// Of positions, outputs and sessions, in training.
+    pub(super) row_keys: Option<RowKeys>,
+}
+
+/// Keys of rows for dropout: see [`Batch::row_keys`].
+pub(super) struct RowKeys {
+    /// i32 `[P]`.
+    pub positions: Tensor,
+    /// i32 `[N]`.
+    pub outputs: Tensor,
+    /// i32 `[B]`.
+    pub sessions: Tensor,
 }
 
 /// Positions in the order in which a recurrence without padding computes them, as in PyTorch's
@@ -86,14 +91,7 @@ pub(super) struct PackedSequence {
     pub outputs: Tensor,
 }
 
-/// A [`PackedSequence`] in host memory.
-struct HostPackedSequence {
-    positions: Vec<i64>,
-    n_sessions: Vec<i64>,
-    outputs: Vec<i64>,
-}
-
-impl HostPackedSequence {
+impl PackedSequence {
     fn new(plan: &Plan) -> Self {
         // (length, first position)
         let mut sessions: Vec<(usize, usize)> = Vec::with_capacity(plan.lengths.len());
@@ -113,9 +111,13 @@ impl HostPackedSequence {
             }
             n_sessions.push(n as i64);
         }
-        let outputs =
-            plan.outputs.iter().map(|&position| index_of_position[position as usize]).collect();
-        Self { positions, n_sessions, outputs }
+        let outputs = plan.outputs.iter().map(|&position| index_of_position[position as usize]);
+        let outputs: Vec<i64> = outputs.collect();
+        Self {
+            positions: Tensor::from_slice(&positions),
+            n_sessions,
+            outputs: Tensor::from_slice(&outputs),
+        }
     }
 }
 
@@ -128,8 +130,8 @@ enum LayoutMask {
 }
 
 impl Layout {
-    /// Packs the positions of `plan`, made for the sessions of `batch`.
-    pub fn new(plan: &Plan, batch: &Batch, device: Device) -> Self {
+    /// Packs the positions of `plan`, made for the sessions of `batch`, in host memory.
+    pub fn new(plan: &Plan, batch: &Batch) -> Self {
         let length = plan.lengths.iter().copied().max().unwrap_or(0);
         let cells: Vec<i64> = plan
             .lengths
@@ -149,7 +151,6 @@ impl Layout {
                 PositionInput::Mask => padding + 1,
             })
             .collect();
-        let sequence = HostPackedSequence::new(plan);
         let max_outputs = plan.outputs_per_session.iter().copied().max().unwrap_or(0);
         let slots = plan.outputs_per_session.iter().enumerate();
         let slots: Vec<i64> = slots
@@ -160,58 +161,66 @@ impl Layout {
         let fills_slots = slots.len() == plan.lengths.len() * max_outputs;
         let are_equal = plan.lengths.iter().all(|&n| n == length);
         let lengths: Vec<i64> = plan.lengths.iter().map(|&n| n as i64).collect();
-        let order = match &plan.mask {
-            AttentionMask::Permuted(order) => &order[..],
-            AttentionMask::Full | AttentionMask::Causal => &[],
-        };
-        // One transfer for all indices: on a GPU each copy has a latency.
-        let numbers = [
-            &input_rows,
-            &cells,
-            &lengths,
-            &output_cells,
-            &plan.outputs,
-            &slots,
-            &sequence.positions,
-            &sequence.outputs,
-            order,
-        ];
-        let mut sent = send_all(&numbers, device).into_iter();
-        let mut next = || sent.next().expect("as many as were sent");
-        let (input_rows, cells, lengths) = (next(), next(), next());
+        let numbers = |numbers: &[i64]| Tensor::from_slice(numbers);
         let mut layout = Self {
             n_sessions: plan.lengths.len() as i64,
             length: length as i64,
-            input_rows,
-            cells: (!are_equal).then_some(cells),
-            lengths: (!are_equal).then_some(lengths),
+            input_rows: numbers(&input_rows),
+            cells: (!are_equal).then(|| numbers(&cells)),
+            lengths: (!are_equal).then(|| numbers(&lengths)),
             mask: LayoutMask::Full,
-            output_cells: next(),
-            outputs: next(),
+            output_cells: numbers(&output_cells),
+            outputs: numbers(&plan.outputs),
             max_outputs: max_outputs as i64,
-            output_slots: Some(next()).filter(|_| !fills_slots),
+            output_slots: (!fills_slots).then(|| numbers(&slots)),
             all_are_outputs: plan.outputs.len() == plan.inputs.len(),
-            positions_by_segment: batch.by_segment(&plan.lengths),
-            packed_sequence: Some(PackedSequence {
-                positions: next(),
-                n_sessions: sequence.n_sessions,
-                outputs: next(),
-            }),
-            outputs_by_segment: batch.by_segment(&plan.outputs_per_session),
-            sessions_by_segment: batch
-                .segments
-                .iter()
-                .map(|segment| segment.n_sessions as i64)
-                .collect(),
+            packed_sequence: None,
+            row_keys: None,
         };
         layout.mask = match &plan.mask {
             AttentionMask::Full => LayoutMask::Full,
             AttentionMask::Causal => LayoutMask::Causal,
-            AttentionMask::Permuted(_) => {
-                LayoutMask::Permuted(layout.pad(&next().unsqueeze(1)).squeeze_dim(2))
+            AttentionMask::Permuted(order) => {
+                LayoutMask::Permuted(layout.pad(&numbers(order).unsqueeze(1)).squeeze_dim(2))
             }
         };
         layout
+    }
+
+    /// Adds the order of a recurrence without padding.
+    #[must_use]
+    pub(super) fn with_packed_sequence(self, plan: &Plan) -> Self {
+        Self { packed_sequence: Some(PackedSequence::new(plan)), ..self }
+    }
+
+    /// Adds the keys that dropout needs.
+    #[must_use]
+    pub(super) fn with_row_keys(self, plan: &Plan, batch: &Batch) -> Self {
+        let keys = |per_session: &[usize]| Tensor::from_slice(&batch.row_keys(per_session));
+        let row_keys = RowKeys {
+            positions: keys(&plan.lengths),
+            outputs: keys(&plan.outputs_per_session),
+            sessions: keys(&vec![1; plan.lengths.len()]),
+        };
+        Self { row_keys: Some(row_keys), ..self }
+    }
+
+    /// All tensors, to be sent to a device together.
+    pub(super) fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        let mut tensors = vec![&mut self.input_rows, &mut self.output_cells, &mut self.outputs];
+        tensors.extend(&mut self.cells);
+        tensors.extend(&mut self.lengths);
+        tensors.extend(&mut self.output_slots);
+        if let LayoutMask::Permuted(order) = &mut self.mask {
+            tensors.push(order);
+        }
+        if let Some(sequence) = &mut self.packed_sequence {
+            tensors.extend([&mut sequence.positions, &mut sequence.outputs]);
+        }
+        if let Some(keys) = &mut self.row_keys {
+            tensors.extend([&mut keys.positions, &mut keys.outputs, &mut keys.sessions]);
+        }
+        tensors
     }
 
     /// The layout of [`Objective::next`] for a trace: one output position per session, after its
@@ -262,10 +271,8 @@ impl Layout {
             output_slots: None,
             output_cells,
             all_are_outputs: false,
-            positions_by_segment: Vec::new(),
             packed_sequence: None,
-            outputs_by_segment: Vec::new(),
-            sessions_by_segment: Vec::new(),
+            row_keys: None,
         }
     }
 

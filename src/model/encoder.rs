@@ -1,6 +1,6 @@
 //! From events to the vectors that items are scored against: input block, body, projection.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::Objective;
 use super::body::{Body, Layout};
@@ -41,6 +41,22 @@ pub(super) struct EncoderInput {
     pub vectors: Vec<Tensor>,
 }
 
+/// A plan over the sessions of a batch, as the encoder reads it.
+pub(super) struct PreparedSessions {
+    layout: Layout,
+    /// Keys of the events for dropout, i32 `[T + 1]`.
+    event_keys: Option<Tensor>,
+}
+
+impl PreparedSessions {
+    /// All tensors, to be sent to a device together.
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        let mut tensors = self.layout.tensors_mut();
+        tensors.extend(&mut self.event_keys);
+        tensors
+    }
+}
+
 impl EncoderInput {
     pub fn whole(columns: Vec<Tensor>, lookups: &[Lookup<'_>]) -> Self {
         Self {
@@ -62,17 +78,12 @@ impl EncoderInput {
         Self { columns: parts(&self.columns), vectors: parts(&self.vectors) }
     }
 
-    /// Applies dropout to the looked-up vectors of `batch`.
-    fn with_dropout(&self, p: f64, batch: &Batch, dropout: &mut DropoutGenerator<'_>) -> Self {
-        let mut counts = batch.by_segment(&batch.lengths);
-        // The padding event is behind those of the last micro-batch.
-        if let Some(last) = counts.last_mut() {
-            *last += 1;
-        }
+    /// Applies dropout to the looked-up vectors. `event_keys`: i32 `[T + 1]`.
+    fn with_dropout(&self, p: f64, event_keys: &Tensor, dropout: &mut DropoutGenerator) -> Self {
         let vectors = self.vectors.iter();
         Self {
             columns: self.columns.iter().map(Tensor::shallow_clone).collect(),
-            vectors: vectors.map(|x| dropout.dropout(x.shallow_clone(), p, &counts)).collect(),
+            vectors: vectors.map(|x| dropout.dropout(x.shallow_clone(), p, event_keys)).collect(),
         }
     }
 
@@ -127,30 +138,53 @@ impl Encoder {
         matches!(self.body, Body::Xlnet(_))
     }
 
-    /// The output states of `plan`, which was made for `batch`: `[N, D]`.
-    pub fn states(
+    /// The layout of `plan` over `batch`, in host memory. Dropout is possible if `training`.
+    pub fn prepare(
         &self,
-        parameters: &Parameters,
-        input: &EncoderInput,
         plan: Plan,
         batch: &Batch,
-        mut dropout: Option<&mut DropoutGenerator<'_>>,
-    ) -> Tensor {
-        let device = parameters.values().device();
+        device: Device,
+        training: bool,
+    ) -> PreparedSessions {
         let plan = match self.padded_length {
             Some(length) => plan.padded(length),
             None => plan,
         };
-        if plan.outputs.is_empty() {
+        let mut layout = Layout::new(&plan, batch);
+        if device == Device::Cpu && !self.attends() {
+            layout = layout.with_packed_sequence(&plan);
+        }
+        if training {
+            layout = layout.with_row_keys(&plan, batch);
+        }
+        let event_keys = (training && self.input_dropout > 0.0).then(|| {
+            let mut keys = batch.row_keys(&batch.lengths);
+            // Of the padding event.
+            keys.push(0);
+            Tensor::from_slice(&keys)
+        });
+        PreparedSessions { layout, event_keys }
+    }
+
+    /// The output states of the prepared plan: `[N, D]`.
+    pub fn states(
+        &self,
+        parameters: &Parameters,
+        input: &EncoderInput,
+        sessions: &PreparedSessions,
+        mut dropout: Option<&mut DropoutGenerator>,
+    ) -> Tensor {
+        let PreparedSessions { layout, event_keys } = sessions;
+        if layout.outputs.numel() == 0 {
+            let device = parameters.values().device();
             return Tensor::zeros([0, self.width], (Kind::Float, device));
         }
-        let layout = Layout::new(&plan, batch, device);
-        match dropout.as_deref_mut().filter(|_| self.input_dropout > 0.0) {
-            Some(generator) => {
-                let input = input.with_dropout(self.input_dropout, batch, generator);
-                self.laid_out_states(parameters, &input, &layout, dropout)
+        match dropout.as_deref_mut().zip(event_keys.as_ref()) {
+            Some((generator, keys)) => {
+                let input = input.with_dropout(self.input_dropout, keys, generator);
+                self.laid_out_states(parameters, &input, layout, dropout)
             }
-            None => self.laid_out_states(parameters, input, &layout, dropout),
+            None => self.laid_out_states(parameters, input, layout, dropout),
         }
     }
 
@@ -159,7 +193,7 @@ impl Encoder {
         parameters: &Parameters,
         input: &EncoderInput,
         layout: &Layout,
-        dropout: Option<&mut DropoutGenerator<'_>>,
+        dropout: Option<&mut DropoutGenerator>,
     ) -> Tensor {
         let EncoderInput { columns, vectors } = input;
         let (x, mask) = self.input.positions(parameters, columns, vectors, &layout.input_rows);

@@ -1,7 +1,6 @@
 //! The input block, from the columns of an event to one vector: tables, continuous features,
 //! aggregation, projection.
 
-use bireme_kernels::transfer::send;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
@@ -176,24 +175,19 @@ impl Input {
         Ok(Self { aggregation, swap_noise, channels, projection, mask, to_body })
     }
 
-    /// The columns of a batch followed by a padding event, `[T + 1]`; with swap noise if
-    /// `training`.
-    pub(super) fn columns(&self, batch: &Batch, training: bool) -> Vec<Tensor> {
-        let n = batch.n_events() as i64;
-        batch
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(column, values)| {
-                let padded = values.constant_pad_nd([0, 1]);
-                if !training || self.swap_noise == 0.0 {
-                    return padded;
-                }
-                let mut sources = swap_sources(batch, column, self.swap_noise);
-                sources.push(n);
-                padded.index_select(0, &send(&Tensor::from_slice(&sources), values.device()))
-            })
-            .collect()
+    /// The event from which each event takes its value of a column under swap noise, i64 `[T + 1]`
+    /// for each column; empty without swap noise.
+    pub(super) fn swap_sources(&self, batch: &Batch) -> Vec<Tensor> {
+        if self.swap_noise == 0.0 {
+            return Vec::new();
+        }
+        let padding = batch.n_events() as i64;
+        let of_column = |column: usize| {
+            let mut sources = swap_sources(batch, column, self.swap_noise);
+            sources.push(padding);
+            Tensor::from_slice(&sources)
+        };
+        (0..batch.columns.len()).map(of_column).collect()
     }
 
     /// *All ranks*, if the item table is sharded. Looks up the vectors of the categorical columns,
@@ -263,6 +257,7 @@ impl Input {
             })
             .collect();
         let mut events = match self.aggregation {
+            Aggregation::Concat if channels.len() == 1 => channels[0].shallow_clone(),
             Aggregation::Concat => Tensor::cat(&channels, 1),
             Aggregation::Sum => {
                 channels[1..].iter().fold(channels[0].shallow_clone(), |sum, x| sum + x)
@@ -287,7 +282,7 @@ fn swap_sources(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
     let events = batch.by_segment(&batch.lengths);
     let mut sources = Vec::with_capacity(batch.n_events());
     for (segment, n) in batch.segments.iter().zip(events) {
-        let first = sources.len() as i64;
+        let (first, n) = (sources.len() as i64, n as i64);
         let mut generator =
             ChaCha8Rng::seed_from_u64(derive_seed(segment.seed, "swap noise", &[column as u64]));
         sources.extend((first..first + n).map(|event| {

@@ -40,7 +40,7 @@ pub use gru::Gru;
 pub use item_table::{ItemTable, LocalRows};
 pub use loglinear::LogLinear;
 pub use neighbours::Neighbours;
-pub use network::{COUNTS, ITEM_TABLES, LossSum, Network, ParameterSizes};
+pub use network::{COUNTS, ITEM_TABLES, LossSum, Network, ParameterSizes, PreparedBatch};
 pub use parameters::{Gradients, Parameters, View};
 pub use xlnet::Xlnet;
 

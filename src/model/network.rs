@@ -2,16 +2,17 @@
 
 use std::ops::Range;
 
+use bireme_kernels::autograd::{add_all, backward};
 use bireme_kernels::parallel::torch_in_parallel;
-use bireme_kernels::transfer::send;
+use bireme_kernels::transfer::send_together;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::Objective;
 use super::content::{self, Content};
-use super::encoder::{Encoder, EncoderInput};
-use super::evidence::{CandidateScorer, Counts};
+use super::encoder::{Encoder, EncoderInput, PreparedSessions};
+use super::evidence::{CandidateScorer, CandidateSearch, Candidates, Counts};
 use super::head::{CrossEntropy, Negatives, ScoringTable, Targets, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::item_vectors::{Composition, ItemVectors};
@@ -47,11 +48,13 @@ pub const COUNTS: &str = "counts.";
 /// Prefix of those of them that say what items are.
 const COUNTED_CONTENT: &str = "counts.content.";
 
-/// Loss of a backward pass as a sum: the division by the targets of all ranks comes last.
+/// Loss of a backward pass as a sum: the division by the targets of all ranks comes last. Both are
+/// on the device.
 pub struct LossSum {
-    /// Summed cross entropy, scalar f64 on the device.
+    /// Summed cross entropy, scalar f64.
     pub loss: Tensor,
-    pub n_targets: usize,
+    /// Number of targets, f32 `[1]`.
+    pub n_targets: Tensor,
 }
 
 /// A model with its parameters and their gradients.
@@ -81,17 +84,17 @@ struct Evidence {
     scorer: CandidateScorer,
 }
 
-/// Gradients of the scalar `loss` by the parameters `others`, undefined for those that it does not
-/// depend on, and by the looked-up vectors.
+/// Gradients by the parameters `others`, undefined for those that no output depends on, and by the
+/// looked-up vectors, given those of `outputs`.
 fn backward_from(
-    loss: &Tensor,
+    outputs: &[(&Tensor, &Tensor)],
     parameters: &Parameters,
     others: Range<usize>,
     looked_up: &[Tensor],
 ) -> Vec<Tensor> {
     let leaves = others.clone().map(|index| parameters.leaf(index));
     let inputs: Vec<&Tensor> = leaves.chain(looked_up).collect();
-    let mut gradients = Tensor::run_backward(&[loss], &inputs, false, false);
+    let mut gradients = backward(outputs, &inputs);
     for (gradient, vectors) in gradients[others.len()..].iter_mut().zip(looked_up) {
         if !gradient.defined() {
             *gradient = vectors.detach().zeros_like();
@@ -104,7 +107,7 @@ fn backward_from(
 /// only the last is kept.
 fn join_parts<'a>(parts: impl ExactSizeIterator<Item = &'a Tensor>) -> Tensor {
     let last = parts.len() - 1;
-    let mut rows: Vec<Tensor> = parts
+    let rows: Vec<Tensor> = parts
         .enumerate()
         .map(|(number, part)| {
             if number == last {
@@ -114,7 +117,7 @@ fn join_parts<'a>(parts: impl ExactSizeIterator<Item = &'a Tensor>) -> Tensor {
             }
         })
         .collect();
-    if last == 0 { rows.remove(0) } else { Tensor::cat(&rows, 0) }
+    joined(rows)
 }
 
 /// A part of a batch after the forward pass through the encoder.
@@ -126,8 +129,79 @@ struct EncodedPart {
     parameters: Parameters,
     /// Looked-up vectors, leaves of the part's autograd graph.
     looked_up: Vec<Tensor>,
-    /// Dropout masks drawn so far.
-    n_draws: u64,
+    /// Uses of dropout so far.
+    n_sites: u32,
+}
+
+/// What a backward pass over a batch reads.
+pub struct PreparedBatch {
+    /// Values of each feature, with a padding event at the end: `[T + 1]`.
+    columns: Vec<Tensor>,
+    /// See [`Input::swap_sources`].
+    swap_sources: Vec<Tensor>,
+    /// Consecutive parts.
+    parts: Vec<PreparedPart>,
+    /// Events of each part.
+    n_events: Vec<i64>,
+    /// Events that are predicted, i64 `[N]`.
+    predicted: Tensor,
+    /// Number of the micro-batch of each target, i64 `[N]`.
+    micro_batches: Tensor,
+    /// See [`Targets::uniform`].
+    uniform: Option<Tensor>,
+    /// Targets of each part.
+    n_targets: Vec<i64>,
+    /// Targets of all parts, f32 `[1]`.
+    n_targets_tensor: Tensor,
+    /// For [`Objective::Replaced`].
+    detection: Option<PreparedSessions>,
+    step_seed: u64,
+}
+
+/// A part of a [`PreparedBatch`].
+struct PreparedPart {
+    search: Option<CandidateSearch>,
+    sessions: PreparedSessions,
+}
+
+impl PreparedBatch {
+    /// All tensors, to be sent to a device together.
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        let mut tensors: Vec<&mut Tensor> =
+            self.columns.iter_mut().chain(&mut self.swap_sources).collect();
+        tensors.extend([&mut self.predicted, &mut self.micro_batches, &mut self.n_targets_tensor]);
+        tensors.extend(&mut self.uniform);
+        for PreparedPart { search, sessions } in &mut self.parts {
+            tensors.extend(search.iter_mut().flat_map(CandidateSearch::tensors_mut));
+            tensors.extend(sessions.tensors_mut());
+        }
+        tensors.extend(self.detection.iter_mut().flat_map(PreparedSessions::tensors_mut));
+        tensors
+    }
+}
+
+/// The events that replaced-item detection classifies.
+struct Detection<'a> {
+    /// `[T + 1]`, with replaced items.
+    columns: &'a [Tensor],
+    swap_sources: &'a [Tensor],
+    /// The items before, i64 `[T + 1]`.
+    original: &'a Tensor,
+    sessions: &'a PreparedSessions,
+    step_seed: u64,
+}
+
+/// The columns `[T + 1]` after swap noise with the given sources, if any.
+fn with_swap_noise(columns: &[Tensor], sources: &[Tensor]) -> Vec<Tensor> {
+    if sources.is_empty() {
+        return columns.iter().map(Tensor::shallow_clone).collect();
+    }
+    columns.iter().zip(sources).map(|(column, sources)| column.index_select(0, sources)).collect()
+}
+
+/// Consecutive parts as one tensor.
+fn joined(mut parts: Vec<Tensor>) -> Tensor {
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
 }
 
 /// The targets of a batch.
@@ -143,9 +217,7 @@ fn join_sparse(parts: &[EncodedPart]) -> Option<SparseScores> {
     let of_parts: Option<Vec<&SparseScores>> =
         parts.iter().map(|part| part.sparse.as_ref()).collect();
     let join = |of: fn(&SparseScores) -> Tensor| {
-        of_parts
-            .as_ref()
-            .map(|parts| Tensor::cat(&parts.iter().map(|part| of(part)).collect::<Vec<_>>(), 0))
+        of_parts.as_ref().map(|parts| joined(parts.iter().map(|part| of(part)).collect()))
     };
     let items = join(|part| part.items.shallow_clone())?;
     Some(SparseScores { items, scores: join(|part| part.scores.detach())? })
@@ -221,14 +293,14 @@ impl ParameterSizes {
     }
 }
 
-/// Events that are predicted, counted from the first of the batch: i64 `[N]`.
-fn predicted_events(parts: &[(Plan, Batch)], device: Device) -> Tensor {
+/// Events that are predicted, counted from the first of the batch: `[N]`.
+fn predicted_events(parts: &[(Plan, Batch)]) -> Vec<i64> {
     let (mut predicted, mut first) = (Vec::new(), 0);
     for (plan, part) in parts {
         predicted.extend(plan.targets.iter().map(|target| first + target));
         first += part.n_events() as i64;
     }
-    send(&Tensor::from_slice(&predicted), device)
+    predicted
 }
 
 /// Number of the micro-batch of each target.
@@ -237,19 +309,11 @@ fn micro_batches(parts: &[(Plan, Batch)]) -> Vec<i64> {
     let mut number = 0;
     for (plan, part) in parts {
         for n_targets in part.by_segment(&plan.outputs_per_session) {
-            of_targets.extend(std::iter::repeat_n(number, n_targets as usize));
+            of_targets.extend(std::iter::repeat_n(number, n_targets));
             number += 1;
         }
     }
     of_targets
-}
-
-/// `batch` with the items of the events `places: [N]` replaced by `items: [N]`.
-fn replace_items(batch: &Batch, places: &Tensor, items: &Tensor) -> Batch {
-    let mut replaced =
-        batch.with_columns(batch.columns.iter().map(Tensor::shallow_clone).collect());
-    replaced.columns[0] = batch.items().index_copy(0, places, items);
-    replaced
 }
 
 impl Network<'static> {
@@ -512,46 +576,25 @@ impl<'a> Network<'a> {
         self.workspace = Workspace::default();
     }
 
-    /// *All ranks*, if the item table is sharded. Adds the gradients of the loss over `batch` and
-    /// returns the loss. A batch without sessions adds nothing, but takes part in the exchanges.
-    ///
-    /// # Errors
-    /// A collective call fails.
-    pub fn backward(
-        &mut self,
-        batch: &Batch,
-        negatives: &Negatives,
-        hooks: &mut dyn GradientHooks,
-        timer: &mut PhaseTimer,
-    ) -> Result<LossSum, CollectiveError> {
+    /// Prepares a backward pass over `batch`, with the plan of the objective.
+    pub fn prepare(&self, batch: &Batch) -> PreparedBatch {
         let parts = batch.split(self.n_parts(batch)).into_iter();
         let planned =
             parts.map(|part| (self.objective.training(&part, self.encoder.attends()), part));
-        let planned = planned.collect();
-        self.backward_parts(batch, planned, negatives, hooks, timer)
+        self.prepare_parts(batch, planned.collect())
     }
 
-    /// [`Network::backward`] with the masked and predicted positions given.
-    ///
-    /// # Errors
-    /// A collective call fails.
-    pub fn backward_planned(
-        &mut self,
-        batch: &Batch,
-        plan: Plan,
-        negatives: &Negatives,
-        hooks: &mut dyn GradientHooks,
-        timer: &mut PhaseTimer,
-    ) -> Result<LossSum, CollectiveError> {
+    /// [`Network::prepare`] with the masked and predicted positions given.
+    pub fn prepare_planned(&self, batch: &Batch, plan: Plan) -> PreparedBatch {
         let whole = batch.split(1).into_iter().map(|whole| (plan.clone(), whole)).collect();
-        self.backward_parts(batch, whole, negatives, hooks, timer)
+        self.prepare_parts(batch, whole)
     }
 
     /// Number of parts in which a batch goes through the encoder, each on its own threads: on a CPU
     /// the encoder's operations are too small to use all threads.
     fn n_parts(&self, batch: &Batch) -> usize {
         match self.device() {
-            // The detector draws dropout masks for the whole batch.
+            // The detector applies dropout to the whole batch.
             Device::Cpu if self.detector.is_none() => {
                 batch.segments.len().min(tch::get_num_threads().max(1) as usize)
             }
@@ -559,40 +602,88 @@ impl<'a> Network<'a> {
         }
     }
 
-    fn backward_parts(
+    fn prepare_parts(&self, batch: &Batch, parts: Vec<(Plan, Batch)>) -> PreparedBatch {
+        let predicted = Tensor::from_slice(&predicted_events(&parts));
+        let micro_batches = Tensor::from_slice(&micro_batches(&parts));
+        let (device, is_replaced) = (self.device(), self.detector.is_some());
+        let n_targets: Vec<i64> = parts.iter().map(|(plan, _)| plan.targets.len() as i64).collect();
+        PreparedBatch {
+            columns: batch.columns_with_padding(),
+            swap_sources: self.encoder.input.swap_sources(batch),
+            predicted,
+            micro_batches,
+            uniform: is_replaced.then(|| uniform(&parts)),
+            n_events: parts.iter().map(|(_, part)| part.n_events() as i64).collect(),
+            n_targets_tensor: Tensor::from_slice(&[n_targets.iter().sum::<i64>() as f32]),
+            n_targets,
+            detection: is_replaced.then(|| {
+                // A causal body classifies an event by the events before it, an attending one by
+                // all.
+                let plan = Plan::all(&batch.lengths, AttentionMask::Full);
+                self.encoder.prepare(plan, batch, device, true)
+            }),
+            parts: self.prepare_sessions(parts),
+            step_seed: batch.step_seed,
+        }
+    }
+
+    fn prepare_sessions(&self, parts: Vec<(Plan, Batch)>) -> Vec<PreparedPart> {
+        let (encoder, device) = (&self.encoder, self.device());
+        let searched = parts.into_iter().map(|(plan, part)| {
+            let evidence = self.evidence.as_ref();
+            let search =
+                evidence.map(|evidence| evidence.index.prepare_targets(&plan.targets, &part));
+            (search, plan, part)
+        });
+        torch_in_parallel(searched.collect::<Vec<_>>(), |(search, plan, part)| PreparedPart {
+            search,
+            sessions: encoder.prepare(plan, &part, device, true),
+        })
+    }
+
+    /// *All ranks*, if the item table is sharded. Adds the gradients of the loss over a prepared
+    /// batch, whose tensors are on the device of the model, and returns the loss. A batch without
+    /// sessions adds nothing, but takes part in the exchanges.
+    ///
+    /// # Errors
+    /// A collective call fails.
+    pub fn backward(
         &mut self,
-        batch: &Batch,
-        parts: Vec<(Plan, Batch)>,
+        batch: PreparedBatch,
         negatives: &Negatives,
         hooks: &mut dyn GradientHooks,
         timer: &mut PhaseTimer,
     ) -> Result<LossSum, CollectiveError> {
-        let n_targets: Vec<i64> = parts.iter().map(|(plan, _)| plan.targets.len() as i64).collect();
+        let PreparedBatch { step_seed, n_targets, n_targets_tensor, .. } = &batch;
+        let (step_seed, n_targets) = (*step_seed, n_targets.clone());
+        let n_targets_tensor = n_targets_tensor.shallow_clone();
         let counts = self.item_table.gather_counts(n_targets.iter().sum())?;
         if counts.iter().sum::<i64>() == 0 {
-            return self.backward_without_targets(hooks);
+            return self.backward_without_targets(n_targets_tensor, hooks);
         }
-        let mut dropout = DropoutGenerator::new(batch, self.max_length);
-        let columns = self.encoder.input.columns(batch, true);
-        let items = self.items(Some(batch.step_seed));
+        let mut dropout = DropoutGenerator::new(self.max_length);
+        let columns = with_swap_noise(&batch.columns, &batch.swap_sources);
+        let items = self.items(Some(step_seed));
         let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
-        let predicted = predicted_events(&parts, self.device());
         let targets = Targets {
-            items: batch.items().index_select(0, &predicted),
-            micro_batches: micro_batches(&parts),
-            uniform: self.detector.map(|_| self.uniform(&parts)),
+            items: batch.columns[0].index_select(0, &batch.predicted),
+            micro_batches: batch.micro_batches.shallow_clone(),
+            weights: None,
+            uniform: batch.uniform.as_ref().map(Tensor::shallow_clone),
         };
-        let targets = StepTargets { targets, counts, step_seed: batch.step_seed };
-        let encoded = self.encode_parts(parts, EncoderInput::whole(columns, &lookups), &dropout);
+        let targets = StepTargets { targets, counts, step_seed };
+        let input = EncoderInput::whole(columns, &lookups);
+        let encoded =
+            self.encode_parts(batch.parts, &batch.n_events, &batch.columns, &input, &dropout);
         timer.end("forward");
 
         let vectors: Vec<Tensor> = encoded.iter().map(|part| part.vectors.detach()).collect();
-        let vectors = Encoded { vectors: Tensor::cat(&vectors, 0), sparse: join_sparse(&encoded) };
+        let vectors = Encoded { vectors: joined(vectors), sparse: join_sparse(&encoded) };
         let CrossEntropy { mut loss, state_gradient, sparse_gradient, drawn } =
             self.score(&vectors, &targets, negatives, hooks)?;
         timer.end("loss");
 
-        let n_draws = encoded.iter().map(|part| part.n_draws).max().unwrap_or(0);
+        let n_sites = encoded.iter().map(|part| part.n_sites).max().unwrap_or(0);
         let by_part = |gradient: &Tensor| gradient.split_with_sizes(n_targets.as_slice(), 0);
         let sparse_gradients: Vec<Option<Tensor>> = match &sparse_gradient {
             Some(gradient) => by_part(gradient).into_iter().map(Some).collect(),
@@ -608,73 +699,82 @@ impl<'a> Network<'a> {
             of_parts = torch_in_parallel(std::mem::take(&mut work), |(part, gradients)| {
                 let EncodedPart { vectors, sparse, parameters, looked_up, .. } = part;
                 let (state_gradient, sparse_gradient) = gradients;
-                let mut loss = (vectors * state_gradient).sum(Kind::Float);
-                if let (Some(sparse), Some(gradient)) = (sparse, sparse_gradient) {
-                    loss += (sparse.scores * gradient).sum(Kind::Float);
+                let mut outputs = vec![(&vectors, &state_gradient)];
+                if let (Some(sparse), Some(gradient)) = (&sparse, &sparse_gradient) {
+                    outputs.push((&sparse.scores, gradient));
                 }
-                backward_from(&loss, &parameters, others.clone(), &looked_up)
+                backward_from(&outputs, &parameters, others.clone(), &looked_up)
             });
         })?;
         self.add_gradients(&of_parts, &lookups, hooks)?;
-        dropout.set_n_draws(n_draws);
-        if let (Some(detector), Some(drawn), Objective::Replaced { weight, .. }) =
-            (self.detector, drawn, &self.objective)
+        dropout.set_n_sites(n_sites);
+        if let (Some(detector), Some(drawn), Some(sessions), Objective::Replaced { weight, .. }) =
+            (self.detector, drawn, batch.detection, &self.objective)
         {
-            let replaced = replace_items(batch, &predicted, &drawn);
-            loss += self.detect(detector, *weight, batch, &replaced, &mut dropout, hooks)?;
+            let replaced = batch.columns[0].index_copy(0, &batch.predicted, &drawn);
+            let mut columns = batch.columns;
+            let original = std::mem::replace(&mut columns[0], replaced);
+            let detection = Detection {
+                columns: &columns,
+                swap_sources: &batch.swap_sources,
+                original: &original,
+                sessions: &sessions,
+                step_seed,
+            };
+            loss += self.detect(detector, *weight, &detection, &mut dropout, hooks)?;
         }
         timer.end("backward");
-        Ok(LossSum { loss, n_targets: n_targets.iter().sum::<i64>() as usize })
+        Ok(LossSum { loss, n_targets: n_targets_tensor })
     }
 
     /// *All ranks*, if the item table is sharded or its gradient is reduced early. This rank has no
     /// targets, but other ranks may have, so it takes part in every exchange of a pass.
     fn backward_without_targets(
         &mut self,
+        n_targets: Tensor,
         hooks: &mut dyn GradientHooks,
     ) -> Result<LossSum, CollectiveError> {
         hooks.scoring_complete(&mut self.gradients, &mut || ())?;
         let rows = Tensor::zeros([0], (Kind::Int64, self.device()));
         let vectors = self.parameters.leaf(ITEM_TABLE).narrow(0, 0, 0).detach();
         self.add_late_rows(&rows, &vectors, hooks)?;
-        Ok(LossSum { loss: Tensor::zeros([], (Kind::Double, self.device())), n_targets: 0 })
+        Ok(LossSum { loss: Tensor::zeros([], (Kind::Double, self.device())), n_targets })
     }
 
-    /// Encodes the parts of a batch, each with its own autograd graph. `input`: of the whole batch.
+    /// Encodes the parts of a batch, each with its own autograd graph. `n_events`: of each part;
+    /// `columns: [T + 1]` without swap noise and `input` are those of the whole batch.
     fn encode_parts(
         &self,
-        parts: Vec<(Plan, Batch)>,
-        input: EncoderInput,
-        dropout: &DropoutGenerator<'_>,
+        parts: Vec<PreparedPart>,
+        n_events: &[i64],
+        columns: &[Tensor],
+        input: &EncoderInput,
+        dropout: &DropoutGenerator,
     ) -> Vec<EncodedPart> {
         let (mut work, mut first) = (Vec::with_capacity(parts.len()), 0);
-        for (plan, part) in parts {
-            let n_events = part.n_events() as i64;
+        for (part, n_events) in parts.into_iter().zip(n_events) {
             // Handles of tensors may be sent to another thread, but not shared with it.
-            work.push((
-                self.parameters.share(),
-                input.part(first, n_events).into_leaves(),
-                self.evidence.as_ref().map(|evidence| {
-                    (evidence.scorer, evidence.index.of_targets(&plan.targets, &part))
-                }),
-                plan,
-                part,
-            ));
+            let PreparedPart { search, sessions } = part;
+            let scored = self.evidence.as_ref().zip(search);
+            let candidates = scored
+                .map(|(evidence, search)| (evidence.scorer, evidence.index.find(search, columns)));
+            let input = input.part(first, *n_events).into_leaves();
+            work.push((self.parameters.share(), input, candidates, sessions));
             first += n_events;
         }
         let encoder = &self.encoder;
-        torch_in_parallel(work, |(parameters, input, evidence, plan, part)| {
-            let mut dropout = dropout.of_part(&part);
-            let states = encoder.states(&parameters, &input, plan, &part, Some(&mut dropout));
+        torch_in_parallel(work, |(parameters, input, candidates, sessions)| {
+            let mut dropout = dropout.clone();
+            let states = encoder.states(&parameters, &input, &sessions, Some(&mut dropout));
             let vectors = encoder.vectors(&parameters, &states);
-            let sparse = evidence
+            let sparse = candidates
                 .map(|(scorer, candidates)| scorer.scores(&parameters, &candidates, &states));
             EncodedPart {
                 vectors,
                 sparse,
                 parameters,
                 looked_up: input.vectors,
-                n_draws: dropout.n_draws(),
+                n_sites: dropout.n_sites(),
             }
         })
     }
@@ -717,26 +817,25 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// Replaced-item detection (ELECTRA, Clark et al. 2020): classifies every event of `replaced`,
-    /// in which some items of `batch` are replaced. Adds the gradients and returns the weighted
-    /// loss.
+    /// Replaced-item detection (ELECTRA, Clark et al. 2020): classifies every event as original or
+    /// replaced. Adds the gradients and returns the weighted loss.
     fn detect(
         &mut self,
         detector: Linear,
         weight: f64,
-        batch: &Batch,
-        replaced: &Batch,
-        dropout: &mut DropoutGenerator<'_>,
+        detection: &Detection<'_>,
+        dropout: &mut DropoutGenerator,
         hooks: &mut dyn GradientHooks,
     ) -> Result<Tensor, CollectiveError> {
-        let is_replaced = replaced.items().ne_tensor(batch.items()).to_kind(Kind::Float);
-        // A causal body classifies an event by the events before it, an attending one by all.
-        let plan = Plan::all(&batch.lengths, AttentionMask::Full);
-        let columns = self.encoder.input.columns(replaced, true);
-        let items = self.items(Some(batch.step_seed));
+        let &Detection { columns, swap_sources, original, sessions, step_seed } = detection;
+        let n_events = original.size()[0] - 1;
+        let is_replaced = columns[0].ne_tensor(original).narrow(0, 0, n_events);
+        let is_replaced = is_replaced.to_kind(Kind::Float);
+        let columns = with_swap_noise(columns, swap_sources);
+        let items = self.items(Some(step_seed));
         let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
         let input = EncoderInput::whole(columns, &lookups).into_leaves();
-        let states = self.encoder.states(&self.parameters, &input, plan, batch, Some(dropout));
+        let states = self.encoder.states(&self.parameters, &input, sessions, Some(dropout));
         let logits = detector.apply(&self.parameters, &states).squeeze_dim(1);
         let no_weight = None::<&Tensor>;
         let loss = weight
@@ -746,8 +845,12 @@ impl<'a> Network<'a> {
                 no_weight,
                 Reduction::Sum,
             );
-        let gradients =
-            backward_from(&loss, &self.parameters, self.other_parameters(), &input.vectors);
+        let gradients = backward_from(
+            &[(&loss, &loss.ones_like())],
+            &self.parameters,
+            self.other_parameters(),
+            &input.vectors,
+        );
         self.add_gradients(&[gradients], &lookups, hooks)?;
         Ok(loss.detach().to_kind(Kind::Double))
     }
@@ -769,16 +872,16 @@ impl<'a> Network<'a> {
         tch::no_grad(|| {
             for of_part in of_parts {
                 // Parameters that the pass did not use have no gradient.
-                for (index, gradient) in
-                    others.clone().zip(of_part).filter(|(_, gradient)| gradient.defined())
-                {
-                    let _ = self.gradients.of(index).g_add_(gradient);
-                }
+                let used = others.clone().zip(of_part).filter(|(_, gradient)| gradient.defined());
+                let (sums, terms): (Vec<_>, Vec<_>) =
+                    used.map(|(index, gradient)| (self.gradients.of(index), gradient)).unzip();
+                add_all(&sums, &terms);
             }
             for (lookup, number) in lookups.iter().zip(others.len()..) {
                 let gradient = join_parts(of_parts.iter().map(|of_part| &of_part[number]));
                 // The vector of the padding row is read, but not learnt.
-                let gradient = gradient * lookup.rows.unsqueeze(1).ne(0).to_kind(Kind::Float);
+                let mut gradient = gradient;
+                let _ = gradient.masked_fill_(&lookup.rows.eq(0).unsqueeze(1), 0.0);
                 if lookup.table == ITEM_TABLE
                     && self.add_late_rows(&lookup.rows, &gradient, hooks)?
                 {
@@ -820,12 +923,31 @@ impl<'a> Network<'a> {
     /// # Errors
     /// A collective call fails.
     pub fn read(&self, batch: &Batch, plan: Plan) -> Result<Tensor, CollectiveError> {
+        self.encode_planned(batch, plan, None).map(|(states, _)| states)
+    }
+
+    /// *All ranks*, if the item table is sharded. [`Network::read`], and the candidates that
+    /// `search` finds.
+    fn encode_planned(
+        &self,
+        batch: &Batch,
+        plan: Plan,
+        mut search: Option<CandidateSearch>,
+    ) -> Result<(Tensor, Option<Candidates>), CollectiveError> {
+        let mut columns = batch.columns_with_padding();
+        let mut sessions = self.encoder.prepare(plan, batch, self.device(), false);
+        let mut tensors: Vec<&mut Tensor> = columns.iter_mut().collect();
+        tensors.extend(sessions.tensors_mut());
+        tensors.extend(search.iter_mut().flat_map(CandidateSearch::tensors_mut));
+        send_together(tensors, self.device());
         tch::no_grad(|| {
-            let columns = self.encoder.input.columns(batch, false);
-            let lookups =
-                self.encoder.input.look_up(&self.items(None), &columns, &self.item_table)?;
+            let evidence = self.evidence.as_ref().zip(search);
+            let candidates =
+                evidence.map(|(evidence, search)| evidence.index.find(search, &columns));
+            let items = self.items(None);
+            let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
             let input = EncoderInput::whole(columns, &lookups);
-            Ok(self.encoder.states(&self.parameters, &input, plan, batch, None))
+            Ok((self.encoder.states(&self.parameters, &input, &sessions, None), candidates))
         })
     }
 
@@ -875,19 +997,19 @@ impl<'a> Network<'a> {
             self.parameters.freeze(index, if is_table { kind } else { Kind::Float });
         }
     }
+}
 
-    /// A uniform number in 0..1 for each target, from the seed of its session: `[N]`.
-    fn uniform(&self, parts: &[(Plan, Batch)]) -> Tensor {
-        let numbers: Vec<f32> = parts
-            .iter()
-            .flat_map(|(plan, batch)| batch.session_seeds.iter().zip(&plan.outputs_per_session))
-            .flat_map(|(&seed, &n)| {
-                let mut generator = ChaCha8Rng::seed_from_u64(derive_seed(seed, "replaced", &[]));
-                (0..n).map(move |_| generator.random())
-            })
-            .collect();
-        send(&Tensor::from_slice(&numbers), self.device())
-    }
+/// A uniform number in 0..1 for each target, from the seed of its session: `[N]`.
+fn uniform(parts: &[(Plan, Batch)]) -> Tensor {
+    let numbers: Vec<f32> = parts
+        .iter()
+        .flat_map(|(plan, batch)| batch.session_seeds.iter().zip(&plan.outputs_per_session))
+        .flat_map(|(&seed, &n)| {
+            let mut generator = ChaCha8Rng::seed_from_u64(derive_seed(seed, "replaced", &[]));
+            (0..n).map(move |_| generator.random())
+        })
+        .collect();
+    Tensor::from_slice(&numbers)
 }
 
 impl Recommender for Network<'_> {
@@ -904,12 +1026,14 @@ impl Recommender for Network<'_> {
     }
 
     fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError> {
-        let states =
-            self.read(known, self.objective.next(&known.lengths, self.encoder.attends()))?;
+        let plan = self.objective.next(&known.lengths, self.encoder.attends());
+        let evidence = self.evidence.as_ref();
+        let search = evidence.map(|evidence| evidence.index.prepare_next(known));
+        let (states, candidates) = self.encode_planned(known, plan, search)?;
         Ok(tch::no_grad(|| {
             let vectors = self.encoder.vectors(&self.parameters, &states);
-            let sparse = self.evidence.as_ref().map(|Evidence { index, scorer }| {
-                scorer.scores(&self.parameters, &index.of_next(known), &states)
+            let sparse = evidence.zip(candidates).map(|(Evidence { scorer, .. }, candidates)| {
+                scorer.scores(&self.parameters, &candidates, &states)
             });
             Encoded { vectors, sparse }
         }))

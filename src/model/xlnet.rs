@@ -119,13 +119,15 @@ impl Xlnet {
         x: Tensor,
         query: Option<Tensor>,
         layout: &Layout,
-        mut dropout: Option<&mut DropoutGenerator<'_>>,
+        mut dropout: Option<&mut DropoutGenerator>,
     ) -> Tensor {
         let context = LayerContext { parameters, shape: self.shape, layout };
         let p = self.shape.dropout;
         let table = position_table(layout.length, self.shape.width, x.device());
         let (mask, output_mask) = (layout.attention_mask(), layout.output_mask());
-        let (positions, outputs) = (&layout.positions_by_segment, &layout.outputs_by_segment);
+        let keys = layout.row_keys.as_ref();
+        let (positions, outputs) =
+            (keys.map(|keys| &keys.positions), keys.map(|keys| &keys.outputs));
         let mut h = apply_dropout(&mut dropout, x, p, positions);
         // The query at each output position. A lookup, because a trace does not know their number.
         let repeat = |query: Tensor| take_rows(&query, &layout.outputs.zeros_like());
@@ -190,7 +192,7 @@ impl Layer {
         context: LayerContext<'_>,
         projections: &Projections,
         mask: &Option<Tensor>,
-        dropout: &mut Option<&mut DropoutGenerator<'_>>,
+        dropout: &mut Option<&mut DropoutGenerator>,
     ) -> Tensor {
         let LayerContext { parameters, shape, layout } = context;
         let q = projections.q.as_ref().expect("all attend");
@@ -209,7 +211,8 @@ impl Layer {
             .narrow(3, 0, length);
         let mask = mask.as_ref().map(|mask| mask.unsqueeze(1));
         let weights = attention_weights(by_content + by_position, mask, shape);
-        let weights = dropout_weights(dropout, weights, shape.dropout, &layout.sessions_by_segment);
+        let keys = layout.row_keys.as_ref().map(|keys| &keys.sessions);
+        let weights = dropout_weights(dropout, weights, shape.dropout, keys);
         let attended =
             weights.matmul(&projections.v).transpose(1, 2).reshape([-1, length, shape.width]);
         layout.pack(&attended).matmul(&matrix(parameters, self.o).tr())
@@ -222,7 +225,7 @@ impl Layer {
         states: &Tensor,
         projections: &Projections,
         mask: &Option<Tensor>,
-        dropout: &mut Option<&mut DropoutGenerator<'_>>,
+        dropout: &mut Option<&mut DropoutGenerator>,
     ) -> Tensor {
         let LayerContext { parameters, shape, layout } = context;
         let q = states.matmul(&matrix(parameters, self.q)).view([
@@ -244,23 +247,24 @@ impl Layer {
         let by_position = by_position.gather(2, &columns, false);
         let mask = mask.as_ref().map(|mask| mask.unsqueeze(1));
         let weights = attention_weights(by_content + by_position, mask, shape);
-        let weights = dropout_weights(dropout, weights, shape.dropout, &layout.outputs_by_segment);
+        let keys = layout.row_keys.as_ref().map(|keys| &keys.outputs);
+        let weights = dropout_weights(dropout, weights, shape.dropout, keys);
         let attended = layout.pack_outputs(&layout.pad_outputs(&weights).matmul(&projections.v));
         attended.reshape([-1, shape.width]).matmul(&matrix(parameters, self.o).tr())
     }
 
     /// The rest of a layer after attention, with residual connections: `attended` and `h`, both
-    /// `[N, D]` → `[N, D]`. `counts`: rows of each micro-batch, for dropout.
+    /// `[N, D]` → `[N, D]`. `row_keys`: i32 `[N]`, for dropout.
     fn feed_forward(
         &self,
         context: LayerContext<'_>,
         attended: Tensor,
         h: &Tensor,
-        counts: &[i64],
-        dropout: &mut Option<&mut DropoutGenerator<'_>>,
+        row_keys: Option<&Tensor>,
+        dropout: &mut Option<&mut DropoutGenerator>,
     ) -> Tensor {
         let LayerContext { parameters, shape, .. } = context;
-        let mut drop = |x: Tensor| apply_dropout(dropout, x, shape.dropout, counts);
+        let mut drop = |x: Tensor| apply_dropout(dropout, x, shape.dropout, row_keys);
         let h = self.attention_norm.apply(parameters, &(drop(attended) + h));
         let inner = drop(self.layer_1.apply(parameters, &h).gelu("none"));
         self.norm.apply(parameters, &(drop(self.layer_2.apply(parameters, &inner)) + h))
@@ -283,25 +287,25 @@ fn attention_weights(scores: Tensor, mask: Option<Tensor>, shape: XlnetShape) ->
 }
 
 fn apply_dropout(
-    dropout: &mut Option<&mut DropoutGenerator<'_>>,
+    dropout: &mut Option<&mut DropoutGenerator>,
     x: Tensor,
     p: f64,
-    counts: &[i64],
+    row_keys: Option<&Tensor>,
 ) -> Tensor {
-    match dropout {
-        Some(dropout) => dropout.dropout(x, p, counts),
+    match dropout.as_mut().zip(row_keys) {
+        Some((dropout, keys)) => dropout.dropout(x, p, keys),
         None => x,
     }
 }
 
 fn dropout_weights(
-    dropout: &mut Option<&mut DropoutGenerator<'_>>,
+    dropout: &mut Option<&mut DropoutGenerator>,
     x: Tensor,
     p: f64,
-    counts: &[i64],
+    row_keys: Option<&Tensor>,
 ) -> Tensor {
-    match dropout {
-        Some(dropout) => dropout.dropout_weights(x, p, counts),
+    match dropout.as_mut().zip(row_keys) {
+        Some((dropout, keys)) => dropout.dropout_weights(x, p, keys),
         None => x,
     }
 }

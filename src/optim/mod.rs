@@ -1,10 +1,15 @@
 //! Optimizers: gradient clipping, AdamW, Adagrad for embedding tables, learning-rate schedules.
 
+mod finish;
+
 use bireme_kernels::adamw::{AdamWBuffers, AdamWStep, adamw};
+use bireme_kernels::cuda;
 use tch::{Kind, Tensor};
 
 pub use crate::config::{Schedule, TableOptimizer};
 use crate::model::View;
+use finish::StepEnd;
+pub use finish::{SkippedStep, StepOutcome, StepSums, StepValues};
 
 #[derive(Clone, Copy, Debug)]
 pub struct OptimizerConfig {
@@ -21,6 +26,7 @@ pub struct Optimizer {
     /// Start of AdamW's parameters in the flat buffers.
     adamw_start: i64,
     tables: Option<TableAdagrad>,
+    end: StepEnd,
 }
 
 struct TableAdagrad {
@@ -43,35 +49,38 @@ impl Optimizer {
         };
         let adamw_values = values.narrow(0, adamw_start, values.size()[0] - adamw_start);
         let adamw = AdamW::new(&adamw_values, lazy, weight_decay);
-        Self { adamw, learning_rate, adamw_start, tables: table_adagrad }
+        let end = StepEnd::new(values.device());
+        Self { adamw, learning_rate, adamw_start, tables: table_adagrad, end }
     }
 
-    /// Updates `values: [n]` by one step with `gradients: [n]` times `scale: []` and sets the
-    /// gradients to zero. `schedule_factor` multiplies the learning rates.
-    pub fn step(
-        &mut self,
-        values: &Tensor,
-        gradients: &Tensor,
-        scale: &Tensor,
-        schedule_factor: f64,
-    ) {
+    /// Learning rates of AdamW and of the tables if the schedule multiplies them by `factor`.
+    pub fn rates(&self, factor: f64) -> [f64; 2] {
+        let of_tables = self.tables.as_ref().map_or(0.0, |tables| tables.learning_rate);
+        [factor * self.learning_rate, factor * of_tables]
+    }
+
+    /// Updates `values: [n]` on the CPU by one step with `gradients: [n]` times `scale: []` and
+    /// sets the gradients to zero. `rates`: see [`Optimizer::rates`].
+    pub fn step(&mut self, values: &Tensor, gradients: &Tensor, scale: &Tensor, rates: [f64; 2]) {
         let start = self.adamw_start;
         let adamw_part = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
-        let learning_rate = schedule_factor * self.learning_rate;
-        self.adamw.step(&adamw_part(values), &adamw_part(gradients), scale, learning_rate);
-        if let Some(TableAdagrad { adagrad, learning_rate }) = &mut self.tables {
-            adagrad.step(values, gradients, scale, schedule_factor * *learning_rate);
+        let [of_adamw, of_tables] = rates;
+        let n_steps = self.end.n_steps() + 1;
+        self.end.set_n_steps(n_steps);
+        self.adamw.step(&adamw_part(values), &adamw_part(gradients), scale, of_adamw, n_steps);
+        if let Some(TableAdagrad { adagrad, .. }) = &mut self.tables {
+            adagrad.step(values, gradients, scale, of_tables);
         }
     }
 
-    /// Steps since the state was zero.
+    /// Steps of AdamW since the state was zero. On a GPU this waits for the device.
     pub fn n_steps(&self) -> i32 {
-        self.adamw.n_steps()
+        self.end.n_steps()
     }
 
     /// Sets the number of steps of a restored state.
     pub fn set_n_steps(&mut self, n_steps: i32) {
-        self.adamw.n_steps = n_steps;
+        self.end.set_n_steps(n_steps);
     }
 
     /// The state for a checkpoint: name, start in the flat buffers, and tensor.
@@ -118,14 +127,27 @@ impl Adagrad {
         scale: &Tensor,
         learning_rate: f64,
     ) {
+        let scaled = |gradient: Tensor| gradient * scale;
+        self.update(values, gradients, scaled, |gradient| gradient * -learning_rate);
+    }
+
+    /// [`Adagrad::step`] with the factors that `scaled` applies to gradients and `times_rate` to
+    /// steps.
+    fn update(
+        &mut self,
+        values: &Tensor,
+        gradients: &Tensor,
+        scaled: impl Fn(Tensor) -> Tensor,
+        times_rate: impl Fn(Tensor) -> Tensor,
+    ) {
         tch::no_grad(|| {
             for table in &self.tables {
                 let [mut values, mut gradients, mut sum] =
                     [values, gradients, &self.sum].map(|flat| matrix(table, flat));
                 let rows = rows_with_gradient(&gradients);
-                let gradient = gradients.index_select(0, &rows) * scale;
+                let gradient = scaled(gradients.index_select(0, &rows));
                 let squares = sum.index_select(0, &rows) + &gradient * &gradient;
-                let mut change = gradient * -learning_rate / (squares.sqrt() + 1e-10);
+                let mut change = times_rate(gradient) / (squares.sqrt() + 1e-10);
                 if let Some(last_step) = &self.last_step {
                     let mut last_step = matrix(table, last_step);
                     change += last_step.index_select(0, &rows) * self.momentum;
@@ -165,7 +187,6 @@ pub struct AdamW {
     m: Tensor,
     /// Second moments, `[n]`.
     v: Tensor,
-    n_steps: i32,
 }
 
 impl AdamW {
@@ -173,26 +194,32 @@ impl AdamW {
     /// [`TableOptimizer::LazyAdamw`].
     pub fn new(values: &Tensor, lazy: &[View], weight_decay: f64) -> Self {
         let zeros = || Tensor::zeros_like(values);
-        Self { weight_decay, lazy: lazy.to_vec(), m: zeros(), v: zeros(), n_steps: 0 }
+        Self { weight_decay, lazy: lazy.to_vec(), m: zeros(), v: zeros() }
     }
 
-    /// Steps since the moments were zero.
-    pub fn n_steps(&self) -> i32 {
-        self.n_steps
-    }
-
-    /// Updates `values: [n]` by one step with `gradients: [n]` times `scale: []` and sets the
-    /// gradients to zero.
+    /// Updates `values: [n]` on the CPU by step number `n_steps` (from 1) with `gradients: [n]`
+    /// times `scale: []` and sets the gradients to zero.
     pub fn step(
         &mut self,
         values: &Tensor,
         gradients: &Tensor,
         scale: &Tensor,
         learning_rate: f64,
+        n_steps: i32,
     ) {
-        self.n_steps += 1;
         let decay_factor = 1.0 - learning_rate * self.weight_decay;
-        let step = AdamWStep { learning_rate, n_steps: self.n_steps, decay_factor };
+        let step = AdamWStep { learning_rate, n_steps, decay_factor };
+        self.update(values, gradients, |buffers| adamw(buffers, scale, step));
+    }
+
+    /// [`AdamW::step`] on a GPU with the scalars in `step`.
+    fn step_on_gpu(&mut self, values: &Tensor, gradients: &Tensor, step: &cuda::StepBuffers) {
+        self.update(values, gradients, |buffers| {
+            cuda::adamw(buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
+        });
+    }
+
+    fn update(&mut self, values: &Tensor, gradients: &Tensor, update: impl Fn(&mut AdamWBuffers)) {
         tch::no_grad(|| {
             let mut dense_start = 0;
             for table in &self.lazy {
@@ -206,7 +233,7 @@ impl AdamW {
                     m: m.index_select(0, &rows),
                     v: v.index_select(0, &rows),
                 };
-                adamw(&mut selected, scale, step);
+                update(&mut selected);
                 let updated =
                     [(&mut values, selected.values), (&mut m, selected.m), (&mut v, selected.v)];
                 for (buffer, new_rows) in updated {
@@ -222,7 +249,7 @@ impl AdamW {
                 m: dense(&self.m),
                 v: dense(&self.v),
             };
-            adamw(&mut buffers, scale, step);
+            update(&mut buffers);
         });
     }
 }
@@ -259,7 +286,7 @@ mod tests {
     fn the_first_step_has_the_length_of_the_learning_rate() {
         let values = Tensor::from_slice(&[1f32, -2.0]);
         let mut adamw = AdamW::new(&values, &[], 0.0);
-        adamw.step(&values, &Tensor::from_slice(&[0.5f32, -3.0]), &Tensor::from(1f32), 0.1);
+        adamw.step(&values, &Tensor::from_slice(&[0.5f32, -3.0]), &Tensor::from(1f32), 0.1, 1);
         let moved: Vec<f32> = Vec::try_from(values).unwrap();
         assert!((moved[0] - 0.9).abs() < 1e-5 && (moved[1] + 1.9).abs() < 1e-5, "{moved:?}");
     }
@@ -275,7 +302,7 @@ mod tests {
                 (0..3).map(|i| (f64::from(t) * 0.7 + f64::from(i)).sin() * 1e-3).collect();
             // The scale below undoes the factor, as clipping would.
             let gradients = Tensor::from_slice(&g).to_kind(Kind::Float) * 4.0;
-            adamw.step(&values, &gradients, &Tensor::from(0.25f32), lr);
+            adamw.step(&values, &gradients, &Tensor::from(0.25f32), lr, t);
             assert_eq!(gradients.count_nonzero(None).int64_value(&[]), 0);
             for i in 0..3 {
                 m[i] = b1 * m[i] + (1.0 - b1) * g[i];
@@ -383,7 +410,8 @@ mod tests {
             OptimizerConfig { tables: adagrad, learning_rate: 0.1, weight_decay: 0.0 },
         );
         let gradients = flat(&parameters, &[0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0]);
-        optimizer.step(&values, &gradients, &Tensor::from(1f32), 0.5);
+        let rates = optimizer.rates(0.5);
+        optimizer.step(&values, &gradients, &Tensor::from(1f32), rates);
         let moved = numbers(&parameters, &values);
         for (value, expected) in moved.iter().zip([0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 0.95, 1.0]) {
             assert!((value - expected).abs() < 1e-5, "{moved:?}");
@@ -404,7 +432,7 @@ mod tests {
         {
             for (optimizer, values) in [(&mut lazy, &values), (&mut adamw, &dense)] {
                 let gradients = flat(&parameters, gradients);
-                optimizer.step(values, &gradients, &Tensor::from(1f32), 0.1);
+                optimizer.step(values, &gradients, &Tensor::from(1f32), 0.1, step as i32 + 1);
                 assert_eq!(numbers(&parameters, &gradients), [0.0; 8]);
             }
             let [ours, theirs] = [&values, &dense].map(|flat| numbers(&parameters, flat));

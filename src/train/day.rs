@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use tch::Device;
 
-use super::gradient_sync::{Requests, StepOutcome, StepValues};
+use super::gradient_sync::Requests;
 use super::{Learner, RankContext, Signals, TrainError};
 use crate::checkpoint::{Checkpoints, Position, Saver, State};
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{Config, NonFinite};
 use crate::data::{Catalogue, DayPlan, Features, Pretrained, RowCheck};
+use crate::optim::{SkippedStep, StepOutcome, StepValues};
 use crate::report::{Record, Report};
 
 /// The inputs and the state of a day of training.
@@ -38,6 +39,8 @@ pub(super) struct Day<'a> {
     pub n_trained: usize,
     pub last_record: LastRecord,
     pub timer: PhaseTimer,
+    /// Steps without effect that were reported, since the start of the process.
+    pub n_reported: &'a mut usize,
 }
 
 /// Time and finished steps of the day at the last record of a step.
@@ -114,20 +117,17 @@ impl Day<'_> {
         let is_logged = n_done.is_multiple_of(config.train.log_every_steps) || n_done == n_steps;
         let every = config.checkpoint.every_steps;
         let is_due = every > 0 && n_done.is_multiple_of(every);
-        let may_skip = config.train.non_finite != NonFinite::Stop;
         // The condition is the same on all ranks, and so are the values that are read next, so that
         // all ranks reach the collective calls below.
-        if !(is_logged || is_due || may_skip || self.place.device == Device::Cpu) {
+        if !(is_logged || is_due || self.place.device == Device::Cpu) {
             return Ok(ControlFlow::Continue(()));
         }
         let values = outcome.read();
-        let Requests { stop, save } = values.requests;
+        let StepValues { stop, save, .. } = values;
         if save {
             self.signals.clear_save();
         }
-        if !values.is_finite() {
-            self.not_finite(&values, outcome, n_done)?;
-        }
+        self.report_skipped(&values, n_done)?;
         if is_logged {
             self.record_step(&values, lr)?;
         }
@@ -176,28 +176,29 @@ impl Day<'_> {
         Ok(())
     }
 
-    /// *All ranks.* Records a step whose loss or gradient is not finite as skipped, or fails if it
-    /// may not be skipped.
-    fn not_finite(
-        &mut self,
-        values: &StepValues,
-        outcome: &StepOutcome,
-        step: usize,
-    ) -> Result<(), TrainError> {
-        let (n_skipped, day) = (self.state.n_skipped, self.plan.day);
-        let &StepValues { loss, norm, .. } = values;
-        match self.config.train.non_finite {
-            NonFinite::Skip { limit } if n_skipped < limit => {
-                self.state.n_skipped += 1;
-                Ok(self.report.record(&Record::Skipped { day, step, loss, norm })?)
-            }
-            NonFinite::Skip { .. } | NonFinite::Stop => {
-                let is_cause = u8::from(!outcome.is_own_loss_finite());
-                let all = self.place.collective.gather(&[is_cause])?;
-                let ranks = (0..all.len()).filter(|&rank| all[rank] == 1).collect();
-                Err(TrainError::NotFinite { loss, norm, day, step, ranks, n_skipped })
+    /// *All ranks.* Records the steps since the last call whose loss or gradient was not finite, or
+    /// fails if one may not be skipped. `n_done`: steps of the day so far.
+    fn report_skipped(&mut self, values: &StepValues, n_done: usize) -> Result<(), TrainError> {
+        let n_new = values.n_skipped - std::mem::replace(self.n_reported, values.n_skipped);
+        let n_known = values.skipped.len();
+        let day = self.plan.day;
+        for skipped in &values.skipped[n_known - n_new.min(n_known)..] {
+            let n_skipped = self.state.n_skipped;
+            let &SkippedStep { n_after, loss, norm, is_own_loss_finite } = skipped;
+            let step = n_done.saturating_sub(n_after);
+            match self.config.train.non_finite {
+                NonFinite::Skip { limit } if n_skipped < limit => {
+                    self.state.n_skipped += 1;
+                    self.report.record(&Record::Skipped { day, step, loss, norm })?;
+                }
+                NonFinite::Skip { .. } | NonFinite::Stop => {
+                    let all = self.place.collective.gather(&[u8::from(!is_own_loss_finite)])?;
+                    let ranks = (0..all.len()).filter(|&rank| all[rank] == 1).collect();
+                    return Err(TrainError::NotFinite { loss, norm, day, step, ranks, n_skipped });
+                }
             }
         }
+        Ok(())
     }
 
     /// *All ranks.* Writes a checkpoint. Rank 0 starts writing in the background; with a sharded

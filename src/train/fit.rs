@@ -39,6 +39,8 @@ pub struct Training<'a> {
     occurrences: Vec<i64>,
     /// Position of the checkpoint that the run resumes from.
     resumed_at: Option<Position>,
+    /// See [`Day::n_reported`].
+    n_reported: usize,
 }
 
 /// Everything outside the model that a running training uses.
@@ -77,8 +79,16 @@ impl<'a> Training<'a> {
         let learner = learner(config, &data.features, place, item_table)?;
         let state = State::new(config, n_items, data.fingerprints.clone());
         let occurrences = vec![0; n_items as usize];
-        let mut training =
-            Self { config, data, place, learner, state, occurrences, resumed_at: None };
+        let mut training = Self {
+            config,
+            data,
+            place,
+            learner,
+            state,
+            occurrences,
+            resumed_at: None,
+            n_reported: 0,
+        };
         if let Some(from) = from {
             training.resume(&from)?;
         }
@@ -200,6 +210,7 @@ impl<'a> Training<'a> {
                 place.collective.watch(),
             ),
             state: &mut self.state,
+            n_reported: &mut self.n_reported,
         };
         day.train(&mut *self.learner)
     }

@@ -2,18 +2,19 @@
 
 use std::ops::ControlFlow;
 
+use bireme_kernels::transfer::send_together;
 use tch::{Device, Kind, Tensor};
 
 use super::fault::Fault;
-use super::gradient_sync::{GradientSync, StepOutcome};
+use super::gradient_sync::{GradientSync, Requests};
 use super::{Day, Learner, RankContext, TrainError};
 use crate::checkpoint::{SharedCheckpoint, Tensors};
-use crate::config::{Config, NonFinite, StartConfig, TrainConfig};
+use crate::config::{Config, StartConfig, TrainConfig};
 use crate::data::{Batch, Features, Loader};
-use crate::model::head::{Logits, NegativeSampler, Negatives};
+use crate::model::head::{Logits, NegativeSampler};
 use crate::model::parameters::copy_rows;
-use crate::model::{COUNTS, ItemTable, Network, Neural, Recommender};
-use crate::optim::{Optimizer, OptimizerConfig};
+use crate::model::{COUNTS, ItemTable, Network, Neural, PreparedBatch, Recommender};
+use crate::optim::{Optimizer, OptimizerConfig, StepOutcome, StepSums};
 
 /// A network and its optimizer. The state of the optimizer is kept from day to day; the schedule of
 /// the learning rate starts anew each day.
@@ -55,39 +56,39 @@ impl<'a> GradientLearner<'a> {
         Ok(Self { network, sync, optimizer, fault: Fault::planted() })
     }
 
-    /// *All ranks.* One optimizer step over the global batch, of which `micro_batches` are this
-    /// rank's part. `rate_factor`: factor of the learning rates.
+    /// *All ranks.* One optimizer step over the global batch, of which `step` is this rank's part.
     ///
     /// Losses are summed over targets and divided by the targets of all ranks, so that any number
     /// of ranks takes the same step.
     fn train_step(
         &mut self,
-        micro_batches: &[Batch],
-        negatives: &Negatives,
-        rate_factor: f64,
+        step: StepInput,
+        sampler: &NegativeSampler,
         day: &mut Day<'_>,
     ) -> Result<StepOutcome, TrainError> {
-        let (rank, step) = (day.rank(), day.state.position.global_step);
-        for batch in micro_batches {
+        let (rank, number) = (day.rank(), day.state.position.global_step);
+        let StepInput { passes, uniform, requests, rates, step_seed } = step;
+        let negatives = sampler.negatives(&uniform);
+        let no_requests = requests.zeros_like();
+        for (pass, batch) in passes.into_iter().enumerate() {
             let mut sums =
-                self.network.backward(batch, negatives, &mut self.sync, &mut day.timer)?;
-            self.fault.before_reduction(rank, step, self.network.gradients_mut(), &mut sums);
-            self.sync.accumulate(self.network.gradients_mut(), &sums);
+                self.network.backward(batch, &negatives, &mut self.sync, &mut day.timer)?;
+            self.fault.before_reduction(rank, number, self.network.gradients_mut(), &mut sums);
+            let requests = if pass == 0 { &requests } else { &no_requests };
+            self.sync.accumulate(self.network.gradients_mut(), &sums, requests);
         }
         day.timer.end("backward");
-        let clip_norm = day.config.train.clip_norm;
-        let step_seed = micro_batches[0].step_seed;
-        let outcome = self.sync.finish(&mut self.network, step_seed, day.requests(), clip_norm)?;
+        let synced = self.sync.finish(&mut self.network, step_seed)?;
         day.timer.end("communication");
-        // Reading the outcome waits for the device, so only a run that may skip steps does it here.
-        if day.config.train.non_finite == NonFinite::Stop || outcome.read().is_finite() {
-            let (values, gradients) =
-                (self.network.parameters().values(), self.network.gradients().all());
-            self.optimizer.step(&values, &gradients, &outcome.scale, rate_factor);
-        } else {
-            self.network.gradients_mut().zero();
-        }
-        self.fault.after_step(rank, step, self.network.parameters());
+        let sums = StepSums {
+            sharded_squares: synced.sharded_squares.as_ref(),
+            own_loss: &synced.own_loss,
+            rates: &rates,
+            clip_norm: day.config.train.clip_norm,
+        };
+        let values = self.network.parameters().values();
+        let outcome = self.optimizer.finish(&values, self.network.gradients_mut(), &sums);
+        self.fault.after_step(rank, number, self.network.parameters());
         day.timer.end("optimizer");
         Ok(outcome)
     }
@@ -109,14 +110,15 @@ impl<'a> GradientLearner<'a> {
 
     /// *All ranks.* Compares the replicated parameters of all ranks, bit by bit.
     fn compare_ranks(&self, day: &Day<'_>, n_done: usize) -> Result<(), TrainError> {
-        let bits = self
-            .network
-            .parameters()
-            .replicated_values()
-            .view_dtype(Kind::Int)
-            .to_kind(Kind::Int64);
-        let sums = [bits.sum(Kind::Int64), (&bits * &bits).sum(Kind::Int64)];
-        let mine = sums.map(|sum| sum.int64_value(&[]));
+        let bits = self.network.parameters().replicated_values().view_dtype(Kind::Int);
+        let sums = Tensor::zeros([2], (Kind::Int64, bits.device()));
+        // Some parameters at a time: their 64-bit copies would need twice the memory of all.
+        for bits in bits.split(COMPARED_AT_ONCE, 0) {
+            let bits = bits.to_kind(Kind::Int64);
+            let of_part = [bits.sum(Kind::Int64), (&bits * &bits).sum(Kind::Int64)];
+            let _ = sums.shallow_clone().g_add_(&Tensor::stack(&of_part, 0));
+        }
+        let mine = Vec::<i64>::try_from(sums).expect("two sums");
         let all = day.place.collective.gather(&mine)?;
         let all: Vec<&[i64]> = all.chunks_exact(2).collect();
         let n_like = |sums: &[i64]| all.iter().filter(|other| **other == sums).count();
@@ -134,6 +136,43 @@ impl<'a> GradientLearner<'a> {
         Err(TrainError::Desync { day: day.plan.day, step: n_done, ranks: ranks.collect(), is_tie })
     }
 }
+
+/// What a step reads that depends on its sessions.
+struct StepInput {
+    /// This rank's micro-batches, one backward pass each.
+    passes: Vec<PreparedBatch>,
+    /// See [`NegativeSampler::draw`].
+    uniform: Tensor,
+    /// See [`Requests::to_tensor`].
+    requests: Tensor,
+    /// See [`Optimizer::rates`], f64 `[2]`.
+    rates: Tensor,
+    step_seed: u64,
+}
+
+impl StepInput {
+    /// In host memory, without requests and with rates of 0.
+    fn new(network: &Network<'_>, micro_batches: &[Batch], sampler: &NegativeSampler) -> Self {
+        // All micro-batches of a step have its seed, and every rank has at least one.
+        let step_seed = micro_batches[0].step_seed;
+        Self {
+            passes: micro_batches.iter().map(|batch| network.prepare(batch)).collect(),
+            uniform: sampler.draw(step_seed),
+            requests: Requests::default().to_tensor(),
+            rates: Tensor::from_slice(&[0f64; 2]),
+            step_seed,
+        }
+    }
+
+    /// All tensors, to be sent to a device together.
+    fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        let of_passes = self.passes.iter_mut().flat_map(PreparedBatch::tensors_mut);
+        of_passes.chain([&mut self.uniform, &mut self.requests, &mut self.rates]).collect()
+    }
+}
+
+/// Parameters whose bits are summed together.
+const COMPARED_AT_ONCE: i64 = 1 << 24;
 
 /// Type and memory of the logits.
 fn logits(config: &TrainConfig, kind: Kind, device: Device) -> Logits {
@@ -176,19 +215,21 @@ impl Learner for GradientLearner<'_> {
             let micro_batches = micro_batches?;
             // On a GPU a wait for the device may be a wait for another rank.
             let _step = collective.watch().map(|watch| watch.begin("a step".to_owned()));
-            let micro_batches: Vec<Batch> =
-                micro_batches.iter().map(|batch| batch.to_device(day.place.device)).collect();
-            let rate_factor = train.schedule.factor(n_done, n_steps);
+            let rates = self.optimizer.rates(train.schedule.factor(n_done, n_steps));
+            let [learning_rate, _] = rates;
+            let mut step = StepInput {
+                requests: day.requests().to_tensor(),
+                rates: Tensor::from_slice(&rates),
+                ..StepInput::new(&self.network, &micro_batches, &sampler)
+            };
+            send_together(step.tensors_mut(), day.place.device);
             day.timer.end("data");
-            // All micro-batches of a step have its seed, and every rank has at least one.
-            let negatives = sampler.of_step(micro_batches[0].step_seed);
-            let outcome = self.train_step(&micro_batches, &negatives, rate_factor, day)?;
+            let outcome = self.train_step(step, &sampler, day)?;
             n_done += 1;
             let every = day.config.run.compare_ranks_every;
             if every > 0 && (day.state.position.global_step + 1).is_multiple_of(every) {
                 self.compare_ranks(day, n_done)?;
             }
-            let learning_rate = train.learning_rate * rate_factor;
             if day.step_done(self, learning_rate, &outcome)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }

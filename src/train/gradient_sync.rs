@@ -3,19 +3,25 @@
 use std::ops::Range;
 
 use bireme_kernels::fixed_point::FixedPointSum;
-use bireme_kernels::transfer::send;
 use tch::{Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce, communicate_as};
 use crate::config::Reduction;
 use crate::model::{GradientHooks, Gradients, ItemTable, LossSum, Network};
-use crate::optim::{average_and_clip, sum_of_squares};
+use crate::optim::sum_of_squares;
 
-/// Requests to this rank, which take effect on all ranks after the same step.
+/// Requests to this rank, which take effect on all ranks after the step that they are made before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Requests {
     pub stop: bool,
     pub save: bool,
+}
+
+impl Requests {
+    /// f32 `[2]` in host memory.
+    pub fn to_tensor(self) -> Tensor {
+        Tensor::from_slice(&[self.stop, self.save].map(|is_set| f32::from(u8::from(is_set))))
+    }
 }
 
 /// Sums the gradients of a step over micro-batches and ranks. The table lists what is summed when;
@@ -76,16 +82,13 @@ impl<'a> GradientSync<'a> {
     }
 
     /// Adds the scalars of a micro-batch, and in the reproducible mode moves its gradients into the
-    /// fixed-point sum.
-    pub fn accumulate(&mut self, gradients: &mut Gradients, sums: &LossSum) {
-        let _ = self.own_loss.g_add_(&sums.loss);
-        self.add_scalars(gradients, &sums.loss, [sums.n_targets as f32, 0.0, 0.0]);
-    }
-
-    fn add_scalars(&mut self, gradients: &mut Gradients, loss: &Tensor, others: [f32; 3]) {
+    /// fixed-point sum. `requests`: f32 `[2]`, of the step for its first micro-batch, else zero.
+    pub fn accumulate(&mut self, gradients: &mut Gradients, sums: &LossSum, requests: &Tensor) {
+        let loss = sums.loss.view([1]);
+        let _ = self.own_loss.g_add_(&loss);
         let mut scalars = gradients.scalars();
-        let others = send(&Tensor::from_slice(&others), scalars.device());
-        scalars += Tensor::cat(&[loss.view([1]), others], 0);
+        let loss = loss.to_kind(Kind::Float);
+        scalars += Tensor::cat(&[&loss, &sums.n_targets, requests], 0);
         if let Some(sum) = &mut self.replicated_sum {
             sum.add_and_clear(&mut gradients.replicated_and_scalars());
         }
@@ -97,16 +100,8 @@ impl<'a> GradientSync<'a> {
         &mut self,
         network: &mut Network<'_>,
         step_seed: u64,
-        requests: Requests,
-        clip_norm: f64,
-    ) -> Result<StepOutcome, CollectiveError> {
+    ) -> Result<SyncedStep, CollectiveError> {
         let gradients = network.gradients_mut();
-        let no_loss = self.own_loss.zeros_like();
-        if requests.stop || requests.save {
-            let [stop, save] =
-                [requests.stop, requests.save].map(|is_set| f32::from(u8::from(is_set)));
-            self.add_scalars(gradients, &no_loss, [0.0, stop, save]);
-        }
         if let Some(sum) = &mut self.sharded_sum {
             sum.move_into(&mut gradients.sharded());
         }
@@ -124,16 +119,9 @@ impl<'a> GradientSync<'a> {
             None => self.all_reduce_rest(&mut rest, gradients)?,
         }
         network.finish_gradients(step_seed)?;
-        let gradients = network.gradients();
-        let sharded_squares = self.sharded_squares(gradients)?;
-        let scalars = gradients.scalars();
-        let (scale, norm) =
-            average_and_clip(&gradients.replicated(), &sharded_squares, &scalars.get(1), clip_norm);
-        let own_loss = std::mem::replace(&mut self.own_loss, no_loss);
-        let scalars = Tensor::cat(&[&scalars, &norm.view([1])], 0);
-        // The scalars of the next step are added from zero.
-        let _ = gradients.scalars().zero_();
-        Ok(StepOutcome { scalars, own_loss, scale })
+        let sharded_squares = self.sharded_squares(network.gradients())?;
+        let no_loss = self.own_loss.zeros_like();
+        Ok(SyncedStep { sharded_squares, own_loss: std::mem::replace(&mut self.own_loss, no_loss) })
     }
 
     /// *All ranks.* `rest: [n]` ends with the scalars.
@@ -159,11 +147,15 @@ impl<'a> GradientSync<'a> {
 
     /// *All ranks*, if the item table is sharded. The sum of the squares of the gradients of the
     /// sharded rows, over all ranks: `[]`.
-    fn sharded_squares(&self, gradients: &Gradients) -> Result<Tensor, CollectiveError> {
-        let sharded = gradients.sharded();
+    fn sharded_squares(&self, gradients: &Gradients) -> Result<Option<Tensor>, CollectiveError> {
         let item_table = &self.item_table;
+        if !item_table.is_sharded() {
+            return Ok(None);
+        }
+        let sharded = gradients.sharded();
         if self.sharded_sum.is_none() {
-            return Ok(item_table.stack(&sum_of_squares(&sharded))?.sum(Kind::Float));
+            let squares = item_table.stack(&sum_of_squares(&sharded))?.sum(Kind::Float);
+            return Ok(Some(squares));
         }
         // Squares are summed per row block, so that the norm does not depend on the number of
         // ranks.
@@ -178,7 +170,7 @@ impl<'a> GradientSync<'a> {
                 sum_columns(of_rows.constant_pad_nd([0, missing]).view([-1, block_rows]));
             total += item_table.gather_rows(&of_blocks, &n_blocks)?.sum(Kind::Float);
         }
-        Ok(total)
+        Ok(Some(total))
     }
 }
 
@@ -220,51 +212,10 @@ impl GradientHooks for GradientSync<'_> {
     }
 }
 
-/// What all ranks know after a step, on the device: reading it waits for the step there.
-pub(super) struct StepOutcome {
-    /// `[loss, n_targets, n_stop, n_save, norm]`, over all ranks.
-    scalars: Tensor,
-    /// Summed loss of this rank, `[1]`.
-    own_loss: Tensor,
-    /// Factor that turns summed gradients into the clipped mean gradient: `[]`.
-    pub scale: Tensor,
-}
-
-impl StepOutcome {
-    pub fn read(&self) -> StepValues {
-        let scalars =
-            Vec::<f64>::try_from(self.scalars.to_kind(Kind::Double)).expect("five scalars");
-        let [loss, n_targets, n_stop, n_save, norm] = scalars[..] else {
-            unreachable!("five scalars")
-        };
-        StepValues {
-            loss: loss / n_targets,
-            n_targets: n_targets as usize,
-            norm,
-            requests: Requests { stop: n_stop > 0.0, save: n_save > 0.0 },
-        }
-    }
-
-    /// Whether this rank's own loss is finite.
-    pub fn is_own_loss_finite(&self) -> bool {
-        self.own_loss.double_value(&[0]).is_finite()
-    }
-}
-
-/// A [`StepOutcome`] in host memory.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct StepValues {
-    /// Mean over the targets of all ranks.
-    pub loss: f64,
-    pub n_targets: usize,
-    /// Norm of the gradient of the mean loss before clipping.
-    pub norm: f64,
-    /// Requests to any rank.
-    pub requests: Requests,
-}
-
-impl StepValues {
-    pub fn is_finite(&self) -> bool {
-        self.loss.is_finite() && self.norm.is_finite()
-    }
+/// What is known of a step besides the sums in the gradients.
+pub(super) struct SyncedStep {
+    /// Sum of squares of the sharded gradients of all ranks, f32 `[]`; `None` without sharding.
+    pub sharded_squares: Option<Tensor>,
+    /// Summed loss of this rank, f32 `[1]`.
+    pub own_loss: Tensor,
 }

@@ -97,9 +97,9 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
     for (id_dropout, cosine, negatives) in [
         (0.0, false, Negatives::Full { label_smoothing: 0.1, logits }),
         (0.4, false, Negatives::Full { label_smoothing: 0.0, logits }),
-        (0.4, false, sampler.of_step(7)),
+        (0.4, false, sampler.negatives(&sampler.draw(7))),
         (0.0, true, Negatives::Full { label_smoothing: 0.1, logits }),
-        (0.4, true, sampler.of_step(7)),
+        (0.4, true, sampler.negatives(&sampler.draw(7))),
     ] {
         let mut network = with_content(&shop, id_dropout, cosine);
         let noise = tch::no_grad(|| {
@@ -110,7 +110,8 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
         let loss = |network: &mut Network, values: &Tensor| {
             tch::no_grad(|| network.parameters().values().copy_(values));
             network.gradients_mut().zero();
-            let sum = network.backward(&batch, &negatives, &mut NoHooks, &mut PhaseTimer::off());
+            let prepared = network.prepare(&batch);
+            let sum = network.backward(prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off());
             network.finish_gradients(batch.step_seed).unwrap();
             sum.unwrap().loss.double_value(&[])
         };

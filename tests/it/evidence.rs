@@ -151,8 +151,8 @@ fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
     };
     let workspace = &mut Workspace::default();
     let encoded = Encoded { vectors: states, sparse: Some(sparse) };
-    let micro_batches = MICRO_BATCHES.to_vec();
-    let targets = Targets { items: targets, micro_batches, uniform: None };
+    let micro_batches = Tensor::from_slice(&MICRO_BATCHES);
+    let targets = Targets { items: targets, micro_batches, weights: None, uniform: None };
     let result = cross_entropy(&encoded, &targets, &mut table, negatives, workspace);
     let CrossEntropy { loss, state_gradient, sparse_gradient, .. } = result.unwrap();
     let sparse_gradient = sparse_gradient.unwrap();
@@ -203,7 +203,8 @@ fn assert_negatives_are_sampled_and_sparse(
 ) {
     let logits = Logits { kind: Kind::Float, most: 1 << 20 };
     let occurrences: Vec<i64> = (0..N_ITEMS).collect();
-    let negatives = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu).of_step(7);
+    let sampler = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu);
+    let negatives = sampler.negatives(&sampler.draw(7));
     let Negatives::Sampled { items, .. } = &negatives else { unreachable!() };
     let sampled = Vec::<i64>::try_from(items).unwrap();
     let weight = |item: i64| if item < 2 { 0.0 } else { ((item + 1) as f64).sqrt() };
@@ -313,7 +314,9 @@ fn the_scorer_of_candidates_learns_along_its_gradient() {
     let loss = |network: &mut Network, values: &Tensor| {
         tch::no_grad(|| network.parameters().values().copy_(values));
         network.gradients_mut().zero();
-        let sum = network.backward(&batch, &softmax, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+        let prepared = network.prepare(&batch);
+        let sum =
+            network.backward(prepared, &softmax, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
         sum.loss.double_value(&[])
     };
     // The last layers are 0 at first, and then nothing reaches those before.

@@ -98,7 +98,8 @@ const SOFTMAX: Negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_l
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
     network.gradients_mut().zero();
-    let sum = network.backward(batch, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+    let prepared = network.prepare(batch);
+    let sum = network.backward(prepared, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
     (sum.loss.double_value(&[]), network.gradients().all().copy())
 }
 
@@ -332,7 +333,8 @@ fn every_objective_and_every_input_learns_to_follow_a_chain() {
             );
             for _ in 0..40 {
                 let (_, gradients) = loss_and_gradients(&mut network, &shop);
-                optimizer.step(&values, &gradients, &Tensor::from(1f32), 1.0);
+                let rates = optimizer.rates(1.0);
+                optimizer.step(&values, &gradients, &Tensor::from(1f32), rates);
             }
             let after = loss(&mut network);
             assert!(after < 0.85 * before, "{before} to {after}: {config:?}");
@@ -400,7 +402,8 @@ impl Head {
         };
         let targets = Targets {
             items: self.targets.shallow_clone(),
-            micro_batches: vec![0; n as usize],
+            micro_batches: Tensor::zeros([n], (Kind::Int64, Device::Cpu)),
+            weights: None,
             uniform: uniform.map(Tensor::shallow_clone),
         };
         let workspace = &mut Workspace::default();
@@ -512,7 +515,7 @@ fn sampled_softmax_approximates_the_full_one() {
     occurrences[2] = 999;
     occurrences[3] = 99;
     let sampler = ItemSampler::new(sampled(400_000, 1.0), &occurrences, Device::Cpu);
-    let drawn = head.cross_entropy(&sampler.draw(1), None);
+    let drawn = head.cross_entropy(&sampler.negatives(&sampler.draw(1)), None);
     // Padding and unknown are no negatives here, so the full sum is over two items more.
     assert!((drawn.loss / full.loss - 1.0).abs() < 0.05, "{} {}", drawn.loss, full.loss);
     for (sampled, full) in drawn.gradients.iter().zip(&full.gradients) {
@@ -523,7 +526,7 @@ fn sampled_softmax_approximates_the_full_one() {
         let cosine = (&sampled * &full).sum(Kind::Float) / (sampled.norm() * full.norm());
         assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");
     }
-    let drawn = |seed| match sampler.draw(seed) {
+    let drawn = |seed| match sampler.negatives(&sampler.draw(seed)) {
         Negatives::Sampled { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
         Negatives::Full { .. } => unreachable!(),
     };
@@ -560,11 +563,13 @@ fn recall_at_5_after_training(loss: LossConfig) -> f64 {
         NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
     for step in 0..400 {
         network.gradients_mut().zero();
-        let negatives = sampler.of_step(step);
+        let negatives = sampler.negatives(&sampler.draw(step));
+        let prepared = network.prepare(&trained);
         let sum =
-            network.backward(&trained, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
-        let scale = Tensor::from(1.0 / sum.n_targets as f32);
-        optimizer.step(&values, &network.gradients().all(), &scale, 1.0);
+            network.backward(prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+        let scale = sum.n_targets.reciprocal().squeeze();
+        let rates = optimizer.rates(1.0);
+        optimizer.step(&values, &network.gradients().all(), &scale, rates);
     }
     let scores = network.scores(&network.encode(&known).unwrap(), 0..N_ITEMS);
     let (_, top) = scores.topk(5, 1, true, true);
@@ -618,7 +623,7 @@ fn a_calibrated_target_weighs_as_much_as_with_all_negatives() {
     let target_weight = |n_negatives, calibration| {
         let loss = LossConfig::Gbce { n_negatives, calibration };
         let sampler = ItemSampler::new(loss, &[0; 103], Device::Cpu);
-        match sampler.draw(1) {
+        match sampler.negatives(&sampler.draw(1)) {
             Negatives::Sampled { loss: SampledLoss::Binary { target_weight }, .. } => target_weight,
             _ => unreachable!(),
         }

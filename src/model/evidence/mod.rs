@@ -21,7 +21,6 @@ mod tables;
 use std::cell::OnceCell;
 use std::ops::Range;
 
-use bireme_kernels::transfer::send;
 use tch::{Device, Kind, Tensor};
 
 use super::attributes::{Attribute, Attributes, Cells, attribute_columns};
@@ -140,16 +139,28 @@ impl CandidateIndex {
         Ok(())
     }
 
-    /// Candidates for the next item of each session.
+    /// Candidates for the next item of each session, for an index on the CPU.
     pub fn of_next(&self, known: &Batch) -> Candidates {
-        let sessions = event_ranges(known).into_iter();
-        self.find(known, &sessions.map(|known| Query { known, counted: None }).collect::<Vec<_>>())
+        self.find(self.prepare_next(known), &known.columns_with_padding())
     }
 
-    /// Candidates for the events `targets` of a batch in training. A session of a day that was
-    /// counted is left out of the counts for its own targets. The known items are the events before
-    /// a target in time, whatever the body reads.
+    /// Candidates for events of a batch, for an index on the CPU: see
+    /// [`CandidateIndex::prepare_targets`].
     pub fn of_targets(&self, targets: &[i64], batch: &Batch) -> Candidates {
+        self.find(self.prepare_targets(targets, batch), &batch.columns_with_padding())
+    }
+
+    /// Prepares a search for the next item of each session.
+    pub(super) fn prepare_next(&self, known: &Batch) -> CandidateSearch {
+        let sessions = event_ranges(known).into_iter();
+        let queries = sessions.map(|known| Query { known, counted: None });
+        self.prepare(known, &queries.collect::<Vec<_>>())
+    }
+
+    /// Prepares a search for the events `targets` of a batch in training. A session of a day that
+    /// was counted is left out of the counts for its own targets. The known items are the events
+    /// before a target in time, whatever the body reads.
+    pub(super) fn prepare_targets(&self, targets: &[i64], batch: &Batch) -> CandidateSearch {
         let sessions = event_ranges(batch);
         let query = |&target: &i64| {
             let target = target as usize;
@@ -159,7 +170,7 @@ impl CandidateIndex {
             let known = events.start..target;
             Query { known, counted: (day <= last_day).then_some((events, day == last_day)) }
         };
-        self.find(batch, &targets.iter().map(query).collect::<Vec<_>>())
+        self.prepare(batch, &targets.iter().map(query).collect::<Vec<_>>())
     }
 
     /// Candidates for the next item of sessions of `lengths: [B]`. `columns: [B · width + 1]`: each
@@ -175,19 +186,20 @@ impl CandidateIndex {
         self.find_rows(columns, &rows, None)
     }
 
-    fn find(&self, batch: &Batch, queries: &[Query]) -> Candidates {
+    /// On a CPU this is the search itself.
+    fn prepare(&self, batch: &Batch, queries: &[Query]) -> CandidateSearch {
         let Shape { n_candidates, n_features, max_length, .. } = self.shape;
         if queries.is_empty() {
-            let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, self.device));
-            return Candidates {
+            let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
+            return CandidateSearch::Found(Candidates {
                 items: zeros(&[0, n_candidates], Kind::Int64),
                 features: zeros(&[0, n_candidates, n_features], Kind::Float),
                 is_hidden: zeros(&[0, n_candidates], Kind::Bool),
-            };
+            });
         }
-        let columns = columns_with_padding(batch);
         if let Some(host) = &self.host {
-            return host.candidates(&self.host_columns(&columns), queries, self.reminders);
+            let columns = self.host_columns(&batch.columns_with_padding());
+            return CandidateSearch::Found(host.candidates(&columns, queries, self.reminders));
         }
         let padding = batch.n_events() as i64;
         let padded = |events: &mut dyn Iterator<Item = usize>| {
@@ -197,19 +209,31 @@ impl CandidateIndex {
         };
         let rows = |of: &dyn Fn(&Query) -> Vec<i64>| {
             let rows: Vec<i64> = queries.iter().flat_map(of).collect();
-            send(&Tensor::from_slice(&rows).view([-1, max_length as i64]), self.device)
+            Tensor::from_slice(&rows).view([-1, max_length as i64])
         };
         let known = rows(&|query| padded(&mut query.known.clone().rev()));
         let counted = queries.iter().any(|query| query.counted.is_some()).then(|| {
             let whole = |query: &Query| query.counted.clone().unwrap_or_default();
             let is_last_day = queries.iter().map(|query| f32::from(u8::from(whole(query).1)));
             let is_last_day = Tensor::from_slice(&is_last_day.collect::<Vec<_>>()).view([-1, 1]);
-            CountedSessions {
-                items: gather(&columns[0], &rows(&|query| padded(&mut whole(query).0))),
-                is_last_day: send(&is_last_day, self.device),
-            }
+            CountedRows { rows: rows(&|query| padded(&mut whole(query).0)), is_last_day }
         });
-        self.find_rows(&columns, &known, counted)
+        CandidateSearch::Rows { known, counted }
+    }
+
+    /// The candidates of a prepared search. `columns: [T + 1]`: of the batch that it was prepared
+    /// for, with a padding event at the end.
+    pub(super) fn find(&self, search: CandidateSearch, columns: &[Tensor]) -> Candidates {
+        match search {
+            CandidateSearch::Found(candidates) => candidates,
+            CandidateSearch::Rows { known, counted } => {
+                let counted = counted.map(|CountedRows { rows, is_last_day }| CountedSessions {
+                    items: gather(&columns[0], &rows),
+                    is_last_day,
+                });
+                self.find_rows(columns, &known, counted)
+            }
+        }
     }
 
     /// `columns: [T + 1]`, with a padding event at the end; `rows: [N, L]`: the known events, the
@@ -243,6 +267,43 @@ impl CandidateIndex {
         }
         let items = (&columns[0]).try_into().expect("items are i64 [T + 1]");
         Columns { items, codes, values }
+    }
+}
+
+/// A search for candidates, prepared in host memory.
+pub(super) enum CandidateSearch {
+    /// Its result, which is on the CPU.
+    Found(Candidates),
+    /// Rows of the batch's columns, for a search on a GPU.
+    Rows {
+        /// The known events of each target, the most recent first, then padding: i64 `[N, L]`.
+        known: Tensor,
+        counted: Option<CountedRows>,
+    },
+}
+
+/// The sessions of targets that the counts contain.
+pub(super) struct CountedRows {
+    /// Their events, i64 `[N, L]`.
+    rows: Tensor,
+    /// 1 for a session of the last day, else 0: f32 `[N, 1]`.
+    is_last_day: Tensor,
+}
+
+impl CandidateSearch {
+    /// All tensors, to be sent to a device together.
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        match self {
+            Self::Found(Candidates { items, features, is_hidden }) => {
+                vec![items, features, is_hidden]
+            }
+            Self::Rows { known, counted } => {
+                let counted = counted.iter_mut();
+                let counted =
+                    counted.flat_map(|CountedRows { rows, is_last_day }| [rows, is_last_day]);
+                std::iter::once(known).chain(counted).collect()
+            }
+        }
     }
 }
 
@@ -329,11 +390,6 @@ fn event_ranges(batch: &Batch) -> Vec<Range<usize>> {
         end - length..end
     };
     batch.lengths.iter().map(next).collect()
-}
-
-/// The columns of a batch, each with a padding event at the end: `[T + 1]`.
-fn columns_with_padding(batch: &Batch) -> Vec<Tensor> {
-    batch.columns.iter().map(|column| column.constant_pad_nd([0, 1])).collect()
 }
 
 /// `column: [T + 1]` at `rows: [N, L]`.

@@ -45,7 +45,7 @@ pub struct Workspace(Option<Tensor>);
 
 impl Workspace {
     /// At least `n` numbers.
-    fn room(&mut self, n: i64, kind: Kind, device: Device) -> &Tensor {
+    pub(super) fn room(&mut self, n: i64, kind: Kind, device: Device) -> &Tensor {
         let fits =
             |room: &Tensor| room.size()[0] >= n && (room.kind(), room.device()) == (kind, device);
         let kept = self.0.take().filter(fits);

@@ -9,8 +9,8 @@
 
 mod full;
 mod sampled;
+mod whole;
 
-use bireme_kernels::transfer::send;
 use rand::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use tch::{Device, Kind, Tensor};
@@ -24,6 +24,7 @@ use crate::config::LossConfig;
 use full::FullSoftmax;
 pub use full::Workspace;
 use sampled::SampledNegatives;
+use whole::WholeSoftmax;
 
 /// Type and memory of the logits of the whole catalogue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,11 +104,20 @@ impl NegativeSampler {
         }
     }
 
-    /// The negatives of the step with this seed, the same on every rank.
-    pub fn of_step(&self, seed: u64) -> Negatives {
+    /// Random numbers in 0..1 of the step with this seed, the same on every rank: f64 `[M]` in host
+    /// memory, for [`NegativeSampler::negatives`].
+    pub fn draw(&self, seed: u64) -> Tensor {
+        match self {
+            Self::Full { .. } => Tensor::zeros([0], (Kind::Double, Device::Cpu)),
+            Self::Sampled(sampler) => sampler.draw(seed),
+        }
+    }
+
+    /// The negatives that follow from the numbers of [`NegativeSampler::draw`] on the device.
+    pub fn negatives(&self, uniform: &Tensor) -> Negatives {
         match self {
             &Self::Full { label_smoothing, logits } => Negatives::Full { label_smoothing, logits },
-            Self::Sampled(sampler) => sampler.draw(seed),
+            Self::Sampled(sampler) => sampler.negatives(uniform),
         }
     }
 }
@@ -164,11 +174,15 @@ impl ItemSampler {
         }
     }
 
-    /// Draws a sample, the same for the same seed.
-    pub fn draw(&self, seed: u64) -> Negatives {
+    /// Random numbers in 0..1, the same for the same seed: f64 `[M]` in host memory.
+    pub fn draw(&self, seed: u64) -> Tensor {
         let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
         let uniform: Vec<f64> = (0..self.n_negatives).map(|_| generator.random()).collect();
-        let uniform = send(&Tensor::from_slice(&uniform), self.cumulative.device());
+        Tensor::from_slice(&uniform)
+    }
+
+    /// The sample that follows from random numbers, f64 `[M]` on the device.
+    pub fn negatives(&self, uniform: &Tensor) -> Negatives {
         let items = uniform.searchsorted(&self.cumulative, false, true, "right", None::<&Tensor>);
         // Rounding may leave the last cumulative probability below 1.
         let items = items.clamp_max(self.cumulative.size()[0] - 1);
@@ -244,9 +258,11 @@ impl ScoringTable<'_> {
 pub struct Targets {
     /// i64 `[N]`.
     pub items: Tensor,
-    /// Number of the micro-batch of each target, `[N]`: targets are negatives of each other within
-    /// a micro-batch only, so that a step does not depend on the number of ranks.
-    pub micro_batches: Vec<i64>,
+    /// Number of the micro-batch of each target, i64 `[N]`: targets are negatives of each other
+    /// within a micro-batch only, so that a step does not depend on the number of ranks.
+    pub micro_batches: Tensor,
+    /// Factor of the loss of each target, f32 `[N]`; `None` if all are 1.
+    pub weights: Option<Tensor>,
     /// Numbers in 0..1 by which an item is drawn for each target, `[N]`, if items are drawn.
     pub uniform: Option<Tensor>,
 }
@@ -285,6 +301,14 @@ pub fn cross_entropy(
     workspace: &mut Workspace,
 ) -> Result<CrossEntropy, CollectiveError> {
     match negatives {
+        &Negatives::Full { label_smoothing, logits }
+            if WholeSoftmax::suits(logits, targets, scored) =>
+        {
+            let whole = WholeSoftmax { label_smoothing, logits, workspace };
+            let loss = whole.loss(encoded, targets, scored);
+            (scored.group_added)();
+            Ok(loss)
+        }
         &Negatives::Full { label_smoothing, logits } => {
             let full = FullSoftmax { label_smoothing, logits, workspace };
             full.loss(encoded, targets, scored)

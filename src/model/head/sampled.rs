@@ -1,6 +1,5 @@
 //! The loss over the target and sampled negatives.
 
-use bireme_kernels::transfer::send;
 use tch::{Kind, Tensor};
 
 use super::{CrossEntropy, InBatch, SampledLoss, ScoringTable, Targets, draw};
@@ -150,7 +149,7 @@ impl SampledNegatives<'_> {
 
 /// Which targets are of the same micro-batch: bool `[N, N]`.
 fn is_near(targets: &Targets) -> Tensor {
-    let numbers = send(&Tensor::from_slice(&targets.micro_batches), targets.items.device());
+    let numbers = &targets.micro_batches;
     numbers.unsqueeze(1).eq_tensor(&numbers.unsqueeze(0))
 }
 

@@ -1,0 +1,225 @@
+//! The end of a step: from summed gradients to changed parameters, without waiting for the device.
+
+use bireme_kernels::cuda;
+use tch::{Device, Kind, Tensor};
+
+use super::{Optimizer, average_and_clip};
+use crate::model::Gradients;
+
+/// What is summed over all ranks besides the gradients, and the rates of the step.
+pub struct StepSums<'a> {
+    /// Sum of squares of the sharded gradients of all ranks, f32 `[]`; `None` without sharding.
+    pub sharded_squares: Option<&'a Tensor>,
+    /// Summed loss of this rank, f32 `[1]`.
+    pub own_loss: &'a Tensor,
+    /// See [`Optimizer::rates`].
+    pub rates: &'a Tensor,
+    /// Largest norm of the mean gradient.
+    pub clip_norm: f64,
+}
+
+/// Steps with a loss or a gradient that is not finite, and so without an effect, of which the
+/// history has details.
+const N_KEPT: usize = cuda::KEPT_STEPS;
+
+/// Numbers of the history that describe such a step.
+const N_EACH: usize = 4;
+
+/// What all ranks know after a step, on the device: reading it waits for the step there.
+pub struct StepOutcome {
+    /// `[loss, n_targets, n_stop, n_save, norm, own loss]`, f64.
+    values: Tensor,
+    /// Numbers of steps and of steps without effect since the start of the process, and `[step,
+    /// loss, norm, own loss]` of the last [`N_KEPT`] of these: f64.
+    history: Tensor,
+}
+
+/// A [`StepOutcome`] in host memory.
+#[derive(Clone, Debug)]
+pub struct StepValues {
+    /// Mean over the targets of all ranks.
+    pub loss: f64,
+    pub n_targets: usize,
+    /// Whether a rank requested to stop.
+    pub stop: bool,
+    /// Whether a rank requested a checkpoint.
+    pub save: bool,
+    /// Number of steps without effect since the start of the process.
+    pub n_skipped: usize,
+    /// The last of them, in order.
+    pub skipped: Vec<SkippedStep>,
+}
+
+/// A step whose loss or gradient is not finite. It leaves the parameters unchanged.
+#[derive(Clone, Copy, Debug)]
+pub struct SkippedStep {
+    /// Steps after it.
+    pub n_after: usize,
+    /// Mean over the targets of all ranks.
+    pub loss: f64,
+    /// Norm of the gradient of the mean loss before clipping.
+    pub norm: f64,
+    /// Whether the loss of this rank is finite.
+    pub is_own_loss_finite: bool,
+}
+
+impl StepOutcome {
+    pub fn read(&self) -> StepValues {
+        let all = Tensor::cat(&[&self.values, &self.history], 0);
+        let all = Vec::<f64>::try_from(all).expect("the outcome is f64");
+        let [loss, n_targets, n_stop, n_save, _, _, n_steps, n_skipped, kept @ ..] = &all[..]
+        else {
+            unreachable!("the outcome has eight numbers and a history")
+        };
+        let n_skipped = *n_skipped as usize;
+        let skipped = (n_skipped.saturating_sub(N_KEPT)..n_skipped).map(|number| {
+            let start = number % N_KEPT * N_EACH;
+            let of_step = &kept[start..start + N_EACH];
+            SkippedStep {
+                n_after: (n_steps - of_step[0]) as usize,
+                loss: of_step[1],
+                norm: of_step[2],
+                is_own_loss_finite: of_step[3].is_finite(),
+            }
+        });
+        StepValues {
+            loss: loss / n_targets,
+            n_targets: *n_targets as usize,
+            stop: *n_stop > 0.0,
+            save: *n_save > 0.0,
+            n_skipped,
+            skipped: skipped.collect(),
+        }
+    }
+}
+
+/// Where the scalars of the end of a step are.
+pub(super) enum StepEnd {
+    /// Number of steps of AdamW, and the history.
+    Cpu {
+        n_steps: i32,
+        history: Vec<f64>,
+    },
+    Gpu(Box<cuda::StepBuffers>),
+}
+
+impl StepEnd {
+    pub fn new(device: Device) -> Self {
+        match device {
+            Device::Cpu => Self::Cpu { n_steps: 0, history: vec![0.0; cuda::N_HISTORY] },
+            _ => Self::Gpu(Box::new(cuda::StepBuffers::new(device))),
+        }
+    }
+
+    /// Number of steps of AdamW so far. On a GPU this waits for the device.
+    pub fn n_steps(&self) -> i32 {
+        match self {
+            Self::Cpu { n_steps, .. } => *n_steps,
+            Self::Gpu(buffers) => buffers.n_steps.double_value(&[0]) as i32,
+        }
+    }
+
+    pub fn set_n_steps(&mut self, number: i32) {
+        match self {
+            Self::Cpu { n_steps, .. } => *n_steps = number,
+            Self::Gpu(buffers) => {
+                let _ = buffers.n_steps.fill_(f64::from(number));
+            }
+        }
+    }
+}
+
+impl Optimizer {
+    /// Ends a step: turns summed gradients into the clipped mean and updates `values: [n]`. Sets
+    /// gradients and scalars to zero. If the loss or the norm of the gradient is not finite, the
+    /// values stay as they are.
+    ///
+    /// # Panics
+    /// If a GPU cannot run a kernel.
+    pub fn finish(
+        &mut self,
+        values: &Tensor,
+        gradients: &mut Gradients,
+        sums: &StepSums<'_>,
+    ) -> StepOutcome {
+        match self.end {
+            StepEnd::Cpu { .. } => self.finish_on_cpu(values, gradients, sums),
+            StepEnd::Gpu(_) => self.finish_on_gpu(values, gradients, sums),
+        }
+    }
+
+    fn finish_on_cpu(
+        &mut self,
+        values: &Tensor,
+        gradients: &mut Gradients,
+        sums: &StepSums<'_>,
+    ) -> StepOutcome {
+        let scalars = gradients.scalars();
+        let no_squares = Tensor::from(0f32);
+        let (scale, norm) = average_and_clip(
+            &gradients.replicated(),
+            sums.sharded_squares.unwrap_or(&no_squares),
+            &scalars.get(1),
+            sums.clip_norm,
+        );
+        let numbers = |x: &Tensor| Vec::<f64>::try_from(x.to_kind(Kind::Double)).expect("numbers");
+        let own_loss = sums.own_loss.double_value(&[0]);
+        let mut outcome = numbers(&scalars);
+        outcome.extend([norm.double_value(&[]), own_loss]);
+        let (loss, norm) = (outcome[0] / outcome[1], outcome[4]);
+        let rates = numbers(sums.rates);
+        let is_finite = loss.is_finite() && norm.is_finite();
+        if is_finite {
+            self.step(values, &gradients.all(), &scale, [rates[0], rates[1]]);
+            let _ = gradients.scalars().zero_();
+        } else {
+            gradients.zero();
+        }
+        let StepEnd::Cpu { history, .. } = &mut self.end else { unreachable!("on the CPU") };
+        history[0] += 1.0;
+        if !is_finite {
+            let start = 2 + history[1] as usize % N_KEPT * N_EACH;
+            let of_step = [history[0], loss, norm, own_loss];
+            history[start..start + N_EACH].copy_from_slice(&of_step);
+            history[1] += 1.0;
+        }
+        StepOutcome { values: Tensor::from_slice(&outcome), history: Tensor::from_slice(history) }
+    }
+
+    fn finish_on_gpu(
+        &mut self,
+        values: &Tensor,
+        gradients: &Gradients,
+        sums: &StepSums<'_>,
+    ) -> StepOutcome {
+        let run = |result: Result<(), String>| result.unwrap_or_else(|text| panic!("{text}"));
+        let StepEnd::Gpu(buffers) = &mut self.end else { unreachable!("on a GPU") };
+        run(cuda::sum_of_squares(&[&gradients.replicated()], buffers));
+        let sharded_squares = sums.sharded_squares.map(|squares| squares.view([1]));
+        let step = cuda::StepSums {
+            scalars: &gradients.scalars(),
+            own_loss: sums.own_loss,
+            extra_squares: sharded_squares.as_ref(),
+            rates: sums.rates,
+            max_norm: sums.clip_norm,
+            weight_decay: self.adamw.weight_decay,
+        };
+        run(cuda::finish_step(step, buffers));
+        let all = gradients.all();
+        let adamw_part =
+            |flat: &Tensor| flat.narrow(0, self.adamw_start, flat.size()[0] - self.adamw_start);
+        self.adamw.step_on_gpu(&adamw_part(values), &adamw_part(&all), buffers);
+        if let Some(tables) = &mut self.tables {
+            let rate = sums.rates.get(1).to_kind(Kind::Float);
+            let is_finite = buffers.scale.isfinite();
+            let scale = buffers.scale.where_scalarother(&is_finite, 0.0);
+            // A gradient that is not finite times 0 is not 0.
+            let scaled = |gradient: Tensor| gradient.where_scalarother(&is_finite, 0.0) * &scale;
+            tables.adagrad.update(values, &all, scaled, |change| change * -&rate);
+        }
+        StepOutcome {
+            values: buffers.outcome.shallow_clone(),
+            history: buffers.history.shallow_clone(),
+        }
+    }
+}
