@@ -30,7 +30,7 @@ pub use model::{
     HeadConfig, InputConfig, LogLinearConfig, ModelConfig, NeighboursConfig, Neural, Objective,
     StartConfig, XlnetConfig,
 };
-pub use run::{DeviceChoice, Precision};
+pub use run::{CudaGraph, DeviceChoice, Precision};
 pub use train::{
     LossConfig, NonFinite, ParallelConfig, Reduction, Schedule, SessionOrder, TableLayout,
     TableOptimizer, TrainConfig,
@@ -50,6 +50,9 @@ pub struct RunConfig {
     /// Number format of matrix products. Weights, gradients and optimizer state are always f32,
     /// and evaluation on a CPU is too.
     pub precision: Precision,
+    /// Whether a training step on a GPU is recorded as a CUDA graph and launched as one: the host
+    /// then has almost no work in a step.
+    pub cuda_graph: CudaGraph,
     /// CPU threads of each rank; 0 divides the host's cores among its ranks.
     pub threads_per_rank: usize,
     /// Steps between two bitwise comparisons of the ranks' weights; 0 disables them.
@@ -66,6 +69,7 @@ impl Default for RunConfig {
             seed: 42,
             reduction: Reduction::Fast,
             precision: Precision::F32,
+            cuda_graph: CudaGraph::Auto,
             threads_per_rank: 0,
             compare_ranks_every: 1000,
             patience_seconds: 600.0,

@@ -1,15 +1,18 @@
 """The steps of training of the tutorial's models in PyTorch, on what `bireme preprocess` wrote.
 
-    python benches/peers/training.py DATA --model gru|xlnet|xlnet-side [--variant hf|lean] [--compile] [--steps 20]
-    torchrun --nproc-per-node 2 benches/peers/training.py DATA ...      # data-parallel over gloo, a thread each
+    python benches/peers/training.py DATA --model gru|xlnet|xlnet-side [--variant hf|lean]
+        [--compile [MODE]] [--steps 20] [--log-every 1]
+    # Data-parallel over gloo, a thread each.
+    torchrun --nproc-per-node 2 benches/peers/training.py DATA ...
 
 Needs torch, transformers, pyarrow and numpy (benches/peers/requirements.txt). Day 1's train
 sessions, 256 a step, padded to 20; f32, the fused AdamW, gradients clipped at 1. Variants: `hf` is
 Hugging Face's XLNetModel over all positions, `lean` the same arithmetic with the last layer
 computed only where something is predicted. Both score only those positions against the catalogue,
-as the original does. Prints one line of JSON: sessions a second by the median step, of all
-processes, and by the steps at a tenth and nine tenths; GiB that the process reached at most, and of
-parameters and moments.
+as the original does. The loss is read every `--log-every` steps; times are means over these steps.
+Prints one line of JSON: sessions a second by the median step, of all processes, and by the steps at
+a tenth and nine tenths; milliseconds of the median step; GiB that the process reached at most, and
+of parameters and moments.
 """
 
 import argparse
@@ -228,27 +231,37 @@ def inputs(batch, options):
     return batch, hidden, read_at, following.flatten()[read_at]
 
 
-def main():
+def parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", choices=["gru", "xlnet", "xlnet-side"], required=True)
     parser.add_argument("--variant", choices=["hf", "lean"], default="hf")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", metavar="MODE", help="of torch.compile"
+    )
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--log-every", type=int, default=1, help="steps between reads of the loss")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", help="cpu or cuda, one process only")
     parser.add_argument(
         "--tf32", action="store_true", help="let a GPU multiply with 11 binary digits"
     )
-    options = parser.parse_args()
+    return parser
 
+
+def compiled(run, options):
+    mode = None if options.compile == "default" else options.compile
+    return torch.compile(run, mode=mode, backend=options.backend)
+
+
+def train(options):
+    """Trains and returns the figures."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        torch.distributed.init_process_group("gloo")
     torch.set_num_threads(options.threads or max(1, os.cpu_count() // world_size))
     rank = int(os.environ.get("RANK", 0))
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
@@ -271,37 +284,51 @@ def main():
         model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=7e-4, weight_decay=0, fused=True)
     run = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    run = torch.compile(run) if options.compile else run
+    run = compiled(run, options) if options.compile else run
 
     torch.manual_seed(2 + rank)
     n = len(order)
     own = options.batch // world_size
-    seconds = []
-    for step in range(options.warm_up + options.steps):
+
+    def sessions(step):
         first = (step * options.batch + rank * own) % (n - own)
-        batch = {name: column[order[first : first + own]] for name, column in columns.items()}
+        return {name: column[order[first : first + own]] for name, column in columns.items()}
+
+    seconds = []
+    for start in range(0, options.warm_up + options.steps, options.log_every):
+        batches = [sessions(start + step) for step in range(options.log_every)]
         began = time.perf_counter()
-        batch = {name: column.to(options.device) for name, column in batch.items()}
-        loss = run(*inputs(batch, options))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for batch in batches:
+            batch = {name: column.to(options.device) for name, column in batch.items()}
+            loss = run(*inputs(batch, options))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         loss.item()
-        seconds.append(time.perf_counter() - began)
-    seconds = sorted(seconds[options.warm_up :])
-    rate = lambda share: options.batch / seconds[min(len(seconds) - 1, int(share * len(seconds)))]
+        if start >= options.warm_up:
+            seconds.append((time.perf_counter() - began) / options.log_every)
+    seconds.sort()
+    at = lambda share: seconds[min(len(seconds) - 1, int(share * len(seconds)))]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    figures = {
-        "sessions_per_s": rate(0.5),
-        "slow": rate(0.9),
-        "fast": rate(0.1),
+    return {
+        "sessions_per_s": options.batch / at(0.5),
+        "slow": options.batch / at(0.9),
+        "fast": options.batch / at(0.1),
+        "step_ms": 1000 * at(0.5),
         "peak_gib": peak,
         "state_gib": 3 * 4 * n_parameters / 2**30,
         "loss": loss.item(),
         "n_items": rows[ITEM],
     }
-    if rank == 0:
+
+
+def main():
+    options = parser().parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+    figures = train(options)
+    if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(figures), flush=True)
 
 

@@ -8,6 +8,7 @@ use std::any::Any;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, ErrorKind, Write};
 use std::panic::PanicHookInfo;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::message;
 
@@ -73,6 +74,23 @@ pub fn internal_error(place: &str, panic: &PanicHookInfo<'_>) {
         }
     };
     log(&format!("error: internal error: {place}{payload}{at}{more}"));
+}
+
+/// Whether panics are results that the program expects.
+static EXPECTS_PANICS: AtomicBool = AtomicBool::new(false);
+
+/// Runs code whose panics are caught and handled: a panic hook must do nothing meanwhile, on any
+/// thread.
+pub fn without_panic_messages<T>(work: impl FnOnce() -> T) -> T {
+    EXPECTS_PANICS.store(true, Ordering::SeqCst);
+    let result = work();
+    EXPECTS_PANICS.store(false, Ordering::SeqCst);
+    result
+}
+
+/// Whether [`without_panic_messages`] runs.
+pub fn expects_panics() -> bool {
+    EXPECTS_PANICS.load(Ordering::SeqCst)
 }
 
 /// The message of a panic that was caught, if it has one.

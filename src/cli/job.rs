@@ -130,6 +130,7 @@ impl Job {
         let is_on_all = matches!(
             &error,
             TrainError::NotFinite { .. }
+                | TrainError::GraphRequired(_)
                 | TrainError::Desync { .. }
                 | TrainError::Collective(CollectiveError::Rank { .. })
         );

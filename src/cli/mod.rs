@@ -78,7 +78,11 @@ pub fn answer(answer: &clap::Error) -> i32 {
 
 /// Runs a command and returns its exit code. A panic is a failed run.
 pub fn run(cli: Cli) -> i32 {
-    panic::set_hook(Box::new(|panic| console::internal_error("", panic)));
+    panic::set_hook(Box::new(|panic| {
+        if !console::expects_panics() {
+            console::internal_error("", panic);
+        }
+    }));
     panic::catch_unwind(AssertUnwindSafe(|| run_command(&cli.command))).unwrap_or(FAILED)
 }
 

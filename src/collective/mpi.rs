@@ -97,7 +97,11 @@ impl Mpi {
         };
         let name = format!("rank {} of {} on {}", mpi.rank, mpi.world_size, mpi.host);
         let watch = mpi.watch.clone();
-        std::panic::set_hook(Box::new(move |panic| end_job(&name, &watch, panic)));
+        std::panic::set_hook(Box::new(move |panic| {
+            if !console::expects_panics() {
+                end_job(&name, &watch, panic);
+            }
+        }));
         Ok(mpi)
     }
 

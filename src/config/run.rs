@@ -45,6 +45,21 @@ pub enum Precision {
     Bf16,
 }
 
+/// `run.cuda_graph`: whether a training step on a GPU is recorded as a CUDA graph and launched as
+/// one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum CudaGraph {
+    /// Where the run allows it; the log says why not otherwise.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always; a run that does not allow it fails.
+    Require,
+}
+
 impl Precision {
     /// Data type of the logits in training.
     pub fn logits_kind(self) -> Kind {

@@ -52,8 +52,13 @@ impl Batch {
                 Tensor::from_slice(&values)
             }
         });
+        Self { columns: columns.collect(), ..Self::outline(sessions) }
+    }
+
+    /// [`Batch::new`] without columns.
+    pub fn outline(sessions: &[(&Sessions, usize)]) -> Self {
         Self {
-            columns: columns.collect(),
+            columns: Vec::new(),
             lengths: sessions.iter().map(|(file, row)| file.span(*row).len()).collect(),
             session_seeds: vec![0; sessions.len()],
             days: sessions.iter().map(|(file, row)| file.day_row(*row).0).collect(),
@@ -79,7 +84,13 @@ impl Batch {
 
     /// The columns, each with a padding event at the end: `[T + 1]`.
     pub fn columns_with_padding(&self) -> Vec<Tensor> {
-        self.columns.iter().map(|column| column.constant_pad_nd([0, 1])).collect()
+        self.padded_columns(self.n_events() + 1)
+    }
+
+    /// The columns, filled up with padding events to the length `n`: `[n]`.
+    pub fn padded_columns(&self, n: usize) -> Vec<Tensor> {
+        let n_padding = n as i64 - self.n_events() as i64;
+        self.columns.iter().map(|column| column.constant_pad_nd([0, n_padding])).collect()
     }
 
     /// Item indices, session by session.

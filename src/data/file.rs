@@ -291,6 +291,10 @@ impl Window {
         &self.0[self.0.len() - 1]
     }
 
+    pub fn first_day(&self) -> i64 {
+        self.0[0].day()
+    }
+
     /// Number of sessions.
     pub fn n_sessions(&self) -> usize {
         self.0.iter().map(|file| file.n_sessions()).sum()

@@ -47,13 +47,22 @@ impl DayPlan {
     }
 }
 
-/// Reads this rank's micro-batches of each step of a day on a background thread.
+/// What the thread of a [`Loader`] has read.
+pub enum Read<'a> {
+    /// The steps of an epoch before they are packed: lengths, seeds and days, without columns.
+    Epoch(&'a mut dyn Iterator<Item = Vec<Batch>>),
+    /// This rank's micro-batches of the next step.
+    Step(Vec<Batch>),
+}
+
+/// Reads this rank's micro-batches of each step of a day on a background thread, and prepares them
+/// there.
 ///
 /// The iterator ends after the last step. If the thread panics, the last item is an error with the
 /// panic's text.
-pub struct Loader {
+pub struct Loader<T = Vec<Batch>> {
     /// `None` while the loader is dropped.
-    steps: Option<Receiver<Result<Vec<Batch>, DataError>>>,
+    steps: Option<Receiver<Result<T, DataError>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -62,19 +71,36 @@ impl Loader {
     pub fn start(
         plan: &DayPlan,
         features: &Features,
+        ranks: (usize, usize),
+        first_step: usize,
+    ) -> Self {
+        Self::preparing(plan, features, ranks, first_step, |loaded| match loaded {
+            Read::Epoch(_) => None,
+            Read::Step(micro_batches) => Some(micro_batches),
+        })
+    }
+}
+
+impl<T: Send + 'static> Loader<T> {
+    /// Starts reading the steps of the day from `first_step` on. The items are what `prepare`
+    /// returns for epochs and steps, called in order on the loader's thread.
+    pub fn preparing(
+        plan: &DayPlan,
+        features: &Features,
         (rank, world_size): (usize, usize),
         first_step: usize,
+        mut prepare: impl FnMut(Read<'_>) -> Option<T> + Send + 'static,
     ) -> Self {
         let (ready, steps) = sync_channel(READY_STEPS);
         let reader =
             StepReader { plan: plan.clone(), features: features.clone(), rank, world_size };
-        let thread = thread::spawn(move || reader.send_from(first_step, &ready));
+        let thread = thread::spawn(move || reader.send_from(first_step, &ready, &mut prepare));
         Self { steps: Some(steps), thread: Some(thread) }
     }
 }
 
-impl Iterator for Loader {
-    type Item = Result<Vec<Batch>, DataError>;
+impl<T> Iterator for Loader<T> {
+    type Item = Result<T, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if let Ok(step) = self.steps.as_ref()?.recv() {
@@ -85,7 +111,7 @@ impl Iterator for Loader {
     }
 }
 
-impl Drop for Loader {
+impl<T> Drop for Loader<T> {
     fn drop(&mut self) {
         // Closing the channel ends the thread at its next send.
         self.steps = None;
@@ -114,7 +140,12 @@ struct EpochStream {
 impl StepReader {
     /// Sends the steps of the day from `first_step` on, until the receiver is dropped or a file
     /// cannot be read.
-    fn send_from(&self, first_step: usize, ready: &SyncSender<Result<Vec<Batch>, DataError>>) {
+    fn send_from<T>(
+        &self,
+        first_step: usize,
+        ready: &SyncSender<Result<T, DataError>>,
+        prepare: &mut impl FnMut(Read<'_>) -> Option<T>,
+    ) {
         let n_steps = self.plan.n_steps();
         let steps_per_epoch = self.plan.steps_per_epoch();
         let first_epoch = first_step.checked_div(steps_per_epoch).unwrap_or(0);
@@ -127,9 +158,15 @@ impl StepReader {
                 Ok(streams) => streams,
                 Err(error) => return drop(ready.send(Err(error))),
             };
-            for step in first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before)
-            {
-                if ready.send(Ok(self.micro_batches(&streams, epoch, step))).is_err() {
+            let steps =
+                first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before);
+            let mut outlines =
+                steps.clone().map(|step| self.micro_batches(&streams, epoch, step, false));
+            let epoch_read = prepare(Read::Epoch(&mut outlines));
+            let prepared = steps
+                .map(|step| prepare(Read::Step(self.micro_batches(&streams, epoch, step, true))));
+            for item in std::iter::once(epoch_read).chain(prepared).flatten() {
+                if ready.send(Ok(item)).is_err() {
                     return;
                 }
             }
@@ -150,8 +187,14 @@ impl StepReader {
     }
 
     /// Packs this rank's micro-batches of step `step` of an epoch into one batch, or into one batch
-    /// each.
-    fn micro_batches(&self, streams: &[EpochStream], epoch: usize, step: usize) -> Vec<Batch> {
+    /// each; only their outlines if not `has_columns`.
+    fn micro_batches(
+        &self,
+        streams: &[EpochStream],
+        epoch: usize,
+        step: usize,
+        has_columns: bool,
+    ) -> Vec<Batch> {
         let plan = &self.plan;
         let derive = |purpose, position: &[u64]| {
             let position = [&[plan.day as u64, epoch as u64], position].concat();
@@ -166,7 +209,7 @@ impl StepReader {
                 .collect(),
             step_seed,
             segments,
-            ..Batch::new(rows, &self.features)
+            ..if has_columns { Batch::new(rows, &self.features) } else { Batch::outline(rows) }
         };
         let micro_batches = streams.iter().map(|EpochStream { index, sessions, order }| {
             let taken = plan.shape.micro_batch_rows(sessions.len(), step);

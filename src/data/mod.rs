@@ -26,7 +26,7 @@ pub use catalogue::Catalogue;
 pub use check::{N_CHECKED_AT_START, RowCheck};
 pub use days::{Days, Features};
 pub use file::{Column, SessionFile, Sessions, Window};
-pub use loader::{DayPlan, Loader, evaluation_batches};
+pub use loader::{DayPlan, Loader, Read, evaluation_batches};
 pub use occurrences::occurrences;
 pub use pretrained::Pretrained;
 

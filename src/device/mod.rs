@@ -12,6 +12,7 @@ use std::fs;
 use std::thread::available_parallelism;
 
 use bireme_base::user_error::{REFUSED, UserError};
+use bireme_kernels::cuda::graph::enter_stream;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::Device;
 use thiserror::Error;
@@ -107,7 +108,11 @@ pub fn place(
     };
     tch::set_num_threads(n_threads as i32);
     let gpu_address = match device {
-        Device::Cuda(gpu) => pci_address(gpu),
+        Device::Cuda(gpu) => {
+            // A training step is captured as a CUDA graph, which the default stream does not allow.
+            enter_stream(gpu).map_err(|reason| NoGpu { reason })?;
+            pci_address(gpu)
+        }
         _ => None,
     };
     Ok(Place { device, gpu_address, n_threads, warnings })

@@ -8,6 +8,7 @@
 //! not fit, and return an error if the kernels cannot be compiled, loaded or launched.
 
 mod driver;
+pub mod graph;
 mod nvrtc;
 
 use std::collections::BTreeMap;
@@ -407,7 +408,7 @@ pub struct StepSums<'a> {
     /// Summed loss, number of targets, requests to stop and to save, over all ranks, f32 `[4]`. Set
     /// to zero for the next step.
     pub scalars: &'a Tensor,
-    /// Summed loss of this rank, f32 `[1]`.
+    /// Summed loss of this rank, f32 `[1]`. Set to zero for the next step.
     pub own_loss: &'a Tensor,
     /// Sum of squares of gradients that [`sum_of_squares`] has not seen, f32 `[1]`.
     pub extra_squares: Option<&'a Tensor>,
@@ -437,8 +438,8 @@ pub fn finish_step(sums: StepSums<'_>, buffers: &mut StepBuffers) -> Result<(), 
         buffers;
     let StepSums { scalars, own_loss, extra_squares, rates, max_norm, weight_decay } = sums;
     assert_disjoint(
-        &[scalars, n_steps, scale, adamw_rates, outcome, history],
-        &[partial, own_loss, rates],
+        &[scalars, own_loss, n_steps, scale, adamw_rates, outcome, history],
+        &[partial, rates],
     );
     let extra_squares = extra_squares
         .map(|squares| pointer(device, "extra_squares", squares, Kind::Float, 1))

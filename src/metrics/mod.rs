@@ -215,18 +215,20 @@ pub fn evaluate(
     let mut batches = evaluation_batches(file, features, config.block, ranks)?;
     // With a sharded item table each rank scores its rows for the sessions of all ranks, so every
     // rank takes part until the last block of any rank.
-    let n_blocks = item_table.gather_counts(batches.len() as i64)?.into_iter().max().unwrap_or(0);
+    let n_blocks =
+        item_table.gather_counts(batches.len() as i64, false)?.into_iter().max().unwrap_or(0);
     for _ in 0..n_blocks {
         // On a GPU a wait for the device may be a wait for another rank.
         let _block = collective.watch().map(|watch| watch.begin("an evaluation block".to_owned()));
         let batch = batches.next().unwrap_or_else(|| Batch::new(&[], features));
         let (known, own_targets) = batch.split_last();
-        let counts = item_table.gather_counts(own_targets.size()[0])?;
+        let counts = item_table.gather_counts(own_targets.size()[0], false)?;
         let encoded = recommender.encode(&known)?;
         let (mut hidden, mut targets) =
             (config.reminders.hidden(&known), own_targets.shallow_clone());
         send_together(vec![&mut hidden, &mut targets], recommender.device());
-        let max_hidden = item_table.gather_counts(hidden.size()[1])?.into_iter().max().unwrap_or(0);
+        let max_hidden =
+            item_table.gather_counts(hidden.size()[1], false)?.into_iter().max().unwrap_or(0);
         let hidden = hidden.pad([0, max_hidden - hidden.size()[1]], "constant", -1.0);
         let gather = |local: &Tensor| item_table.gather_rows(local, &counts);
         let (encoded, hidden, all_targets) =

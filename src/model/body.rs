@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::Objective;
 use super::objective::{AttentionMask, Plan, PositionInput};
+use super::prepare::StepSizes;
 use super::rows::take_rows;
 use super::{Gru, Parameters, Xlnet};
 use crate::data::{Batch, DropoutGenerator};
@@ -130,9 +131,14 @@ enum LayoutMask {
 }
 
 impl Layout {
-    /// Packs the positions of `plan`, made for the sessions of `batch`, in host memory.
-    pub fn new(plan: &Plan, batch: &Batch) -> Self {
-        let length = plan.lengths.iter().copied().max().unwrap_or(0);
+    /// Packs the positions of `plan` in host memory. `n_events`: of the batch that the plan was
+    /// made for. With `sizes`, whose plan it is, all sizes are theirs.
+    pub fn new(plan: &Plan, n_events: i64, sizes: Option<&StepSizes>) -> Self {
+        let longest = |of: &[usize]| of.iter().copied().max().unwrap_or(0);
+        let [length, max_outputs] = match sizes {
+            Some(sizes) => [sizes.length as usize; 2],
+            None => [longest(&plan.lengths), longest(&plan.outputs_per_session)],
+        };
         let cells: Vec<i64> = plan
             .lengths
             .iter()
@@ -141,25 +147,23 @@ impl Layout {
             .collect();
         let output_cells: Vec<i64> =
             plan.outputs.iter().map(|&position| cells[position as usize]).collect();
-        let padding = batch.n_events() as i64;
         let input_rows: Vec<i64> = plan
             .inputs
             .iter()
             .map(|input| match input {
                 PositionInput::Event(event) => *event,
-                PositionInput::Padding => padding,
-                PositionInput::Mask => padding + 1,
+                PositionInput::Padding => n_events,
+                PositionInput::Mask => n_events + 1,
             })
             .collect();
-        let max_outputs = plan.outputs_per_session.iter().copied().max().unwrap_or(0);
         let slots = plan.outputs_per_session.iter().enumerate();
         let slots: Vec<i64> = slots
             .flat_map(|(session, &n)| {
                 (0..n).map(move |number| (session * max_outputs + number) as i64)
             })
             .collect();
-        let fills_slots = slots.len() == plan.lengths.len() * max_outputs;
-        let are_equal = plan.lengths.iter().all(|&n| n == length);
+        let fills_slots = sizes.is_none() && slots.len() == plan.lengths.len() * max_outputs;
+        let are_equal = sizes.is_none() && plan.lengths.iter().all(|&n| n == length);
         let lengths: Vec<i64> = plan.lengths.iter().map(|&n| n as i64).collect();
         let numbers = |numbers: &[i64]| Tensor::from_slice(numbers);
         let mut layout = Self {
@@ -196,13 +200,47 @@ impl Layout {
     /// Adds the keys that dropout needs.
     #[must_use]
     pub(super) fn with_row_keys(self, plan: &Plan, batch: &Batch) -> Self {
-        let keys = |per_session: &[usize]| Tensor::from_slice(&batch.row_keys(per_session));
+        // The plan may have sessions of padding behind those of the batch.
+        let keys = |per_session: &[usize]| {
+            let mut keys = batch.row_keys(&per_session[..batch.n_sessions()]);
+            keys.resize(per_session.iter().sum(), 0);
+            Tensor::from_slice(&keys)
+        };
         let row_keys = RowKeys {
             positions: keys(&plan.lengths),
             outputs: keys(&plan.outputs_per_session),
             sessions: keys(&vec![1; plan.lengths.len()]),
         };
         Self { row_keys: Some(row_keys), ..self }
+    }
+
+    /// The same layout for another thread.
+    pub(super) fn share(&self) -> Self {
+        let share = |x: &Option<Tensor>| x.as_ref().map(Tensor::shallow_clone);
+        Self {
+            input_rows: self.input_rows.shallow_clone(),
+            cells: share(&self.cells),
+            lengths: share(&self.lengths),
+            mask: match &self.mask {
+                LayoutMask::Full => LayoutMask::Full,
+                LayoutMask::Causal => LayoutMask::Causal,
+                LayoutMask::Permuted(order) => LayoutMask::Permuted(order.shallow_clone()),
+            },
+            output_cells: self.output_cells.shallow_clone(),
+            outputs: self.outputs.shallow_clone(),
+            output_slots: share(&self.output_slots),
+            packed_sequence: self.packed_sequence.as_ref().map(|sequence| PackedSequence {
+                positions: sequence.positions.shallow_clone(),
+                n_sessions: sequence.n_sessions.clone(),
+                outputs: sequence.outputs.shallow_clone(),
+            }),
+            row_keys: self.row_keys.as_ref().map(|keys| RowKeys {
+                positions: keys.positions.shallow_clone(),
+                outputs: keys.outputs.shallow_clone(),
+                sessions: keys.sessions.shallow_clone(),
+            }),
+            ..*self
+        }
     }
 
     /// All tensors, to be sent to a device together.

@@ -1,22 +1,22 @@
 //! From events to the vectors that items are scored against: input block, body, projection.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::Objective;
 use super::body::{Body, Layout};
 use super::input::{Input, Lookup};
 use super::item_vectors::normalise;
-use super::objective::Plan;
 use super::parameters::{Linear, ParameterBuilder};
+use super::prepare::PreparedSessions;
 use super::{Gru, Neural, Parameters, Xlnet};
-use crate::data::{Batch, DropoutGenerator, Features};
+use crate::data::{DropoutGenerator, Features};
 
 /// A model without its tables and its loss. It holds indices of parameters instead of values, so
 /// that threads can share it.
 pub(super) struct Encoder {
     pub input: Input,
     /// See [`InputConfig::dropout`](crate::config::InputConfig).
-    input_dropout: f64,
+    pub input_dropout: f64,
     body: Body,
     /// See [`Objective::two_streams`].
     two_streams: bool,
@@ -33,28 +33,21 @@ pub(super) struct Encoder {
     pub padded_length: Option<usize>,
 }
 
+/// The `n` events from `first` on of `x: [T + 1, ..]`, and the padding event: `[n + 1, ..]`.
+pub(super) fn rows_of_part(x: &Tensor, first: i64, n: i64) -> Tensor {
+    if x.size()[0] == n + 1 {
+        x.shallow_clone()
+    } else {
+        Tensor::cat(&[x.narrow(0, first, n), x.narrow(0, -1, 1)], 0)
+    }
+}
+
 /// Events of some sessions, with the vectors that were looked up for them.
 pub(super) struct EncoderInput {
     /// Values of each feature, `[T + 1]`: see [`Input::columns`].
     pub columns: Vec<Tensor>,
     /// Vectors of each categorical feature, `[T + 1, D]`: see [`Input::look_up`].
     pub vectors: Vec<Tensor>,
-}
-
-/// A plan over the sessions of a batch, as the encoder reads it.
-pub(super) struct PreparedSessions {
-    layout: Layout,
-    /// Keys of the events for dropout, i32 `[T + 1]`.
-    event_keys: Option<Tensor>,
-}
-
-impl PreparedSessions {
-    /// All tensors, to be sent to a device together.
-    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
-        let mut tensors = self.layout.tensors_mut();
-        tensors.extend(&mut self.event_keys);
-        tensors
-    }
 }
 
 impl EncoderInput {
@@ -67,14 +60,7 @@ impl EncoderInput {
 
     /// The `n` events from `first` on, and the padding event.
     pub fn part(&self, first: i64, n: i64) -> Self {
-        let part = |x: &Tensor| {
-            if x.size()[0] == n + 1 {
-                x.shallow_clone()
-            } else {
-                Tensor::cat(&[x.narrow(0, first, n), x.narrow(0, -1, 1)], 0)
-            }
-        };
-        let parts = |of: &[Tensor]| of.iter().map(part).collect();
+        let parts = |of: &[Tensor]| of.iter().map(|x| rows_of_part(x, first, n)).collect();
         Self { columns: parts(&self.columns), vectors: parts(&self.vectors) }
     }
 
@@ -136,34 +122,6 @@ impl Encoder {
     /// Whether the body is an attention model, or a recurrence.
     pub fn attends(&self) -> bool {
         matches!(self.body, Body::Xlnet(_))
-    }
-
-    /// The layout of `plan` over `batch`, in host memory. Dropout is possible if `training`.
-    pub fn prepare(
-        &self,
-        plan: Plan,
-        batch: &Batch,
-        device: Device,
-        training: bool,
-    ) -> PreparedSessions {
-        let plan = match self.padded_length {
-            Some(length) => plan.padded(length),
-            None => plan,
-        };
-        let mut layout = Layout::new(&plan, batch);
-        if device == Device::Cpu && !self.attends() {
-            layout = layout.with_packed_sequence(&plan);
-        }
-        if training {
-            layout = layout.with_row_keys(&plan, batch);
-        }
-        let event_keys = (training && self.input_dropout > 0.0).then(|| {
-            let mut keys = batch.row_keys(&batch.lengths);
-            // Of the padding event.
-            keys.push(0);
-            Tensor::from_slice(&keys)
-        });
-        PreparedSessions { layout, event_keys }
     }
 
     /// The output states of the prepared plan: `[N, D]`.

@@ -25,7 +25,8 @@ pub trait GradientHooks {
 
     /// Called with gradients `[N, D]` of rows `[N]` of the item table after `scoring_complete`. If
     /// the gradient of the item table was reduced there, returns the late rows and gradients of all
-    /// ranks, which every rank then adds by itself.
+    /// ranks, which every rank then adds by itself. `are_equal`: whether `N` is the same on all
+    /// ranks.
     ///
     /// # Errors
     /// A collective call fails.
@@ -33,8 +34,9 @@ pub trait GradientHooks {
         &mut self,
         rows: &Tensor,
         gradients: &Tensor,
+        are_equal: bool,
     ) -> Result<Option<(Tensor, Tensor)>, CollectiveError> {
-        let _ = (rows, gradients);
+        let _ = (rows, gradients, are_equal);
         Ok(None)
     }
 

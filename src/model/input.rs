@@ -72,7 +72,7 @@ enum Channel {
 /// Events → vectors of the body's width.
 pub struct Input {
     aggregation: Aggregation,
-    swap_noise: f64,
+    pub(super) swap_noise: f64,
     /// Sorted by name, which is the order of concatenation.
     channels: Vec<(Channel, Option<LayerNorm>)>,
     projection: Option<Linear>,
@@ -175,23 +175,8 @@ impl Input {
         Ok(Self { aggregation, swap_noise, channels, projection, mask, to_body })
     }
 
-    /// The event from which each event takes its value of a column under swap noise, i64 `[T + 1]`
-    /// for each column; empty without swap noise.
-    pub(super) fn swap_sources(&self, batch: &Batch) -> Vec<Tensor> {
-        if self.swap_noise == 0.0 {
-            return Vec::new();
-        }
-        let padding = batch.n_events() as i64;
-        let of_column = |column: usize| {
-            let mut sources = swap_sources(batch, column, self.swap_noise);
-            sources.push(padding);
-            Tensor::from_slice(&sources)
-        };
-        (0..batch.columns.len()).map(of_column).collect()
-    }
-
     /// *All ranks*, if the item table is sharded. Looks up the vectors of the categorical columns,
-    /// in the order of the channels.
+    /// in the order of the channels. `is_sized`: whether all ranks look up the same number of rows.
     ///
     /// # Errors
     /// A collective call fails.
@@ -200,6 +185,7 @@ impl Input {
         items: &ItemVectors<'_>,
         columns: &[Tensor],
         item_table: &ItemTable<'a>,
+        is_sized: bool,
     ) -> Result<Vec<Lookup<'a>>, CollectiveError> {
         let tables = self.channels.iter().filter_map(|(channel, _)| match channel {
             &Channel::Table { column, table } => Some((column, table)),
@@ -210,7 +196,7 @@ impl Input {
                 let rows = columns[column].shallow_clone();
                 let (request, vectors);
                 if table == ITEM_TABLE {
-                    let counts = item_table.gather_counts(rows.size()[0])?;
+                    let counts = item_table.gather_counts(rows.size()[0], is_sized)?;
                     request = item_table.request(&rows, &counts)?;
                     vectors = request.fetch(|rows| items.vectors(rows))?;
                 } else {
@@ -278,7 +264,7 @@ impl Input {
 
 /// The event from which each event takes its value of a column: itself, or with `probability` a
 /// random event of its micro-batch.
-fn swap_sources(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
+pub(super) fn swap_sources(batch: &Batch, column: usize, probability: f64) -> Vec<i64> {
     let events = batch.by_segment(&batch.lengths);
     let mut sources = Vec::with_capacity(batch.n_events());
     for (segment, n) in batch.segments.iter().zip(events) {

@@ -24,6 +24,7 @@ mod neighbours;
 mod network;
 pub mod objective;
 pub mod parameters;
+mod prepare;
 mod rows;
 mod start;
 mod xlnet;
@@ -40,8 +41,9 @@ pub use gru::Gru;
 pub use item_table::{ItemTable, LocalRows};
 pub use loglinear::LogLinear;
 pub use neighbours::Neighbours;
-pub use network::{COUNTS, ITEM_TABLES, LossSum, Network, ParameterSizes, PreparedBatch};
+pub use network::{COUNTS, ITEM_TABLES, LossSum, Network, ParameterSizes};
 pub use parameters::{Gradients, Parameters, View};
+pub use prepare::{PreparedBatch, Preparer, SizeBounds, StepSizes};
 pub use xlnet::Xlnet;
 
 use network::ITEM_TABLE;

@@ -5,19 +5,18 @@ use std::ops::Range;
 use bireme_kernels::autograd::{add_all, backward};
 use bireme_kernels::parallel::torch_in_parallel;
 use bireme_kernels::transfer::send_together;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::Objective;
 use super::content::{self, Content};
-use super::encoder::{Encoder, EncoderInput, PreparedSessions};
+use super::encoder::{Encoder, EncoderInput, rows_of_part};
 use super::evidence::{CandidateScorer, CandidateSearch, Candidates, Counts};
 use super::head::{CrossEntropy, Negatives, ScoringTable, Targets, Workspace, cross_entropy};
 use super::input::{Input, Lookup};
 use super::item_vectors::{Composition, ItemVectors};
-use super::objective::{AttentionMask, Plan};
+use super::objective::Plan;
 use super::parameters::{Gradients, Linear, ParameterBuilder};
+use super::prepare::{PreparedBatch, PreparedSessions, Preparer};
 use super::rows::{add_rows, add_rows_deterministically};
 use super::start::{factors_of_pairs, pretrained_vectors, scaled};
 use super::{
@@ -27,7 +26,6 @@ use super::{
 use crate::collective::CollectiveError;
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{InputConfig, Reminders, StartConfig};
-use crate::data::plan::derive_seed;
 use crate::data::{
     Batch, Catalogue, DataError, DropoutGenerator, Features, Pretrained, SessionFile, with_seed,
 };
@@ -131,53 +129,6 @@ struct EncodedPart {
     looked_up: Vec<Tensor>,
     /// Uses of dropout so far.
     n_sites: u32,
-}
-
-/// What a backward pass over a batch reads.
-pub struct PreparedBatch {
-    /// Values of each feature, with a padding event at the end: `[T + 1]`.
-    columns: Vec<Tensor>,
-    /// See [`Input::swap_sources`].
-    swap_sources: Vec<Tensor>,
-    /// Consecutive parts.
-    parts: Vec<PreparedPart>,
-    /// Events of each part.
-    n_events: Vec<i64>,
-    /// Events that are predicted, i64 `[N]`.
-    predicted: Tensor,
-    /// Number of the micro-batch of each target, i64 `[N]`.
-    micro_batches: Tensor,
-    /// See [`Targets::uniform`].
-    uniform: Option<Tensor>,
-    /// Targets of each part.
-    n_targets: Vec<i64>,
-    /// Targets of all parts, f32 `[1]`.
-    n_targets_tensor: Tensor,
-    /// For [`Objective::Replaced`].
-    detection: Option<PreparedSessions>,
-    step_seed: u64,
-}
-
-/// A part of a [`PreparedBatch`].
-struct PreparedPart {
-    search: Option<CandidateSearch>,
-    sessions: PreparedSessions,
-}
-
-impl PreparedBatch {
-    /// All tensors, to be sent to a device together.
-    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
-        let mut tensors: Vec<&mut Tensor> =
-            self.columns.iter_mut().chain(&mut self.swap_sources).collect();
-        tensors.extend([&mut self.predicted, &mut self.micro_batches, &mut self.n_targets_tensor]);
-        tensors.extend(&mut self.uniform);
-        for PreparedPart { search, sessions } in &mut self.parts {
-            tensors.extend(search.iter_mut().flat_map(CandidateSearch::tensors_mut));
-            tensors.extend(sessions.tensors_mut());
-        }
-        tensors.extend(self.detection.iter_mut().flat_map(PreparedSessions::tensors_mut));
-        tensors
-    }
 }
 
 /// The events that replaced-item detection classifies.
@@ -293,29 +244,6 @@ impl ParameterSizes {
     }
 }
 
-/// Events that are predicted, counted from the first of the batch: `[N]`.
-fn predicted_events(parts: &[(Plan, Batch)]) -> Vec<i64> {
-    let (mut predicted, mut first) = (Vec::new(), 0);
-    for (plan, part) in parts {
-        predicted.extend(plan.targets.iter().map(|target| first + target));
-        first += part.n_events() as i64;
-    }
-    predicted
-}
-
-/// Number of the micro-batch of each target.
-fn micro_batches(parts: &[(Plan, Batch)]) -> Vec<i64> {
-    let mut of_targets = Vec::new();
-    let mut number = 0;
-    for (plan, part) in parts {
-        for n_targets in part.by_segment(&plan.outputs_per_session) {
-            of_targets.extend(std::iter::repeat_n(number, n_targets));
-            number += 1;
-        }
-    }
-    of_targets
-}
-
 impl Network<'static> {
     /// A network whose rank holds all rows of the item table.
     ///
@@ -411,6 +339,15 @@ impl<'a> Network<'a> {
     /// Replaced-item detection looks items up a second time.
     pub fn scores_once(&self) -> bool {
         self.detector.is_none()
+    }
+
+    pub fn objective(&self) -> &Objective {
+        &self.objective
+    }
+
+    /// Whether the vectors of items are the rows of the item table, all of which are learnt.
+    pub fn items_are_rows(&self) -> bool {
+        self.items(None).are_rows() && self.composition.is_learnt.is_none()
     }
 
     pub fn item_table(&self) -> &ItemTable<'a> {
@@ -576,69 +513,25 @@ impl<'a> Network<'a> {
         self.workspace = Workspace::default();
     }
 
-    /// Prepares a backward pass over `batch`, with the plan of the objective.
-    pub fn prepare(&self, batch: &Batch) -> PreparedBatch {
-        let parts = batch.split(self.n_parts(batch)).into_iter();
-        let planned =
-            parts.map(|part| (self.objective.training(&part, self.encoder.attends()), part));
-        self.prepare_parts(batch, planned.collect())
-    }
-
-    /// [`Network::prepare`] with the masked and predicted positions given.
-    pub fn prepare_planned(&self, batch: &Batch, plan: Plan) -> PreparedBatch {
-        let whole = batch.split(1).into_iter().map(|whole| (plan.clone(), whole)).collect();
-        self.prepare_parts(batch, whole)
-    }
-
-    /// Number of parts in which a batch goes through the encoder, each on its own threads: on a CPU
-    /// the encoder's operations are too small to use all threads.
-    fn n_parts(&self, batch: &Batch) -> usize {
-        match self.device() {
-            // The detector applies dropout to the whole batch.
-            Device::Cpu if self.detector.is_none() => {
-                batch.segments.len().min(tch::get_num_threads().max(1) as usize)
-            }
-            _ => 1,
+    /// Prepares batches for this network on the days that it has counted.
+    pub fn preparer(&self) -> Preparer {
+        let Encoder { input, input_dropout, padded_length, .. } = &self.encoder;
+        let is_on_gpu = self.device() != Device::Cpu;
+        // On a CPU the encoder's operations are too small to use all threads, so that parts of a
+        // batch go through it, each on its own threads. The detector applies dropout to the whole
+        // batch.
+        let is_whole = is_on_gpu || self.detector.is_some();
+        Preparer {
+            objective: self.objective.clone(),
+            attends: self.encoder.attends(),
+            is_on_gpu,
+            n_parts: if is_whole { 1 } else { tch::get_num_threads().max(1) as usize },
+            drops_inputs: *input_dropout > 0.0,
+            swap_noise: input.swap_noise,
+            padded_length: *padded_length,
+            max_positions: padded_length.unwrap_or(0).max(self.max_length),
+            candidates: self.evidence.as_ref().map(|evidence| evidence.index.preparer()),
         }
-    }
-
-    fn prepare_parts(&self, batch: &Batch, parts: Vec<(Plan, Batch)>) -> PreparedBatch {
-        let predicted = Tensor::from_slice(&predicted_events(&parts));
-        let micro_batches = Tensor::from_slice(&micro_batches(&parts));
-        let (device, is_replaced) = (self.device(), self.detector.is_some());
-        let n_targets: Vec<i64> = parts.iter().map(|(plan, _)| plan.targets.len() as i64).collect();
-        PreparedBatch {
-            columns: batch.columns_with_padding(),
-            swap_sources: self.encoder.input.swap_sources(batch),
-            predicted,
-            micro_batches,
-            uniform: is_replaced.then(|| uniform(&parts)),
-            n_events: parts.iter().map(|(_, part)| part.n_events() as i64).collect(),
-            n_targets_tensor: Tensor::from_slice(&[n_targets.iter().sum::<i64>() as f32]),
-            n_targets,
-            detection: is_replaced.then(|| {
-                // A causal body classifies an event by the events before it, an attending one by
-                // all.
-                let plan = Plan::all(&batch.lengths, AttentionMask::Full);
-                self.encoder.prepare(plan, batch, device, true)
-            }),
-            parts: self.prepare_sessions(parts),
-            step_seed: batch.step_seed,
-        }
-    }
-
-    fn prepare_sessions(&self, parts: Vec<(Plan, Batch)>) -> Vec<PreparedPart> {
-        let (encoder, device) = (&self.encoder, self.device());
-        let searched = parts.into_iter().map(|(plan, part)| {
-            let evidence = self.evidence.as_ref();
-            let search =
-                evidence.map(|evidence| evidence.index.prepare_targets(&plan.targets, &part));
-            (search, plan, part)
-        });
-        torch_in_parallel(searched.collect::<Vec<_>>(), |(search, plan, part)| PreparedPart {
-            search,
-            sessions: encoder.prepare(plan, &part, device, true),
-        })
     }
 
     /// *All ranks*, if the item table is sharded. Adds the gradients of the loss over a prepared
@@ -649,32 +542,30 @@ impl<'a> Network<'a> {
     /// A collective call fails.
     pub fn backward(
         &mut self,
-        batch: PreparedBatch,
+        batch: &PreparedBatch,
         negatives: &Negatives,
         hooks: &mut dyn GradientHooks,
         timer: &mut PhaseTimer,
     ) -> Result<LossSum, CollectiveError> {
-        let PreparedBatch { step_seed, n_targets, n_targets_tensor, .. } = &batch;
-        let (step_seed, n_targets) = (*step_seed, n_targets.clone());
-        let n_targets_tensor = n_targets_tensor.shallow_clone();
-        let counts = self.item_table.gather_counts(n_targets.iter().sum())?;
+        let &PreparedBatch { step_seed, ref n_outputs, is_sized, .. } = batch;
+        let n_targets = batch.n_targets.shallow_clone();
+        let counts = self.item_table.gather_counts(n_outputs.iter().sum(), is_sized)?;
         if counts.iter().sum::<i64>() == 0 {
-            return self.backward_without_targets(n_targets_tensor, hooks);
+            return self.backward_without_targets(n_targets, hooks);
         }
         let mut dropout = DropoutGenerator::new(self.max_length);
         let columns = with_swap_noise(&batch.columns, &batch.swap_sources);
         let items = self.items(Some(step_seed));
-        let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
+        let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table, is_sized)?;
         let targets = Targets {
             items: batch.columns[0].index_select(0, &batch.predicted),
             micro_batches: batch.micro_batches.shallow_clone(),
-            weights: None,
+            weights: batch.weights.as_ref().map(Tensor::shallow_clone),
             uniform: batch.uniform.as_ref().map(Tensor::shallow_clone),
         };
         let targets = StepTargets { targets, counts, step_seed };
         let input = EncoderInput::whole(columns, &lookups);
-        let encoded =
-            self.encode_parts(batch.parts, &batch.n_events, &batch.columns, &input, &dropout);
+        let encoded = self.encode_parts(batch, &input, &dropout);
         timer.end("forward");
 
         let vectors: Vec<Tensor> = encoded.iter().map(|part| part.vectors.detach()).collect();
@@ -684,10 +575,10 @@ impl<'a> Network<'a> {
         timer.end("loss");
 
         let n_sites = encoded.iter().map(|part| part.n_sites).max().unwrap_or(0);
-        let by_part = |gradient: &Tensor| gradient.split_with_sizes(n_targets.as_slice(), 0);
+        let by_part = |gradient: &Tensor| gradient.split_with_sizes(n_outputs.as_slice(), 0);
         let sparse_gradients: Vec<Option<Tensor>> = match &sparse_gradient {
             Some(gradient) => by_part(gradient).into_iter().map(Some).collect(),
-            None => n_targets.iter().map(|_| None).collect(),
+            None => n_outputs.iter().map(|_| None).collect(),
         };
         let gradients = by_part(&state_gradient).into_iter().zip(sparse_gradients);
         let others = self.other_parameters();
@@ -706,25 +597,25 @@ impl<'a> Network<'a> {
                 backward_from(&outputs, &parameters, others.clone(), &looked_up)
             });
         })?;
-        self.add_gradients(&of_parts, &lookups, hooks)?;
+        self.add_gradients(&of_parts, &lookups, is_sized, hooks)?;
         dropout.set_n_sites(n_sites);
         if let (Some(detector), Some(drawn), Some(sessions), Objective::Replaced { weight, .. }) =
-            (self.detector, drawn, batch.detection, &self.objective)
+            (self.detector, drawn, &batch.detection, &self.objective)
         {
-            let replaced = batch.columns[0].index_copy(0, &batch.predicted, &drawn);
-            let mut columns = batch.columns;
-            let original = std::mem::replace(&mut columns[0], replaced);
+            let mut columns: Vec<Tensor> =
+                batch.columns.iter().map(Tensor::shallow_clone).collect();
+            columns[0] = batch.columns[0].index_copy(0, &batch.predicted, &drawn);
             let detection = Detection {
                 columns: &columns,
                 swap_sources: &batch.swap_sources,
-                original: &original,
-                sessions: &sessions,
+                original: &batch.columns[0],
+                sessions,
                 step_seed,
             };
             loss += self.detect(detector, *weight, &detection, &mut dropout, hooks)?;
         }
         timer.end("backward");
-        Ok(LossSum { loss, n_targets: n_targets_tensor })
+        Ok(LossSum { loss, n_targets })
     }
 
     /// *All ranks*, if the item table is sharded or its gradient is reduced early. This rank has no
@@ -737,27 +628,28 @@ impl<'a> Network<'a> {
         hooks.scoring_complete(&mut self.gradients, &mut || ())?;
         let rows = Tensor::zeros([0], (Kind::Int64, self.device()));
         let vectors = self.parameters.leaf(ITEM_TABLE).narrow(0, 0, 0).detach();
-        self.add_late_rows(&rows, &vectors, hooks)?;
+        self.add_late_rows(&rows, &vectors, false, hooks)?;
         Ok(LossSum { loss: Tensor::zeros([], (Kind::Double, self.device())), n_targets })
     }
 
-    /// Encodes the parts of a batch, each with its own autograd graph. `n_events`: of each part;
-    /// `columns: [T + 1]` without swap noise and `input` are those of the whole batch.
+    /// Encodes the parts of a batch, each with its own autograd graph. `input`: of the whole batch,
+    /// with swap noise.
     fn encode_parts(
         &self,
-        parts: Vec<PreparedPart>,
-        n_events: &[i64],
-        columns: &[Tensor],
+        batch: &PreparedBatch,
         input: &EncoderInput,
         dropout: &DropoutGenerator,
     ) -> Vec<EncodedPart> {
-        let (mut work, mut first) = (Vec::with_capacity(parts.len()), 0);
-        for (part, n_events) in parts.into_iter().zip(n_events) {
+        let (mut work, mut first) = (Vec::with_capacity(batch.parts.len()), 0);
+        for (part, n_events) in batch.parts.iter().zip(&batch.n_events) {
             // Handles of tensors may be sent to another thread, but not shared with it.
-            let PreparedPart { search, sessions } = part;
-            let scored = self.evidence.as_ref().zip(search);
-            let candidates = scored
-                .map(|(evidence, search)| (evidence.scorer, evidence.index.find(search, columns)));
+            let sessions = part.sessions.share();
+            let candidates = self.evidence.as_ref().zip(part.search.as_ref());
+            let candidates = candidates.map(|(evidence, search)| {
+                let columns: Vec<Tensor> =
+                    batch.columns.iter().map(|x| rows_of_part(x, first, *n_events)).collect();
+                (evidence.scorer, evidence.index.find(search, &columns))
+            });
             let input = input.part(first, *n_events).into_leaves();
             work.push((self.parameters.share(), input, candidates, sessions));
             first += n_events;
@@ -833,7 +725,7 @@ impl<'a> Network<'a> {
         let is_replaced = is_replaced.to_kind(Kind::Float);
         let columns = with_swap_noise(columns, swap_sources);
         let items = self.items(Some(step_seed));
-        let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
+        let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table, false)?;
         let input = EncoderInput::whole(columns, &lookups).into_leaves();
         let states = self.encoder.states(&self.parameters, &input, sessions, Some(dropout));
         let logits = detector.apply(&self.parameters, &states).squeeze_dim(1);
@@ -851,7 +743,7 @@ impl<'a> Network<'a> {
             self.other_parameters(),
             &input.vectors,
         );
-        self.add_gradients(&[gradients], &lookups, hooks)?;
+        self.add_gradients(&[gradients], &lookups, false, hooks)?;
         Ok(loss.detach().to_kind(Kind::Double))
     }
 
@@ -861,11 +753,13 @@ impl<'a> Network<'a> {
     }
 
     /// *All ranks*, if the item table is sharded or its gradient is reduced early. Adds what
-    /// [`backward_from`] returned for each part of a batch.
+    /// [`backward_from`] returned for each part of a batch. `is_sized`: whether all ranks look up
+    /// the same number of rows.
     fn add_gradients(
         &mut self,
         of_parts: &[Vec<Tensor>],
         lookups: &[Lookup<'_>],
+        is_sized: bool,
         hooks: &mut dyn GradientHooks,
     ) -> Result<(), CollectiveError> {
         let others = self.other_parameters();
@@ -883,7 +777,7 @@ impl<'a> Network<'a> {
                 let mut gradient = gradient;
                 let _ = gradient.masked_fill_(&lookup.rows.eq(0).unsqueeze(1), 0.0);
                 if lookup.table == ITEM_TABLE
-                    && self.add_late_rows(&lookup.rows, &gradient, hooks)?
+                    && self.add_late_rows(&lookup.rows, &gradient, is_sized, hooks)?
                 {
                     continue;
                 }
@@ -908,9 +802,10 @@ impl<'a> Network<'a> {
         &mut self,
         rows: &Tensor,
         gradients: &Tensor,
+        is_sized: bool,
         hooks: &mut dyn GradientHooks,
     ) -> Result<bool, CollectiveError> {
-        let Some((rows, gradients)) = hooks.gather_late_rows(rows, gradients)? else {
+        let Some((rows, gradients)) = hooks.gather_late_rows(rows, gradients, is_sized)? else {
             return Ok(false);
         };
         add_rows_deterministically(&mut self.gradients.of(ITEM_TABLE), &rows, &gradients);
@@ -935,7 +830,7 @@ impl<'a> Network<'a> {
         mut search: Option<CandidateSearch>,
     ) -> Result<(Tensor, Option<Candidates>), CollectiveError> {
         let mut columns = batch.columns_with_padding();
-        let mut sessions = self.encoder.prepare(plan, batch, self.device(), false);
+        let mut sessions = self.preparer().sessions(plan, batch, false, None);
         let mut tensors: Vec<&mut Tensor> = columns.iter_mut().collect();
         tensors.extend(sessions.tensors_mut());
         tensors.extend(search.iter_mut().flat_map(CandidateSearch::tensors_mut));
@@ -943,9 +838,9 @@ impl<'a> Network<'a> {
         tch::no_grad(|| {
             let evidence = self.evidence.as_ref().zip(search);
             let candidates =
-                evidence.map(|(evidence, search)| evidence.index.find(search, &columns));
+                evidence.map(|(evidence, search)| evidence.index.find(&search, &columns));
             let items = self.items(None);
-            let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table)?;
+            let lookups = self.encoder.input.look_up(&items, &columns, &self.item_table, false)?;
             let input = EncoderInput::whole(columns, &lookups);
             Ok((self.encoder.states(&self.parameters, &input, &sessions, None), candidates))
         })
@@ -960,7 +855,8 @@ impl<'a> Network<'a> {
             let (encoder, parameters) = (&self.encoder, &self.parameters);
             let columns: Vec<Tensor> =
                 columns.iter().map(|column| column.reshape([-1]).constant_pad_nd([0, 1])).collect();
-            let lookups = encoder.input.look_up(&self.items(None), &columns, &self.item_table);
+            let items = self.items(None);
+            let lookups = encoder.input.look_up(&items, &columns, &self.item_table, false);
             let lookups = lookups.expect("lookups in a replicated table make no collective call");
             let input = EncoderInput::whole(columns, &lookups);
             let states = encoder.next_states(parameters, &input, &self.objective, lengths, width);
@@ -999,19 +895,6 @@ impl<'a> Network<'a> {
     }
 }
 
-/// A uniform number in 0..1 for each target, from the seed of its session: `[N]`.
-fn uniform(parts: &[(Plan, Batch)]) -> Tensor {
-    let numbers: Vec<f32> = parts
-        .iter()
-        .flat_map(|(plan, batch)| batch.session_seeds.iter().zip(&plan.outputs_per_session))
-        .flat_map(|(&seed, &n)| {
-            let mut generator = ChaCha8Rng::seed_from_u64(derive_seed(seed, "replaced", &[]));
-            (0..n).map(move |_| generator.random())
-        })
-        .collect();
-    Tensor::from_slice(&numbers)
-}
-
 impl Recommender for Network<'_> {
     fn n_items(&self) -> i64 {
         self.item_table.n_items
@@ -1028,7 +911,7 @@ impl Recommender for Network<'_> {
     fn encode(&self, known: &Batch) -> Result<Encoded, CollectiveError> {
         let plan = self.objective.next(&known.lengths, self.encoder.attends());
         let evidence = self.evidence.as_ref();
-        let search = evidence.map(|evidence| evidence.index.prepare_next(known));
+        let search = evidence.map(|evidence| evidence.index.preparer().of_next(known));
         let (states, candidates) = self.encode_planned(known, plan, search)?;
         Ok(tch::no_grad(|| {
             let vectors = self.encoder.vectors(&self.parameters, &states);

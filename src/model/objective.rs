@@ -7,6 +7,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::prepare::StepSizes;
 use crate::config::Objective;
 use crate::data::Batch;
 
@@ -244,6 +245,35 @@ impl Plan {
                 .collect(),
             ..self
         }
+    }
+
+    /// The same plan with sessions of padding behind the others, so that it has the given sizes.
+    /// The targets of padding are the event behind the last.
+    ///
+    /// # Panics
+    /// If the plan does not fit: see [`Preparer::sizes`](super::prepare::Preparer::sizes).
+    #[must_use]
+    pub(super) fn sized(mut self, sizes: &StepSizes) -> Self {
+        let missing = |wanted: i64, n: usize| wanted as usize - n;
+        let n_sessions = missing(sizes.n_sessions, self.lengths.len());
+        let n_positions = missing(sizes.n_positions, self.inputs.len());
+        let n_outputs = missing(sizes.n_outputs, self.outputs.len());
+        let part =
+            |all: usize, session: usize| all / n_sessions + usize::from(session < all % n_sessions);
+        for session in 0..n_sessions {
+            let first = self.inputs.len() as i64;
+            let (n, n_outputs) = (part(n_positions, session), part(n_outputs, session));
+            assert!(1 <= n && n as i64 <= sizes.length && n_outputs <= n, "the plan does not fit");
+            self.lengths.push(n);
+            self.inputs.extend(std::iter::repeat_n(PositionInput::Padding, n));
+            if let AttentionMask::Permuted(order) = &mut self.mask {
+                order.extend(std::iter::repeat_n(-1, n));
+            }
+            self.outputs.extend(first..first + n_outputs as i64);
+            self.outputs_per_session.push(n_outputs);
+            self.targets.extend(std::iter::repeat_n(sizes.n_events, n_outputs));
+        }
+        self
     }
 
     fn empty(mask: AttentionMask) -> Self {

@@ -10,7 +10,7 @@ use crate::model::Gradients;
 pub struct StepSums<'a> {
     /// Sum of squares of the sharded gradients of all ranks, f32 `[]`; `None` without sharding.
     pub sharded_squares: Option<&'a Tensor>,
-    /// Summed loss of this rank, f32 `[1]`.
+    /// Summed loss of this rank, f32 `[1]`. Set to zero for the next step.
     pub own_loss: &'a Tensor,
     /// See [`Optimizer::rates`].
     pub rates: &'a Tensor,
@@ -64,6 +64,11 @@ pub struct SkippedStep {
 }
 
 impl StepOutcome {
+    /// The same outcome.
+    pub fn share(&self) -> Self {
+        Self { values: self.values.shallow_clone(), history: self.history.shallow_clone() }
+    }
+
     pub fn read(&self) -> StepValues {
         let all = Tensor::cat(&[&self.values, &self.history], 0);
         let all = Vec::<f64>::try_from(all).expect("the outcome is f64");
@@ -164,6 +169,7 @@ impl Optimizer {
         );
         let numbers = |x: &Tensor| Vec::<f64>::try_from(x.to_kind(Kind::Double)).expect("numbers");
         let own_loss = sums.own_loss.double_value(&[0]);
+        let _ = sums.own_loss.shallow_clone().zero_();
         let mut outcome = numbers(&scalars);
         outcome.extend([norm.double_value(&[]), own_loss]);
         let (loss, norm) = (outcome[0] / outcome[1], outcome[4]);

@@ -62,6 +62,16 @@ pub enum Record {
         /// Over all ranks.
         sessions_per_s: f64,
     },
+    /// On a GPU, how the steps of a day run.
+    Graph {
+        /// Day trained on.
+        day: i64,
+        /// Whether a step is one CUDA graph.
+        captured: bool,
+        /// Why it is not.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
+    },
     /// A step that was skipped because its loss or gradient was not finite.
     Skipped {
         /// Day trained on.
@@ -243,6 +253,13 @@ impl Report {
                 self.print(&format!(
                     "day {day}  step {step:5}  left out: loss {loss}, norm of its gradient {norm}"
                 ));
+            }
+            Record::Graph { captured: true, .. } => {
+                self.print("the steps of the day run as one CUDA graph");
+            }
+            Record::Graph { why, .. } => {
+                let why = why.as_deref().unwrap_or("unknown");
+                self.print(&format!("steps run without a CUDA graph: {why}"));
             }
             Record::Checkpoint { .. } => {}
             Record::Eval { train_day, eval_day, split, metrics, coverage_at_20, seconds } => {

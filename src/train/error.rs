@@ -62,6 +62,12 @@ pub enum TrainError {
         /// Whether no majority of the ranks agrees.
         is_tie: bool,
     },
+    /// `run.cuda_graph` is `require`, and the step cannot be recorded; all ranks return this error.
+    #[error("`run.cuda_graph` is `require`, but {0}")]
+    GraphRequired(String),
+    /// A CUDA graph cannot be launched.
+    #[error("the CUDA graph of the training step: {0}")]
+    GraphLaunch(String),
     /// The data files of some ranks differ.
     #[error(
         "the data files of rank {rank} differ from those of rank 0: all ranks need the same files, \
@@ -92,9 +98,12 @@ impl UserError for TrainError {
             Self::OtherData { .. } | Self::Model(_) | Self::Loss(_) => REFUSED,
             Self::Weights(error) => error.exit_code(),
             Self::Memory(error) => error.exit_code(),
-            Self::Evaluate(_) | Self::Report(_) | Self::NotFinite { .. } | Self::Desync { .. } => {
-                FAILED
-            }
+            Self::Evaluate(_)
+            | Self::Report(_)
+            | Self::NotFinite { .. }
+            | Self::Desync { .. }
+            | Self::GraphRequired(_)
+            | Self::GraphLaunch(_) => FAILED,
         }
     }
 

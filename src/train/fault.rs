@@ -54,6 +54,10 @@ impl Fault {
         }))
     }
 
+    pub fn is_planted(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Called after each backward pass of a step.
     pub fn before_reduction(
         &self,

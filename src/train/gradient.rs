@@ -1,19 +1,22 @@
 //! Training by gradients: the step is the same for one rank and many, on CPUs and GPUs.
 
 use std::ops::ControlFlow;
+use std::sync::mpsc::{Sender, channel};
 
-use bireme_kernels::transfer::send_together;
 use tch::{Device, Kind, Tensor};
 
 use super::fault::Fault;
 use super::gradient_sync::{GradientSync, Requests};
+use super::step_graph::StepGraph;
 use super::{Day, Learner, RankContext, TrainError};
 use crate::checkpoint::{SharedCheckpoint, Tensors};
 use crate::config::{Config, StartConfig, TrainConfig};
-use crate::data::{Batch, Features, Loader};
-use crate::model::head::{Logits, NegativeSampler};
+use crate::data::{Batch, Features, Loader, Read};
+use crate::model::head::{Logits, NegativeSampler, uniform_numbers};
 use crate::model::parameters::copy_rows;
-use crate::model::{COUNTS, ItemTable, Network, Neural, PreparedBatch, Recommender};
+use crate::model::{
+    COUNTS, ItemTable, Network, Neural, PreparedBatch, Preparer, Recommender, SizeBounds, StepSizes,
+};
 use crate::optim::{Optimizer, OptimizerConfig, StepOutcome, StepSums};
 
 /// A network and its optimizer. The state of the optimizer is kept from day to day; the schedule of
@@ -62,28 +65,27 @@ impl<'a> GradientLearner<'a> {
     /// of ranks takes the same step.
     fn train_step(
         &mut self,
-        step: StepInput,
+        step: &StepInput,
         sampler: &NegativeSampler,
         day: &mut Day<'_>,
     ) -> Result<StepOutcome, TrainError> {
         let (rank, number) = (day.rank(), day.state.position.global_step);
         let StepInput { passes, uniform, requests, rates, step_seed } = step;
-        let negatives = sampler.negatives(&uniform);
-        let no_requests = requests.zeros_like();
-        for (pass, batch) in passes.into_iter().enumerate() {
+        let negatives = sampler.negatives(uniform);
+        for (pass, batch) in passes.iter().enumerate() {
             let mut sums =
                 self.network.backward(batch, &negatives, &mut self.sync, &mut day.timer)?;
             self.fault.before_reduction(rank, number, self.network.gradients_mut(), &mut sums);
-            let requests = if pass == 0 { &requests } else { &no_requests };
+            let requests = (pass == 0).then_some(requests);
             self.sync.accumulate(self.network.gradients_mut(), &sums, requests);
         }
         day.timer.end("backward");
-        let synced = self.sync.finish(&mut self.network, step_seed)?;
+        let synced = self.sync.finish(&mut self.network, *step_seed)?;
         day.timer.end("communication");
         let sums = StepSums {
             sharded_squares: synced.sharded_squares.as_ref(),
             own_loss: &synced.own_loss,
-            rates: &rates,
+            rates,
             clip_norm: day.config.train.clip_norm,
         };
         let values = self.network.parameters().values();
@@ -141,7 +143,7 @@ impl<'a> GradientLearner<'a> {
 struct StepInput {
     /// This rank's micro-batches, one backward pass each.
     passes: Vec<PreparedBatch>,
-    /// See [`NegativeSampler::draw`].
+    /// See [`NegativeSampler::negatives`].
     uniform: Tensor,
     /// See [`Requests::to_tensor`].
     requests: Tensor,
@@ -151,23 +153,68 @@ struct StepInput {
 }
 
 impl StepInput {
-    /// In host memory, without requests and with rates of 0.
-    fn new(network: &Network<'_>, micro_batches: &[Batch], sampler: &NegativeSampler) -> Self {
-        // All micro-batches of a step have its seed, and every rank has at least one.
-        let step_seed = micro_batches[0].step_seed;
-        Self {
-            passes: micro_batches.iter().map(|batch| network.prepare(batch)).collect(),
-            uniform: sampler.draw(step_seed),
-            requests: Requests::default().to_tensor(),
-            rates: Tensor::from_slice(&[0f64; 2]),
-            step_seed,
-        }
-    }
-
     /// All tensors, to be sent to a device together.
     fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         let of_passes = self.passes.iter_mut().flat_map(PreparedBatch::tensors_mut);
         of_passes.chain([&mut self.uniform, &mut self.requests, &mut self.rates]).collect()
+    }
+}
+
+/// What the loader's thread sends.
+enum Loaded {
+    /// The sizes of the steps of the next epoch. The loader waits for those that all ranks agree
+    /// on.
+    Epoch(SizeBounds),
+    /// In host memory, without requests and with rates of 0.
+    Step(StepInput),
+}
+
+/// Prepares steps on the loader's thread.
+#[derive(Clone)]
+struct StepSource {
+    preparer: Preparer,
+    /// See [`NegativeSampler::n_sampled`].
+    n_sampled: i64,
+    /// Whether all steps have the same sizes.
+    has_sizes: bool,
+}
+
+impl StepSource {
+    /// Starts a loader at step `first_step` of the day, and returns where it waits for sizes.
+    fn start(self, day: &Day<'_>, first_step: usize) -> (Loader<Loaded>, Sender<StepSizes>) {
+        let (agreed, sizes_of_epoch) = channel();
+        let (mut sizes, mut is_new_epoch) = (None, false);
+        let prepare = move |read: Read<'_>| match read {
+            Read::Epoch(_) if !self.has_sizes => None,
+            Read::Epoch(steps) => {
+                is_new_epoch = true;
+                let bounds = steps.flatten().map(|outline| self.preparer.bounds(&outline));
+                Some(Loaded::Epoch(bounds.reduce(|all, of| all.max(&of)).unwrap_or_default()))
+            }
+            Read::Step(micro_batches) => {
+                if std::mem::take(&mut is_new_epoch) {
+                    // Without an answer the training has ended.
+                    sizes = Some(sizes_of_epoch.recv().ok()?);
+                }
+                Some(Loaded::Step(self.step(&micro_batches, sizes.as_ref())))
+            }
+        };
+        let collective = day.place.collective;
+        let ranks = (collective.rank(), collective.world_size());
+        (Loader::preparing(&day.plan, day.features, ranks, first_step, prepare), agreed)
+    }
+
+    fn step(&self, micro_batches: &[Batch], sizes: Option<&StepSizes>) -> StepInput {
+        // All micro-batches of a step have its seed, and every rank has at least one.
+        let step_seed = micro_batches[0].step_seed;
+        let passes = micro_batches.iter().map(|batch| self.preparer.prepare(batch, sizes));
+        StepInput {
+            passes: passes.collect(),
+            uniform: uniform_numbers(self.n_sampled, step_seed),
+            requests: Requests::default().to_tensor(),
+            rates: Tensor::from_slice(&[0f64; 2]),
+            step_seed,
+        }
     }
 }
 
@@ -199,8 +246,6 @@ impl Learner for GradientLearner<'_> {
             self.network.begin_day(day.plan.day, day.plan.window.today(), day.catalogue)?;
         }
         let mut n_done = day.state.position.day_step;
-        let ranks = (collective.rank(), collective.world_size());
-        let steps = Loader::start(&day.plan, day.features, ranks, n_done);
         let train = &day.config.train;
         let sampler = NegativeSampler::new(
             train.loss,
@@ -208,23 +253,35 @@ impl Learner for GradientLearner<'_> {
             logits(train, day.config.run.precision.logits_kind(), day.place.device),
             day.place.device,
         );
-        for micro_batches in steps {
+        let mut graph = StepGraph::new(&self.network, self.fault.is_planted(), day)?;
+        let source = StepSource {
+            preparer: self.network.preparer(),
+            n_sampled: sampler.n_sampled(),
+            has_sizes: graph.needs_sizes(),
+        };
+        let (steps, agreed_sizes) = source.clone().start(day, n_done);
+        for item in steps {
             if let Some(watch) = collective.watch() {
                 watch.begin_step(day.plan.day, n_done + 1);
             }
-            let micro_batches = micro_batches?;
+            let mut step = match item? {
+                Loaded::Epoch(bounds) => {
+                    let sizes = graph.agree_on_sizes(&bounds, &source.preparer, day)?;
+                    // A loader that failed sends its error next.
+                    let _ = agreed_sizes.send(sizes);
+                    continue;
+                }
+                Loaded::Step(step) => step,
+            };
             // On a GPU a wait for the device may be a wait for another rank.
             let _step = collective.watch().map(|watch| watch.begin("a step".to_owned()));
             let rates = self.optimizer.rates(train.schedule.factor(n_done, n_steps));
             let [learning_rate, _] = rates;
-            let mut step = StepInput {
-                requests: day.requests().to_tensor(),
-                rates: Tensor::from_slice(&rates),
-                ..StepInput::new(&self.network, &micro_batches, &sampler)
-            };
-            send_together(step.tensors_mut(), day.place.device);
+            step.requests = day.requests().to_tensor();
+            step.rates = Tensor::from_slice(&rates);
+            graph.frame().send(step.tensors_mut(), day.place.device);
             day.timer.end("data");
-            let outcome = self.train_step(step, &sampler, day)?;
+            let outcome = graph.step(day, |day| self.train_step(&step, &sampler, day))?;
             n_done += 1;
             let every = day.config.run.compare_ranks_every;
             if every > 0 && (day.state.position.global_step + 1).is_multiple_of(every) {

@@ -82,13 +82,20 @@ impl<'a> GradientSync<'a> {
     }
 
     /// Adds the scalars of a micro-batch, and in the reproducible mode moves its gradients into the
-    /// fixed-point sum. `requests`: f32 `[2]`, of the step for its first micro-batch, else zero.
-    pub fn accumulate(&mut self, gradients: &mut Gradients, sums: &LossSum, requests: &Tensor) {
+    /// fixed-point sum. `requests`: of the step, f32 `[2]`, for its first micro-batch.
+    pub fn accumulate(
+        &mut self,
+        gradients: &mut Gradients,
+        sums: &LossSum,
+        requests: Option<&Tensor>,
+    ) {
         let loss = sums.loss.view([1]);
         let _ = self.own_loss.g_add_(&loss);
-        let mut scalars = gradients.scalars();
+        let scalars = gradients.scalars();
         let loss = loss.to_kind(Kind::Float);
-        scalars += Tensor::cat(&[&loss, &sums.n_targets, requests], 0);
+        let new: Vec<&Tensor> = [&loss, &sums.n_targets].into_iter().chain(requests).collect();
+        let mut changed = scalars.narrow(0, 0, if requests.is_some() { 4 } else { 2 });
+        changed += Tensor::cat(&new, 0);
         if let Some(sum) = &mut self.replicated_sum {
             sum.add_and_clear(&mut gradients.replicated_and_scalars());
         }
@@ -120,8 +127,7 @@ impl<'a> GradientSync<'a> {
         }
         network.finish_gradients(step_seed)?;
         let sharded_squares = self.sharded_squares(network.gradients())?;
-        let no_loss = self.own_loss.zeros_like();
-        Ok(SyncedStep { sharded_squares, own_loss: std::mem::replace(&mut self.own_loss, no_loss) })
+        Ok(SyncedStep { sharded_squares, own_loss: self.own_loss.shallow_clone() })
     }
 
     /// *All ranks.* `rest: [n]` ends with the scalars.
@@ -194,13 +200,18 @@ impl GradientHooks for GradientSync<'_> {
         &mut self,
         rows: &Tensor,
         gradients: &Tensor,
+        are_equal: bool,
     ) -> Result<Option<(Tensor, Tensor)>, CollectiveError> {
         if !self.overlaps {
             return Ok(None);
         }
         // A pass looks up few rows of the table, so gathering them is cheaper than a second
         // reduction of the whole gradient.
-        let counts = self.collective.gather(&[rows.size()[0]])?;
+        let n = rows.size()[0];
+        let counts = match are_equal {
+            true => vec![n; self.collective.world_size()],
+            false => self.collective.gather(&[n])?,
+        };
         let gather = |local: &Tensor| self.collective.gather_rows(local, &counts);
         Ok(Some((gather(rows)?, gather(gradients)?)))
     }
@@ -216,6 +227,6 @@ impl GradientHooks for GradientSync<'_> {
 pub(super) struct SyncedStep {
     /// Sum of squares of the sharded gradients of all ranks, f32 `[]`; `None` without sharding.
     pub sharded_squares: Option<Tensor>,
-    /// Summed loss of this rank, f32 `[1]`.
+    /// Summed loss of this rank, f32 `[1]`, to be set to zero when it was read.
     pub own_loss: Tensor,
 }

@@ -12,6 +12,7 @@ mod gradient_sync;
 mod import;
 mod memory;
 mod signals;
+mod step_graph;
 mod trained;
 mod weights_file;
 

@@ -9,7 +9,7 @@ use bireme::checkpoint::Checkpoints;
 use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{Config, ContentConfig};
 use bireme::data::{Batch, Days, Segment};
-use bireme::model::head::{Logits, NegativeSampler, Negatives};
+use bireme::model::head::{Logits, NegativeSampler, Negatives, uniform_numbers};
 use bireme::model::{
     GruConfig, HeadConfig, InputConfig, LossConfig, Network, NoHooks, Recommender,
 };
@@ -97,9 +97,9 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
     for (id_dropout, cosine, negatives) in [
         (0.0, false, Negatives::Full { label_smoothing: 0.1, logits }),
         (0.4, false, Negatives::Full { label_smoothing: 0.0, logits }),
-        (0.4, false, sampler.negatives(&sampler.draw(7))),
+        (0.4, false, sampler.negatives(&uniform_numbers(sampler.n_sampled(), 7))),
         (0.0, true, Negatives::Full { label_smoothing: 0.1, logits }),
-        (0.4, true, sampler.negatives(&sampler.draw(7))),
+        (0.4, true, sampler.negatives(&uniform_numbers(sampler.n_sampled(), 7))),
     ] {
         let mut network = with_content(&shop, id_dropout, cosine);
         let noise = tch::no_grad(|| {
@@ -110,8 +110,8 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
         let loss = |network: &mut Network, values: &Tensor| {
             tch::no_grad(|| network.parameters().values().copy_(values));
             network.gradients_mut().zero();
-            let prepared = network.prepare(&batch);
-            let sum = network.backward(prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off());
+            let prepared = network.preparer().prepare(&batch, None);
+            let sum = network.backward(&prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off());
             network.finish_gradients(batch.step_seed).unwrap();
             sum.unwrap().loss.double_value(&[])
         };

@@ -9,7 +9,7 @@ use bireme::config::{CandidatesConfig, EvaluateConfig, EvidenceConfig, Reminders
 use bireme::data::{Batch, DataConfig, Days, Features, Sessions};
 use bireme::model::head::{
     CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Targets, Workspace,
-    cross_entropy,
+    cross_entropy, uniform_numbers,
 };
 use bireme::model::{
     CandidateIndex, Candidates, Encoded, GruConfig, HeadConfig, ItemTable, LossConfig, Network,
@@ -204,7 +204,7 @@ fn assert_negatives_are_sampled_and_sparse(
     let logits = Logits { kind: Kind::Float, most: 1 << 20 };
     let occurrences: Vec<i64> = (0..N_ITEMS).collect();
     let sampler = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu);
-    let negatives = sampler.negatives(&sampler.draw(7));
+    let negatives = sampler.negatives(&uniform_numbers(sampler.n_sampled(), 7));
     let Negatives::Sampled { items, .. } = &negatives else { unreachable!() };
     let sampled = Vec::<i64>::try_from(items).unwrap();
     let weight = |item: i64| if item < 2 { 0.0 } else { ((item + 1) as f64).sqrt() };
@@ -304,6 +304,47 @@ fn network(shop: &OneDay) -> Network<'static> {
 }
 
 #[test]
+fn candidates_of_padding_add_nothing() {
+    let shop = OneDay::new(&session_data::sessions(60, N_ITEMS, 5));
+    let sessions = shop.sessions();
+    let batch = batch(&sessions, 0..20, shop.features());
+    let logits = Logits { kind: Kind::Float, most: 1 << 20 };
+    for label_smoothing in [0.0, 0.1] {
+        let sampled = LossConfig::Sampled {
+            n_negatives: 12,
+            power: 0.5,
+            uniform_share: 0.0,
+            label_smoothing,
+            in_batch: true,
+        };
+        for loss in [LossConfig::Softmax { label_smoothing }, sampled] {
+            let mut network = network(&shop);
+            tch::no_grad(|| {
+                tch::manual_seed(5);
+                let values = network.parameters().values();
+                let _ = values.shallow_clone().g_add_(&(values.randn_like() * 0.1));
+            });
+            let occurrences = vec![2; N_ITEMS as usize];
+            let sampler = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu);
+            let negatives = sampler.negatives(&uniform_numbers(sampler.n_sampled(), 7));
+            let preparer = network.preparer();
+            let sizes = preparer.sizes(&preparer.bounds(&batch), true);
+            let [packed, padded] = [None, Some(&sizes)].map(|sizes| {
+                network.gradients_mut().zero();
+                let (prepared, hooks) = (preparer.prepare(&batch, sizes), &mut NoHooks);
+                let sum =
+                    network.backward(&prepared, &negatives, hooks, &mut PhaseTimer::off()).unwrap();
+                (sum.loss.double_value(&[]), network.gradients().all().copy())
+            });
+            assert!((packed.0 - padded.0).abs() < 1e-6 * packed.0, "{loss:?}");
+            let scale = packed.1.abs().max().double_value(&[]);
+            let difference = (packed.1 - padded.1).abs().max().double_value(&[]);
+            assert!(difference < 1e-6 * scale, "{difference} {scale} {loss:?}");
+        }
+    }
+}
+
+#[test]
 fn the_scorer_of_candidates_learns_along_its_gradient() {
     let shop = OneDay::new(&session_data::sessions(60, N_ITEMS, 5));
     let mut network = network(&shop);
@@ -314,9 +355,9 @@ fn the_scorer_of_candidates_learns_along_its_gradient() {
     let loss = |network: &mut Network, values: &Tensor| {
         tch::no_grad(|| network.parameters().values().copy_(values));
         network.gradients_mut().zero();
-        let prepared = network.prepare(&batch);
+        let prepared = network.preparer().prepare(&batch, None);
         let sum =
-            network.backward(prepared, &softmax, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+            network.backward(&prepared, &softmax, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
         sum.loss.double_value(&[])
     };
     // The last layers are 0 at first, and then nothing reaches those before.

@@ -161,8 +161,8 @@ fn learn(
 ) -> (f64, Vec<(String, Tensor)>) {
     let n_targets = plan.targets.len() as f64;
     network.gradients_mut().zero();
-    let prepared = network.prepare_planned(batch, plan);
-    let sum = network.backward(prepared, negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+    let prepared = network.preparer().prepare_planned(batch, plan);
+    let sum = network.backward(&prepared, negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
     assert_eq!(sum.n_targets.double_value(&[0]), n_targets);
     let gradients = network.parameters().named(&(network.gradients().all() / n_targets));
     (sum.loss.double_value(&[]) / n_targets, gradients)
@@ -299,7 +299,7 @@ fn xlnet_layers_are_those_of_hugging_face() {
     }
     let sessions = pack(&[Tensor::full([3, 5], 2, (Kind::Int64, Device::Cpu))]);
     let plan = Plan::all(&[5, 5, 5], AttentionMask::Full);
-    let layout = Layout::new(&plan, &sessions);
+    let layout = Layout::new(&plan, sessions.n_events() as i64, None);
     let x = golden["in.inputs_embeds"].reshape([15, 8]);
     let states = tch::no_grad(|| xlnet.states(&parameters, x, None, &layout, None));
     assert!(distance(&states, &golden["out"].reshape([15, 8])) < 1e-5);
@@ -419,9 +419,9 @@ fn five_steps_end_in_the_weights_of_the_original() {
     for step in 0..5 {
         let plan = masked_as(&golden, &batch);
         network.gradients_mut().zero();
-        let prepared = network.prepare_planned(&batch, plan);
+        let prepared = network.preparer().prepare_planned(&batch, plan);
         let sum = network
-            .backward(prepared, &softmax(1000), &mut NoHooks, &mut PhaseTimer::off())
+            .backward(&prepared, &softmax(1000), &mut NoHooks, &mut PhaseTimer::off())
             .unwrap();
         let n_targets = sum.n_targets.squeeze();
         let gradients = network.gradients().all();

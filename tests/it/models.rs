@@ -11,7 +11,7 @@ use bireme::data::plan::StepShape;
 use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
 use bireme::model::head::{
     ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Targets, Workspace,
-    cross_entropy,
+    cross_entropy, uniform_numbers,
 };
 use bireme::model::objective::{AttentionMask, Plan};
 use bireme::model::{
@@ -98,8 +98,8 @@ const SOFTMAX: Negatives = Negatives::Full { label_smoothing: 0.0, logits: f32_l
 
 fn loss_and_gradients(network: &mut Network, batch: &Batch) -> (f64, Tensor) {
     network.gradients_mut().zero();
-    let prepared = network.prepare(batch);
-    let sum = network.backward(prepared, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+    let prepared = network.preparer().prepare(batch, None);
+    let sum = network.backward(&prepared, &SOFTMAX, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
     (sum.loss.double_value(&[]), network.gradients().all().copy())
 }
 
@@ -128,6 +128,59 @@ fn packing_sessions_of_different_lengths_does_not_change_results() {
             assert!((loss - loss_alone).abs() < 1e-4 * loss, "{loss} {loss_alone} {config:?}");
             let scale = gradients.abs().max().double_value(&[]);
             assert!(distance(&gradients, &gradients_alone) < 1e-5 * scale, "{config:?}");
+        }
+    }
+}
+
+#[test]
+fn a_step_filled_up_with_padding_has_the_loss_and_the_gradients_of_its_sessions() {
+    let sessions =
+        [vec![5, 9, 3], vec![2, 7, 11, 30, 21, 4, 8, 8, 2], vec![6, 6], vec![39, 2, 17, 5]];
+    let longer: Vec<Vec<i64>> = (0..9).map(|first| (2 + first..14 + first).collect()).collect();
+    let (batch, longer) = (batch(&sessions), batch(&longer));
+    let input = InputConfig { swap_noise: 0.3, dropout: 0.2, ..input() };
+    let losses = [
+        LossConfig::Softmax { label_smoothing: 0.0 },
+        LossConfig::Softmax { label_smoothing: 0.1 },
+        sampled(12, 0.5),
+        LossConfig::BprMax {
+            n_negatives: 12,
+            power: 0.5,
+            uniform_share: 0.0,
+            score_penalty: 0.3,
+            in_batch: true,
+        },
+        LossConfig::Gbce { n_negatives: 12, calibration: 0.75 },
+    ];
+    for objective in &objectives()[..3] {
+        let gru = GruConfig { dropout: 0.3, ..gru(objective.clone(), input.clone()) };
+        let xlnet = XlnetConfig { dropout: 0.3, ..xlnet(objective.clone(), input.clone()) };
+        for (config, loss) in [Neural::Xlnet(&xlnet), Neural::Gru(&gru)]
+            .iter()
+            .flat_map(|config| losses.iter().map(move |loss| (config, loss)))
+        {
+            let mut network = network(config);
+            let logits = f32_logits(1 << 20);
+            let sampler = NegativeSampler::new(*loss, &[3; N_ITEMS as usize], logits, Device::Cpu);
+            let negatives = sampler.negatives(&uniform_numbers(sampler.n_sampled(), 7));
+            let preparer = network.preparer();
+            let bounds = preparer.bounds(&batch).max(&preparer.bounds(&longer));
+            let sizes = preparer.sizes(&bounds, false);
+            let [(packed, gradients), (padded, padded_gradients)] =
+                [None, Some(&sizes)].map(|sizes| {
+                    network.gradients_mut().zero();
+                    let prepared = preparer.prepare(&batch, sizes);
+                    let hooks = &mut NoHooks;
+                    let sum = network
+                        .backward(&prepared, &negatives, hooks, &mut PhaseTimer::off())
+                        .unwrap();
+                    (sum.loss.double_value(&[]), network.gradients().all().copy())
+                });
+            let what = format!("{objective:?} {loss:?} {config:?}");
+            assert!((packed - padded).abs() < 1e-6 * packed.abs(), "{packed} {padded} {what}");
+            let scale = gradients.abs().max().double_value(&[]);
+            let difference = distance(&gradients, &padded_gradients) / scale;
+            assert!(difference < 2e-6, "{difference} {what}");
         }
     }
 }
@@ -515,7 +568,8 @@ fn sampled_softmax_approximates_the_full_one() {
     occurrences[2] = 999;
     occurrences[3] = 99;
     let sampler = ItemSampler::new(sampled(400_000, 1.0), &occurrences, Device::Cpu);
-    let drawn = head.cross_entropy(&sampler.negatives(&sampler.draw(1)), None);
+    let drawn =
+        head.cross_entropy(&sampler.negatives(&uniform_numbers(sampler.n_sampled(), 1)), None);
     // Padding and unknown are no negatives here, so the full sum is over two items more.
     assert!((drawn.loss / full.loss - 1.0).abs() < 0.05, "{} {}", drawn.loss, full.loss);
     for (sampled, full) in drawn.gradients.iter().zip(&full.gradients) {
@@ -526,7 +580,7 @@ fn sampled_softmax_approximates_the_full_one() {
         let cosine = (&sampled * &full).sum(Kind::Float) / (sampled.norm() * full.norm());
         assert!(cosine.double_value(&[]) > 0.99, "{cosine:?}");
     }
-    let drawn = |seed| match sampler.negatives(&sampler.draw(seed)) {
+    let drawn = |seed| match sampler.negatives(&uniform_numbers(sampler.n_sampled(), seed)) {
         Negatives::Sampled { items, .. } => Vec::<i64>::try_from(items.narrow(0, 0, 100)).unwrap(),
         Negatives::Full { .. } => unreachable!(),
     };
@@ -563,10 +617,10 @@ fn recall_at_5_after_training(loss: LossConfig) -> f64 {
         NegativeSampler::new(loss, &[0; N_ITEMS as usize], f32_logits(1 << 20), Device::Cpu);
     for step in 0..400 {
         network.gradients_mut().zero();
-        let negatives = sampler.negatives(&sampler.draw(step));
-        let prepared = network.prepare(&trained);
+        let negatives = sampler.negatives(&uniform_numbers(sampler.n_sampled(), step));
+        let prepared = network.preparer().prepare(&trained, None);
         let sum =
-            network.backward(prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
+            network.backward(&prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off()).unwrap();
         let scale = sum.n_targets.reciprocal().squeeze();
         let rates = optimizer.rates(1.0);
         optimizer.step(&values, &network.gradients().all(), &scale, rates);
@@ -623,7 +677,7 @@ fn a_calibrated_target_weighs_as_much_as_with_all_negatives() {
     let target_weight = |n_negatives, calibration| {
         let loss = LossConfig::Gbce { n_negatives, calibration };
         let sampler = ItemSampler::new(loss, &[0; 103], Device::Cpu);
-        match sampler.negatives(&sampler.draw(1)) {
+        match sampler.negatives(&uniform_numbers(sampler.n_sampled(), 1)) {
             Negatives::Sampled { loss: SampledLoss::Binary { target_weight }, .. } => target_weight,
             _ => unreachable!(),
         }

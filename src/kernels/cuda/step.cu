@@ -75,7 +75,7 @@ static __device__ double power(double base, long long n) {
 //   extra_squares:  [1] or null, sum of squares of further gradients
 //   scalars:        [4], summed loss, number of targets, requests to stop, requests to save; set
 //                   to zero for the next step
-//   own_loss:       [1], summed loss of this rank
+//   own_loss:       [1], summed loss of this rank; set to zero for the next step
 //   rates:          [2], learning rates of AdamW and of the tables in this step
 //   n_steps:        [1], number of steps of AdamW
 //   scale:          [1], factor that turns summed gradients into the clipped mean
@@ -89,7 +89,7 @@ static __device__ double power(double base, long long n) {
 extern "C" __global__ void __launch_bounds__(1024)
     finish_step(const double* __restrict__ partial, int n_partial,
                 const float* __restrict__ extra_squares, float* __restrict__ scalars,
-                const float* __restrict__ own_loss, const double* __restrict__ rates,
+                float* __restrict__ own_loss, const double* __restrict__ rates,
                 double max_norm, double weight_decay, double* __restrict__ n_steps,
                 float* __restrict__ scale, float* __restrict__ adamw_rates,
                 double* __restrict__ outcome, double* __restrict__ history) {
@@ -127,6 +127,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   }
   outcome[4] = norm;
   outcome[5] = *own_loss;
+  *own_loss = 0.0f;
 }
 
 // One element of AdamW, with the operations of `Part::update` in adamw.rs in the same order.

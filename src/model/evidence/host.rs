@@ -18,7 +18,7 @@ use crate::data::FIRST_ITEM;
 use crate::model::attributes::Cells;
 
 /// A session whose next item is looked for.
-pub(super) struct Query {
+pub(in crate::model) struct Query {
     /// Its known events.
     pub known: Range<usize>,
     /// All of its events, if the counts contain them, and whether it is of the last day.

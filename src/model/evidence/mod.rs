@@ -25,6 +25,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::attributes::{Attribute, Attributes, Cells, attribute_columns};
 use super::parameters::{Linear, ParameterBuilder};
+use super::prepare::StepSizes;
 use super::{Parameters, SparseScores};
 use crate::config::{CandidatesConfig, EvidenceConfig, Reminders};
 use crate::data::{Batch, DataError, Features, SessionFile};
@@ -141,36 +142,22 @@ impl CandidateIndex {
 
     /// Candidates for the next item of each session, for an index on the CPU.
     pub fn of_next(&self, known: &Batch) -> Candidates {
-        self.find(self.prepare_next(known), &known.columns_with_padding())
+        self.find(&self.preparer().of_next(known), &known.columns_with_padding())
     }
 
     /// Candidates for events of a batch, for an index on the CPU: see
-    /// [`CandidateIndex::prepare_targets`].
+    /// [`CandidatePreparer::of_targets`].
     pub fn of_targets(&self, targets: &[i64], batch: &Batch) -> Candidates {
-        self.find(self.prepare_targets(targets, batch), &batch.columns_with_padding())
+        self.find(&self.preparer().of_targets(targets, batch, None), &batch.columns_with_padding())
     }
 
-    /// Prepares a search for the next item of each session.
-    pub(super) fn prepare_next(&self, known: &Batch) -> CandidateSearch {
-        let sessions = event_ranges(known).into_iter();
-        let queries = sessions.map(|known| Query { known, counted: None });
-        self.prepare(known, &queries.collect::<Vec<_>>())
-    }
-
-    /// Prepares a search for the events `targets` of a batch in training. A session of a day that
-    /// was counted is left out of the counts for its own targets. The known items are the events
-    /// before a target in time, whatever the body reads.
-    pub(super) fn prepare_targets(&self, targets: &[i64], batch: &Batch) -> CandidateSearch {
-        let sessions = event_ranges(batch);
-        let query = |&target: &i64| {
-            let target = target as usize;
-            let session = sessions.partition_point(|events| events.end <= target);
-            let (day, last_day) = (batch.days[session], self.counts.last_day);
-            let events = sessions[session].clone();
-            let known = events.start..target;
-            Query { known, counted: (day <= last_day).then_some((events, day == last_day)) }
-        };
-        self.prepare(batch, &targets.iter().map(query).collect::<Vec<_>>())
+    /// Prepares searches in this index.
+    pub(super) fn preparer(&self) -> CandidatePreparer {
+        CandidatePreparer {
+            max_length: self.shape.max_length,
+            last_day: self.last_day(),
+            is_on_gpu: self.host.is_none(),
+        }
     }
 
     /// Candidates for the next item of sessions of `lengths: [B]`. `columns: [B · width + 1]`: each
@@ -186,52 +173,29 @@ impl CandidateIndex {
         self.find_rows(columns, &rows, None)
     }
 
-    /// On a CPU this is the search itself.
-    fn prepare(&self, batch: &Batch, queries: &[Query]) -> CandidateSearch {
-        let Shape { n_candidates, n_features, max_length, .. } = self.shape;
-        if queries.is_empty() {
-            let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
-            return CandidateSearch::Found(Candidates {
-                items: zeros(&[0, n_candidates], Kind::Int64),
-                features: zeros(&[0, n_candidates, n_features], Kind::Float),
-                is_hidden: zeros(&[0, n_candidates], Kind::Bool),
-            });
-        }
-        if let Some(host) = &self.host {
-            let columns = self.host_columns(&batch.columns_with_padding());
-            return CandidateSearch::Found(host.candidates(&columns, queries, self.reminders));
-        }
-        let padding = batch.n_events() as i64;
-        let padded = |events: &mut dyn Iterator<Item = usize>| {
-            let mut rows: Vec<i64> = events.take(max_length).map(|event| event as i64).collect();
-            rows.resize(max_length, padding);
-            rows
-        };
-        let rows = |of: &dyn Fn(&Query) -> Vec<i64>| {
-            let rows: Vec<i64> = queries.iter().flat_map(of).collect();
-            Tensor::from_slice(&rows).view([-1, max_length as i64])
-        };
-        let known = rows(&|query| padded(&mut query.known.clone().rev()));
-        let counted = queries.iter().any(|query| query.counted.is_some()).then(|| {
-            let whole = |query: &Query| query.counted.clone().unwrap_or_default();
-            let is_last_day = queries.iter().map(|query| f32::from(u8::from(whole(query).1)));
-            let is_last_day = Tensor::from_slice(&is_last_day.collect::<Vec<_>>()).view([-1, 1]);
-            CountedRows { rows: rows(&|query| padded(&mut whole(query).0)), is_last_day }
-        });
-        CandidateSearch::Rows { known, counted }
-    }
-
     /// The candidates of a prepared search. `columns: [T + 1]`: of the batch that it was prepared
     /// for, with a padding event at the end.
-    pub(super) fn find(&self, search: CandidateSearch, columns: &[Tensor]) -> Candidates {
+    pub(super) fn find(&self, search: &CandidateSearch, columns: &[Tensor]) -> Candidates {
         match search {
-            CandidateSearch::Found(candidates) => candidates,
+            CandidateSearch::Queries(queries) => {
+                let Shape { n_candidates, n_features, .. } = self.shape;
+                let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
+                if queries.is_empty() {
+                    return Candidates {
+                        items: zeros(&[0, n_candidates], Kind::Int64),
+                        features: zeros(&[0, n_candidates, n_features], Kind::Float),
+                        is_hidden: zeros(&[0, n_candidates], Kind::Bool),
+                    };
+                }
+                let host = self.host.as_ref().expect("searches on a CPU");
+                host.candidates(&self.host_columns(columns), queries, self.reminders)
+            }
             CandidateSearch::Rows { known, counted } => {
-                let counted = counted.map(|CountedRows { rows, is_last_day }| CountedSessions {
-                    items: gather(&columns[0], &rows),
-                    is_last_day,
+                let counted = counted.as_ref().map(|counted| CountedSessions {
+                    items: gather(&columns[0], &counted.rows),
+                    is_last_day: counted.is_last_day.shallow_clone(),
                 });
-                self.find_rows(columns, &known, counted)
+                self.find_rows(columns, known, counted)
             }
         }
     }
@@ -270,10 +234,87 @@ impl CandidateIndex {
     }
 }
 
+/// Prepares searches for candidates in host memory, without the counts.
+#[derive(Clone)]
+pub(super) struct CandidatePreparer {
+    max_length: usize,
+    /// The last day that was counted.
+    last_day: Option<i64>,
+    is_on_gpu: bool,
+}
+
+impl CandidatePreparer {
+    /// A search for the next item of each session.
+    pub fn of_next(&self, known: &Batch) -> CandidateSearch {
+        let sessions = event_ranges(known).into_iter();
+        let queries = sessions.map(|known| Query { known, counted: None });
+        self.search(queries.collect(), known.n_events() as i64, false)
+    }
+
+    /// A search for the events `targets` of a batch in training. A session of a day that was
+    /// counted is left out of the counts for its own targets. The known items are the events before
+    /// a target in time, whatever the body reads. A target behind the last event has none.
+    pub fn of_targets(
+        &self,
+        targets: &[i64],
+        batch: &Batch,
+        sizes: Option<&StepSizes>,
+    ) -> CandidateSearch {
+        let sessions = event_ranges(batch);
+        let query = |&target: &i64| {
+            let target = target as usize;
+            let session = sessions.partition_point(|events| events.end <= target);
+            let Some(events) = sessions.get(session).cloned() else {
+                return Query { known: 0..0, counted: None };
+            };
+            let known = events.start..target;
+            let day = Some(batch.days[session]);
+            let counted = (day <= self.last_day).then_some((events, day == self.last_day));
+            Query { known, counted }
+        };
+        let queries: Vec<Query> = targets.iter().map(query).collect();
+        let includes_counted = match sizes {
+            Some(sizes) => sizes.includes_counted,
+            None => queries.iter().any(|query| query.counted.is_some()),
+        };
+        let padding = sizes.map_or(batch.n_events() as i64, |sizes| sizes.n_events);
+        self.search(queries, padding, includes_counted)
+    }
+
+    /// Whether sessions of `day` are left out of the counts.
+    pub fn leaves_out(&self, day: i64) -> bool {
+        Some(day) <= self.last_day
+    }
+
+    fn search(&self, queries: Vec<Query>, padding: i64, includes_counted: bool) -> CandidateSearch {
+        if !self.is_on_gpu {
+            return CandidateSearch::Queries(queries);
+        }
+        let padded = |events: &mut dyn Iterator<Item = usize>| {
+            let mut rows: Vec<i64> =
+                events.take(self.max_length).map(|event| event as i64).collect();
+            rows.resize(self.max_length, padding);
+            rows
+        };
+        let rows = |of: &dyn Fn(&Query) -> Vec<i64>| {
+            let rows: Vec<i64> = queries.iter().flat_map(of).collect();
+            Tensor::from_slice(&rows).view([-1, self.max_length as i64])
+        };
+        let known = rows(&|query| padded(&mut query.known.clone().rev()));
+        let counted = includes_counted.then(|| {
+            let whole = |query: &Query| query.counted.clone().unwrap_or_default();
+            let is_last_day = queries.iter().map(|query| f32::from(u8::from(whole(query).1)));
+            let is_last_day = Tensor::from_slice(&is_last_day.collect::<Vec<_>>()).view([-1, 1]);
+            CountedRows { rows: rows(&|query| padded(&mut whole(query).0)), is_last_day }
+        });
+        CandidateSearch::Rows { known, counted }
+    }
+}
+
 /// A search for candidates, prepared in host memory.
 pub(super) enum CandidateSearch {
-    /// Its result, which is on the CPU.
-    Found(Candidates),
+    /// For a search on a CPU.
+    Queries(Vec<Query>),
     /// Rows of the batch's columns, for a search on a GPU.
     Rows {
         /// The known events of each target, the most recent first, then padding: i64 `[N, L]`.
@@ -294,9 +335,7 @@ impl CandidateSearch {
     /// All tensors, to be sent to a device together.
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         match self {
-            Self::Found(Candidates { items, features, is_hidden }) => {
-                vec![items, features, is_hidden]
-            }
+            Self::Queries(_) => Vec::new(),
             Self::Rows { known, counted } => {
                 let counted = counted.iter_mut();
                 let counted =

@@ -113,12 +113,14 @@ impl FullSoftmax<'_> {
         targets: &Targets,
         scored: &mut ScoringTable<'_>,
     ) -> Result<CrossEntropy, CollectiveError> {
-        let Targets { items: own_targets, uniform: own_uniform, .. } = targets;
+        let Targets { items: own_targets, uniform: own_uniform, weights: own_weights, .. } =
+            targets;
         let Encoded { vectors: own_states, sparse: own_sparse } = own;
         let (item_table, counts) = (scored.item_table, scored.counts);
         let gather = |own: &Tensor| item_table.gather_rows(own, counts);
         let (states, targets) = (gather(own_states)?, gather(own_targets)?);
         let uniform = own_uniform.as_ref().map(gather).transpose()?;
+        let weights = own_weights.as_ref().map(gather).transpose()?;
         let smoothing = self.label_smoothing / item_table.n_items as f64;
         let sparse = own_sparse.as_ref().map(|own| {
             let scores = gather(&own.scores)?;
@@ -140,6 +142,7 @@ impl FullSoftmax<'_> {
                 targets: of_group(&targets),
                 state_gradients: state_gradients.rows(group.start, group.end - group.start),
                 sparse: sparse.as_ref().map(|sparse| sparse.rows(&group)),
+                weights: weights.as_ref().map(of_group),
                 draws: uniform
                     .as_ref()
                     .zip(drawn.as_ref())
@@ -158,15 +161,19 @@ impl FullSoftmax<'_> {
         let target_logits = reduce_scatter(&Tensor::cat(&target_logits, 0))?;
         let log_sums = item_table.local_rows_of(&Tensor::cat(&log_sums, 0), counts);
         let on_target = 1.0 - self.label_smoothing;
+        let log_sums = weighted(log_sums, own_weights.as_ref());
         let mut loss = log_sums.sum(Kind::Double) - target_logits.sum(Kind::Double) * on_target;
         if let Some((row, bias)) = mean_row {
             // The mean logit over the catalogue is the product with the mean row.
-            let mean = bias * own_states.size()[0] as f64
-                + (&row * column_sums(own_states)).sum(Kind::Float);
+            let own_states = weighted(own_states.shallow_clone(), own_weights.as_ref());
+            let mean = bias * sum_of_weights(&own_states, own_weights.as_ref())
+                + (&row * column_sums(&own_states)).sum(Kind::Float);
             loss -= mean.to_kind(Kind::Double) * self.label_smoothing;
-            state_gradient -= row * self.label_smoothing;
+            let of_rows = (row * self.label_smoothing).expand_as(&state_gradient);
+            state_gradient -= weighted(of_rows, own_weights.as_ref());
             if sparse.is_some() {
                 let replaced = reduce_scatter(&Tensor::cat(&replaced_logits, 0))?;
+                let replaced = weighted(replaced, own_weights.as_ref());
                 loss += replaced.sum(Kind::Double) * smoothing;
             }
         }
@@ -174,12 +181,13 @@ impl FullSoftmax<'_> {
         let mut sparse_gradient =
             sparse.map(|sparse| reduce_scatter(&sparse.gradients)).transpose()?;
         if let (Some(sparse), Some(gradient)) = (own_sparse, &mut sparse_gradient) {
-            let is_target = sparse.is_target(own_targets);
+            let is_target = weighted(sparse.is_target(own_targets), own_weights.as_ref());
             let of_target = (&sparse.scores * &is_target).sum(Kind::Double);
             loss -= of_target * on_target;
             *gradient -= is_target * on_target;
             if smoothing > 0.0 {
                 let is_item = sparse.items.gt(0).to_kind(Kind::Float);
+                let is_item = weighted(is_item, own_weights.as_ref());
                 loss -= (&sparse.scores * &is_item).sum(Kind::Double) * smoothing;
                 *gradient -= is_item * smoothing;
             }
@@ -224,6 +232,7 @@ impl FullSoftmax<'_> {
         let vectors = located.mask(scored.weights.index_select(0, &located.rows));
         let logits = (states * &vectors).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
             + located.mask(scored.bias.index_select(0, &located.rows));
+        let on_target = weighted(on_target, group.weights.as_ref());
         let logits = logits * &on_target;
         let by_logit = on_target * -(1.0 - self.label_smoothing);
         let of_bias = located.mask(by_logit.shallow_clone());
@@ -233,8 +242,9 @@ impl FullSoftmax<'_> {
         group.state_gradients.add(&(vectors * by_logit));
         if self.label_smoothing > 0.0 {
             let each = self.label_smoothing / scored.item_table.n_items as f64;
-            scored.weight_gradient -= column_sums(states) * each;
-            let _ = scored.bias_gradient.g_sub_scalar_(each * n_targets as f64);
+            let weighted_states = weighted(states.shallow_clone(), group.weights.as_ref());
+            scored.weight_gradient -= column_sums(&weighted_states) * each;
+            scored.bias_gradient -= sum_of_weights(states, group.weights.as_ref()) * each;
         }
         logits
     }
@@ -248,8 +258,28 @@ struct TargetGroup {
     targets: Tensor,
     state_gradients: StateGradients,
     sparse: Option<SparseTerms>,
+    /// Factors of the losses, f32 `[n]`; `None` if all are 1.
+    weights: Option<Tensor>,
     /// Uniform numbers, `[n]`, and the items that are drawn by them, `[n]`.
     draws: Option<(Tensor, Tensor)>,
+}
+
+/// `x: [n, ..]` with rows multiplied by `weights: [n]`, if any.
+fn weighted(x: Tensor, weights: Option<&Tensor>) -> Tensor {
+    match weights {
+        Some(weights) if x.dim() > 1 => x * weights.unsqueeze(1),
+        Some(weights) => x * weights,
+        None => x,
+    }
+}
+
+/// The sum of the weights of the rows of `x: [n, ..]`: `[]`.
+fn sum_of_weights(x: &Tensor, weights: Option<&Tensor>) -> Tensor {
+    let n = x.size()[0] as f64;
+    match weights {
+        Some(weights) => weights.sum(Kind::Float),
+        None => Tensor::full([], n, (Kind::Float, x.device())),
+    }
 }
 
 impl TargetGroup {
@@ -261,6 +291,7 @@ impl TargetGroup {
             targets: of_part(&self.targets),
             state_gradients: self.state_gradients.rows(first, n),
             sparse: self.sparse.as_ref().map(|sparse| sparse.rows(&(first..first + n))),
+            weights: self.weights.as_ref().map(of_part),
             draws: self.draws.as_ref().map(|(uniform, drawn)| (of_part(uniform), of_part(drawn))),
         }
     }
@@ -422,7 +453,7 @@ fn softmax_gradients(
         // Chunk by chunk: the order of the sum, or the chunk that an item is drawn from, matters.
         // Ranks may have different numbers of chunks, as they may have different numbers of
         // threads.
-        let counts = item_table.gather_counts(logs.size()[0])?;
+        let counts = item_table.gather_counts(logs.size()[0], false)?;
         let all_logs = item_table.gather_rows(&logs, &counts)?;
         let log_sums = log_sum_exp(&all_logs);
         let first_chunk = counts[..item_table.ranks().map_or(0, Collective::rank)].iter().sum();
@@ -435,6 +466,7 @@ fn softmax_gradients(
     };
 
     let weights = weights(&logs, &log_sums);
+    let weights = weighted(weights, part.weights.as_ref());
     let (mut first_chunk, mut work) = (0, Vec::with_capacity(workers.len()));
     for worker in workers {
         let n_chunks = worker.chunks.len() as i64;

@@ -104,22 +104,29 @@ impl NegativeSampler {
         }
     }
 
-    /// Random numbers in 0..1 of the step with this seed, the same on every rank: f64 `[M]` in host
-    /// memory, for [`NegativeSampler::negatives`].
-    pub fn draw(&self, seed: u64) -> Tensor {
+    /// Items that are sampled in each step.
+    pub fn n_sampled(&self) -> i64 {
         match self {
-            Self::Full { .. } => Tensor::zeros([0], (Kind::Double, Device::Cpu)),
-            Self::Sampled(sampler) => sampler.draw(seed),
+            Self::Full { .. } => 0,
+            Self::Sampled(sampler) => sampler.n_sampled(),
         }
     }
 
-    /// The negatives that follow from the numbers of [`NegativeSampler::draw`] on the device.
+    /// The negatives that follow from the numbers of [`uniform_numbers`] on the device.
     pub fn negatives(&self, uniform: &Tensor) -> Negatives {
         match self {
             &Self::Full { label_smoothing, logits } => Negatives::Full { label_smoothing, logits },
             Self::Sampled(sampler) => sampler.negatives(uniform),
         }
     }
+}
+
+/// `n` random numbers in 0..1, the same for the same seed, and so on every rank: f64 `[n]` in host
+/// memory.
+pub fn uniform_numbers(n: i64, seed: u64) -> Tensor {
+    let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let uniform: Vec<f64> = (0..n).map(|_| generator.random()).collect();
+    Tensor::from_slice(&uniform)
 }
 
 /// Samples items in proportion to a power of their frequency.
@@ -174,11 +181,9 @@ impl ItemSampler {
         }
     }
 
-    /// Random numbers in 0..1, the same for the same seed: f64 `[M]` in host memory.
-    pub fn draw(&self, seed: u64) -> Tensor {
-        let mut generator = Xoshiro256PlusPlus::seed_from_u64(seed);
-        let uniform: Vec<f64> = (0..self.n_negatives).map(|_| generator.random()).collect();
-        Tensor::from_slice(&uniform)
+    /// Items of a sample, `M`.
+    pub fn n_sampled(&self) -> i64 {
+        self.n_negatives
     }
 
     /// The sample that follows from random numbers, f64 `[M]` on the device.

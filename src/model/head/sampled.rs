@@ -66,6 +66,7 @@ impl SampledNegatives<'_> {
                 &negative_logits,
                 candidates.as_ref().map(|candidates| &candidates.logits),
                 log_expected.as_ref(),
+                targets.weights.as_ref().map(|weights| weights.unsqueeze(1)).as_ref(),
             );
         let drawn = targets.uniform.as_ref().map(|uniform| {
             let mut logits = vec![&target_logits, &negative_logits];
@@ -155,15 +156,18 @@ fn is_near(targets: &Targets) -> Tensor {
 
 /// Which of the sampled `items: [M]` have a sparse score for a target: bool `[N, M]`.
 fn has_sparse_score(sparse: &SparseScores, items: &Tensor) -> Tensor {
-    let (distinct, number, _) = items.internal_unique2(true, true, false);
-    let last = distinct.size()[0] - 1;
-    let place =
-        sparse.items.contiguous().searchsorted(&distinct, false, false, "left", None::<&Tensor>);
-    let place = place.clamp_max(last);
-    let found = distinct.index_select(0, &place.reshape([-1])).reshape_as(&place);
+    // Equal items share the place of the first among the sorted ones. Distinct items would be
+    // fewer, and their number unknown to the host.
+    let (sorted, _) = items.sort(0, false);
+    let last = sorted.size()[0] - 1;
+    let place_of = |x: &Tensor| {
+        x.contiguous().searchsorted(&sorted, false, false, "left", None::<&Tensor>).clamp_max(last)
+    };
+    let place = place_of(&sparse.items);
+    let found = sorted.index_select(0, &place.reshape([-1])).reshape_as(&place);
     let is_found = found.eq_tensor(&sparse.items).to_kind(Kind::Float);
     let n_found = Tensor::zeros([sparse.items.size()[0], last + 1], (Kind::Float, items.device()));
-    n_found.scatter_add(1, &place, &is_found).gt(0.0).index_select(1, &number)
+    n_found.scatter_add(1, &place, &is_found).gt(0.0).index_select(1, &place_of(items))
 }
 
 /// Items with sparse scores as negatives.
@@ -189,14 +193,20 @@ struct LogitGradients {
 impl SampledLoss {
     /// The summed loss, f64, and its gradients by the logits of the target `[N, 1]`, of the
     /// sampled negatives `[N, M]` and of the items with sparse scores `[N, E]`, of which some are
-    /// −∞. `log_expected`: of the negatives, if targets are among them.
+    /// −∞. `log_expected`: of the negatives, if targets are among them. `weights: [N, 1]`: factors
+    /// of the losses of the targets, if not 1.
     fn with_gradients(
         &self,
         target: &Tensor,
         negatives: &Tensor,
         sparse: Option<&Tensor>,
         log_expected: Option<&Tensor>,
+        weights: Option<&Tensor>,
     ) -> (Tensor, LogitGradients) {
+        let weighted = |x: Tensor| match weights {
+            Some(weights) => x * weights,
+            None => x,
+        };
         let split = |gradients: &Tensor| {
             let n_negatives = negatives.size()[1];
             let rest = gradients.size()[1] - n_negatives;
@@ -211,7 +221,8 @@ impl SampledLoss {
                 let corrected = negatives - log_expected.unwrap_or(of_items);
                 let logits: Vec<&Tensor> = [target, &corrected].into_iter().chain(sparse).collect();
                 let logs = Tensor::cat(&logits, 1).log_softmax(1, Kind::Float);
-                let mut loss = -logs.narrow(1, 0, 1).sum(Kind::Double) * (1.0 - label_smoothing);
+                let of_target = weighted(logs.narrow(1, 0, 1));
+                let mut loss = of_target.sum(Kind::Double) * -(1.0 - label_smoothing);
                 let mut gradient = logs.exp();
                 let _ = gradient.narrow(1, 0, 1).g_sub_scalar_(1.0 - label_smoothing);
                 if *label_smoothing > 0.0 {
@@ -219,9 +230,10 @@ impl SampledLoss {
                     let n_there = is_there.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
                     let share = is_there.to_kind(Kind::Float) / n_there * *label_smoothing;
                     let logs = logs.masked_fill(&is_there.logical_not(), 0.0);
-                    loss -= (logs * &share).sum(Kind::Double);
+                    loss -= weighted(logs * &share).sum(Kind::Double);
                     gradient -= share;
                 }
+                let gradient = weighted(gradient);
                 let (by_negatives, by_sparse) =
                     split(&gradient.narrow(1, 1, gradient.size()[1] - 1));
                 let by_target = gradient.narrow(1, 0, 1);
@@ -239,12 +251,14 @@ impl SampledLoss {
                 // A tiny A would have a gradient without bounds.
                 let a = sum(&(&s * &above)) + 1e-24;
                 let b = sum(&(&s * logits.square()));
-                let loss = b.sum(Kind::Double) * *score_penalty - a.log().sum(Kind::Double);
+                let loss = (&b * *score_penalty - a.log()).to_kind(Kind::Double);
+                let loss = weighted(loss).sum(Kind::Double);
                 let slope = &s * &above * (1.0 - &above) / &a;
-                let by_target = -sum(&slope);
+                let by_target = weighted(-sum(&slope));
                 let of_a = &s * (&above / &a - 1.0);
                 let of_b = &s * (logits.square() - b + &logits * 2.0);
-                let (by_negatives, by_sparse) = split(&(slope - of_a + of_b * *score_penalty));
+                let by_all = weighted(slope - of_a + of_b * *score_penalty);
+                let (by_negatives, by_sparse) = split(&by_all);
                 (loss, LogitGradients { by_target, by_negatives, by_sparse })
             }
             // All logits are raised by the logit of an item of average popularity, which leaves the
@@ -254,10 +268,12 @@ impl SampledLoss {
                 let average = (target_weight / negatives.size()[1] as f64).ln();
                 let all: Vec<&Tensor> = [negatives].into_iter().chain(sparse).collect();
                 let (target, negatives) = (target + average, Tensor::cat(&all, 1) + average);
-                let of_target = target.neg().softplus().sum(Kind::Double) * *target_weight;
-                let loss = of_target + negatives.softplus().sum(Kind::Double);
-                let (by_negatives, by_sparse) = split(&negatives.sigmoid());
-                let by_target = (target.sigmoid() - 1.0) * *target_weight;
+                let of_target = weighted(target.neg().softplus());
+                let of_negatives = weighted(negatives.softplus());
+                let loss =
+                    of_target.sum(Kind::Double) * *target_weight + of_negatives.sum(Kind::Double);
+                let (by_negatives, by_sparse) = split(&weighted(negatives.sigmoid()));
+                let by_target = weighted((target.sigmoid() - 1.0) * *target_weight);
                 (loss, LogitGradients { by_target, by_negatives, by_sparse })
             }
         }
