@@ -246,7 +246,7 @@ train graph 120 &
 wait
 train steps 200
 with_torch compile train compile 110
-kernels speed speed 15
+kernels speed speed 25
 with_torch head kernels head head 50
 with_torch ncu train ncu 45
 train phases 40

@@ -250,10 +250,10 @@ def wait_for_data(options, items, seconds=120):
 def stack(options, record):
     """Records what the machine has."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm"]
-    code, text = output([*query, "--format=csv,noheader"])
+    code, text = output([*query, "--format=csv,noheader"], 10)
     record(kind="gpu", exit=code, text=text.strip())
     for program in ("nvcc", "ncu", "compute-sanitizer"):
-        code, text = output([program, "--version"])
+        code, text = output([program, "--version"], 10)
         found = [line for line in text.splitlines() if re.search(r"\d+\.\d+", line)]
         record(kind="program", name=program, exit=code, version=(found or [text])[0].strip())
     record(kind="python", version=sys.version.split()[0], cores=os.cpu_count())
@@ -399,6 +399,11 @@ def captured(run):
     return (graphs[-1].get("captured"), graphs[-1].get("why")) if graphs else (None, None)
 
 
+def is_refusal(problem):
+    """Whether `bireme` refused to capture the step because of a key of the configuration."""
+    return bool(re.search(r"`run\.cuda_graph` is `require`, but `[a-z]+\.", problem))
+
+
 def compare_graph(options, record, has_graphs, config, ranks):
     """Three runs of a model, and the differences of two from the first."""
     steps = options.sizes.graph_steps
@@ -421,6 +426,9 @@ def compare_graph(options, record, has_graphs, config, ranks):
         for mode, more in modes.items()
     }
     fields = {"kind": "graph", "model": config, "ranks": ranks}
+    has_graphs = has_graphs and not is_refusal(runs["graph"].problem)
+    if "graph" in runs and not has_graphs:
+        fields["refused"] = runs.pop("graph").problem
     failed = {mode: run.problem for mode, run in runs.items() if run.exit != 0}
     if failed:
         record(**fields, passed=False, problem=failed)
@@ -432,10 +440,10 @@ def compare_graph(options, record, has_graphs, config, ranks):
     if has_graphs:
         loss, weights = compare_runs(runs["graph"], runs["eager"])
         limits = [max(LOSS_LIMIT, 2 * noise[0]), max(WEIGHT_LIMIT, 2 * noise[1])]
-        passed = passed and loss <= limits[0] and weights <= limits[1]
         is_captured, why = captured(runs["graph"])
+        passed = passed and is_captured and loss <= limits[0] and weights <= limits[1]
         fields |= {"loss": loss, "weights": weights, "captured": is_captured, "why": why}
-    record(**fields, passed=passed)
+    record(**fields, passed=bool(passed))
     for run in runs.values():
         run.remove()
     return int(not passed)
@@ -478,11 +486,10 @@ def time_bireme(options, record, model, config, batch, items, variant, mode):
     windows = run.step_ms(batch)
     fields = {"kind": "step", "model": model, "sessions": batch, "items": items}
     fields |= {"variant": variant, "ms": statistics.median(windows) if windows else None}
-    is_captured, why = captured(run)
-    if is_captured is not None:
-        fields |= {"captured": is_captured, "why": why}
+    if mode == "require":
+        fields["captured"], fields["why"] = captured(run)
     if run.exit != 0:
-        fields |= {"exit": run.exit, "problem": run.problem}
+        fields |= {"exit": run.exit, "problem": run.problem, "refused": is_refusal(run.problem)}
     record(**fields, windows=windows, seconds=run.seconds)
     run.remove()
 
@@ -634,7 +641,8 @@ def ncu(options, record):
             record(kind="skipped", why=f"ncu, {which}: exit code {code}: {problem_in(text)}")
             continue
         for row in csv.DictReader(lines[start:]):
-            if row.get("ID"):
+            # The second line has the units.
+            if row.get("ID") and row.get("Kernel Name"):
                 figures = {
                     to: float(row[name].replace(",", ""))
                     for name, to in METRICS.items()
@@ -707,6 +715,8 @@ def main():
     parser.add_argument("--run-limit", type=float, default=90, help="seconds of one run")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
+    for name in ("root", "work", "out"):
+        setattr(options, name, getattr(options, name).resolve())
     options.sizes = REHEARSAL if options.rehearse else FULL
     (options.work / "runs").mkdir(parents=True, exist_ok=True)
     (options.work / "data").mkdir(parents=True, exist_ok=True)

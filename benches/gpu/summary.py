@@ -110,6 +110,8 @@ def graph_lines(records):
                 apart = f"{small(r.get('loss'))}/{small(r.get('weights'))}"
                 noise = f"({small(r.get('eager_loss'))}/{small(r.get('eager_weights'))})"
                 state = "ok" if r["passed"] else "FAILED"
+                if r.get("refused") and r["passed"]:
+                    state = "refused"
                 cases.append(f"{r['model']} {state} {apart} {noise}")
         yield f"graph, {ranks} rank{'s' * (ranks > 1)}: " + ("; ".join(cases) or "-")
 
@@ -147,7 +149,7 @@ def step_lines(records):
         ms = {}
         for r in rows:
             if (r["model"], r["sessions"], r["items"]) == (model, sessions, items):
-                ms[r["variant"]] = r["ms"] or "failed"
+                ms[r["variant"]] = r["ms"] or ("refused" if r.get("refused") else "failed")
         eager, graph, torch = map(ms.get, ("bireme eager", "bireme graph", "PyTorch"))
         compiled = [ms[variant] for variant in ms if variant.startswith("compiled")]
         compiled = min(compiled, key=lambda x: x if is_number(x) else 1e9, default=None)

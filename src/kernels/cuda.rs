@@ -319,7 +319,7 @@ fn row_grid(n_rows: usize, n_columns: usize, rows_each: u64) -> Grid {
 }
 
 /// Largest number of tensors whose squares [`sum_of_squares`] sums.
-pub const MAX_PARTS: usize = 8;
+pub const MAX_PARTS: usize = 64;
 
 /// Largest number of partial sums of one tensor: all threads of the largest GPUs.
 const MAX_PARTIALS: u64 = 1024;

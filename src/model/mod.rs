@@ -42,7 +42,7 @@ pub use item_table::{ItemTable, LocalRows};
 pub use loglinear::LogLinear;
 pub use neighbours::Neighbours;
 pub use network::{COUNTS, ITEM_TABLES, LossSum, Network, ParameterSizes};
-pub use parameters::{Gradients, Parameters, View};
+pub use parameters::{Gradients, Parameters, RowList, View};
 pub use prepare::{PreparedBatch, Preparer, SizeBounds, StepSizes};
 pub use xlnet::Xlnet;
 

@@ -20,7 +20,7 @@ use super::prepare::{PreparedBatch, PreparedSessions, Preparer};
 use super::rows::{add_rows, add_rows_deterministically};
 use super::start::{factors_of_pairs, pretrained_vectors, scaled};
 use super::{
-    CandidateIndex, Encoded, GradientHooks, ItemTable, Neural, Parameters, Recommender,
+    CandidateIndex, Encoded, GradientHooks, ItemTable, Neural, Parameters, Recommender, RowList,
     SparseScores, View,
 };
 use crate::collective::CollectiveError;
@@ -684,7 +684,9 @@ impl<'a> Network<'a> {
             parameters, gradients, item_table, workspace, scored_table, composition, ..
         } = self;
         let items = ItemVectors::new(parameters, composition, item_table, Some(targets.step_seed));
-        tch::no_grad(|| {
+        let lists = (gradients.n_listed() > 0).then(|| [RowList::default(), RowList::default()]);
+        let mut listed = None;
+        let loss = tch::no_grad(|| {
             let mut weights = parameters.leaf(*scored_table).detach();
             let mut bias = parameters.leaf(ITEM_BIAS).detach();
             let of_rows = match negatives {
@@ -701,12 +703,23 @@ impl<'a> Network<'a> {
                 items: of_rows,
                 weight_gradient: gradients.of(*scored_table),
                 bias_gradient: gradients.of(ITEM_BIAS),
+                row_lists: lists,
                 item_table,
                 counts: &targets.counts,
                 group_added: &mut || hooks.shard_updated(gradients),
             };
-            cross_entropy(encoded, &targets.targets, &mut scored, negatives, workspace)
-        })
+            let loss = cross_entropy(encoded, &targets.targets, &mut scored, negatives, workspace);
+            listed = scored.row_lists;
+            loss
+        })?;
+        for (index, list) in
+            [*scored_table, ITEM_BIAS].into_iter().zip(listed.into_iter().flatten())
+        {
+            if let (Some(to), Some((rows, of_rows))) = (gradients.list_of(index), list.joined()) {
+                to.add(&rows, &of_rows);
+            }
+        }
+        Ok(loss)
     }
 
     /// Replaced-item detection (ELECTRA, Clark et al. 2020): classifies every event as original or
@@ -773,6 +786,10 @@ impl<'a> Network<'a> {
             }
             for (lookup, number) in lookups.iter().zip(others.len()..) {
                 let gradient = join_parts(of_parts.iter().map(|of_part| &of_part[number]));
+                if let Some(list) = self.gradients.list_of(lookup.table) {
+                    list.add(&lookup.rows, &gradient);
+                    continue;
+                }
                 // The vector of the padding row is read, but not learnt.
                 let mut gradient = gradient;
                 let _ = gradient.masked_fill_(&lookup.rows.eq(0).unsqueeze(1), 0.0);

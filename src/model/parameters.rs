@@ -275,7 +275,8 @@ impl Parameters {
     /// Zero gradients for these parameters.
     pub fn zero_gradients(&self) -> Gradients {
         let flat = Tensor::zeros([self.len() + SCALARS], (Kind::Float, self.values.device()));
-        Gradients { views: Arc::clone(&self.views), flat, n_sharded: self.n_sharded }
+        let (views, n_sharded) = (Arc::clone(&self.views), self.n_sharded);
+        Gradients { views, flat, n_sharded, row_lists: Vec::new() }
     }
 
     pub fn views(&self) -> &[View] {
@@ -408,9 +409,69 @@ pub struct Gradients {
     /// `[n + SCALARS]`.
     flat: Tensor,
     n_sharded: i64,
+    /// Gradients of the first parameters, the tables, by row; empty if they are in `flat`.
+    row_lists: Vec<RowList>,
+}
+
+/// Gradients of rows of a table, of which few change in a step.
+#[derive(Default)]
+pub struct RowList {
+    /// i64 `[n]` each; rows may repeat, and row 0 is not learnt.
+    rows: Vec<Tensor>,
+    /// f32 `[n, ..]` each.
+    gradients: Vec<Tensor>,
+}
+
+impl RowList {
+    /// Adds gradients `[n, ..]` of rows `[n]`.
+    pub fn add(&mut self, rows: &Tensor, gradients: &Tensor) {
+        self.rows.push(rows.shallow_clone());
+        self.gradients.push(gradients.shallow_clone());
+    }
+
+    /// All rows and gradients, `[N]` and `[N, ..]`; `None` without any.
+    pub fn joined(self) -> Option<(Tensor, Tensor)> {
+        let join = |mut parts: Vec<Tensor>| {
+            if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
+        };
+        (!self.rows.is_empty()).then(|| (join(self.rows), join(self.gradients)))
+    }
 }
 
 impl Gradients {
+    /// Lists the gradients of the first `n_tables` parameters by row, instead of adding them to
+    /// [`Gradients::all`].
+    pub fn list_rows(&mut self, n_tables: usize) {
+        self.row_lists = (0..n_tables).map(|_| RowList::default()).collect();
+    }
+
+    /// Number of tables whose gradients are listed by row.
+    pub fn n_listed(&self) -> usize {
+        self.row_lists.len()
+    }
+
+    /// The list of parameter number `index`, if it has one.
+    pub fn list_of(&mut self, index: usize) -> Option<&mut RowList> {
+        self.row_lists.get_mut(index)
+    }
+
+    /// Takes the lists, in the order of the tables, and leaves empty ones.
+    pub fn take_lists(&mut self) -> Vec<RowList> {
+        let n_tables = self.row_lists.len();
+        let lists = std::mem::take(&mut self.row_lists);
+        self.list_rows(n_tables);
+        lists
+    }
+
+    /// The gradients that are not listed, and not sharded: `[n]`.
+    pub fn dense(&self) -> Tensor {
+        let start = match self.row_lists.len().checked_sub(1) {
+            Some(last) => self.views[last].end(),
+            None => self.n_sharded,
+        };
+        self.flat.narrow(0, start, self.flat.size()[0] - SCALARS - start)
+    }
+
     /// All gradients, `[n]`.
     pub fn all(&self) -> Tensor {
         self.flat.narrow(0, 0, self.flat.size()[0] - SCALARS)

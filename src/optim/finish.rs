@@ -1,13 +1,15 @@
 //! The end of a step: from summed gradients to changed parameters, without waiting for the device.
 
-use bireme_kernels::cuda;
+use bireme_kernels::cuda::{self, MAX_IDS, RowGradients, SortedRows};
 use tch::{Device, Kind, Tensor};
 
 use super::{Optimizer, average_and_clip};
-use crate::model::Gradients;
+use crate::model::{Gradients, RowList};
 
 /// What is summed over all ranks besides the gradients, and the rates of the step.
 pub struct StepSums<'a> {
+    /// Gradients that are listed by row, of the first tables.
+    pub lists: Vec<RowList>,
     /// Sum of squares of the sharded gradients of all ranks, f32 `[]`; `None` without sharding.
     pub sharded_squares: Option<&'a Tensor>,
     /// Summed loss of this rank, f32 `[1]`. Set to zero for the next step.
@@ -134,6 +136,28 @@ impl StepEnd {
     }
 }
 
+/// Sums gradients `[n, ..]` over equal rows `[n]`, except for row 0.
+fn summed_rows((rows, gradients): (Tensor, Tensor)) -> RowGradients {
+    let (n, device) = (rows.size()[0], rows.device());
+    let ids = rows.masked_fill(&rows.eq(0), -1);
+    let gradients = gradients.reshape([n, -1]);
+    let mut sorted = SortedRows::new(n, device);
+    let sort =
+        if n as usize <= MAX_IDS { cuda::sort_rows(&ids, &mut sorted) } else { Err(String::new()) };
+    if sort.is_err() {
+        // More ids than one block of the GPU can sort.
+        let last = i64::MAX;
+        let (sorted_ids, order) = ids.masked_fill(&ids.lt(0), last).sort_stable(true, 0, false);
+        let is_unused = sorted_ids.eq(last);
+        sorted.ids = sorted_ids.masked_fill(&is_unused, -1);
+        sorted.order = order.masked_fill(&is_unused, -1).to_kind(Kind::Int);
+    }
+    let mut summed = RowGradients::new(n, gradients.size()[1], device);
+    let done = cuda::sum_rows(&sorted, &gradients.contiguous(), &mut summed);
+    done.unwrap_or_else(|text| panic!("{text}"));
+    summed
+}
+
 impl Optimizer {
     /// Ends a step: turns summed gradients into the clipped mean and updates `values: [n]`. Sets
     /// gradients and scalars to zero. If the loss or the norm of the gradient is not finite, the
@@ -145,10 +169,10 @@ impl Optimizer {
         &mut self,
         values: &Tensor,
         gradients: &mut Gradients,
-        sums: &StepSums<'_>,
+        sums: StepSums<'_>,
     ) -> StepOutcome {
         match self.end {
-            StepEnd::Cpu { .. } => self.finish_on_cpu(values, gradients, sums),
+            StepEnd::Cpu { .. } => self.finish_on_cpu(values, gradients, &sums),
             StepEnd::Gpu(_) => self.finish_on_gpu(values, gradients, sums),
         }
     }
@@ -196,11 +220,16 @@ impl Optimizer {
         &mut self,
         values: &Tensor,
         gradients: &Gradients,
-        sums: &StepSums<'_>,
+        sums: StepSums<'_>,
     ) -> StepOutcome {
         let run = |result: Result<(), String>| result.unwrap_or_else(|text| panic!("{text}"));
         let StepEnd::Gpu(buffers) = &mut self.end else { unreachable!("on a GPU") };
-        run(cuda::sum_of_squares(&[&gradients.replicated()], buffers));
+        let lists: Vec<Option<RowGradients>> =
+            sums.lists.into_iter().map(|list| list.joined().map(summed_rows)).collect();
+        let dense = gradients.dense();
+        let of_rows = lists.iter().flatten().map(|rows| &rows.sums);
+        let parts: Vec<&Tensor> = std::iter::once(&dense).chain(of_rows).collect();
+        run(cuda::sum_of_squares(&parts, buffers));
         let sharded_squares = sums.sharded_squares.map(|squares| squares.view([1]));
         let step = cuda::StepSums {
             scalars: &gradients.scalars(),
@@ -214,8 +243,22 @@ impl Optimizer {
         let all = gradients.all();
         let adamw_part =
             |flat: &Tensor| flat.narrow(0, self.adamw_start, flat.size()[0] - self.adamw_start);
-        self.adamw.step_on_gpu(&adamw_part(values), &adamw_part(&all), buffers);
-        if let Some(tables) = &mut self.tables {
+        let (of_values, of_gradients) = (adamw_part(values), adamw_part(&all));
+        if lists.is_empty() {
+            self.adamw.step_on_gpu(&of_values, &of_gradients, buffers);
+        } else {
+            for (table, rows) in lists.iter().enumerate() {
+                let Some(rows) = rows else { continue };
+                match &self.tables {
+                    Some(tables) => {
+                        tables.adagrad.step_rows(table, values, rows, buffers, sums.rates);
+                    }
+                    None => self.adamw.step_rows(table, values, rows, buffers),
+                }
+            }
+            self.adamw.step_dense_on_gpu(&of_values, &of_gradients, buffers);
+        }
+        if let Some(tables) = self.tables.as_mut().filter(|_| lists.is_empty()) {
             let rate = sums.rates.get(1).to_kind(Kind::Float);
             let is_finite = buffers.scale.isfinite();
             let scale = buffers.scale.where_scalarother(&is_finite, 0.0);

@@ -131,6 +131,26 @@ impl Adagrad {
         self.update(values, gradients, scaled, |gradient| gradient * -learning_rate);
     }
 
+    /// [`Adagrad::step`] on a GPU for table number `number`, whose gradients are `rows`.
+    fn step_rows(
+        &self,
+        number: usize,
+        values: &Tensor,
+        rows: &cuda::RowGradients,
+        step: &cuda::StepBuffers,
+        rates: &Tensor,
+    ) {
+        let table = &self.tables[number];
+        let last_step = self.last_step.as_ref().map(|last_step| matrix(table, last_step));
+        let of_table = cuda::AdagradTable {
+            values: &matrix(table, values),
+            squares: &matrix(table, &self.sum),
+            last_step: last_step.as_ref(),
+        };
+        cuda::adagrad_rows(of_table, rows, step, rates, self.momentum)
+            .unwrap_or_else(|problem| panic!("{problem}"));
+    }
+
     /// [`Adagrad::step`] with the factors that `scaled` applies to gradients and `times_rate` to
     /// steps.
     fn update(
@@ -217,6 +237,36 @@ impl AdamW {
         self.update(values, gradients, |buffers| {
             cuda::adamw(buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
         });
+    }
+
+    /// [`AdamW::step`] on a GPU for the rows of table number `number`, whose gradients are `rows`.
+    fn step_rows(
+        &self,
+        number: usize,
+        values: &Tensor,
+        rows: &cuda::RowGradients,
+        step: &cuda::StepBuffers,
+    ) {
+        let table = &self.lazy[number];
+        let of_table = cuda::AdamWTable {
+            values: &matrix(table, values),
+            m: &matrix(table, &self.m),
+            v: &matrix(table, &self.v),
+        };
+        cuda::lazy_adamw_rows(of_table, rows, step).unwrap_or_else(|problem| panic!("{problem}"));
+    }
+
+    /// [`AdamW::step`] on a GPU for the parameters behind the tables.
+    fn step_dense_on_gpu(&mut self, values: &Tensor, gradients: &Tensor, step: &cuda::StepBuffers) {
+        let start = self.lazy.last().map_or(0, View::end);
+        let dense = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
+        let mut buffers = AdamWBuffers {
+            values: dense(values),
+            gradients: dense(gradients),
+            m: dense(&self.m),
+            v: dense(&self.v),
+        };
+        cuda::adamw(&mut buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
     }
 
     fn update(&mut self, values: &Tensor, gradients: &Tensor, update: impl Fn(&mut AdamWBuffers)) {

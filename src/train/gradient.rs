@@ -10,7 +10,7 @@ use super::gradient_sync::{GradientSync, Requests};
 use super::step_graph::StepGraph;
 use super::{Day, Learner, RankContext, TrainError};
 use crate::checkpoint::{SharedCheckpoint, Tensors};
-use crate::config::{Config, StartConfig, TrainConfig};
+use crate::config::{Config, LossConfig, Reduction, StartConfig, TableOptimizer, TrainConfig};
 use crate::data::{Batch, Features, Loader, Read};
 use crate::model::head::{Logits, NegativeSampler, uniform_numbers};
 use crate::model::parameters::copy_rows;
@@ -37,7 +37,7 @@ impl<'a> GradientLearner<'a> {
         item_table: ItemTable<'a>,
     ) -> Result<Self, String> {
         let Config { run, data, train, .. } = config;
-        let network = Network::with_item_table(
+        let mut network = Network::with_item_table(
             model,
             features,
             data.max_length,
@@ -55,6 +55,10 @@ impl<'a> GradientLearner<'a> {
                 weight_decay: train.weight_decay,
             },
         );
+        if lists_rows(config, &network) {
+            let n_tables = network.tables().len();
+            network.gradients_mut().list_rows(n_tables);
+        }
         let sync = GradientSync::new(&network, run.reduction, place.collective);
         Ok(Self { network, sync, optimizer, fault: Fault::planted() })
     }
@@ -83,13 +87,14 @@ impl<'a> GradientLearner<'a> {
         let synced = self.sync.finish(&mut self.network, *step_seed)?;
         day.timer.end("communication");
         let sums = StepSums {
+            lists: synced.lists,
             sharded_squares: synced.sharded_squares.as_ref(),
             own_loss: &synced.own_loss,
             rates,
             clip_norm: day.config.train.clip_norm,
         };
         let values = self.network.parameters().values();
-        let outcome = self.optimizer.finish(&values, self.network.gradients_mut(), &sums);
+        let outcome = self.optimizer.finish(&values, self.network.gradients_mut(), sums);
         self.fault.after_step(rank, number, self.network.parameters());
         day.timer.end("optimizer");
         Ok(outcome)
@@ -137,6 +142,19 @@ impl<'a> GradientLearner<'a> {
         let is_tie = 2 * most <= all.len();
         Err(TrainError::Desync { day: day.plan.day, step: n_done, ranks: ranks.collect(), is_tie })
     }
+}
+
+/// Whether the gradients of tables are listed by row: on a GPU, if few rows have a gradient and
+/// only those change. All other steps form them in place.
+fn lists_rows(config: &Config, network: &Network<'_>) -> bool {
+    let Config { run, train, .. } = config;
+    network.device() != Device::Cpu
+        && train.tables != TableOptimizer::Adamw
+        && !matches!(train.loss, LossConfig::Softmax { .. })
+        && run.reduction != Reduction::Reproducible
+        && network.items_are_rows()
+        && network.scores_once()
+        && !network.item_table().is_sharded()
 }
 
 /// What a step reads that depends on its sessions.
@@ -257,7 +275,7 @@ impl Learner for GradientLearner<'_> {
         let source = StepSource {
             preparer: self.network.preparer(),
             n_sampled: sampler.n_sampled(),
-            has_sizes: graph.needs_sizes(),
+            has_sizes: graph.has_sizes(),
         };
         let (steps, agreed_sizes) = source.clone().start(day, n_done);
         for item in steps {

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError, Reduce, communicate_as};
 use crate::config::Reduction;
-use crate::model::{GradientHooks, Gradients, ItemTable, LossSum, Network};
+use crate::model::{GradientHooks, Gradients, ItemTable, LossSum, Network, RowList};
 use crate::optim::sum_of_squares;
 
 /// Requests to this rank, which take effect on all ranks after the step that they are made before.
@@ -33,6 +33,7 @@ impl Requests {
 /// | fast, bf16 | sharded | exchange of rows with the ranks that hold them | replicated |
 /// | reproducible | replicated | nothing | all, in fixed point |
 /// | reproducible | sharded | exchange of rows, in fixed point | replicated, in fixed point |
+/// | any | replicated, gradients listed by row | nothing | gather of the lists, all-reduce of the rest |
 ///
 /// The scalars of the step (summed loss, number of targets, requests) are reduced together with the
 /// gradients, so that one call does both.
@@ -71,6 +72,7 @@ impl<'a> GradientSync<'a> {
             sharded_sum: (is_reproducible && is_sharded)
                 .then(|| FixedPointSum::new(&gradients.sharded())),
             overlaps: collective.world_size() > 1
+                && gradients.n_listed() == 0
                 && !is_reproducible
                 && !is_sharded
                 && network.scores_once(),
@@ -112,9 +114,12 @@ impl<'a> GradientSync<'a> {
         if let Some(sum) = &mut self.sharded_sum {
             sum.move_into(&mut gradients.sharded());
         }
-        // Behind the scoring parameters, if these are reduced already.
+        let lists = self.gather_lists(gradients.take_lists())?;
+        // Behind the scoring parameters, if these are reduced already, or behind listed tables.
         let mut rest = if self.overlaps {
             gradients.from(self.scoring.end)
+        } else if gradients.n_listed() > 0 {
+            gradients.from(gradients.n_listed())
         } else {
             gradients.replicated_and_scalars()
         };
@@ -127,7 +132,25 @@ impl<'a> GradientSync<'a> {
         }
         network.finish_gradients(step_seed)?;
         let sharded_squares = self.sharded_squares(network.gradients())?;
-        Ok(SyncedStep { sharded_squares, own_loss: self.own_loss.shallow_clone() })
+        Ok(SyncedStep { lists, sharded_squares, own_loss: self.own_loss.shallow_clone() })
+    }
+
+    /// *All ranks.* The rows and gradients of all ranks for each table. Steps have the same sizes on
+    /// all ranks where gradients are listed.
+    fn gather_lists(&self, lists: Vec<RowList>) -> Result<Vec<RowList>, CollectiveError> {
+        if self.collective.world_size() == 1 {
+            return Ok(lists);
+        }
+        let gather = |list: RowList| {
+            let mut gathered = RowList::default();
+            if let Some((rows, gradients)) = list.joined() {
+                let counts = vec![rows.size()[0]; self.collective.world_size()];
+                let of_all = |local: &Tensor| self.collective.gather_rows(local, &counts);
+                gathered.add(&of_all(&rows)?, &of_all(&gradients)?);
+            }
+            Ok(gathered)
+        };
+        lists.into_iter().map(gather).collect()
     }
 
     /// *All ranks.* `rest: [n]` ends with the scalars.
@@ -225,6 +248,8 @@ impl GradientHooks for GradientSync<'_> {
 
 /// What is known of a step besides the sums in the gradients.
 pub(super) struct SyncedStep {
+    /// Gradients of all ranks that are listed by row, of the first tables.
+    pub lists: Vec<RowList>,
     /// Sum of squares of the sharded gradients of all ranks, f32 `[]`; `None` without sharding.
     pub sharded_squares: Option<Tensor>,
     /// Summed loss of this rank, f32 `[1]`, to be set to zero when it was read.

@@ -23,6 +23,9 @@ pub(super) struct StepGraph {
     state: State,
     /// Where the numbers of every step are, if their sizes are the same.
     frame: Frame,
+    /// Whether all steps have the same sizes.
+    has_sizes: bool,
+    /// These sizes, once they are known.
     sizes: Option<StepSizes>,
 }
 
@@ -39,15 +42,24 @@ enum State {
     },
 }
 
-/// Why a step of this run cannot be recorded.
-fn obstacle(config: &Config, network: &Network<'_>, has_fault: bool) -> Option<&'static str> {
-    let Config { run, train, .. } = config;
+/// Why steps of this run cannot have the same sizes.
+fn obstacle_to_sizes(config: &Config, network: &Network<'_>) -> Option<&'static str> {
     let is_replaced = matches!(network.objective(), Objective::Replaced { .. });
     let obstacles = [
-        (run.reduction == Reduction::Reproducible, "`run.reduction` is `reproducible`"),
-        (train.time_phases, "`train.time_phases` is set"),
-        (train.tables != TableOptimizer::Adamw, "`train.tables` is not `adamw`"),
+        (config.run.reduction == Reduction::Reproducible, "`run.reduction` is `reproducible`"),
         (is_replaced, "the objective is `replaced`"),
+    ];
+    obstacles.into_iter().find(|(is_so, _)| *is_so).map(|(_, obstacle)| obstacle)
+}
+
+/// Why a step of this run, whose sizes are always the same, cannot be recorded.
+fn obstacle(config: &Config, network: &Network<'_>, has_fault: bool) -> Option<&'static str> {
+    let Config { run, train, .. } = config;
+    let waits = train.tables != TableOptimizer::Adamw && network.gradients().n_listed() == 0;
+    let obstacles = [
+        (run.cuda_graph == CudaGraph::Off, "`run.cuda_graph` is `off`"),
+        (train.time_phases, "`train.time_phases` is set"),
+        (waits, "`train.tables` and `train.loss` find changed rows by waiting for the GPU"),
         (!network.items_are_rows(), "item vectors are composed or partly frozen"),
         (has_fault, "a fault is planted"),
     ];
@@ -64,23 +76,24 @@ impl StepGraph {
         has_fault: bool,
         day: &mut Day<'_>,
     ) -> Result<Self, TrainError> {
-        let wanted = day.config.run.cuda_graph;
-        let obstacle = match day.place.device {
-            Device::Cpu => Some("the run is on the CPU"),
-            _ if wanted == CudaGraph::Off => Some("`run.cuda_graph` is `off`"),
-            _ => obstacle(day.config, network, has_fault),
-        };
-        let mut graph = Self { state: State::Eager, frame: Frame::default(), sizes: None };
-        match obstacle {
+        let mut graph =
+            Self { state: State::Eager, frame: Frame::default(), has_sizes: false, sizes: None };
+        if day.place.device == Device::Cpu {
+            graph.give_up("the run is on the CPU", day)?;
+            return Ok(graph);
+        }
+        let to_sizes = obstacle_to_sizes(day.config, network);
+        graph.has_sizes = to_sizes.is_none();
+        match to_sizes.or_else(|| obstacle(day.config, network, has_fault)) {
             None => graph.state = State::WarmUp { n_left: N_WARM_UP },
             Some(obstacle) => graph.give_up(obstacle, day)?,
         }
         Ok(graph)
     }
 
-    /// Whether all steps must have the same sizes.
-    pub fn needs_sizes(&self) -> bool {
-        !matches!(self.state, State::Eager)
+    /// Whether all steps have the same sizes.
+    pub fn has_sizes(&self) -> bool {
+        self.has_sizes
     }
 
     /// *All ranks.* Agrees on sizes for the steps of an epoch within `bounds` of this rank.
@@ -101,7 +114,7 @@ impl StepGraph {
         let sizes = self.sizes.as_ref().map_or(sizes.clone(), |known| known.max(&sizes));
         if self.sizes.as_ref() != Some(&sizes) {
             self.frame = Frame::default();
-            if self.needs_sizes() {
+            if !matches!(self.state, State::Eager) {
                 self.state = State::WarmUp { n_left: N_WARM_UP };
             }
         }

@@ -145,6 +145,7 @@ fn with_gradients(negatives: &Negatives) -> (f64, [Tensor; 4]) {
         items: None,
         weight_gradient: weight_gradient.shallow_clone(),
         bias_gradient: bias_gradient.shallow_clone(),
+        row_lists: None,
         item_table: &item_table,
         counts: &[8],
         group_added: &mut || (),

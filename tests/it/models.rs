@@ -449,6 +449,7 @@ impl Head {
             items: None,
             weight_gradient: self.table.zeros_like(),
             bias_gradient: self.bias.zeros_like(),
+            row_lists: None,
             item_table: &ItemTable::replicated(n_items),
             counts: &[n],
             group_added: &mut || (),

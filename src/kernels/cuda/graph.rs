@@ -102,9 +102,7 @@ impl Graph {
         let ended = guarded(MESSAGE_BYTES, |error, n| unsafe { (functions.end)(graph, error, n) });
         match recorded {
             Ok(result) => ended.map(|()| (captured, result)),
-            Err(panic) => {
-                Err(panic_text(&*panic).unwrap_or("a panic without a message").to_owned())
-            }
+            Err(panic) => Err(refused_operation(panic_text(&*panic).unwrap_or_default())),
         }
     }
 
@@ -117,6 +115,12 @@ impl Graph {
         // SAFETY: the graph was captured, and is alive.
         guarded(MESSAGE_BYTES, |error, n| unsafe { (functions.replay)(*graph, error, n) })
     }
+}
+
+/// What libtorch says of an operation, from the text of tch's panic, without the stack.
+fn refused_operation(panic: &str) -> String {
+    let message = panic.split_once("Torch(\"").map_or(panic, |(_, message)| message);
+    message.split("\\n").next().unwrap_or(message).to_owned()
 }
 
 impl Drop for Graph {

@@ -2,8 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::counts::{UNITS, WINDOW};
-use super::shape::{Constants, PREDECESSOR_WEIGHT, on_device};
+use super::counts::UNITS;
+use super::shape::{Constants, PREDECESSOR_WEIGHT};
 use super::tables::{FoundNeighbours, Tables, take};
 use crate::config::{CandidatesConfig, Reminders};
 use crate::data::FIRST_ITEM;
@@ -64,7 +64,9 @@ impl Tables {
         let Merged { items: candidates, weights, has_other_source } =
             self.merge(&items, &recent, known, config);
         let weights = match &known.counted {
-            Some(counted) => weights - own_weights(&recent, &counted.items, &candidates),
+            Some(counted) => {
+                weights - own_weights(&self.constants, &recent, &counted.items, &candidates)
+            }
             None => weights,
         };
         // Counts are whole numbers. Pairs that were dropped are negative now.
@@ -284,26 +286,22 @@ impl Tables {
 ///
 /// With `a` the matrix of equality between recent items and events, `d` the weights of pairs of
 /// events, and `b` that between events and candidates, the contribution is `a d b`.
-fn own_weights(recent: &Tensor, session: &Tensor, candidates: &Tensor) -> Tensor {
-    let (device, length) = (session.device(), session.size()[1]);
-    let pairs = |weight: fn(i64) -> f32| {
-        let weights: Vec<f32> = (0..length)
-            .flat_map(|first| (0..length).map(move |second| weight(second - first)))
-            .collect();
-        on_device(&weights, device).view([length, length])
-    };
-    let by_distance =
-        pairs(|d| if (1..=WINDOW).contains(&d) { (i64::from(UNITS) / d) as f32 } else { 0.0 });
-    let adjacent = pairs(|d| f32::from(u8::from(d == 1)));
+fn own_weights(
+    constants: &Constants,
+    recent: &Tensor,
+    session: &Tensor,
+    candidates: &Tensor,
+) -> Tensor {
+    let Constants { pair_weights: by_distance, is_next: adjacent, .. } = constants;
     let is_event = session.ge(FIRST_ITEM).unsqueeze(1);
     let of_recent = recent.unsqueeze(2).eq_tensor(&session.unsqueeze(1)).logical_and(&is_event);
     let of_recent = of_recent.to_kind(Kind::Float);
     let of_last = of_recent.narrow(1, 0, 1);
     let by_event = Tensor::cat(
         &[
-            of_recent.matmul(&by_distance),
+            of_recent.matmul(by_distance),
             of_recent.matmul(&by_distance.tr()),
-            of_last.matmul(&adjacent),
+            of_last.matmul(adjacent),
             of_last.matmul(&adjacent.tr()),
         ],
         1,

@@ -87,6 +87,10 @@ pub(super) struct Constants {
     pub columns: Tensor,
     /// Which of the known items share a feature, f32 `[L, PLACES + 1]`.
     pub places: Tensor,
+    /// Weight of a pair of events of a session, 0 unless the first is the earlier: f32 `[L, L]`.
+    pub pair_weights: Tensor,
+    /// 1 for an event and the next, else 0: f32 `[L, L]`.
+    pub is_next: Tensor,
 }
 
 impl Constants {
@@ -110,7 +114,20 @@ impl Constants {
                 (0..=PLACES).map(move |of| f32::from(u8::from(place.min(PLACES) == of)))
             })
             .collect();
+        let of_pairs = |weight: fn(i64) -> f32| {
+            let pairs = (0..length).flat_map(|first| (0..length).map(move |second| second - first));
+            on_device(&pairs.map(weight).collect::<Vec<_>>(), device).view([length, length])
+        };
+        let by_distance = |distance: i64| {
+            if (1..=WINDOW).contains(&distance) {
+                (i64::from(UNITS) / distance) as f32
+            } else {
+                0.0
+            }
+        };
         Self {
+            pair_weights: of_pairs(by_distance),
+            is_next: of_pairs(|distance| f32::from(u8::from(distance == 1))),
             decays: on_device(&decays, device),
             priorities: on_device(&priorities, device),
             columns: on_device(&columns, device).unsqueeze(0),

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::item_vectors::ItemVectors;
 use super::rows::add_rows;
-use super::{Encoded, ItemTable};
+use super::{Encoded, ItemTable, RowList};
 use crate::collective::CollectiveError;
 use crate::config::LossConfig;
 
@@ -226,6 +226,8 @@ pub struct ScoringTable<'a> {
     pub weight_gradient: Tensor,
     /// `[V]`; gradients are added to it.
     pub bias_gradient: Tensor,
+    /// Of weights and biases, instead of the gradients above, if few rows have gradients.
+    pub row_lists: Option<[RowList; 2]>,
     pub item_table: &'a ItemTable<'a>,
     /// Number of targets of each rank; only this rank's if the table is replicated.
     pub counts: &'a [i64],
@@ -253,6 +255,11 @@ impl ScoringTable<'_> {
 
     /// Adds gradients `[n, D]` and `[n]` of `rows: [n]`.
     fn add_weight_and_bias(&mut self, rows: &Tensor, of_weights: &Tensor, of_bias: &Tensor) {
+        if let Some([weights, bias]) = &mut self.row_lists {
+            weights.add(rows, of_weights);
+            bias.add(rows, of_bias);
+            return;
+        }
         let is_reproducible = self.item_table.is_reproducible();
         add_rows(&mut self.weight_gradient, rows, of_weights, is_reproducible);
         add_rows(&mut self.bias_gradient, rows, of_bias, is_reproducible);

@@ -171,6 +171,7 @@ mod tests {
             items: None,
             weight_gradient: weight_gradient.shallow_clone(),
             bias_gradient: bias_gradient.shallow_clone(),
+            row_lists: None,
             item_table: &item_table,
             counts: &[n],
             group_added: &mut || (),
