@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks whether training on a GPU is right, and times it, on a host with one GPU and PyTorch.
 #
-# usage: benches/gpu.sh pack FOLDER       on the build host: packs what the GPU host lacks
-#        FOLDER/gpu.sh OUT                on the GPU host: runs what was packed
+# usage: benches/gpu.sh pack FOLDER       on the build host: packs all that the GPU host lacks
+#        FOLDER/gpu.sh OUT                on the GPU host: runs the pack
 #        benches/gpu.sh OUT               on a GPU host where this checkout is built
 #        benches/gpu.sh --rehearse OUT    without a GPU: all stages with small sizes on the fake
 #                                         CUDA runtime; numbers mean nothing
@@ -147,7 +147,7 @@ log=$out/log.txt
 : >"$log"
 work=$(mktemp -d "${TMPDIR:-/tmp}/bireme-gpu-work.XXXXXX")
 linked=
-# Only what this script has made.
+# The link is removed only if this script made it.
 trap 'rm -rf "$work"; [ -z "$linked" ] || rm -f "$linked"' EXIT
 export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 
@@ -238,7 +238,7 @@ with_torch() { # with_torch STAGE COMMAND...
 }
 
 train stack 40
-# What is not timed runs side by side.
+# Stages without timing run side by side.
 train data 100 &
 train parity 130 &
 train graph 120 &

@@ -705,7 +705,7 @@ def timed(torch, run, repeats):
 
 
 def ceilings(torch, record, is_small):
-    """What the GPU reaches with large products of random matrices, and with a copy."""
+    """Records the rates of large products of random matrices and of a copy."""
     n = 256 if is_small else 8192
     for kind, dtype, tf32 in [
         ("f32", torch.float32, False),
@@ -771,8 +771,8 @@ def head(record, is_small):
                 finally:
                     run = None
                     torch.cuda.empty_cache()
-                # Of three products, or of the two of flash attention's forward pass. What is
-                # computed again is not counted.
+                # Of three products, or of the two of flash attention's forward pass. Recomputed
+                # products are not counted.
                 n_products = 2 if variant.endswith("forward") else 3
                 tflops = 2 * n_products * size[0] * size[1] * WIDTH / ms / 1e9
                 record(kind="head", items=name, targets=n, variant=variant, ms=ms, tflops=tflops)

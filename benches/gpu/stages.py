@@ -53,7 +53,7 @@ PEER = HERE.parent / "peers" / "training.py"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each stage does."""
+    """Sizes of data, batches and runs."""
 
     n_events: int
     # Name of a catalogue, and items that `bireme synth` gets.
@@ -248,7 +248,7 @@ def wait_for_data(options, items, seconds=120):
 
 
 def stack(options, record):
-    """Records what the machine has."""
+    """Records GPU, driver, versions and the report of `bireme doctor`."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm"]
     code, text = output([*query, "--format=csv,noheader"], 10)
     record(kind="gpu", exit=code, text=text.strip())
@@ -348,7 +348,7 @@ def parity(options, record):
         errors="replace",
         env=environment,
     )
-    # What the tests print may stand in the lines of their results.
+    # Output of the tests may precede a result on the same line.
     for line in process.stdout:
         print(line, end="", flush=True)
         if match := re.search(r"test (\S+) \.\.\. .*?(ok|FAILED|ignored)$", line.rstrip()):

@@ -2,9 +2,9 @@
 
     python benches/gpu/summary.py RESULTS.jsonl
 
-Milliseconds of a step are medians. `predicted` is what was expected of the captured step before the
-first measurement, and `before` what an H200 took with an earlier build, eager, and with PyTorch
-(benches/runs/2026-11-26-nvidia-h200.md).
+Milliseconds of a step are medians. `predicted` is the estimate of the captured step from before
+its first measurement. `before` is the time of an eager step of an earlier build and of PyTorch on
+an H200 (benches/runs/2026-11-26-nvidia-h200.md).
 """
 
 import json
@@ -13,9 +13,8 @@ from pathlib import Path
 
 LINES = 40
 
-# Milliseconds of a captured step on an H200. 256 sessions and 10k items: first with the packed
-# GRU and the launches of the eager step, then without what a graph makes needless. Others: the
-# body, and the head as below.
+# Milliseconds of a captured step on an H200. 256 sessions and 10k items: from
+# fewer launches than the eager step to as many. Others: the body, and the head as below.
 PREDICTED_STEP = {
     ("gru", 256, "10k"): "0.42-0.75",
     ("xlnet", 256, "10k"): "0.65-1.0",

@@ -139,15 +139,14 @@ impl Tally {
         Self { at_rank, loss: 0 }
     }
 
-    /// Adds target ranks (i64 `[B]`, 1 is best) and losses (f64 `[B]`).
-    pub fn add(&mut self, ranks: &Tensor, losses: Option<&Tensor>) {
-        for rank in Vec::<i64>::try_from(ranks.to_device(Device::Cpu)).expect("ranks are i64") {
+    /// Adds target ranks, of which 1 is best, and losses.
+    pub fn add(&mut self, ranks: &[i64], losses: Option<&[f64]>) {
+        for &rank in ranks {
             self.at_rank[rank_bin(rank)] += 1;
         }
-        if let Some(losses) = losses {
-            self.loss +=
-                (losses * LOSS_UNIT).round().to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]);
-        }
+        // libtorch and this loop round halves to even.
+        let in_units = |loss: &f64| (loss * LOSS_UNIT).round_ties_even() as i64;
+        self.loss += losses.iter().flat_map(|losses| losses.iter()).map(in_units).sum::<i64>();
     }
 
     /// *All ranks.* Sums the tallies of all ranks.
@@ -251,10 +250,15 @@ pub fn evaluate(
         }
         let [ranks, losses] = [ranks, losses]
             .map(|groups| item_table.local_rows_of(&Tensor::cat(&groups, 0), &counts));
-        if !bool::try_from(losses.isfinite().all()).expect("a truth value") {
+        // One wait for the device in a block. Ranks are exact in f64.
+        let both = Tensor::stack(&[ranks.to_kind(Kind::Double), losses], 0).reshape([-1]);
+        let both = Vec::<f64>::try_from(both).expect("numbers are f64 [2 B]");
+        let (ranks, losses) = both.split_at(both.len() / 2);
+        let ranks: Vec<i64> = ranks.iter().map(|&rank| rank as i64).collect();
+        if !losses.iter().all(|loss| loss.is_finite()) {
             return Err(EvaluateError::NotFinite { path: file.path().to_owned() });
         }
-        tally.add(&ranks, recommender.scores_are_logits().then_some(&losses));
+        tally.add(&ranks, recommender.scores_are_logits().then_some(losses));
         outcomes.add(&ranks, &known, &own_targets);
     }
     Ok(Evaluation {

@@ -1,7 +1,7 @@
 //! Outcomes of single sessions, so that models can be compared session by session.
 
 use bireme_tools::report::evaluation_file::SessionOutcome;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::collective::{Collective, CollectiveError};
 use crate::data::Batch;
@@ -34,13 +34,11 @@ pub(super) struct Outcomes {
 }
 
 impl Outcomes {
-    /// Adds a block of sessions: the ranks of the targets `[B]`, the known events and the targets
-    /// `[B]`.
-    pub(super) fn add(&mut self, ranks: &Tensor, known: &Batch, targets: &Tensor) {
-        let [ranks, targets] = [ranks, targets].map(|tensor| {
-            Vec::<i64>::try_from(tensor.to_device(Device::Cpu)).expect("numbers are i64 [B]")
-        });
-        let rows = ranks.into_iter().zip(known.sessions()).zip(targets);
+    /// Adds a block of sessions: the ranks of the targets, the known events and the targets, i64
+    /// `[B]` in host memory.
+    pub(super) fn add(&mut self, ranks: &[i64], known: &Batch, targets: &Tensor) {
+        let targets = Vec::<i64>::try_from(targets).expect("targets are i64 [B]");
+        let rows = ranks.iter().copied().zip(known.sessions()).zip(targets);
         self.numbers.extend(rows.map(|((rank, known), target)| {
             [rank, known.len() as i64, target, n_repeats(&known, target)]
         }));

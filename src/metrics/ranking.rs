@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bireme_kernels::softmax::logsumexp_rows;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, CollectiveError};
 use crate::data::FIRST_ITEM;
@@ -129,14 +129,12 @@ fn recommendable_part(
         return None;
     }
     if hidden.numel() > 0 {
-        let rows = Tensor::arange(chunk.size()[0], (Kind::Int64, chunk.device()))
-            .unsqueeze(1)
-            .expand_as(hidden);
-        let in_chunk = hidden.ge(items.start).logical_and(&hidden.lt(items.end));
-        let [rows, columns] =
-            [rows, hidden - items.start].map(|indices| indices.masked_select(&in_chunk));
-        let lowest = chunk.new_full([1], f64::NEG_INFINITY, (chunk.kind(), chunk.device()));
-        let _ = chunk.shallow_clone().index_put_(&[Some(rows), Some(columns)], &lowest, false);
+        let is_outside = hidden.lt(items.start).logical_or(&hidden.ge(items.end));
+        let columns = (hidden - items.start).masked_fill(&is_outside, 0);
+        // Sums, because items outside share a column with an item inside.
+        let lowest = Tensor::full(hidden.size(), f64::NEG_INFINITY, (chunk.kind(), chunk.device()));
+        let terms = lowest.masked_fill(&is_outside, 0.0);
+        let _ = chunk.shallow_clone().scatter_add_(1, &columns, &terms);
     }
     Some((first..items.end, chunk.narrow(1, first - items.start, items.end - first)))
 }
@@ -187,15 +185,18 @@ impl TopScores {
         let scores = self.scores?;
         let k = self.k.min(scores.size()[1]);
         let last = scores.narrow(1, k - 1, 1);
-        let is_tied = if scores.size()[1] > k {
-            scores.narrow(1, k, 1).eq_tensor(&last).squeeze_dim(1)
-        } else {
-            Tensor::zeros([scores.size()[0]], (Kind::Bool, scores.device()))
+        let tied_sessions = match scores.device() {
+            Device::Cpu if scores.size()[1] > k => {
+                let is_tied = scores.narrow(1, k, 1).eq_tensor(&last).squeeze_dim(1);
+                Some(is_tied.nonzero().squeeze_dim(1))
+            }
+            Device::Cpu => Some(Tensor::zeros([0], (Kind::Int64, Device::Cpu))),
+            // The number of ties would be a wait, which costs more than the ties of all sessions.
+            _ => None,
         };
-        let tied_sessions = is_tied.nonzero().squeeze_dim(1);
-        let n_open =
-            n_true(&scores.narrow(1, 0, k).eq_tensor(&last)).index_select(0, &tied_sessions);
-        Some(TopThreshold { last, tied_sessions, n_open })
+        let n_open = n_true(&scores.narrow(1, 0, k).eq_tensor(&last));
+        let threshold = TopThreshold { last, tied_sessions, n_open };
+        Some(TopThreshold { n_open: threshold.of_tied(&threshold.n_open), ..threshold })
     }
 }
 
@@ -205,14 +206,27 @@ struct TopThreshold {
     /// The `k`-th best score of each session: `[B, 1]`.
     last: Tensor,
     /// The sessions with more items tied at `last` than the top has room for: i64 `[tied]`, mostly
-    /// empty.
-    tied_sessions: Tensor,
+    /// empty. `None` if all sessions are treated like these.
+    tied_sessions: Option<Tensor>,
     /// Number of tied items that are still to be included, for each of these sessions: i64
     /// `[tied, 1]`.
     n_open: Tensor,
 }
 
 impl TopThreshold {
+    /// The rows of `x: [B, ..]` of tied sessions.
+    fn of_tied(&self, x: &Tensor) -> Tensor {
+        match &self.tied_sessions {
+            Some(sessions) => x.index_select(0, sessions),
+            None => x.shallow_clone(),
+        }
+    }
+
+    /// Whether no session is tied.
+    fn is_untied(&self) -> bool {
+        self.tied_sessions.as_ref().is_some_and(|sessions| sessions.numel() == 0)
+    }
+
     /// *All ranks.* Subtracts the tied items of lower ranks, which have lower indices, from
     /// `n_open`. `chunks`: scores `[B, C]` of all local items.
     fn reserve_for_lower_ranks(
@@ -221,12 +235,11 @@ impl TopThreshold {
         ranks: &dyn Collective,
     ) -> Result<(), CollectiveError> {
         // The merged scores are the same on all ranks, so all ranks return here or none.
-        if self.tied_sessions.numel() == 0 {
+        if self.is_untied() {
             return Ok(());
         }
-        let last = self.last.index_select(0, &self.tied_sessions);
-        let n_tied = chunks
-            .map(|chunk| n_true(&chunk.index_select(0, &self.tied_sessions).eq_tensor(&last)));
+        let last = self.of_tied(&self.last);
+        let n_tied = chunks.map(|chunk| n_true(&self.of_tied(&chunk).eq_tensor(&last)));
         let n_tied = n_tied.fold(self.n_open.zeros_like(), |sum, n| sum + n);
         let on_lower_ranks = ranks.stack_ranks(&n_tied)?.narrow(0, 0, ranks.rank() as i64);
         let on_lower_ranks = on_lower_ranks.sum_dim_intlist([0i64].as_slice(), false, Kind::Int64);
@@ -237,16 +250,20 @@ impl TopThreshold {
     /// Returns which items of a chunk `[B, C]` are in the top of each session: bool `[B, C]`.
     /// Chunks must come in ascending order of items.
     fn members(&mut self, chunk: &Tensor) -> Tensor {
-        let members = chunk.ge_tensor(&self.last);
-        if self.tied_sessions.numel() == 0 {
-            return members;
+        if self.is_untied() {
+            return chunk.ge_tensor(&self.last);
         }
-        let [chunk, last] =
-            [chunk, &self.last].map(|scores| scores.index_select(0, &self.tied_sessions));
+        let [of_tied, last] = [chunk, &self.last].map(|scores| self.of_tied(scores));
+        let of_all = chunk;
+        let chunk = of_tied;
         let tied = chunk.eq_tensor(&last);
         let included = tied.logical_and(&tied.cumsum(1, Kind::Int).le_tensor(&self.n_open));
         self.n_open = (&self.n_open - n_true(&tied)).clamp_min(0);
-        members.index_copy(0, &self.tied_sessions, &chunk.gt_tensor(&last).logical_or(&included))
+        let members = chunk.gt_tensor(&last).logical_or(&included);
+        match &self.tied_sessions {
+            Some(sessions) => of_all.ge_tensor(&self.last).index_copy(0, sessions, &members),
+            None => members,
+        }
     }
 }
 

@@ -55,6 +55,10 @@ pub struct Layout {
     mask: LayoutMask,
     /// Cell of each output position, i64 `[N]`.
     pub output_cells: Tensor,
+    /// Session of each output position, i64 `[N]`.
+    output_sessions: Tensor,
+    /// Offset of each output position in its session, i64 `[N]`.
+    output_offsets: Tensor,
     /// The output positions, i64 `[N]`.
     pub outputs: Tensor,
     /// Largest number of output positions of a session, `R`.
@@ -173,6 +177,8 @@ impl Layout {
             cells: (!are_equal).then(|| numbers(&cells)),
             lengths: (!are_equal).then(|| numbers(&lengths)),
             mask: LayoutMask::Full,
+            output_sessions: numbers(&quotients(&output_cells, length)),
+            output_offsets: numbers(&remainders(&output_cells, length)),
             output_cells: numbers(&output_cells),
             outputs: numbers(&plan.outputs),
             max_outputs: max_outputs as i64,
@@ -227,6 +233,8 @@ impl Layout {
                 LayoutMask::Permuted(order) => LayoutMask::Permuted(order.shallow_clone()),
             },
             output_cells: self.output_cells.shallow_clone(),
+            output_sessions: self.output_sessions.shallow_clone(),
+            output_offsets: self.output_offsets.shallow_clone(),
             outputs: self.outputs.shallow_clone(),
             output_slots: share(&self.output_slots),
             packed_sequence: self.packed_sequence.as_ref().map(|sequence| PackedSequence {
@@ -245,7 +253,13 @@ impl Layout {
 
     /// All tensors, to be sent to a device together.
     pub(super) fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
-        let mut tensors = vec![&mut self.input_rows, &mut self.output_cells, &mut self.outputs];
+        let mut tensors = vec![
+            &mut self.input_rows,
+            &mut self.output_cells,
+            &mut self.output_sessions,
+            &mut self.output_offsets,
+            &mut self.outputs,
+        ];
         tensors.extend(&mut self.cells);
         tensors.extend(&mut self.lengths);
         tensors.extend(&mut self.output_slots);
@@ -288,7 +302,7 @@ impl Layout {
         };
         let input_rows = event.where_self(&offsets.lt_tensor(&ends), &after_end).reshape([-1]);
         let output_offsets = if masks { lengths.shallow_clone() } else { lengths - 1 };
-        let output_cells = session * length + output_offsets;
+        let output_cells = &session * length + &output_offsets;
         let mask = match objective.next_mask(attends) {
             AttentionMask::Full => LayoutMask::Full,
             AttentionMask::Causal => LayoutMask::Causal,
@@ -305,6 +319,8 @@ impl Layout {
             lengths: padded_length.is_none().then(|| lengths + i64::from(masks)),
             mask,
             outputs: output_cells.shallow_clone(),
+            output_sessions: session,
+            output_offsets,
             max_outputs: 1,
             output_slots: None,
             output_cells,
@@ -361,8 +377,8 @@ impl Layout {
     /// attend to the key. In a permuted order it does not attend to itself, because it predicts its
     /// own event.
     pub fn output_mask(&self) -> Option<Tensor> {
-        let sessions = self.output_sessions();
-        let padding = self.padding().map(|padding| padding.index_select(0, &sessions));
+        let sessions = &self.output_sessions;
+        let padding = self.padding().map(|padding| padding.index_select(0, sessions));
         match &self.mask {
             LayoutMask::Full => padding,
             LayoutMask::Causal => {
@@ -373,20 +389,20 @@ impl Layout {
             LayoutMask::Permuted(order) => {
                 let query_order =
                     order.reshape([-1]).index_select(0, &self.output_cells).unsqueeze(1);
-                let mask = is_unavailable(&order.index_select(0, &sessions), &query_order);
+                let mask = is_unavailable(&order.index_select(0, sessions), &query_order);
                 Some(padding.map_or(mask.shallow_clone(), |padding| mask.logical_or(&padding)))
             }
         }
     }
 
-    /// Session of each output position, i64 `[N]`.
-    pub fn output_sessions(&self) -> Tensor {
-        self.output_cells.divide_scalar_mode(self.length.max(1), "floor")
+    /// Offset of each output position in its session, i64 `[N]`.
+    pub fn output_offsets(&self) -> &Tensor {
+        &self.output_offsets
     }
 
-    /// Offset of each output position in its session, i64 `[N]`.
-    pub fn output_offsets(&self) -> Tensor {
-        self.output_cells.remainder(self.length.max(1))
+    /// Whether the number of sessions is not known.
+    pub fn is_traced(&self) -> bool {
+        self.n_sessions < 0
     }
 
     /// Cells after the end of their session, bool `[B, L]`; `None` if all sessions have `L`
@@ -396,6 +412,16 @@ impl Layout {
         let offsets = Tensor::arange(self.length, (Kind::Int64, lengths.device()));
         Some(offsets.unsqueeze(0).ge_tensor(&lengths.unsqueeze(1)))
     }
+}
+
+/// Session of each cell of a rectangle with rows of `length`.
+fn quotients(cells: &[i64], length: usize) -> Vec<i64> {
+    cells.iter().map(|cell| cell / (length as i64).max(1)).collect()
+}
+
+/// Offset in its session of each cell.
+fn remainders(cells: &[i64], length: usize) -> Vec<i64> {
+    cells.iter().map(|cell| cell % (length as i64).max(1)).collect()
 }
 
 /// Whether the event of a key is unknown when the query is predicted: it is not context, and its

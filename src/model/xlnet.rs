@@ -15,6 +15,8 @@
 //! stream of the paper, whose states do not depend on their own events. The position table has no
 //! dropout; the original draws a dropout mask of it for every session.
 
+use std::sync::{Mutex, PoisonError};
+
 use tch::{Device, Kind, Tensor};
 
 use super::Parameters;
@@ -28,6 +30,8 @@ use crate::data::DropoutGenerator;
 pub struct Xlnet {
     layers: Vec<Layer>,
     shape: XlnetShape,
+    /// The position table of the last length: the steps of a day mostly have one.
+    table: Mutex<Option<Tensor>>,
 }
 
 #[derive(Clone, Copy)]
@@ -107,7 +111,22 @@ impl Xlnet {
                 layer_2: builder.normal_linear(&name("ff.layer_2"), 4 * width, width, std),
             }
         });
-        Self { layers: layers.collect(), shape }
+        Self { layers: layers.collect(), shape, table: Mutex::new(None) }
+    }
+
+    /// [`position_table`] for the positions of `layout`.
+    fn position_table(&self, layout: &Layout, device: Device) -> Tensor {
+        let (length, width) = (layout.length, self.shape.width);
+        if layout.is_traced() {
+            // A trace would keep the numbers as constants of this device.
+            return position_table(length, width, device);
+        }
+        let mut kept = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let table = kept
+            .take()
+            .filter(|table| table.size()[0] == 2 * length && table.device() == device)
+            .unwrap_or_else(|| position_table(length, width, device));
+        kept.insert(table).shallow_clone()
     }
 
     /// Positions `x: [P, D]` → the output states of `layout`, `[N, D]`. With a `query: [1, D]`
@@ -123,7 +142,7 @@ impl Xlnet {
     ) -> Tensor {
         let context = LayerContext { parameters, shape: self.shape, layout };
         let p = self.shape.dropout;
-        let table = position_table(layout.length, self.shape.width, x.device());
+        let table = self.position_table(layout, x.device());
         let (mask, output_mask) = (layout.attention_mask(), layout.output_mask());
         let keys = layout.row_keys.as_ref();
         let (positions, outputs) =
@@ -241,8 +260,9 @@ impl Layer {
             .matmul(&projections.r)
             .transpose(0, 1);
         // Few rows: a gather of column L + j − i replaces the relative shift.
-        let key = Tensor::arange(layout.length, (Kind::Int64, states.device())).unsqueeze(0);
-        let columns = key - layout.output_offsets().unsqueeze(1) + layout.length;
+        let length = layout.length;
+        let key = Tensor::arange_start(length, 2 * length, (Kind::Int64, states.device()));
+        let columns = key.unsqueeze(0) - layout.output_offsets().unsqueeze(1);
         let columns = columns.unsqueeze(1).expand([-1, shape.n_heads, layout.length], false);
         let by_position = by_position.gather(2, &columns, false);
         let mask = mask.as_ref().map(|mask| mask.unsqueeze(1));

@@ -465,7 +465,7 @@ fn metrics_are_those_of_the_original() {
             20,
         )
         .unwrap();
-        tally.add(&ranks, None);
+        tally.add(&Vec::<i64>::try_from(ranks).unwrap(), None);
     }
     let metrics = tally.metrics(false);
     let close = |ours: f64, theirs: &str, k: i64| {
