@@ -27,10 +27,10 @@
 #   ncu                counters of kernels
 #   phases             phases of eager steps
 #
-# OUT/results.jsonl has a line for each figure, written at once; OUT/summary.txt is the table that is
-# printed last; OUT/log.txt is the output of all stages. A stage that fails or exceeds its time stops
-# no other. Exit codes: 0 all stages ended well or were skipped; 1 a stage failed; 2 refused before
-# starting.
+# OUT/results.jsonl has a line for each figure, written at once; OUT/summary.txt is the table that
+# is printed last; OUT/log.txt is the output of all stages. A stage that fails or exceeds its time
+# stops no other. Exit codes: 0 all stages ended well or were skipped; 1 a stage failed; 2 refused
+# before starting.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -134,7 +134,8 @@ fi
 
 python=${BIREME_PYTORCH:-python3}
 "$python" -c 'import numpy' 2>/dev/null ||
-    refuse "\`$python\` has no NumPy: set BIREME_PYTORCH to a Python with PyTorch, NumPy and pyarrow"
+    refuse "\`$python\` has no NumPy:" \
+        "set BIREME_PYTORCH to a Python with PyTorch, NumPy and pyarrow"
 torch=$("$python" -c 'import importlib.util as util
 found = util.find_spec("torch")
 print(found.submodule_search_locations[0] if found else "")')

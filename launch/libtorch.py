@@ -8,8 +8,8 @@ DIR comes out as `torch/{lib,include,share}` beside `nvidia/*/lib`, because the 
 each other along that path. Without `--cuda` only the CPU library and the two CUDA libraries it is
 linked against are kept.
 
-FOLDER comes out as what tests/fake_cuda/build.py needs: libtorch's own CUDA libraries in
-`torch/lib`, CUDA's headers in `include`, and at last the version in `DOWNLOAD`. One download serves
+FOLDER comes out as what tests/fake_cuda needs: libtorch's own CUDA libraries in `torch/lib`, CUDA's
+headers in `include`, NVRTC in `nvrtc`, and at last the version in `DOWNLOAD`. One download serves
 both folders. Exit codes: 0 done; 1 pip, the network or the disk failed.
 """
 
@@ -37,6 +37,7 @@ NEEDED_BY_CPU = ("nvidia-cuda-runtime", "nvidia-cuda-cupti")
 CUDA_RUNTIME = "nvidia-cuda-runtime"
 # The headers that those of the CUDA runtime include. The torch wheel does not pin them.
 CUDA_CRT, CUDA_CRT_VERSION = "nvidia-cuda-crt", "13.0.88"
+NVRTC = "nvidia-cuda-nvrtc"
 
 REQUIREMENT = re.compile(
     r"^Requires-Dist: ([\w.-]+)(?:\[([^]]*)\])?==([^;\s]+)\s*(?:;(.*))?$", re.MULTILINE
@@ -152,6 +153,9 @@ def fetch_fake_cuda(torch_wheel, pins, version, folder, scratch):
         wheel = fetch(f"{name}=={pin}", scratch)
         unpack_headers(wheel, folder / "include", scratch)
         wheel.unlink()
+    # The compiler of kernels, in a folder of its own: the fake stands for all other libraries.
+    compiler = fetch(f"{NVRTC}=={dict(pins)[NVRTC]}", scratch)
+    unpack(compiler, folder / "nvrtc", lambda name: name.endswith(".so.13") or "builtins" in name)
     (folder / "DOWNLOAD").write_text(f"{version}\n")
 
 

@@ -7,6 +7,7 @@
 #   launch/test.sh collective           those with `collective` in their name
 #   REQUIRE_MPI=1 launch/test.sh        tests that need several processes fail instead of being skipped
 #   REQUIRE_TRITON=1 launch/test.sh     the same for tests that need Triton Inference Server
+#   REQUIRE_FAKE_CUDA=1 launch/test.sh  the same for tests of the CUDA path on a fake CUDA runtime
 #   REQUIRE_SLURM=1 launch/test.sh      and for those that need Slurm, which is then installed from apt-get; as root
 #   REQUIRE_BARE_ROOT=1 launch/test.sh  the same with debootstrap
 #
@@ -21,6 +22,10 @@ launch/setup.sh
 if ! tests/serving/install.sh; then
     [ -z "${REQUIRE_TRITON:-}" ] || exit 1
     echo "tests of serving will be skipped" >&2
+fi
+if ! tests/fake_cuda/install.sh; then
+    [ -z "${REQUIRE_FAKE_CUDA:-}" ] || exit 1
+    echo "tests of the CUDA path will be skipped" >&2
 fi
 [ -z "${REQUIRE_SLURM:-}" ] || tests/slurm/cluster.sh install
 [ -z "${REQUIRE_BARE_ROOT:-}" ] || tests/bare_root.sh install

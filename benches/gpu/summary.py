@@ -13,8 +13,8 @@ from pathlib import Path
 
 LINES = 40
 
-# Milliseconds of a captured step on an H200. 256 sessions and 10k items: from
-# fewer launches than the eager step to as many. Others: the body, and the head as below.
+# Milliseconds of a captured step on an H200. 256 sessions and 10k items: the larger figure with the
+# launches of the eager step, the smaller with fewer. Others: the body, and the head as below.
 PREDICTED_STEP = {
     ("gru", 256, "10k"): "0.42-0.75",
     ("xlnet", 256, "10k"): "0.65-1.0",

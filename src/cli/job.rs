@@ -25,6 +25,8 @@ pub(super) struct Job<C = Config> {
 
 /// What a rank computes on.
 struct Wanted {
+    /// Longest time of a collective call; `None` for the default.
+    patience: Option<Duration>,
     device: DeviceChoice,
     /// 0: this rank's part of the host's cores.
     n_threads: usize,
@@ -39,11 +41,15 @@ impl<C> Job<C> {
         let host = collective::join().map_err(Failure::refused)?;
         // Before `agree`, which makes tensors: libtorch looks for GPUs at the first tensor.
         let (local_rank, local_size) = (host.local_rank(), host.local_size());
-        let chosen = choose().map(|(Wanted { device, n_threads }, config)| {
-            (device::place(device, n_threads, local_rank, local_size), config)
+        let chosen = choose().map(|(Wanted { patience, device, n_threads }, config)| {
+            (patience, device::place(device, n_threads, local_rank, local_size), config)
         });
-        let (place, config) = agree(&*host, chosen)?;
+        let (patience, place, config) = agree(&*host, chosen)?;
         let place = agree(&*host, place)?;
+        // Before NCCL, which waits for all ranks.
+        if let (Some(patience), Some(watch)) = (patience, host.watch()) {
+            watch.set_limit(patience);
+        }
         let collective = collective::on_device(host, &place).map_err(Failure::refused)?;
         Ok(Self { collective, place, config })
     }
@@ -69,7 +75,8 @@ fn agree<T>(
 impl Job<()> {
     /// *All ranks.* Joins a job without a configuration.
     pub fn without_config(device: DeviceChoice) -> Result<Self, Failure> {
-        Self::join(|| Ok::<_, ConfigError>((Wanted { device, n_threads: 0 }, ())))
+        let wanted = Wanted { patience: None, device, n_threads: 0 };
+        Self::join(|| Ok::<_, ConfigError>((wanted, ())))
     }
 }
 
@@ -82,16 +89,14 @@ impl Job {
             let config = load()?;
             config.check_threads(device::n_cores())?;
             let run = &config.run;
-            let wanted = Wanted { device: run.device, n_threads: run.threads_per_rank };
+            let patience = Some(Duration::from_secs_f64(run.patience_seconds));
+            let wanted = Wanted { patience, device: run.device, n_threads: run.threads_per_rank };
             Ok::<_, ConfigError>((wanted, config))
         })?;
         let run = &job.config.run;
         if job.place.device.is_cuda() {
             let is_deterministic = run.reduction == Reduction::Reproducible;
             job.agree(device::tune(is_deterministic, run.precision))?;
-        }
-        if let Some(watch) = job.collective.watch() {
-            watch.set_limit(Duration::from_secs_f64(run.patience_seconds));
         }
         Ok(job)
     }

@@ -6,7 +6,8 @@
 #
 #   torch/lib   libtorch's CUDA libraries, and links to its CPU libraries in `.libtorch/`
 #   include     CUDA's headers
-#   lib         the fakes of NVIDIA's libraries
+#   lib         the fakes of NVIDIA's libraries, and the project's kernels on a CPU
+#   nvrtc       NVRTC, which compiles the kernels for GPUs
 #   DOWNLOAD    the version of torch that was downloaded
 #   STAMP       this version, and a digest of the sources of the fakes
 #
@@ -22,7 +23,7 @@ libtorch=.libtorch/torch/lib
 fake=.fake_cuda
 here=tests/fake_cuda
 
-digest=$(cat $here/*.c $here/fake.h $here/build.py $here/install.sh | sha256sum | cut -c 1-16)
+digest=$(cat $here/*.c $here/*.h $here/*.py src/kernels/cuda/*.cu $here/install.sh | sha256sum | cut -c 1-16)
 stamp="torch $TORCH, sources $digest"
 in_place() { [ "$(cat $fake/STAMP 2>/dev/null)" = "$stamp" ] && [ -e $libtorch/libtorch_cpu.so ]; }
 ! in_place || exit 0
@@ -31,7 +32,7 @@ case $(cat .libtorch/VERSION 2>/dev/null) in
     "$TORCH "*) ;;
     *) say "there is no libtorch $TORCH in \`.libtorch\`: run launch/setup.sh first"; exit 2 ;;
 esac
-for tool in cc nm; do
+for tool in cc c++ nm; do
     command -v $tool >/dev/null || { say "\`$tool\` is missing: install g++ and binutils"; exit 2; }
 done
 
@@ -42,8 +43,8 @@ flock 9
 
 rm -f $fake/STAMP
 if [ "$(cat $fake/DOWNLOAD 2>/dev/null)" != "$TORCH" ]; then
-    say "to fetch libtorch $TORCH's CUDA libraries and CUDA's headers: 533 MB to download," \
-        "490 MB on disk in \`$fake\`"
+    say "to fetch libtorch $TORCH's CUDA libraries, CUDA's headers and NVRTC: 630 MB to download," \
+        "680 MB on disk in \`$fake\`"
     python3 launch/libtorch.py "$TORCH" --fake-cuda $fake
 fi
 for library in "$libtorch"/*.so*; do
@@ -52,7 +53,11 @@ for library in "$libtorch"/*.so*; do
     [ -e "$link" ] && [ ! -L "$link" ] || ln -sfn "$(realpath -s "$library")" "$link"
 done
 log=$fake/build.log
-python3 -B $here/build.py $fake/torch/lib $fake/include $fake/lib >$log 2>&1 || {
+build() {
+    python3 -B $here/build.py $fake/torch/lib $fake/include $fake/lib &&
+        python3 -B $here/emulate.py src/kernels/cuda $fake/lib
+}
+build >$log 2>&1 || {
     cat $log >&2
     say "the libraries do not build"
     exit 1

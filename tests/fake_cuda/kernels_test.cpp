@@ -115,7 +115,7 @@ struct FinishStep {
   void run_with(unsigned n_threads) {
     run("finish_step", {1, 1, n_threads, 1}, (const double*)partial.data(), (int)partial.size(),
         (const float*)(has_extra ? &extra_squares : nullptr), scalars.data(),
-        (const float*)&own_loss, (const double*)rates, max_norm, weight_decay, &n_steps, &scale,
+        &own_loss, (const double*)rates, max_norm, weight_decay, &n_steps, &scale,
         adamw_rates, outcome, history.data());
   }
 };
@@ -132,7 +132,8 @@ void test_finish_step() {
   const double expected[] = {12.0, 2.0, 1.0, 0.0, norm, 6.0};
   check("finish_step reports the sums over all ranks, the norm and the own loss",
         std::equal(expected, expected + 6, step.outcome) && step.n_steps == 5.0);
-  check("finish_step sets the sums to zero", step.scalars == std::vector<float>(4, 0.0f));
+  check("finish_step sets the sums to zero",
+        step.scalars == std::vector<float>(4, 0.0f) && step.own_loss == 0.0f);
 
   FinishStep short_norm;
   short_norm.partial.assign(1500, 1e-4);
@@ -157,9 +158,9 @@ void test_finish_step() {
         all_skipped);
 
   FinishStep repeated;
-  repeated.own_loss = 5.0f;
   for (int i = 0; i < 40; i++) {
     bool is_bad = i % 8 != 0;
+    repeated.own_loss = 5.0f;
     repeated.scalars = {is_bad ? NAN : 12.0f, 2.0f, 0.0f, 0.0f};
     repeated.run_with(64);
   }

@@ -5,6 +5,7 @@
 pub mod compare;
 pub mod configs;
 pub mod event_shop;
+pub mod fake_cuda;
 pub mod files;
 pub mod http;
 pub mod mpirun;

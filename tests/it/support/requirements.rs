@@ -48,6 +48,18 @@ pub fn shared() -> Option<PathBuf> {
     None
 }
 
+/// The fake CUDA runtime that tests/fake_cuda/install.sh installs.
+pub fn fake_cuda() -> Option<PathBuf> {
+    let dir = root().join(".fake_cuda");
+    if dir.join("STAMP").is_file() {
+        return Some(dir);
+    }
+    let is_required = env::var_os("REQUIRE_FAKE_CUDA").is_some();
+    assert!(!is_required, "tests/fake_cuda/install.sh has not been run");
+    println!("skipped: there is no fake CUDA runtime in `{}`", dir.display());
+    None
+}
+
 /// The Triton Inference Server that tests/serving/install.sh installs.
 pub fn triton() -> Option<PathBuf> {
     let dir = root().join(".triton");
