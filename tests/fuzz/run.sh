@@ -4,6 +4,7 @@
 # usage: tests/fuzz/run.sh TARGET SECONDS   fuzz `request`, `schema`, `workflow` or `events`
 #        tests/fuzz/run.sh TARGET keep      replace the seeds in git by at most 15 that cover as much
 #
+# corpus.tar.gz holds the seeds of all targets: as files they would be a tenth of the repository's.
 # Needs `cargo install cargo-fuzz`. Found inputs wait in tests/fuzz/target/found/TARGET for `keep`,
 # and an input that fails is in tests/fuzz/artifacts/TARGET.
 # Exit codes: 0 nothing failed; 2 wrong arguments; else that of `cargo fuzz`.
@@ -14,8 +15,10 @@ if [ $# -ne 2 ] || [ ! -f "bin/$1.rs" ]; then
     echo "usage: tests/fuzz/run.sh request|schema|workflow|events SECONDS|keep" >&2
     exit 2
 fi
-target=$1 found=target/found/$1 seeds=corpus/$1
+target=$1 found=target/found/$1 seeds=target/corpus/$1
 mkdir -p "$found"
+rm -rf target/corpus
+tar -C target -xzf corpus.tar.gz
 
 # The targets are safe Rust, in which a sanitizer finds nothing.
 fuzz() { # fuzz COMMAND ARGUMENTS...
@@ -32,4 +35,6 @@ find "$found" -type f -exec cp -t "$seeds" {} +
 fuzz cmin "$seeds" -- -set_cover_merge=1
 # Short inputs say more to a reader.
 find "$seeds" -type f -printf '%s %p\n' | sort -n | tail -n +16 | cut -d' ' -f2- | xargs -r rm
-echo "$(find "$seeds" -type f | wc -l) seeds in tests/fuzz/$seeds"
+# The same seeds make the same bytes.
+tar -C target --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -c corpus | gzip -n9 > corpus.tar.gz
+echo "$(find "$seeds" -type f | wc -l) seeds of $target in tests/fuzz/corpus.tar.gz"

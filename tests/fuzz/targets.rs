@@ -1,8 +1,8 @@
 //! Fuzz targets: any bytes are answered or refused, without a panic, an endless loop or unbounded
 //! memory.
 //!
-//! `tests/fuzz/run.sh request 600` fuzzes a target. `corpus/` holds at most 15 seeds a target,
-//! which `tests/it/fuzz.rs` runs again.
+//! `tests/fuzz/run.sh request 600` fuzzes a target. `corpus.tar.gz` holds at most 15
+//! seeds a target, which `tests/it/fuzz.rs` runs again.
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,7 @@
 //! Runs the seeds of the fuzz targets in tests/fuzz again.
 
 use std::fs;
+use std::process::Command;
 
 use crate::support::files::root;
 
@@ -8,9 +9,13 @@ use crate::support::files::root;
 mod targets;
 
 fn replay(name: &str, target: fn(&[u8])) {
-    let corpus = root().join("tests/fuzz/corpus").join(name);
+    let dir = tempfile::tempdir().unwrap();
+    let mut unpack = Command::new("tar");
+    unpack.arg("-C").arg(dir.path()).arg("-xzf").arg(root().join("tests/fuzz/corpus.tar.gz"));
+    assert!(unpack.status().unwrap().success());
+    let seeds = dir.path().join("corpus").join(name);
     let mut paths: Vec<_> =
-        fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path()).collect();
+        fs::read_dir(seeds).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     assert!((10..=15).contains(&paths.len()), "{} seeds of `{name}`", paths.len());
     for path in paths {
