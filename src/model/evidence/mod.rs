@@ -146,7 +146,7 @@ impl CandidateIndex {
     }
 
     /// Candidates for events of a batch, for an index on the CPU: see
-    /// [`CandidatePreparer::of_targets`].
+    /// `CandidatePreparer::of_targets`.
     pub fn of_targets(&self, targets: &[i64], batch: &Batch) -> Candidates {
         self.find(&self.preparer().of_targets(targets, batch, None), &batch.columns_with_padding())
     }

@@ -126,6 +126,11 @@ impl FullSoftmax<'_> {
             let scores = gather(&own.scores)?;
             let gradients = scores.zeros_like();
             let scores = SparseScores { items: gather(&own.items)?, scores };
+            let smoothing = (smoothing > 0.0).then(|| {
+                let each =
+                    Tensor::full([states.size()[0], 1], smoothing, (Kind::Float, states.device()));
+                weighted(each, weights.as_ref())
+            });
             Ok::<_, CollectiveError>(SparseTerms { scores, gradients, smoothing })
         });
         let sparse = sparse.transpose()?;
@@ -304,8 +309,8 @@ struct SparseTerms {
     /// `[n, E]`, to which the chunk with the item adds. One rank has that chunk, so that the sum
     /// over ranks is exact.
     gradients: Tensor,
-    /// Probability of an item by label smoothing.
-    smoothing: f64,
+    /// Probability of an item by label smoothing, times the weight of the target: `[n, 1]`.
+    smoothing: Option<Tensor>,
 }
 
 /// Targets whose candidates' vectors are in memory at once.
@@ -320,7 +325,8 @@ impl SparseTerms {
         let of_rows = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
         let SparseScores { items, scores } = &self.scores;
         let scores = SparseScores { items: of_rows(items), scores: of_rows(scores) };
-        Self { scores, gradients: of_rows(&self.gradients), smoothing: self.smoothing }
+        let smoothing = self.smoothing.as_ref().map(of_rows);
+        Self { scores, gradients: of_rows(&self.gradients), smoothing }
     }
 
     /// Moves the probabilities `p: [n, C]` of the sparse items among `items`, times `weight:
@@ -331,9 +337,9 @@ impl SparseTerms {
         let of_items = p.gather(1, &column, false).to_kind(Kind::Float) * weight;
         let _ = gradients.shallow_clone().g_add_(&(of_items * &is_inside));
         clear(p, &column, &is_inside);
-        if self.smoothing > 0.0 {
+        if let Some(smoothing) = &self.smoothing {
             // What label smoothing subtracts from the gradients of all rows is added to these.
-            let each = is_inside / weight.clamp_min(MIN_WEIGHT) * self.smoothing;
+            let each = is_inside / weight.clamp_min(MIN_WEIGHT) * smoothing;
             let _ = p.shallow_clone().scatter_add_(1, &column, &each.to_kind(p.kind()));
         }
     }
@@ -453,7 +459,11 @@ fn softmax_gradients(
         // Chunk by chunk: the order of the sum, or the chunk that an item is drawn from, matters.
         // Ranks may have different numbers of chunks, as they may have different numbers of
         // threads.
-        let counts = item_table.gather_counts(logs.size()[0], false)?;
+        let counts = if item_table.is_reproducible() {
+            item_table.n_chunks_by_rank(blocking.chunk_items)
+        } else {
+            item_table.gather_counts(logs.size()[0], false)?
+        };
         let all_logs = item_table.gather_rows(&logs, &counts)?;
         let log_sums = log_sum_exp(&all_logs);
         let first_chunk = counts[..item_table.ranks().map_or(0, Collective::rank)].iter().sum();

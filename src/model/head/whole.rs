@@ -60,7 +60,7 @@ impl WholeSoftmax<'_> {
             };
             losses.push(part.loss_and_gradients(self.label_smoothing, scored));
             sparse_gradients.extend(part.take_sparse_gradients(scored));
-            state_gradients.push(part.logits.matmul(&scored.weights));
+            state_gradients.push(part.weighted(part.logits.matmul(&scored.weights)));
             part.add_table_gradients(scored);
         }
         let join = |mut parts: Vec<Tensor>| {
@@ -90,8 +90,17 @@ struct Part {
 }
 
 impl Part {
-    /// Returns the summed loss, f64, and leaves the gradients by the logits in their memory, of
-    /// which those of sparse scores are the gradients by these.
+    /// Rows `[n, ..]` times the weights of the targets, if any. The gradients by the logits are not
+    /// multiplied by them, because their products are smaller than they are.
+    fn weighted(&self, x: Tensor) -> Tensor {
+        match &self.weights {
+            Some(weights) => x * weights,
+            None => x,
+        }
+    }
+
+    /// Returns the summed loss, f64, and leaves the gradients by the logits in their memory, without
+    /// weights. Those of sparse scores are the gradients by these.
     fn loss_and_gradients(&self, label_smoothing: f64, scored: &ScoringTable<'_>) -> Tensor {
         let mut logits = self.logits.shallow_clone();
         let _ = scored.bias.addmm_out(&logits, &self.states, &scored.weights.tr());
@@ -100,25 +109,18 @@ impl Part {
         }
         // Row by row, so that the result may be written over its argument.
         let _ = logits.internal_log_softmax_out(&logits, 1, false);
-        let weighted = |x: Tensor| match &self.weights {
-            Some(weights) => x * weights,
-            None => x,
-        };
         let on_target = 1.0 - label_smoothing;
-        let of_targets = weighted(logits.gather(1, &self.targets, false));
+        let of_targets = self.weighted(logits.gather(1, &self.targets, false));
         let mut loss = of_targets.sum(Kind::Double) * -on_target;
         let each = label_smoothing / scored.item_table.n_items as f64;
         if label_smoothing > 0.0 {
             let of_all = logits.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
-            loss -= weighted(of_all).sum(Kind::Double) * each;
+            loss -= self.weighted(of_all).sum(Kind::Double) * each;
         }
         let _ = logits.exp_();
         let _ = logits.scatter_value_reduce_(1, &self.targets, -on_target, "add");
         if label_smoothing > 0.0 {
             logits -= each;
-        }
-        if let Some(weights) = &self.weights {
-            logits *= weights;
         }
         loss
     }
@@ -130,15 +132,19 @@ impl Part {
         let is_inside = is_inside.to_kind(Kind::Float);
         let gradients = self.logits.gather(1, &columns, false) * &is_inside;
         clear(&self.logits, &columns, &is_inside);
-        Some(gradients)
+        Some(self.weighted(gradients))
     }
 
     fn add_table_gradients(&self, scored: &mut ScoringTable<'_>) {
         let n = self.states.size()[0];
-        let ones = self.states.new_ones([n], (Kind::Float, self.states.device()));
+        let weights = match &self.weights {
+            Some(weights) => weights.squeeze_dim(1),
+            None => self.states.new_ones([n], (Kind::Float, self.states.device())),
+        };
         let by_item = self.logits.tr();
-        let _ = scored.weight_gradient.addmm_(&by_item, &self.states);
-        let _ = scored.bias_gradient.addmv_(&by_item, &ones);
+        let states = self.weighted(self.states.shallow_clone());
+        let _ = scored.weight_gradient.addmm_(&by_item, &states);
+        let _ = scored.bias_gradient.addmv_(&by_item, &weights);
     }
 }
 
@@ -156,7 +162,12 @@ mod tests {
         tensors: Vec<Tensor>,
     }
 
-    fn computed(is_whole: bool, label_smoothing: f64, has_sparse: bool) -> Gradients {
+    fn computed(
+        is_whole: bool,
+        label_smoothing: f64,
+        has_sparse: bool,
+        has_weights: bool,
+    ) -> Gradients {
         let wave = |size: &[i64], frequency: f64| {
             let n = size.iter().product::<i64>();
             (Tensor::arange(n, (Kind::Float, Device::Cpu)) * frequency).sin().view(size)
@@ -179,7 +190,7 @@ mod tests {
         let targets = Targets {
             items: (Tensor::arange(n, (Kind::Int64, Device::Cpu)) * 5).remainder(N_ITEMS - 2) + 2,
             micro_batches: Tensor::zeros([n], (Kind::Int64, Device::Cpu)),
-            weights: None,
+            weights: has_weights.then(|| wave(&[n], 0.4).abs()),
             uniform: None,
         };
         let first = Tensor::arange(n, (Kind::Int64, Device::Cpu)).unsqueeze(1);
@@ -205,17 +216,22 @@ mod tests {
 
     #[test]
     fn the_loss_and_its_gradients_are_those_of_the_chunked_softmax() {
-        for (label_smoothing, has_sparse) in [(0.0, false), (0.1, false), (0.0, true), (0.1, true)]
+        for (label_smoothing, has_sparse, has_weights) in
+            [0.0, 0.1].into_iter().flat_map(|label_smoothing| {
+                [(false, false), (true, false), (false, true), (true, true)]
+                    .map(|(has_sparse, has_weights)| (label_smoothing, has_sparse, has_weights))
+            })
         {
-            let [whole, chunked] =
-                [true, false].map(|is_whole| computed(is_whole, label_smoothing, has_sparse));
+            let [whole, chunked] = [true, false]
+                .map(|is_whole| computed(is_whole, label_smoothing, has_sparse, has_weights));
             let losses = (whole.loss, chunked.loss);
             assert!(
                 (losses.0 - losses.1).abs() < 1e-4,
                 "{label_smoothing} {has_sparse} {losses:?}"
             );
             for (a, b) in whole.tensors.iter().zip(&chunked.tensors) {
-                assert!((a - b).abs().max().double_value(&[]) < 1e-5, "{label_smoothing}");
+                let error = (a - b).abs().max().double_value(&[]);
+                assert!(error < 1e-5, "{label_smoothing} {has_sparse} {has_weights} {error}");
             }
         }
     }
