@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bireme::checkpoint::Checkpoints;
 use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{Config, ContentConfig};
-use bireme::data::{Batch, Days, Segment};
+use bireme::data::{Batch, Days, Segment, with_seed};
 use bireme::model::head::{Logits, NegativeSampler, Negatives, uniform_numbers};
 use bireme::model::{
     GruConfig, HeadConfig, InputConfig, LossConfig, Network, NoHooks, Recommender,
@@ -102,10 +102,8 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
         (0.4, true, sampler.negatives(&uniform_numbers(sampler.n_sampled(), 7))),
     ] {
         let mut network = with_content(&shop, id_dropout, cosine);
-        let noise = tch::no_grad(|| {
-            tch::manual_seed(5);
-            network.parameters().values().randn_like() * 0.2
-        });
+        let values = network.parameters().values();
+        let noise = tch::no_grad(|| with_seed(5, || values.randn_like() * 0.2));
         let start = network.parameters().values() + noise;
         let loss = |network: &mut Network, values: &Tensor| {
             tch::no_grad(|| network.parameters().values().copy_(values));

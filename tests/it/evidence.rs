@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{CandidatesConfig, EvaluateConfig, EvidenceConfig, Reminders};
-use bireme::data::{Batch, DataConfig, Days, Features, Sessions};
+use bireme::data::{Batch, DataConfig, Days, Features, Sessions, with_seed};
 use bireme::model::head::{
     CrossEntropy, Logits, NegativeSampler, Negatives, ScoringTable, Targets, Workspace,
     cross_entropy, uniform_numbers,
@@ -121,7 +121,10 @@ fn candidates_are_neighbours_known_items_and_frequent_ones() {
 
 /// Random states `[n, 6]`, table `[V, 6]`, bias `[V]`, targets `[n]` and sparse scores `[n, 5]`.
 fn scored(n: i64) -> (Tensor, Tensor, Tensor, Tensor, SparseScores) {
-    tch::manual_seed(3);
+    with_seed(3, || randomly_scored(n))
+}
+
+fn randomly_scored(n: i64) -> (Tensor, Tensor, Tensor, Tensor, SparseScores) {
     let randn = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
     // The first target is among the items with sparse scores, and the last place is empty.
     let items: Vec<i64> = (0..n).flat_map(|row| [2 + row, 10 + row, 20, 30 + row % 9, 0]).collect();
@@ -321,9 +324,8 @@ fn candidates_of_padding_add_nothing() {
         for loss in [LossConfig::Softmax { label_smoothing }, sampled] {
             let mut network = network(&shop);
             tch::no_grad(|| {
-                tch::manual_seed(5);
-                let values = network.parameters().values();
-                let _ = values.shallow_clone().g_add_(&(values.randn_like() * 0.1));
+                let mut values = network.parameters().values();
+                values += with_seed(5, || values.randn_like() * 0.1);
             });
             let occurrences = vec![2; N_ITEMS as usize];
             let sampler = NegativeSampler::new(loss, &occurrences, logits, Device::Cpu);
@@ -362,10 +364,8 @@ fn the_scorer_of_candidates_learns_along_its_gradient() {
         sum.loss.double_value(&[])
     };
     // The last layers are 0 at first, and then nothing reaches those before.
-    let noise = tch::no_grad(|| {
-        tch::manual_seed(5);
-        network.parameters().values().randn_like() * 0.1
-    });
+    let values = network.parameters().values();
+    let noise = tch::no_grad(|| with_seed(5, || values.randn_like() * 0.1));
     let start = network.parameters().values() + noise;
     loss(&mut network, &start);
     let gradient = network.gradients().all().copy();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bireme::collective::phase_timer::PhaseTimer;
 use bireme::config::{Aggregation, Config, Continuous, SessionOrder};
 use bireme::data::plan::StepShape;
-use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window};
+use bireme::data::{Batch, DayPlan, Days, Features, Loader, Segment, Split, Window, with_seed};
 use bireme::model::head::{
     ItemSampler, Logits, NegativeSampler, Negatives, SampledLoss, ScoringTable, Targets, Workspace,
     cross_entropy, uniform_numbers,
@@ -289,6 +289,7 @@ fn masked(days: &Days, seed: u64, layout: &Layout) -> Vec<Masked> {
         order: SessionOrder::Shuffled,
         max_steps: None,
         one_batch_each: false,
+        reads_ahead: layout.world_size > 1,
     };
     let mut masked = Vec::new();
     for rank in 0..layout.world_size {
@@ -438,7 +439,7 @@ impl Head {
 
     /// 30 targets in a catalogue of [`N_ITEMS`].
     fn small() -> Self {
-        bireme::data::with_seed(4, || Self::random(30, 8, N_ITEMS))
+        with_seed(4, || Self::random(30, 8, N_ITEMS))
     }
 
     fn cross_entropy(&self, negatives: &Negatives, uniform: Option<&Tensor>) -> CrossEntropy {
@@ -505,8 +506,7 @@ fn losses_do_not_depend_on_the_number_of_threads() {
     // Two chunks or more for each of three threads, the last ones shorter; kept, kept in parts, and
     // computed twice.
     let (n_items, n) = (26_000, 40);
-    tch::manual_seed(11);
-    let head = Head::random(n, 8, n_items);
+    let head = with_seed(11, || Head::random(n, 8, n_items));
     let uniform = Tensor::arange(n, (Kind::Float, Device::Cpu)) / n as f64;
     let on = |n_threads: i32, max_logits: i64| {
         tch::set_num_threads(n_threads);
