@@ -162,11 +162,19 @@ pub fn scaling(
         threads_per_rank,
         points,
         predictions: predictions(&model, experiment.config.train.global_batch),
+        gpu_estimates: scaling::gpu::estimates(&counted_name(&options.config), &model),
         model,
     };
     scaling::write(&folder.path(), &scaling)?;
     folder.publish().map_err(ScalingError::Output)?;
     Ok(scaling)
+}
+
+/// The name of a configuration among the counted steps: its path below `configs`.
+fn counted_name(config: &Path) -> String {
+    let names: Vec<_> = config.iter().skip_while(|name| *name != "configs").skip(1).collect();
+    let below: PathBuf = names.into_iter().collect();
+    below.with_extension("").display().to_string().replace('/', "-")
 }
 
 /// All predicted jobs, with `sessions` per step and rank.

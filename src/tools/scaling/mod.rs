@@ -1,6 +1,7 @@
 //! How training scales with ranks: measured, and predicted by a calibrated model of a step.
 
 pub mod measured;
+pub mod gpu;
 pub mod predict;
 mod write;
 
@@ -8,6 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use gpu::GpuEstimate;
 use predict::{Prediction, StepModel};
 pub use write::{ScalingWriteError, TABLE, write};
 
@@ -91,4 +93,6 @@ pub struct Scaling {
     pub model: StepModel,
     /// For the sessions per rank of the single-rank measurement.
     pub predictions: Vec<Prediction>,
+    /// For a model whose steps were counted on a GPU; else empty.
+    pub gpu_estimates: Vec<GpuEstimate>,
 }

@@ -229,7 +229,10 @@ impl StepModel {
     }
 
     /// Parameters of a rank.
-    fn numbers(&self, PredictedJob { ranks, item_table, n_items, .. }: PredictedJob) -> f64 {
+    pub(super) fn numbers(
+        &self,
+        PredictedJob { ranks, item_table, n_items, .. }: PredictedJob,
+    ) -> f64 {
         let of_items = self.numbers_per_item * n_items;
         self.other_numbers
             + match item_table {
@@ -245,7 +248,7 @@ impl StepModel {
             + self.optimizer * self.numbers(job) / measured
     }
 
-    fn communication(&self, job: PredictedJob) -> f64 {
+    pub(super) fn communication(&self, job: PredictedJob) -> f64 {
         if job.ranks == 1 {
             return 0.0;
         }

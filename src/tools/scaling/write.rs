@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::gpu::GpuEstimate;
 use super::predict::{Link, Prediction};
 use super::{Growth, Scaling, ScalingPoint, TableLayout};
 use crate::report::plot::{self, ChartError, RateLine};
@@ -85,7 +86,8 @@ fn lines(scaling: &Scaling) -> Vec<RateLine> {
 }
 
 fn markdown(scaling: &Scaling) -> String {
-    let Scaling { title, device, threads_per_rank, points, model, predictions } = scaling;
+    let Scaling { title, device, threads_per_rank, points, model, predictions, gpu_estimates } =
+        scaling;
     let threads = match threads_per_rank {
         0 => String::new(),
         n => format!(", {n} threads per rank"),
@@ -110,6 +112,7 @@ fn markdown(scaling: &Scaling) -> String {
          no rank is late.\n\n\
          {}\n\
          Memory is that of parameters, gradients and moments.\n\n\
+         {}\
          ## Commands\n\n\
          {commands}",
         markdown_text(title),
@@ -123,6 +126,31 @@ fn markdown(scaling: &Scaling) -> String {
         model.ranks_per_node,
         link(model.across),
         predicted_table(predictions),
+        estimated_on_gpus(gpu_estimates),
+    )
+}
+
+/// A section on GPUs, or nothing.
+fn estimated_on_gpus(estimates: &[GpuEstimate]) -> String {
+    if estimates.is_empty() {
+        return String::new();
+    }
+    let row = |estimate: &GpuEstimate| {
+        vec![
+            format!("{:.0}", estimate.job.n_items),
+            estimate.job.ranks.to_string(),
+            format!("{:.2}", estimate.step_seconds * 1e3),
+            format!("{:.0}", estimate.sessions_per_s),
+        ]
+    };
+    let columns = ["items", "GPUs", "ms per step", "sessions/s"].map(|name| (name, Align::Right));
+    let rows: Vec<Vec<String>> = estimates.iter().map(row).collect();
+    format!(
+        "## Estimated on H200 GPUs\n\n\
+         From the launches, operations and bytes that a step of this model queues on a GPU, and the \
+         rates of the device, NVLink within nodes of 8 and 50 GB/s between them. Not measured.\n\n\
+         {}\n",
+        table::markdown(&columns, &rows)
     )
 }
 

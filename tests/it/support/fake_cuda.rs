@@ -50,17 +50,23 @@ pub struct Counts {
     pub nodes: i64,
     /// NCCL calls in it.
     pub captured_nccl_calls: i64,
+    /// Operations of products, and of those over a whole catalogue of `n_items`.
+    pub operations: i64,
+    pub operations_over_items: i64,
+    /// Bytes of copies from the host.
+    pub copied_bytes: i64,
     /// By name, for messages.
     pub by_name: BTreeMap<String, i64>,
 }
 
 impl Counts {
-    /// Reads a log.
+    /// Reads a log of a model of `n_items` items.
     ///
     /// # Panics
     /// If the runtime has logged a mistake: work that a capture forbids, or NCCL calls that differ
     /// between ranks.
-    pub fn read(log: &Path) -> Self {
+    pub fn read(log: &Path, n_items: usize) -> Self {
+        let n_items = n_items.to_string();
         let mut counts = Self::default();
         for line in fs::read_to_string(log).unwrap().lines() {
             let fields: Vec<&str> = line.split('\t').collect();
@@ -79,7 +85,14 @@ impl Counts {
                 ("nccl", _) => counts.nccl_calls += 1,
                 ("kernel" | "product" | "cudnn" | "memset" | "copy", _) => {
                     counts.launches += 1;
+                    let number: i64 = number.parse().unwrap();
+                    if kind == "product" {
+                        counts.operations += number;
+                        let is_over_items = name.split(' ').any(|word| word == n_items);
+                        counts.operations_over_items += if is_over_items { number } else { 0 };
+                    }
                     let is_copy_in = name.starts_with("H2D");
+                    counts.copied_bytes += if is_copy_in { number } else { 0 };
                     counts.copies += i64::from(kind == "copy" && is_copy_in);
                     counts.pageable_copies += i64::from(is_copy_in && name.contains("pageable"));
                 }
@@ -110,6 +123,11 @@ impl Counts {
             pageable_copies: each(|counts| counts.pageable_copies),
             waits: each(|counts| counts.waits),
             nccl_calls: each(|counts| counts.nccl_calls),
+            // Steps differ in their numbers of targets.
+            operations: (self.operations - shorter.operations) / n_steps,
+            operations_over_items: (self.operations_over_items - shorter.operations_over_items)
+                / n_steps,
+            copied_bytes: (self.copied_bytes - shorter.copied_bytes) / n_steps,
             nodes: self.nodes,
             captured_nccl_calls: self.captured_nccl_calls,
             by_name: self.by_name.iter().filter_map(name).collect(),
