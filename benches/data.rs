@@ -58,6 +58,7 @@ fn rates(config: &str, data: &str, runs: usize) -> Result<Vec<f64>, Box<dyn std:
         order: config.train.order,
         max_steps: None,
         one_batch_each: false,
+        reads_ahead: false,
     };
     let mut rates = Vec::new();
     for _ in 0..=runs {

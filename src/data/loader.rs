@@ -1,7 +1,8 @@
 //! Reads the batches of a rank in the background, a few steps ahead of the training.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{self, JoinHandle};
+use std::thread::{self, JoinHandle, ScopedJoinHandle};
 
 use bireme_base::console::panic_text;
 
@@ -28,6 +29,8 @@ pub struct DayPlan {
     /// Whether each micro-batch is a separate batch; otherwise all micro-batches of a rank are one
     /// batch.
     pub one_batch_each: bool,
+    /// Whether the next epoch is read beside the current one, in twice the memory.
+    pub reads_ahead: bool,
 }
 
 impl DayPlan {
@@ -49,7 +52,8 @@ impl DayPlan {
 
 /// What the thread of a [`Loader`] has read.
 pub enum Read<'a> {
-    /// The steps of an epoch before they are packed: lengths, seeds and days, without columns.
+    /// All steps of an epoch before they are packed: lengths, seeds and days, without columns. The
+    /// first may be done already.
     Epoch(&'a mut dyn Iterator<Item = Vec<Batch>>),
     /// This rank's micro-batches of the next step.
     Step(Vec<Batch>),
@@ -129,6 +133,11 @@ struct StepReader {
     world_size: usize,
 }
 
+/// The result of a thread, whose panic goes on here.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// The sessions of one stream in one epoch.
 struct EpochStream {
     index: usize,
@@ -149,28 +158,49 @@ impl StepReader {
         let n_steps = self.plan.n_steps();
         let steps_per_epoch = self.plan.steps_per_epoch();
         let first_epoch = first_step.checked_div(steps_per_epoch).unwrap_or(0);
-        for epoch in first_epoch..self.plan.n_epochs {
-            let n_before = epoch * steps_per_epoch;
-            if n_before >= n_steps {
-                return;
-            }
-            let streams = match self.read_epoch(epoch) {
-                Ok(streams) => streams,
-                Err(error) => return drop(ready.send(Err(error))),
-            };
-            let steps =
-                first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before);
-            let mut outlines =
-                steps.clone().map(|step| self.micro_batches(&streams, epoch, step, false));
-            let epoch_read = prepare(Read::Epoch(&mut outlines));
-            let prepared = steps
-                .map(|step| prepare(Read::Step(self.micro_batches(&streams, epoch, step, true))));
-            for item in std::iter::once(epoch_read).chain(prepared).flatten() {
-                if ready.send(Ok(item)).is_err() {
+        let n_epochs = self.plan.n_epochs.min(n_steps.div_ceil(steps_per_epoch.max(1)));
+        thread::scope(|scope| {
+            let mut next = None;
+            for epoch in first_epoch..n_epochs {
+                let read = match next.take() {
+                    Some(reading) => joined(reading),
+                    None => self.read_epoch(epoch),
+                };
+                let streams = match read {
+                    Ok(streams) => streams,
+                    Err(error) => return drop(ready.send(Err(error))),
+                };
+                if self.plan.reads_ahead && epoch + 1 < n_epochs {
+                    next = Some(scope.spawn(move || self.read_epoch(epoch + 1)));
+                }
+                let n_before = epoch * steps_per_epoch;
+                let steps =
+                    first_step.saturating_sub(n_before)..steps_per_epoch.min(n_steps - n_before);
+                if !self.send_epoch(&streams, epoch, steps, ready, prepare) {
                     return;
                 }
             }
-        }
+        });
+    }
+
+    /// Sends steps of an epoch; returns whether the receiver took them.
+    fn send_epoch<T>(
+        &self,
+        streams: &[EpochStream],
+        epoch: usize,
+        steps: Range<usize>,
+        ready: &SyncSender<Result<T, DataError>>,
+        prepare: &mut impl FnMut(Read<'_>) -> Option<T>,
+    ) -> bool {
+        let all_steps = 0..self.plan.steps_per_epoch();
+        let mut outlines = all_steps.map(|step| self.micro_batches(streams, epoch, step, false));
+        let epoch_read = prepare(Read::Epoch(&mut outlines));
+        let prepared =
+            steps.map(|step| prepare(Read::Step(self.micro_batches(streams, epoch, step, true))));
+        std::iter::once(epoch_read)
+            .chain(prepared)
+            .flatten()
+            .all(|item| ready.send(Ok(item)).is_ok())
     }
 
     fn read_epoch(&self, epoch: usize) -> Result<Vec<EpochStream>, DataError> {

@@ -19,10 +19,11 @@ use std::sync::{Mutex, PoisonError};
 use libloading::Library;
 use tch::{Device, Kind, Tensor};
 
-use self::driver::{Driver, Gpu, Grid, Handle};
+use self::driver::{Driver, Event, Gpu, Grid, Handle};
 use self::nvrtc::Nvrtc;
 use crate::adamw::AdamWBuffers;
 use crate::elements::assert_disjoint;
+use crate::transfer::{copy_without_waiting, pinned_bytes};
 
 /// The sources: file name and text.
 const SOURCES: [(&str, &str); 3] = [
@@ -81,6 +82,11 @@ const SORT_ROWS: Kernel = Kernel {
     name: c"sort_rows",
     parameters: &[Pointer, I32, I32, Pointer, Pointer],
 };
+const ADD_ROWS: Kernel = Kernel {
+    source: "rows.cu",
+    name: c"add_rows",
+    parameters: &[Pointer, I64, Pointer, Pointer, I32, I32],
+};
 const SUM_ROWS: Kernel = Kernel {
     source: "rows.cu",
     name: c"sum_rows",
@@ -94,7 +100,7 @@ const ADAGRAD_ROWS: Kernel = Kernel {
     ],
 };
 
-const KERNELS: [Kernel; 8] = [
+const KERNELS: [Kernel; 9] = [
     SUM_OF_SQUARES,
     FINISH_STEP,
     ADAMW,
@@ -102,6 +108,7 @@ const KERNELS: [Kernel; 8] = [
     DROPOUT,
     SORT_ROWS,
     SUM_ROWS,
+    ADD_ROWS,
     ADAGRAD_ROWS,
 ];
 
@@ -495,6 +502,37 @@ pub fn adamw(buffers: &mut AdamWBuffers, step: &StepBuffers) -> Result<(), Strin
     unsafe { gpu.launch(&ADAMW, linear_grid(n, MAX_BLOCKS), arguments) }
 }
 
+/// Numbers that are on their way to host memory.
+pub struct LateRead {
+    /// f64 `[n]`, pinned.
+    numbers: Tensor,
+    copied: Event,
+}
+
+impl LateRead {
+    /// Queues a copy of `numbers`, f64 `[n]` on a GPU, which does not wait.
+    ///
+    /// # Errors
+    /// See [`load`]; or the driver refuses.
+    pub fn new(numbers: &Tensor) -> Result<Self, String> {
+        let gpu = loaded(numbers.device())?;
+        let n_bytes = numbers.numel() * Kind::Double.elt_size_in_bytes();
+        let host = pinned_bytes(n_bytes as i64).view_dtype(Kind::Double);
+        copy_without_waiting(&host, numbers);
+        let copied = gpu.gpu.record_event(gpu.current_stream()?)?;
+        Ok(Self { numbers: host, copied })
+    }
+
+    /// The numbers, after a wait for the work that was queued before the copy.
+    ///
+    /// # Errors
+    /// The work failed.
+    pub fn read(&self) -> Result<Vec<f64>, String> {
+        self.copied.wait()?;
+        Ok(Vec::try_from(&self.numbers).expect("the numbers are f64"))
+    }
+}
+
 /// A mask of dropout on a GPU, see [`counter`](crate::counter).
 #[derive(Clone, Copy, Debug)]
 pub struct DropoutMask<'a> {
@@ -683,6 +721,63 @@ pub fn sum_rows(
     // SAFETY: the sizes were checked, and the written tensors are disjoint from the others.
     // `order` holds positions below `n`, because only `sort_rows` writes it.
     unsafe { gpu.launch(&SUM_ROWS, row_grid(n, n_columns, 1), arguments) }
+}
+
+/// Sums gradients `[n, ..]` over equal ids, i64 `[n]`, in the order of their positions. Negative
+/// ids are unused.
+///
+/// # Errors
+/// See [`load`]; or the driver refuses a launch.
+///
+/// # Panics
+/// If the sizes differ, or a tensor has another type or device.
+pub fn summed_by_row(ids: &Tensor, gradients: &Tensor) -> Result<RowGradients, String> {
+    let (n, device) = (ids.size()[0], ids.device());
+    let gradients = gradients.reshape([n, -1]).contiguous();
+    let mut sorted = SortedRows::new(n, device);
+    let fits = n as usize <= MAX_IDS && sort_rows(ids, &mut sorted).is_ok();
+    if !fits {
+        // More ids than one block of the GPU can sort.
+        let unused = i64::MAX;
+        let (sorted_ids, order) = ids.masked_fill(&ids.lt(0), unused).sort_stable(true, 0, false);
+        let is_unused = sorted_ids.eq(unused);
+        sorted.ids = sorted_ids.masked_fill(&is_unused, -1);
+        sorted.order = order.masked_fill(&is_unused, -1).to_kind(Kind::Int);
+    }
+    let mut summed = RowGradients::new(n, gradients.size()[1], device);
+    sum_rows(&sorted, &gradients, &mut summed)?;
+    Ok(summed)
+}
+
+/// Adds the sums of rows to a table, f32 `[V, ..]`. A row id that is not in the table stops the
+/// kernel, and the next call of CUDA fails.
+///
+/// # Errors
+/// See [`load`]; or the driver refuses the launch.
+///
+/// # Panics
+/// If the table has other columns than the rows, shares memory with them, or a tensor has another
+/// type or device.
+pub fn add_rows(table: &mut Tensor, rows: &RowGradients) -> Result<(), String> {
+    let gpu = loaded(table.device())?;
+    let device = gpu.device();
+    let (n, n_columns) = rows.size();
+    let numel = table.numel();
+    if n == 0 || numel == 0 {
+        return Ok(());
+    }
+    let n_rows = n_table_rows(table, n_columns);
+    assert_disjoint(&[table], &[&rows.row_ids, &rows.sums]);
+    let arguments = vec![
+        pointer(device, "table", table, Kind::Float, numel),
+        Argument::I64(n_rows),
+        pointer(device, "row_ids", &rows.row_ids, Kind::Int64, n),
+        pointer(device, "sums", &rows.sums, Kind::Float, n * n_columns),
+        Argument::int(n),
+        Argument::int(n_columns),
+    ];
+    // SAFETY: as in `adagrad_rows`.
+    unsafe { gpu.launch(&ADD_ROWS, row_grid(n, n_columns, 1), arguments) }
 }
 
 /// A table and its state of Adagrad, each f32 `[V, D]`.

@@ -4,7 +4,7 @@
 //! | module | computes |
 //! | --- | --- |
 //! | [`adamw`] | one step of AdamW on flat buffers |
-//! | [`autograd`] | an autograd operation with a backward pass in Rust, and passes from given gradients |
+//! | [`autograd`] | autograd operations with a backward pass in Rust, and sums of many tensors |
 //! | [`dropout`] | dropout masks from a counter-based generator |
 //! | [`fixed_point`] | sums that do not depend on the order of the terms |
 //! | [`gru`] | one GRU layer over packed sessions |

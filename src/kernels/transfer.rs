@@ -35,7 +35,7 @@ unsafe extern "C" {
 ///
 /// # Panics
 /// If libtorch returns an error.
-fn pinned_bytes(n: i64) -> Tensor {
+pub(crate) fn pinned_bytes(n: i64) -> Tensor {
     let mut block = std::ptr::null_mut();
     let done = guarded(1024, |error, capacity| {
         // SAFETY: `block` is writable, and `error` has room for `capacity` characters.
@@ -114,7 +114,7 @@ fn packed(tensors: &[&mut Tensor]) -> (Tensor, Vec<usize>) {
 ///
 /// # Panics
 /// If libtorch returns an error.
-fn copy_without_waiting(to: &Tensor, from: &Tensor) {
+pub(crate) fn copy_without_waiting(to: &Tensor, from: &Tensor) {
     let done = guarded(1024, |error, capacity| {
         // SAFETY: the pointers are to live tensors, and `error` has room for `capacity` characters.
         unsafe { bireme_copy_without_waiting(to.as_ptr(), from.as_ptr(), error, capacity) }

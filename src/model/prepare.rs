@@ -100,6 +100,11 @@ impl PreparedSessions {
 }
 
 impl PreparedBatch {
+    /// Seed of the step that the batch belongs to.
+    pub fn step_seed(&self) -> u64 {
+        self.step_seed
+    }
+
     /// All tensors, to be sent to a device together.
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         let mut tensors: Vec<&mut Tensor> =
@@ -370,21 +375,6 @@ pub struct StepSizes {
     pub length: i64,
     /// Whether sessions are left out of the counts of candidates.
     pub includes_counted: bool,
-}
-
-impl StepSizes {
-    /// Sizes that fit both.
-    #[must_use]
-    pub fn max(&self, other: &Self) -> Self {
-        Self {
-            n_sessions: self.n_sessions.max(other.n_sessions),
-            n_events: self.n_events.max(other.n_events),
-            n_positions: self.n_positions.max(other.n_positions),
-            n_outputs: self.n_outputs.max(other.n_outputs),
-            length: self.length.max(other.length),
-            includes_counted: self.includes_counted || other.includes_counted,
-        }
-    }
 }
 
 /// Events that are predicted, counted from the first of the batch: `[N]`. `padding`: the event that

@@ -3,8 +3,8 @@
 //! On a CPU, libtorch's `index_add_` (also the gradient of `index_select`) adds one row per
 //! operation. `scatter_add_` (also the gradient of `gather`) adds all rows in one operation.
 
-use bireme_kernels::fixed_point::{from_fixed_point, to_fixed_point};
-use tch::{Kind, Tensor};
+use bireme_kernels::cuda;
+use tch::Tensor;
 
 /// Adds `values: [N, ..]` to the rows `indices: [N]` of `table: [V, ..]`; indices may repeat. If
 /// `reproducible`, the sum of a row does not depend on the other rows.
@@ -13,27 +13,16 @@ pub(super) fn add_rows(table: &mut Tensor, indices: &Tensor, values: &Tensor, re
         let _ = table.scatter_add_(0, &expand_indices(indices, values), values);
         return;
     }
-    // A GPU adds equal indices in groups whose boundaries depend on all rows, and f32 sums depend
-    // on the grouping. Sums of fixed-point numbers do not.
-    let (rows, row_of_value, _) = indices.internal_unique2(true, true, false);
-    let size = [&[rows.size()[0]], &values.size()[1..]].concat();
-    let sums = Tensor::zeros(size, (Kind::Int64, values.device())).scatter_add_(
-        0,
-        &expand_indices(&row_of_value, values),
-        &to_fixed_point(values),
-    );
-    let _ = table.scatter_add_(0, &expand_indices(&rows, &sums), &from_fixed_point(&sums));
+    // `scatter_add_` on a GPU adds equal indices in any order.
+    let rows = cuda::summed_by_row(indices, values);
+    let added = rows.and_then(|rows| cuda::add_rows(table, &rows));
+    added.unwrap_or_else(|problem| panic!("{problem}"));
 }
 
 /// As [`add_rows`], with bitwise equal results on all ranks that add the same rows in the same
-/// order. `scatter_add_` on a GPU adds in any order.
+/// order.
 pub(super) fn add_rows_deterministically(table: &mut Tensor, indices: &Tensor, values: &Tensor) {
-    if table.device().is_cuda() {
-        // This operation sorts the indices first, so that its order of addition is fixed.
-        let _ = table.index_put_(&[Some(indices)], values, true);
-    } else {
-        add_rows(table, indices, values, false);
-    }
+    add_rows(table, indices, values, true);
 }
 
 /// Row indices `[N]`, expanded to the shape of `values: [N, ..]`.

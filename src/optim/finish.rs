@@ -1,6 +1,6 @@
 //! The end of a step: from summed gradients to changed parameters, without waiting for the device.
 
-use bireme_kernels::cuda::{self, MAX_IDS, RowGradients, SortedRows};
+use bireme_kernels::cuda::{self, LateRead, RowGradients};
 use tch::{Device, Kind, Tensor};
 
 use super::{Optimizer, average_and_clip};
@@ -71,11 +71,50 @@ impl StepOutcome {
         Self { values: self.values.shallow_clone(), history: self.history.shallow_clone() }
     }
 
+    /// Reads the outcome. On a GPU this waits for the device.
     pub fn read(&self) -> StepValues {
         let all = Tensor::cat(&[&self.values, &self.history], 0);
-        let all = Vec::<f64>::try_from(all).expect("the outcome is f64");
-        let [loss, n_targets, n_stop, n_save, _, _, n_steps, n_skipped, kept @ ..] = &all[..]
-        else {
+        StepValues::new(&Vec::<f64>::try_from(all).expect("the outcome is f64"))
+    }
+
+    /// Starts to read the outcome, without a wait.
+    ///
+    /// # Panics
+    /// If a GPU refuses the copy.
+    pub fn read_later(&self) -> LateOutcome {
+        let all = Tensor::cat(&[&self.values, &self.history], 0);
+        if all.device() == Device::Cpu {
+            return LateOutcome::Cpu(Vec::try_from(all).expect("the outcome is f64"));
+        }
+        LateOutcome::Gpu(LateRead::new(&all).unwrap_or_else(|problem| panic!("{problem}")))
+    }
+}
+
+/// A [`StepOutcome`] on its way to host memory.
+pub enum LateOutcome {
+    Cpu(Vec<f64>),
+    Gpu(LateRead),
+}
+
+impl LateOutcome {
+    /// Waits for the step.
+    ///
+    /// # Panics
+    /// If work on the GPU failed.
+    pub fn read(&self) -> StepValues {
+        match self {
+            Self::Cpu(numbers) => StepValues::new(numbers),
+            Self::Gpu(late) => {
+                StepValues::new(&late.read().unwrap_or_else(|problem| panic!("{problem}")))
+            }
+        }
+    }
+}
+
+impl StepValues {
+    /// From the numbers of an outcome and of the history.
+    fn new(all: &[f64]) -> Self {
+        let [loss, n_targets, n_stop, n_save, _, _, n_steps, n_skipped, kept @ ..] = all else {
             unreachable!("the outcome has eight numbers and a history")
         };
         let n_skipped = *n_skipped as usize;
@@ -89,7 +128,7 @@ impl StepOutcome {
                 is_own_loss_finite: of_step[3].is_finite(),
             }
         });
-        StepValues {
+        Self {
             loss: loss / n_targets,
             n_targets: *n_targets as usize,
             stop: *n_stop > 0.0,
@@ -138,24 +177,8 @@ impl StepEnd {
 
 /// Sums gradients `[n, ..]` over equal rows `[n]`, except for row 0.
 fn summed_rows((rows, gradients): (Tensor, Tensor)) -> RowGradients {
-    let (n, device) = (rows.size()[0], rows.device());
     let ids = rows.masked_fill(&rows.eq(0), -1);
-    let gradients = gradients.reshape([n, -1]);
-    let mut sorted = SortedRows::new(n, device);
-    let sort =
-        if n as usize <= MAX_IDS { cuda::sort_rows(&ids, &mut sorted) } else { Err(String::new()) };
-    if sort.is_err() {
-        // More ids than one block of the GPU can sort.
-        let last = i64::MAX;
-        let (sorted_ids, order) = ids.masked_fill(&ids.lt(0), last).sort_stable(true, 0, false);
-        let is_unused = sorted_ids.eq(last);
-        sorted.ids = sorted_ids.masked_fill(&is_unused, -1);
-        sorted.order = order.masked_fill(&is_unused, -1).to_kind(Kind::Int);
-    }
-    let mut summed = RowGradients::new(n, gradients.size()[1], device);
-    let done = cuda::sum_rows(&sorted, &gradients.contiguous(), &mut summed);
-    done.unwrap_or_else(|text| panic!("{text}"));
-    summed
+    cuda::summed_by_row(&ids, &gradients).unwrap_or_else(|text| panic!("{text}"))
 }
 
 impl Optimizer {

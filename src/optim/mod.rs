@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 pub use crate::config::{Schedule, TableOptimizer};
 use crate::model::View;
 use finish::StepEnd;
-pub use finish::{SkippedStep, StepOutcome, StepSums, StepValues};
+pub use finish::{LateOutcome, SkippedStep, StepOutcome, StepSums, StepValues};
 
 #[derive(Clone, Copy, Debug)]
 pub struct OptimizerConfig {

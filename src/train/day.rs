@@ -11,7 +11,7 @@ use crate::checkpoint::{Checkpoints, Position, Saver, State};
 use crate::collective::phase_timer::PhaseTimer;
 use crate::config::{Config, NonFinite};
 use crate::data::{Catalogue, DayPlan, Features, Pretrained, RowCheck};
-use crate::optim::{SkippedStep, StepOutcome, StepValues};
+use crate::optim::{LateOutcome, SkippedStep, StepOutcome, StepValues};
 use crate::report::{Record, Report};
 
 /// The inputs and the state of a day of training.
@@ -39,8 +39,18 @@ pub(super) struct Day<'a> {
     pub n_trained: usize,
     pub last_record: LastRecord,
     pub timer: PhaseTimer,
+    /// A step whose outcome is on its way.
+    pub late: Option<LateStatus>,
     /// Steps without effect that were reported, since the start of the process.
     pub n_reported: &'a mut usize,
+}
+
+/// The outcome of a step that is read after the next, so that the GPU does not wait for the host.
+pub(super) struct LateStatus {
+    outcome: LateOutcome,
+    /// From 1.
+    step: usize,
+    lr: f64,
 }
 
 /// Time and finished steps of the day at the last record of a step.
@@ -99,7 +109,8 @@ impl Day<'_> {
     /// *All ranks.* Records a finished step and writes a checkpoint if one is due; breaks if a stop
     /// was requested. `lr`: learning rate of the step.
     ///
-    /// On a GPU the outcome is read only if it is needed, because reading waits for the device.
+    /// On a GPU the outcome is read only if it is needed, and after the next step if that is soon
+    /// enough.
     pub fn step_done(
         &mut self,
         learner: &dyn Learner,
@@ -117,22 +128,25 @@ impl Day<'_> {
         let is_logged = n_done.is_multiple_of(config.train.log_every_steps) || n_done == n_steps;
         let every = config.checkpoint.every_steps;
         let is_due = every > 0 && n_done.is_multiple_of(every);
-        // The condition is the same on all ranks, and so are the values that are read next, so that
-        // all ranks reach the collective calls below.
-        if !(is_logged || is_due || self.place.device == Device::Cpu) {
-            return Ok(ControlFlow::Continue(()));
+        // All conditions are the same on all ranks, and so are the values that are read, so that all
+        // ranks reach the collective calls below.
+        let (mut saves, mut stops) = (false, false);
+        if let Some(LateStatus { outcome, step, lr }) = self.late.take() {
+            let values = outcome.read();
+            (saves, stops) = (values.save, values.stop);
+            self.report(&values, step, Some(lr))?;
         }
-        let values = outcome.read();
-        let StepValues { stop, save, .. } = values;
-        if save {
-            self.signals.clear_save();
-        }
-        self.report_skipped(&values, n_done)?;
-        if is_logged {
-            self.record_step(&values, lr)?;
+        if is_due || n_done == n_steps || self.place.device == Device::Cpu {
+            let values = outcome.read();
+            (saves, stops) = (saves || values.save, stops || values.stop);
+            self.report(&values, n_done, is_logged.then_some(lr))?;
+        } else if is_logged {
+            // The GPU has other work until the next step asks for the values.
+            let outcome = outcome.read_later();
+            self.late = Some(LateStatus { outcome, step: n_done, lr });
         }
         // The last step of a day is followed by the checkpoint of `train`.
-        if n_done < n_steps && (is_due || save || stop) {
+        if n_done < n_steps && (is_due || saves || stops) {
             self.save(learner)?;
         }
         if let Some(saver) = self.saver.as_mut()
@@ -140,17 +154,32 @@ impl Day<'_> {
         {
             saver.finish()?;
         }
-        Ok(if stop && n_done < n_steps {
+        Ok(if stops && n_done < n_steps {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
         })
     }
 
-    /// Records the last finished step, with averages over the steps since the last record.
-    fn record_step(&mut self, values: &StepValues, lr: f64) -> Result<(), TrainError> {
+    /// *All ranks.* Reports what was read of step `step` of the day (from 1), and records it if its
+    /// learning rate `lr` is given.
+    fn report(
+        &mut self,
+        values: &StepValues,
+        step: usize,
+        lr: Option<f64>,
+    ) -> Result<(), TrainError> {
+        if values.save {
+            self.signals.clear_save();
+        }
+        self.report_skipped(values, step)?;
+        lr.map_or(Ok(()), |lr| self.record_step(values, step, lr))
+    }
+
+    /// Records step `step` of the day, with averages over the steps since the last record.
+    fn record_step(&mut self, values: &StepValues, step: usize, lr: f64) -> Result<(), TrainError> {
         let &StepValues { loss, n_targets, .. } = values;
-        let (day, step) = (self.plan.day, self.state.position.day_step);
+        let day = self.plan.day;
         let now = Instant::now();
         let last =
             std::mem::replace(&mut self.last_record, LastRecord { time: now, day_step: step });

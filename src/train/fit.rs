@@ -4,6 +4,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
+use tch::Device;
+
 use super::dataset::{TrainingDay, step_shape};
 use super::day::{Day, LastRecord};
 use super::evaluation::EvaluationTask;
@@ -107,7 +109,7 @@ impl<'a> Training<'a> {
             let problem = format!("it is of day {day}, which the configuration does not train on");
             return Err(from.mismatch(problem).into());
         };
-        let n_steps = day_plan(self.config, training_day).n_steps();
+        let n_steps = day_plan(self.config, training_day, self.place.device).n_steps();
         if !position.is_end_of_day() && day_steps != n_steps {
             let problem =
                 format!("its day {day} has {day_steps} steps, this run's day has {n_steps}");
@@ -164,7 +166,7 @@ impl<'a> Training<'a> {
         run: &mut RunContext<'_>,
     ) -> Result<ControlFlow<()>, TrainError> {
         let Self { config, data, place, resumed_at, .. } = *self;
-        let plan = day_plan(config, day);
+        let plan = day_plan(config, day, place.device);
         let is_first = resumed_at.is_none() && self.state.position.global_step == 0;
         set_phase(format!("training on day {}", day.day));
         match resumed_at.filter(|position| position.day == day.day) {
@@ -210,6 +212,7 @@ impl<'a> Training<'a> {
                 place.collective.watch(),
             ),
             state: &mut self.state,
+            late: None,
             n_reported: &mut self.n_reported,
         };
         day.train(&mut *self.learner)
@@ -245,7 +248,7 @@ impl<'a> Training<'a> {
     }
 }
 
-fn day_plan(config: &Config, day: &TrainingDay) -> DayPlan {
+fn day_plan(config: &Config, day: &TrainingDay, device: Device) -> DayPlan {
     DayPlan {
         window: day.window.clone(),
         day: day.day,
@@ -256,6 +259,9 @@ fn day_plan(config: &Config, day: &TrainingDay) -> DayPlan {
         max_steps: config.train.max_steps_per_day,
         // Gradients are summed in fixed point per micro-batch, so each needs its own backward pass.
         one_batch_each: config.run.reduction == Reduction::Reproducible,
+        // A GPU would wait for the first step of an epoch. On a CPU reading takes the cores of the
+        // training, and memory is the larger concern.
+        reads_ahead: device != Device::Cpu,
     }
 }
 

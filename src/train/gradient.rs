@@ -63,39 +63,42 @@ impl<'a> GradientLearner<'a> {
         Ok(Self { network, sync, optimizer, fault: Fault::planted() })
     }
 
-    /// *All ranks.* One optimizer step over the global batch, of which `step` is this rank's part.
+    /// *All ranks.* One backward pass, and the end of the step if the pass is its only one.
+    fn pass(
+        &mut self,
+        pass: &PassInput,
+        sampler: &NegativeSampler,
+        day: &mut Day<'_>,
+    ) -> Result<Option<StepOutcome>, TrainError> {
+        let (rank, step) = (day.rank(), day.state.position.global_step);
+        let negatives = sampler.negatives(&pass.uniform);
+        let mut sums =
+            self.network.backward(&pass.batch, &negatives, &mut self.sync, &mut day.timer)?;
+        self.fault.before_reduction(rank, step, self.network.gradients_mut(), &mut sums);
+        self.sync.accumulate(self.network.gradients_mut(), &sums, &pass.requests);
+        if pass.is_only { self.finish(pass, day).map(Some) } else { Ok(None) }
+    }
+
+    /// *All ranks.* Ends a step after its last pass: sums gradients over the ranks and updates the
+    /// parameters.
     ///
     /// Losses are summed over targets and divided by the targets of all ranks, so that any number
     /// of ranks takes the same step.
-    fn train_step(
-        &mut self,
-        step: &StepInput,
-        sampler: &NegativeSampler,
-        day: &mut Day<'_>,
-    ) -> Result<StepOutcome, TrainError> {
-        let (rank, number) = (day.rank(), day.state.position.global_step);
-        let StepInput { passes, uniform, requests, rates, step_seed } = step;
-        let negatives = sampler.negatives(uniform);
-        for (pass, batch) in passes.iter().enumerate() {
-            let mut sums =
-                self.network.backward(batch, &negatives, &mut self.sync, &mut day.timer)?;
-            self.fault.before_reduction(rank, number, self.network.gradients_mut(), &mut sums);
-            let requests = (pass == 0).then_some(requests);
-            self.sync.accumulate(self.network.gradients_mut(), &sums, requests);
-        }
+    fn finish(&mut self, last: &PassInput, day: &mut Day<'_>) -> Result<StepOutcome, TrainError> {
         day.timer.end("backward");
-        let synced = self.sync.finish(&mut self.network, *step_seed)?;
+        let synced = self.sync.finish(&mut self.network, last.batch.step_seed())?;
         day.timer.end("communication");
         let sums = StepSums {
             lists: synced.lists,
             sharded_squares: synced.sharded_squares.as_ref(),
             own_loss: &synced.own_loss,
-            rates,
+            rates: &last.rates,
             clip_norm: day.config.train.clip_norm,
         };
         let values = self.network.parameters().values();
         let outcome = self.optimizer.finish(&values, self.network.gradients_mut(), sums);
-        self.fault.after_step(rank, number, self.network.parameters());
+        let (rank, step) = (day.rank(), day.state.position.global_step);
+        self.fault.after_step(rank, step, self.network.parameters());
         day.timer.end("optimizer");
         Ok(outcome)
     }
@@ -157,24 +160,24 @@ fn lists_rows(config: &Config, network: &Network<'_>) -> bool {
         && !network.item_table().is_sharded()
 }
 
-/// What a step reads that depends on its sessions.
-struct StepInput {
-    /// This rank's micro-batches, one backward pass each.
-    passes: Vec<PreparedBatch>,
+/// What a backward pass reads that depends on its sessions and its step.
+struct PassInput {
+    batch: PreparedBatch,
     /// See [`NegativeSampler::negatives`].
     uniform: Tensor,
-    /// See [`Requests::to_tensor`].
+    /// See [`Requests::to_tensor`]; of the step in its first pass, else zero.
     requests: Tensor,
     /// See [`Optimizer::rates`], f64 `[2]`.
     rates: Tensor,
-    step_seed: u64,
+    /// Whether the step has no other pass on this rank.
+    is_only: bool,
 }
 
-impl StepInput {
+impl PassInput {
     /// All tensors, to be sent to a device together.
     fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
-        let of_passes = self.passes.iter_mut().flat_map(PreparedBatch::tensors_mut);
-        of_passes.chain([&mut self.uniform, &mut self.requests, &mut self.rates]).collect()
+        let of_batch = self.batch.tensors_mut().into_iter();
+        of_batch.chain([&mut self.uniform, &mut self.requests, &mut self.rates]).collect()
     }
 }
 
@@ -183,8 +186,9 @@ enum Loaded {
     /// The sizes of the steps of the next epoch. The loader waits for those that all ranks agree
     /// on.
     Epoch(SizeBounds),
-    /// In host memory, without requests and with rates of 0.
-    Step(StepInput),
+    /// The passes of a step in host memory, without requests and with rates of 0. Every rank has at
+    /// least one.
+    Step(Vec<PassInput>),
 }
 
 /// Prepares steps on the loader's thread.
@@ -222,17 +226,15 @@ impl StepSource {
         (Loader::preparing(&day.plan, day.features, ranks, first_step, prepare), agreed)
     }
 
-    fn step(&self, micro_batches: &[Batch], sizes: Option<&StepSizes>) -> StepInput {
-        // All micro-batches of a step have its seed, and every rank has at least one.
-        let step_seed = micro_batches[0].step_seed;
-        let passes = micro_batches.iter().map(|batch| self.preparer.prepare(batch, sizes));
-        StepInput {
-            passes: passes.collect(),
-            uniform: uniform_numbers(self.n_sampled, step_seed),
+    fn step(&self, micro_batches: &[Batch], sizes: Option<&StepSizes>) -> Vec<PassInput> {
+        let pass = |batch: &Batch| PassInput {
+            batch: self.preparer.prepare(batch, sizes),
+            uniform: uniform_numbers(self.n_sampled, batch.step_seed),
             requests: Requests::default().to_tensor(),
             rates: Tensor::from_slice(&[0f64; 2]),
-            step_seed,
-        }
+            is_only: micro_batches.len() == 1,
+        };
+        micro_batches.iter().map(pass).collect()
     }
 }
 
@@ -295,11 +297,19 @@ impl Learner for GradientLearner<'_> {
             let _step = collective.watch().map(|watch| watch.begin("a step".to_owned()));
             let rates = self.optimizer.rates(train.schedule.factor(n_done, n_steps));
             let [learning_rate, _] = rates;
-            step.requests = day.requests().to_tensor();
-            step.rates = Tensor::from_slice(&rates);
-            graph.frame().send(step.tensors_mut(), day.place.device);
-            day.timer.end("data");
-            let outcome = graph.step(day, |day| self.train_step(&step, &sampler, day))?;
+            step[0].requests = day.requests().to_tensor();
+            let mut outcome = None;
+            for pass in &mut step {
+                pass.rates = Tensor::from_slice(&rates);
+                graph.frame().send(pass.tensors_mut(), day.place.device);
+                day.timer.end("data");
+                outcome = graph.run(day, |day| self.pass(pass, &sampler, day))?;
+            }
+            let outcome = match (outcome, step.last()) {
+                (None, Some(last)) => self.finish(last, day)?,
+                (Some(outcome), _) => outcome,
+                (None, None) => unreachable!("a step has a pass on every rank"),
+            };
             n_done += 1;
             let every = day.config.run.compare_ranks_every;
             if every > 0 && (day.state.position.global_step + 1).is_multiple_of(every) {

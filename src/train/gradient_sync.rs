@@ -84,20 +84,13 @@ impl<'a> GradientSync<'a> {
     }
 
     /// Adds the scalars of a micro-batch, and in the reproducible mode moves its gradients into the
-    /// fixed-point sum. `requests`: of the step, f32 `[2]`, for its first micro-batch.
-    pub fn accumulate(
-        &mut self,
-        gradients: &mut Gradients,
-        sums: &LossSum,
-        requests: Option<&Tensor>,
-    ) {
+    /// fixed-point sum. `requests`: f32 `[2]`.
+    pub fn accumulate(&mut self, gradients: &mut Gradients, sums: &LossSum, requests: &Tensor) {
         let loss = sums.loss.view([1]);
         let _ = self.own_loss.g_add_(&loss);
-        let scalars = gradients.scalars();
+        let mut scalars = gradients.scalars();
         let loss = loss.to_kind(Kind::Float);
-        let new: Vec<&Tensor> = [&loss, &sums.n_targets].into_iter().chain(requests).collect();
-        let mut changed = scalars.narrow(0, 0, if requests.is_some() { 4 } else { 2 });
-        changed += Tensor::cat(&new, 0);
+        scalars += Tensor::cat(&[&loss, &sums.n_targets, requests], 0);
         if let Some(sum) = &mut self.replicated_sum {
             sum.add_and_clear(&mut gradients.replicated_and_scalars());
         }

@@ -3,6 +3,9 @@
 //! The first steps of a day run operation by operation, so that libraries load kernels and allocate
 //! memory. The next is recorded, and every later one is a copy of its numbers to the frame and one
 //! launch. The graph reads the tables of the day, so each day has its own.
+//!
+//! In the reproducible mode a step has a pass for each of its micro-batches. A pass is recorded, and
+//! the end of the step runs operation by operation.
 
 use bireme_kernels::cuda::graph::Graph;
 use bireme_kernels::transfer::Frame;
@@ -33,29 +36,27 @@ enum State {
     /// Operation by operation.
     Eager,
     /// The next steps of the same sizes will be recorded.
-    WarmUp {
-        n_left: usize,
-    },
+    WarmUp { n_left: usize },
     Captured {
         graph: Graph,
-        outcome: StepOutcome,
+        /// Of the recorded pass, if it ends its step.
+        outcome: Option<StepOutcome>,
     },
 }
 
 /// Why steps of this run cannot have the same sizes.
-fn obstacle_to_sizes(config: &Config, network: &Network<'_>) -> Option<&'static str> {
-    let is_replaced = matches!(network.objective(), Objective::Replaced { .. });
-    let obstacles = [
-        (config.run.reduction == Reduction::Reproducible, "`run.reduction` is `reproducible`"),
-        (is_replaced, "the objective is `replaced`"),
-    ];
-    obstacles.into_iter().find(|(is_so, _)| *is_so).map(|(_, obstacle)| obstacle)
+fn obstacle_to_sizes(network: &Network<'_>) -> Option<&'static str> {
+    matches!(network.objective(), Objective::Replaced { .. })
+        .then_some("the objective is `replaced`")
 }
 
 /// Why a step of this run, whose sizes are always the same, cannot be recorded.
 fn obstacle(config: &Config, network: &Network<'_>, has_fault: bool) -> Option<&'static str> {
     let Config { run, train, .. } = config;
-    let waits = train.tables != TableOptimizer::Adamw && network.gradients().n_listed() == 0;
+    // A reproducible step has several passes, and ends outside of the graph.
+    let waits = run.reduction != Reduction::Reproducible
+        && train.tables != TableOptimizer::Adamw
+        && network.gradients().n_listed() == 0;
     let obstacles = [
         (run.cuda_graph == CudaGraph::Off, "`run.cuda_graph` is `off`"),
         (train.time_phases, "`train.time_phases` is set"),
@@ -82,7 +83,7 @@ impl StepGraph {
             graph.give_up("the run is on the CPU", day)?;
             return Ok(graph);
         }
-        let to_sizes = obstacle_to_sizes(day.config, network);
+        let to_sizes = obstacle_to_sizes(network);
         graph.has_sizes = to_sizes.is_none();
         match to_sizes.or_else(|| obstacle(day.config, network, has_fault)) {
             None => graph.state = State::WarmUp { n_left: N_WARM_UP },
@@ -96,7 +97,8 @@ impl StepGraph {
         self.has_sizes
     }
 
-    /// *All ranks.* Agrees on sizes for the steps of an epoch within `bounds` of this rank.
+    /// *All ranks.* Agrees on sizes for the steps of an epoch within `bounds` of this rank. They
+    /// follow from the epoch alone, so that a resumed run has the same.
     ///
     /// # Errors
     /// A collective call fails.
@@ -111,7 +113,6 @@ impl StepGraph {
         let first_day = day.plan.window.first_day();
         let sizes =
             preparer.sizes(&SizeBounds::from_numbers(numbers), preparer.leaves_out(first_day));
-        let sizes = self.sizes.as_ref().map_or(sizes.clone(), |known| known.max(&sizes));
         if self.sizes.as_ref() != Some(&sizes) {
             self.frame = Frame::default();
             if !matches!(self.state, State::Eager) {
@@ -130,17 +131,17 @@ impl StepGraph {
         &mut self.frame
     }
 
-    /// *All ranks.* Runs a step whose numbers are in the frame: `run` queues its operations, or the
+    /// *All ranks.* Runs a pass whose numbers are in the frame: `run` queues its operations, or the
     /// graph that recorded them does.
     ///
     /// # Errors
     /// `run` fails, or a launch does; or `run.cuda_graph` is `require`, and the step cannot be
     /// recorded.
-    pub fn step(
+    pub fn run(
         &mut self,
         day: &mut Day<'_>,
-        mut run: impl FnMut(&mut Day<'_>) -> Result<StepOutcome, TrainError>,
-    ) -> Result<StepOutcome, TrainError> {
+        mut run: impl FnMut(&mut Day<'_>) -> Result<Option<StepOutcome>, TrainError>,
+    ) -> Result<Option<StepOutcome>, TrainError> {
         match &mut self.state {
             State::Eager => run(day),
             State::WarmUp { n_left: 0 } => {
@@ -161,7 +162,7 @@ impl StepGraph {
                             why: None,
                         })?;
                         graph.replay().map_err(TrainError::GraphLaunch)?;
-                        let first = outcome.share();
+                        let first = outcome.as_ref().map(StepOutcome::share);
                         self.state = State::Captured { graph, outcome };
                         Ok(first)
                     }
@@ -181,7 +182,7 @@ impl StepGraph {
             }
             State::Captured { graph, outcome } => {
                 graph.replay().map_err(TrainError::GraphLaunch)?;
-                Ok(outcome.share())
+                Ok(outcome.as_ref().map(StepOutcome::share))
             }
         }
     }

@@ -309,7 +309,8 @@ struct Rows {
 
 void test_rows() {
   bool sorted = true, unique = true, same_sums = true, same_adamw = true, untouched = true;
-  double worst_sum = 0.0, worst_step = 0.0;
+  bool added_elsewhere = false;
+  double worst_sum = 0.0, worst_step = 0.0, worst_add = 0.0;
   const int n_ids = 90;
   for (int n : {0, 1, 3, 255, 257, 6000, 16384}) {
     for (int n_columns : {1, 19}) {
@@ -344,6 +345,15 @@ void test_rows() {
         }
       }
       unique = unique && n_listed == std::count(is_listed.begin(), is_listed.end(), true);
+
+      Floats table_before(n_ids * n_columns, 0, 1.0), table_after = table_before;
+      run("add_rows", {1, 5, 16, 8}, table_after.data(), (long long)n_ids,
+          (const long long*)rows.row_ids.data(), (const float*)rows.sums.data(), n, n_columns);
+      for (int i = 0; i < n_ids * n_columns; i++) {
+        worst_add = std::max(worst_add, fabs(table_after[i] - (table_before[i] + sums[i])));
+        added_elsewhere = added_elsewhere ||
+                          (!is_listed[i / n_columns] && table_after[i] != table_before[i]);
+      }
 
       const float scale = 0.25f, momentum = 0.3f, skip = NAN;
       const double rates[] = {7.0, 0.05};
@@ -405,6 +415,8 @@ void test_rows() {
   check("sum_rows lists each id once", unique);
   check_error("sum_rows sums the gradients of equal ids", worst_sum, 1e-3);
   check("sum_rows does not depend on the grid", same_sums);
+  check_error("add_rows adds the sums to their rows", worst_add, 1e-3);
+  check("add_rows leaves other rows as they are", !added_elsewhere);
   check_error("adagrad_rows follows the formula, with and without momentum", worst_step, 2e-5);
   check("rows that are not listed do not change, and none does if the scale is NaN", untouched);
   check("lazy_adamw_rows equals adamw on the listed rows", same_adamw);

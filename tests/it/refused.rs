@@ -278,6 +278,7 @@ fn values_that_no_key_can_have() {
         ("run.seed", numbers(true)),
         ("run.reduction", words.to_vec()),
         ("run.precision", words.to_vec()),
+        ("run.cuda_graph", words.to_vec()),
         ("run.threads_per_rank", numbers(true)),
         ("run.compare_ranks_every", numbers(true)),
         ("run.patience_seconds", [&floats[..], &["0"]].concat()),

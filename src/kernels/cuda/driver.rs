@@ -64,6 +64,44 @@ pub(super) struct Driver {
         *mut *mut c_void,
         *mut *mut c_void,
     ) -> Code,
+    event_create: unsafe extern "C" fn(*mut Handle, c_uint) -> Code,
+    event_record: unsafe extern "C" fn(Handle, Handle) -> Code,
+    event_synchronize: unsafe extern "C" fn(Handle) -> Code,
+    event_destroy: unsafe extern "C" fn(Handle) -> Code,
+}
+
+/// `CU_EVENT_DISABLE_TIMING`
+const EVENT_WITHOUT_TIMES: c_uint = 2;
+
+/// A mark in the work of a stream.
+pub(super) struct Event {
+    gpu: &'static Gpu,
+    event: Handle,
+}
+
+impl Event {
+    /// Waits for the work before the mark.
+    ///
+    /// # Errors
+    /// The work failed.
+    pub(super) fn wait(&self) -> Result<(), String> {
+        self.gpu.with_context(|| {
+            // SAFETY: the event is alive.
+            let code = unsafe { (self.gpu.driver.event_synchronize)(self.event) };
+            self.gpu.driver.check("cuEventSynchronize", code)
+        })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let destroyed = self.gpu.with_context(|| {
+            // SAFETY: the event is alive and not used again.
+            let code = unsafe { (self.gpu.driver.event_destroy)(self.event) };
+            self.gpu.driver.check("cuEventDestroy", code)
+        });
+        debug_assert_eq!(destroyed, Ok(()));
+    }
 }
 
 /// A GPU and the context that it shares with libtorch.
@@ -103,6 +141,10 @@ impl Driver {
                 module_get_function: *library.get(b"cuModuleGetFunction\0")?,
                 function_set_attribute: *library.get(b"cuFuncSetAttribute\0")?,
                 launch_kernel: *library.get(b"cuLaunchKernel\0")?,
+                event_create: *library.get(b"cuEventCreate\0")?,
+                event_record: *library.get(b"cuEventRecord\0")?,
+                event_synchronize: *library.get(b"cuEventSynchronize\0")?,
+                event_destroy: *library.get(b"cuEventDestroy_v2\0")?,
             })
         }
     }
@@ -162,6 +204,24 @@ impl Gpu {
         let code = unsafe { (self.driver.context_pop)(&mut popped) };
         self.driver.check("cuCtxPopCurrent", code)?;
         result
+    }
+
+    /// Marks the work that is queued on `stream` so far.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub(super) fn record_event(&'static self, stream: Handle) -> Result<Event, String> {
+        self.with_context(|| {
+            let mut event = Handle::NULL;
+            // SAFETY: `event` is writable.
+            let code = unsafe { (self.driver.event_create)(&mut event, EVENT_WITHOUT_TIMES) };
+            self.driver.check("cuEventCreate", code)?;
+            let event = Event { gpu: self, event };
+            // SAFETY: the event was created above, and libtorch's streams are never destroyed.
+            let code = unsafe { (self.driver.event_record)(event.event, stream) };
+            self.driver.check("cuEventRecord", code)?;
+            Ok(event)
+        })
     }
 
     /// Loads machine code for the rest of the process, and finds kernels in it.

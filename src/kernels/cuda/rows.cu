@@ -74,6 +74,23 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
+// Adds the sums of `sum_rows` to the rows of a table `[n_rows, n_columns]`, each of which is listed
+// once.
+extern "C" __global__ void __launch_bounds__(256)
+    add_rows(float* __restrict__ table, long long n_rows, const long long* __restrict__ row_ids,
+             const float* __restrict__ sums, int n, int n_columns) {
+  int place_step = gridDim.y * blockDim.y;
+  for (int place = blockIdx.y * blockDim.y + threadIdx.y; place < n; place += place_step) {
+    long long id = row_ids[place];
+    if (id < 0) continue;
+    if (id >= n_rows) __trap();
+    int column = blockIdx.x * blockDim.x + threadIdx.x;
+    for (; column < n_columns; column += gridDim.x * blockDim.x) {
+      table[id * n_columns + column] += sums[static_cast<long long>(place) * n_columns + column];
+    }
+  }
+}
+
 // One step of Adagrad on the rows `row_ids: [n]` of a table `[n_rows, n_columns]` with
 // `gradients: [n, n_columns]` times `scale: [1]`, with the operations of `Adagrad::step` in
 // optim/mod.rs in the same order. Negative ids are unused; one that is not in the table stops the
