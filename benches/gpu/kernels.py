@@ -490,6 +490,19 @@ class Checks:
         expected_sums = numpy.where(is_first[:, None], dense[expected_ids], 0.0)
         self.compare("sum_rows", case, 1e-6, sums=(sums.read(), expected_sums))
         self.compare("sum_rows", case + ", ids", 0.0, ids=(row_ids.read(), expected_rows))
+        table = self.normal(n_table, n_columns)
+        table_buffer = Buffer(self.gpu, table)
+        self.gpu.launch(
+            "add_rows",
+            *row_grid(n, n_columns),
+            table_buffer,
+            ctypes.c_int64(n_table),
+            row_ids,
+            sums,
+            ctypes.c_int32(n),
+            ctypes.c_int32(n_columns),
+        )
+        self.compare("add_rows", case, 1e-6, table=(table_buffer.read(), table + dense))
 
     def adagrad_rows(self, n, n_table, n_columns, momentum):
         ids, gradients = self.rows(n, n_table, n_columns)
