@@ -24,7 +24,7 @@ use toml::{Table, Value};
 
 pub use checkpoint::CheckpointConfig;
 pub use data::{ALL_FEATURES, DataConfig};
-pub use evaluate::{EvaluateConfig, Reminders};
+pub use evaluate::{Cases, EvaluateConfig, Reminders, UnknownTargets};
 pub use model::{
     Aggregation, CandidatesConfig, ContentConfig, Continuous, Decay, EvidenceConfig, GruConfig,
     HeadConfig, InputConfig, LogLinearConfig, ModelConfig, NeighboursConfig, Neural, Objective,

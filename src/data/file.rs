@@ -15,7 +15,8 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::plan::spans_in_order;
-use super::{DataError, Features};
+use super::{DataError, FIRST_ITEM, Features};
+use crate::config::{Cases, EvaluateConfig, UnknownTargets};
 
 /// Values of one list column, session after session.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +36,15 @@ impl Column {
             _ => unreachable!("both follow the same feature"),
         }
     }
+}
+
+/// Consecutive events of a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionPart {
+    /// Row of the session in [`Sessions`].
+    pub row: usize,
+    /// Positions in the session.
+    pub events: Range<usize>,
 }
 
 /// Sessions in ragged form: row `i` is `offsets[i]..offsets[i + 1]` of every column.
@@ -64,6 +74,29 @@ impl Sessions {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// New sessions, each of consecutive events of a session.
+    pub fn select(&self, selected: &[SessionPart], features: &Features) -> Self {
+        let mut parts = Self::empty(features);
+        for SessionPart { row, events } in selected {
+            let first = self.offsets[*row];
+            let events = first + events.start..first + events.end;
+            parts.offsets.push(parts.offsets.last().unwrap_or(&0) + events.len());
+            parts.day_rows.push(self.day_rows[*row]);
+            for (part, column) in parts.columns.iter_mut().zip(&self.columns) {
+                match (part, column) {
+                    (Column::Ids(part), Column::Ids(ids)) => {
+                        part.extend_from_slice(&ids[events.clone()]);
+                    }
+                    (Column::Values(part), Column::Values(values)) => {
+                        part.extend_from_slice(&values[events.clone()]);
+                    }
+                    _ => unreachable!("both follow the same features"),
+                }
+            }
+        }
+        parts
     }
 
     /// Range of the events of session `row` in every column.
@@ -181,18 +214,69 @@ impl SessionFile {
         read().map_err(|source| DataError::Open { path: self.path.clone(), source })
     }
 
-    /// Reads spans of rows, given by row group, in this order.
+    /// Reads spans of rows, given by row group, in this order: the last `data.max_length` events of
+    /// each session.
     ///
     /// # Errors
     /// The file has changed or is truncated, a session has fewer than 2 events, or a value is null
     /// or out of range.
     pub fn read(&self, spans: &[(usize, Range<usize>)]) -> Result<Sessions, DataError> {
+        self.read_last(self.max_length, spans)
+    }
+
+    /// Reads the last `max_length` events of each session in spans of rows.
+    fn read_last(
+        &self,
+        max_length: usize,
+        spans: &[(usize, Range<usize>)],
+    ) -> Result<Sessions, DataError> {
         let reader = open_parquet(&self.path)?;
         let mut sessions = Sessions::empty(&self.features);
         for (group, rows) in spans {
-            sessions.append(self.read_group(&reader, *group, rows.clone())?);
+            sessions.append(self.read_group(&reader, *group, rows.clone(), max_length)?);
         }
         Ok(sessions)
+    }
+
+    /// Reads the sessions `rows` of the whole file as evaluation cases, each a session whose last
+    /// event is the target. Returns them by blocks of at most `config.block` cases from as many
+    /// sessions.
+    ///
+    /// # Errors
+    /// See [`SessionFile::read`].
+    pub fn read_cases(
+        &self,
+        rows: Range<usize>,
+        config: &EvaluateConfig,
+    ) -> Result<Vec<Sessions>, DataError> {
+        let spans = self.spans(rows);
+        let sessions = match config.cases {
+            Cases::Last => self.read(&spans)?,
+            // The first events of a long session are those of its first cases.
+            Cases::Every => self.read_last(usize::MAX, &spans)?,
+        };
+        let cases_of = |row: usize| {
+            let items = sessions.ids(0, row);
+            let first_target = match config.cases {
+                Cases::Last => items.len() - 1,
+                Cases::Every => 1,
+            };
+            let is_case = |&target: &usize| {
+                config.unknown_targets == UnknownTargets::Count || items[target] >= FIRST_ITEM
+            };
+            let case = |target: usize| SessionPart {
+                row,
+                events: (target + 1).saturating_sub(self.max_length)..target + 1,
+            };
+            (first_target..items.len()).filter(is_case).map(case).collect::<Vec<_>>()
+        };
+        let rows: Vec<usize> = (0..sessions.len()).collect();
+        let blocks = rows.chunks(config.block).flat_map(|rows| {
+            let cases: Vec<SessionPart> = rows.iter().flat_map(|&row| cases_of(row)).collect();
+            let select = |cases: &[SessionPart]| sessions.select(cases, &self.features);
+            cases.chunks(config.block).map(select).collect::<Vec<_>>()
+        });
+        Ok(blocks.collect())
     }
 
     /// Checks all rows of a row group.
@@ -206,7 +290,7 @@ impl SessionFile {
                 ParquetError::EOF(format!("{group} of {} row groups", self.group_rows.len()));
             return Err(DataError::Parquet { path: self.path.clone(), source: problem });
         }
-        self.read_group(&reader, group, 0..self.group_rows[group]).map(drop)
+        self.read_group(&reader, group, 0..self.group_rows[group], self.max_length).map(drop)
     }
 
     /// Splits the rows `rows` of the whole file into spans by row group.
@@ -220,6 +304,7 @@ impl SessionFile {
         reader: &SerializedFileReader<File>,
         group: usize,
         rows: Range<usize>,
+        max_length: usize,
     ) -> Result<Sessions, DataError> {
         let unreadable = |source| DataError::Parquet { path: self.path.clone(), source };
         let first_row = self.group_rows[..group].iter().sum::<usize>() + rows.start;
@@ -260,13 +345,13 @@ impl SessionFile {
                     format!("has {} values, the item id {}", lists.lengths[row], lengths[row]);
                 return Err(invalid(row, problem));
             }
-            let recent = lists.keep_last(self.max_length);
+            let recent = lists.keep_last(max_length);
             columns
                 .push(recent.into_column(feature).map_err(|(row, problem)| invalid(row, problem))?);
         }
         let mut offsets = vec![0];
         offsets.extend(lengths.iter().scan(0, |end, &length| {
-            *end += length.min(self.max_length);
+            *end += length.min(max_length);
             Some(*end)
         }));
         let day_rows =

@@ -8,7 +8,7 @@ use bireme_base::console::panic_text;
 
 use super::plan::{EpochKey, StepShape, derive_seed, streams_of_rank};
 use super::{Batch, DataError, Features, Segment, SessionFile, Sessions, Window};
-use crate::config::SessionOrder;
+use crate::config::{EvaluateConfig, SessionOrder};
 
 /// Number of steps that are read ahead: enough to hide a slow read, few enough to need little
 /// memory.
@@ -263,27 +263,26 @@ impl StepReader {
     }
 }
 
-/// Packs the sessions of a file that `rank` evaluates into batches of `block` consecutive sessions.
+/// Packs the cases of a file that `rank` evaluates into batches: see [`SessionFile::read_cases`].
 ///
-/// The blocks do not depend on the number of ranks, so that a session is always scored beside the
-/// same sessions and by the same arithmetic. Each rank reads only its own consecutive blocks.
+/// The blocks do not depend on the number of ranks, so that a case is always scored beside the same
+/// cases and by the same arithmetic. Each rank reads only its own consecutive blocks of sessions.
 ///
 /// # Errors
 /// See [`SessionFile::read`].
 pub fn evaluation_batches(
     file: &SessionFile,
     features: &Features,
-    block: usize,
+    config: &EvaluateConfig,
     (rank, world_size): (usize, usize),
 ) -> Result<impl ExactSizeIterator<Item = Batch>, DataError> {
+    let block = config.block;
     let n_blocks = file.n_sessions().div_ceil(block);
     let first = rank * n_blocks / world_size * block;
     let end = ((rank + 1) * n_blocks / world_size * block).min(file.n_sessions());
-    let sessions = file.read(&file.spans(first..end))?;
     let features = features.clone();
-    Ok((0..sessions.len()).step_by(block).map(move |first| {
-        let rows: Vec<_> =
-            (first..(first + block).min(sessions.len())).map(|row| (&sessions, row)).collect();
+    Ok(file.read_cases(first..end, config)?.into_iter().map(move |cases| {
+        let rows: Vec<_> = (0..cases.len()).map(|row| (&cases, row)).collect();
         Batch::new(&rows, &features)
     }))
 }

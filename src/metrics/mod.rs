@@ -100,9 +100,11 @@ pub enum EvaluateError {
     },
 }
 
-/// Means over sessions; NaN (`null` in JSON) without a session or a loss.
+/// Means over cases, which are sessions or prefixes of sessions; NaN (`null` in JSON) without a case
+/// or a loss.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metrics {
+    /// Number of cases.
     pub n_sessions: i64,
     /// Cross entropy of the target; NaN if the model's scores are not logits.
     pub loss: f64,
@@ -187,12 +189,12 @@ pub struct Evaluation {
     pub metrics: Metrics,
     /// Fraction of the recommendable items that are in the top 20 of at least one session.
     pub coverage_at_20: f64,
-    /// On the root one for each session, in the order of the file; empty on other ranks.
+    /// On the root one for each case, in the order of the file; empty on other ranks.
     pub outcomes: Vec<SessionOutcome>,
 }
 
-/// *All ranks.* Evaluates a file: the last event of every session is predicted from the events
-/// before it. `item_table`: the rows that the recommender scores on this rank. `occurrences`: how
+/// *All ranks.* Evaluates a file: the last event of every session, or every event but the first
+/// (`config.cases`), is predicted from the events before it. `item_table`: the rows that the recommender scores on this rank. `occurrences`: how
 /// often each item occurred in training, `[V]`.
 ///
 /// # Errors
@@ -211,7 +213,7 @@ pub fn evaluate(
     // Scores are f32.
     let max_scores = (config.scores_mib << 20) as i64 / 4;
     let ranks = (collective.rank(), collective.world_size());
-    let mut batches = evaluation_batches(file, features, config.block, ranks)?;
+    let mut batches = evaluation_batches(file, features, config, ranks)?;
     // With a sharded item table each rank scores its rows for the sessions of all ranks, so every
     // rank takes part until the last block of any rank.
     let n_blocks =

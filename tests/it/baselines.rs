@@ -3,12 +3,17 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use bireme::collective::threads;
+use bireme::config::{Cases, EvaluateConfig};
 use bireme::data::{DataConfig, Days, Split, evaluation_batches};
+use bireme::metrics::evaluate;
 use bireme::model::{
-    Baseline, BaselineKind, CountingModel, Decay, Neighbours, NeighboursConfig, Recommender,
+    Baseline, BaselineKind, CountingModel, Decay, ItemTable, Neighbours, NeighboursConfig,
+    Recommender,
 };
 
 use crate::support::configs::config_with;
+use crate::support::requirements::shared;
 use crate::support::session_data;
 use crate::support::session_shop::{SessionShop, timeless};
 
@@ -24,8 +29,9 @@ fn scores(model: &Baseline, known: &[&[i64]]) -> Vec<Vec<f64>> {
     let config = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
     let days = Days::open(dir.path(), &config).unwrap();
     let file = days.file(1, Split::Valid).unwrap();
+    let in_twos = EvaluateConfig { block: 2, ..EvaluateConfig::default() };
     let mut rows = Vec::new();
-    for batch in evaluation_batches(&file, days.features(), 2, (0, 1)).unwrap() {
+    for batch in evaluation_batches(&file, days.features(), &in_twos, (0, 1)).unwrap() {
         let encoded = model.encode(&batch.split_last().0).unwrap();
         let whole: Vec<Vec<f64>> = model.scores(&encoded, 0..N_ITEMS).try_into().unwrap();
         for cut in 1..N_ITEMS {
@@ -266,4 +272,109 @@ fn impossible_neighbours_are_refused() {
         assert!(finished.stderr.contains(message), "{message}\n{finished:#?}");
     }
     assert!(!shop.run_dir("run").exists());
+}
+
+/// Recall@20 and MRR@20 of the most frequent successors of the last item, then the most frequent
+/// items, the lower index first among equals, counted without the model.
+fn recounted(train: &[Vec<i64>], tested: &[Vec<i64>], n_items: usize) -> (f64, f64) {
+    let mut n_occurrences = vec![0i64; n_items];
+    let mut successors: BTreeMap<i64, BTreeMap<i64, i64>> = BTreeMap::new();
+    for session in train {
+        for &item in session {
+            n_occurrences[item as usize] += 1;
+        }
+        for pair in session.windows(2) {
+            *successors.entry(pair[0]).or_default().entry(pair[1]).or_default() += 1;
+        }
+    }
+    let mut by_occurrences: Vec<i64> = (2..n_items as i64).collect();
+    by_occurrences.sort_by_key(|&item| (-n_occurrences[item as usize], item));
+    let (mut n_cases, mut n_hits, mut reciprocals) = (0, 0, 0.0);
+    for pair in tested.iter().flat_map(|session| session.windows(2)) {
+        let mut top: Vec<(i64, i64)> = successors
+            .get(&pair[0])
+            .into_iter()
+            .flatten()
+            .filter(|(item, _)| **item >= 2)
+            .map(|(&item, &n)| (item, n))
+            .collect();
+        top.sort_by_key(|&(item, n)| (-n, -n_occurrences[item as usize], item));
+        let successors: Vec<i64> = top.into_iter().map(|(item, _)| item).collect();
+        let others = by_occurrences.iter().filter(|item| !successors.contains(item));
+        let rank = successors.iter().chain(others).take(20).position(|&item| item == pair[1]);
+        n_cases += 1;
+        if let Some(rank) = rank {
+            n_hits += 1;
+            reciprocals += 1.0 / (rank + 1) as f64;
+        }
+    }
+    (f64::from(n_hits) / f64::from(n_cases), reciprocals / f64::from(n_cases))
+}
+
+#[test]
+fn successors_on_public_sets_are_those_of_a_recount() {
+    let Some(shared) = shared() else { return };
+    // Of two sets, a tenth of the test sessions: all of them would take a minute.
+    for (set, step) in [("rsc15_64", 1), ("yoochoose1_64", 10), ("diginetica", 10)] {
+        let source = shared.join("data/public").join(set);
+        let config = DataConfig {
+            first_day: Some(1),
+            last_day: Some(2),
+            max_length: 1000,
+            ..DataConfig::default()
+        };
+        let days = Days::open(&source, &config).unwrap();
+        let n_items = days.features().n_items();
+        let sessions_of = |day: i64, split: Split| -> Vec<Vec<i64>> {
+            let file = days.file(day, split).unwrap();
+            let sessions = file.read(&file.spans(0..file.n_sessions())).unwrap();
+            (0..sessions.len()).map(|row| sessions.ids(0, row).to_vec()).collect()
+        };
+        let train = sessions_of(1, Split::Train);
+        // A row of the test file is a prefix. Those of a session lie together, the shortest or the
+        // longest first.
+        let mut prefixes = sessions_of(2, Split::Test);
+        let n_longer = prefixes.windows(2).filter(|pair| pair[1].starts_with(&pair[0])).count();
+        if n_longer < prefixes.len() / 2 {
+            prefixes.reverse();
+        }
+        let is_whole = |n: usize| match prefixes.get(n + 1) {
+            Some(next) => next.len() != prefixes[n].len() + 1 || !next.starts_with(&prefixes[n]),
+            None => true,
+        };
+        let tested: Vec<Vec<i64>> =
+            (0..prefixes.len()).filter(|&n| is_whole(n)).map(|n| prefixes[n].clone()).collect();
+        let n_cases_of =
+            |sessions: &[Vec<i64>]| sessions.iter().map(|x| x.len() - 1).sum::<usize>();
+        assert_eq!(n_cases_of(&tested), prefixes.len());
+        let tested: Vec<Vec<i64>> = tested.into_iter().step_by(step).collect();
+
+        let dir = tempfile::tempdir().unwrap();
+        session_data::write_schema(dir.path(), n_items);
+        session_data::write_sessions(&dir.path().join("2/test.parquet"), &tested, |_| 0.0);
+        let mut model = Baseline::new(BaselineKind::Successors(BTreeMap::new()), n_items);
+        model.add_sessions(train.iter().map(Vec::as_slice));
+        let config = DataConfig { max_length: 20, ..config };
+        let evaluation = threads::spawn(2, |collective| {
+            let days = Days::open(dir.path(), &config).unwrap();
+            let every = EvaluateConfig { cases: Cases::Every, ..EvaluateConfig::default() };
+            evaluate(
+                &model,
+                &ItemTable::replicated(n_items),
+                &days.file(2, Split::Test).unwrap(),
+                days.features(),
+                &every,
+                &vec![0; n_items as usize],
+                collective,
+            )
+            .unwrap()
+        })
+        .remove(0);
+        let (recall, mrr) = recounted(&train, &tested, n_items as usize);
+        let metrics = &evaluation.metrics;
+        assert_eq!(metrics.n_sessions, n_cases_of(&tested) as i64, "{set}");
+        println!("{set}: Recall@20 {recall:.4}, MRR@20 {mrr:.4}");
+        assert!((metrics.recall_at_20 - recall).abs() < 1e-12, "{set}: {metrics:?} {recall}");
+        assert!((metrics.mrr_at_20 - mrr).abs() < 1e-12, "{set}: {metrics:?} {mrr}");
+    }
 }

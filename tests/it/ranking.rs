@@ -1,8 +1,9 @@
 //! Ranking by counting equals ranking by sorting, on any number of ranks.
 
 use bireme::collective::threads;
+use bireme::config::{Cases, EvaluateConfig, UnknownTargets};
 use bireme::data::{Batch, DataConfig, Days, Segment, Split, occurrences};
-use bireme::metrics::{self, Evaluation, Metrics, Ranking, deciles, evaluate, rank_targets};
+use bireme::metrics::{Evaluation, Metrics, Ranking, deciles, evaluate, rank_targets};
 use bireme::model::{GruConfig, ItemTable, Network, Neural, Recommender};
 use bireme_tools::report::evaluation_file::SessionOutcome;
 use tch::{Device, Tensor};
@@ -243,11 +244,7 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
         threads::spawn(world_size, |collective| {
             let days = Days::open(dir.path(), &config).unwrap();
             let file = days.file(1, Split::Valid).unwrap();
-            let config = metrics::EvaluateConfig {
-                block: 32,
-                scores_mib,
-                ..metrics::EvaluateConfig::default()
-            };
+            let config = EvaluateConfig { block: 32, scores_mib, ..EvaluateConfig::default() };
             evaluate(
                 &network(),
                 &ItemTable::replicated(days.features().n_items()),
@@ -294,6 +291,64 @@ fn figures_are_the_same_to_the_last_digit_on_any_number_of_ranks_and_offline() {
     }
 }
 
+/// Evaluates sessions with a network of 60 items on some ranks, by blocks of 32 cases.
+fn evaluated(sessions: &[Vec<i64>], config: &EvaluateConfig, n_ranks: usize) -> Vec<Evaluation> {
+    let n_items = 60;
+    let dir = tempfile::tempdir().unwrap();
+    session_data::write_schema(dir.path(), n_items);
+    session_data::write_sessions(&dir.path().join("1/valid.parquet"), sessions, |_| 0.0);
+    let data = DataConfig { first_day: Some(1), last_day: Some(2), ..DataConfig::default() };
+    let config = EvaluateConfig { block: 32, ..config.clone() };
+    threads::spawn(n_ranks, |collective| {
+        let days = Days::open(dir.path(), &data).unwrap();
+        let file = days.file(1, Split::Valid).unwrap();
+        let table = ItemTable::replicated(n_items);
+        let occurrences = vec![1; n_items as usize];
+        let model = network(n_items);
+        let features = days.features();
+        evaluate(&model, &table, &file, features, &config, &occurrences, collective).unwrap()
+    })
+}
+
+#[test]
+fn every_item_but_the_first_is_a_case_if_that_is_wanted() {
+    // One session has more than the twenty events that are read, and some items are unknown.
+    let mut sessions = session_data::sessions(150, 60, 9);
+    sessions.push((0..33).map(|i| 2 + i * 7 % 58).collect());
+    for session in sessions.iter_mut().step_by(5) {
+        *session.last_mut().unwrap() = 1;
+    }
+    let prefixes: Vec<Vec<i64>> = sessions
+        .iter()
+        .flat_map(|session| (2..=session.len()).map(|n| session[..n].to_vec()))
+        .collect();
+    let without_loss = |evaluation: &Evaluation| Evaluation {
+        metrics: Metrics { loss: 0.0, ..evaluation.metrics.clone() },
+        ..evaluation.clone()
+    };
+    for unknown_targets in [UnknownTargets::Count, UnknownTargets::LeaveOut] {
+        let every = EvaluateConfig { cases: Cases::Every, unknown_targets, ..Default::default() };
+        let last = EvaluateConfig { unknown_targets, ..Default::default() };
+        let of_sessions = evaluated(&sessions, &every, 1).remove(0);
+        let of_prefixes = evaluated(&prefixes, &last, 1).remove(0);
+        assert_eq!(without_loss(&of_sessions), without_loss(&of_prefixes));
+        let losses = (of_sessions.metrics.loss, of_prefixes.metrics.loss);
+        assert!((losses.0 - losses.1).abs() < 1e-5, "{losses:?}");
+        let n_cases = match unknown_targets {
+            UnknownTargets::Count => prefixes.len(),
+            UnknownTargets::LeaveOut => {
+                prefixes.iter().filter(|prefix| *prefix.last().unwrap() > 1).count()
+            }
+        };
+        assert_eq!(of_sessions.metrics.n_sessions, n_cases as i64);
+        for n_ranks in [2, 3] {
+            let on_ranks = evaluated(&sessions, &every, n_ranks);
+            assert_eq!(on_ranks[0], of_sessions, "{n_ranks} ranks");
+            assert!(on_ranks.iter().all(|on_rank| on_rank.metrics == of_sessions.metrics));
+        }
+    }
+}
+
 #[test]
 fn outcomes_count_the_repeats_and_the_support_of_known_items() {
     let dir = tempfile::tempdir().unwrap();
@@ -311,7 +366,7 @@ fn outcomes_count_the_repeats_and_the_support_of_known_items() {
             &ItemTable::replicated(10),
             &file,
             days.features(),
-            &metrics::EvaluateConfig::default(),
+            &EvaluateConfig::default(),
             &occurrences,
             collective,
         )
@@ -352,7 +407,7 @@ fn a_file_without_sessions_has_no_figures() {
         let days = Days::open(dir.path(), &config).unwrap();
         let file = days.file(1, Split::Valid).unwrap();
         let network = network(10);
-        let config = metrics::EvaluateConfig::default();
+        let config = EvaluateConfig::default();
         evaluate(
             &network,
             &ItemTable::replicated(10),
