@@ -92,8 +92,8 @@ fn n_bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
-/// The bytes of CPU tensors in one block of pinned memory, and where each begins. libtorch keeps the
-/// memory until copies from it are complete.
+/// The bytes of CPU tensors in one block of pinned memory, and where each begins. libtorch keeps
+/// the memory until copies from it are complete.
 fn packed(tensors: &[&mut Tensor]) -> (Tensor, Vec<usize>) {
     let mut starts = Vec::with_capacity(tensors.len());
     let mut total = 0;

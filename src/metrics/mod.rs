@@ -100,8 +100,8 @@ pub enum EvaluateError {
     },
 }
 
-/// Means over cases, which are sessions or prefixes of sessions; NaN (`null` in JSON) without a case
-/// or a loss.
+/// Means over cases, which are sessions or prefixes of sessions; NaN (`null` in JSON) without a
+/// case or a loss.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metrics {
     /// Number of cases.
@@ -194,8 +194,8 @@ pub struct Evaluation {
 }
 
 /// *All ranks.* Evaluates a file: the last event of every session, or every event but the first
-/// (`config.cases`), is predicted from the events before it. `item_table`: the rows that the recommender scores on this rank. `occurrences`: how
-/// often each item occurred in training, `[V]`.
+/// (`config.cases`), is predicted from the events before it. `item_table`: the rows that the
+/// recommender scores on this rank. `occurrences`: how often each item occurred in training, `[V]`.
 ///
 /// # Errors
 /// Sessions cannot be read, scores are not finite, or a collective call fails.

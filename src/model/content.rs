@@ -159,14 +159,14 @@ impl Content {
         Ok(())
     }
 
-    /// Vectors and biases of `items: [N]` in the step with this seed, if any: those of their ids,
-    /// `of_ids: [N, D + 1]`, and those of their attributes. `[N, D + 1]`.
+    /// Vectors and biases of `items: [N]` in the step with this seed, i64 `[]`, if any: those of
+    /// their ids, `of_ids: [N, D + 1]`, and those of their attributes. `[N, D + 1]`.
     pub fn add_to(
         &self,
         parameters: &Parameters,
         items: &Tensor,
         of_ids: &Tensor,
-        step_seed: Option<u64>,
+        step_seed: Option<&Tensor>,
     ) -> Tensor {
         let of_ids = match step_seed.and_then(|seed| self.keeps_id(items, seed)) {
             Some(keeps_id) => of_ids * keeps_id.unsqueeze(1),
@@ -179,9 +179,9 @@ impl Content {
         of_attributes.fold(of_ids, |sum, rows| sum + rows)
     }
 
-    /// 1 for items that keep their id's vector in a step, 0 for the others: f32 `[N]`. `None` if
-    /// all keep it.
-    pub fn keeps_id(&self, items: &Tensor, seed: u64) -> Option<Tensor> {
+    /// 1 for items that keep their id's vector in the step with this seed, i64 `[]`, 0 for the
+    /// others: f32 `[N]`. `None` if all keep it.
+    pub fn keeps_id(&self, items: &Tensor, seed: &Tensor) -> Option<Tensor> {
         (self.id_dropout > 0.0).then(|| {
             // SplitMix64 (Steele et al. 2014) of item and seed: any rank finds the same for an
             // item, whichever items it asks for.
@@ -189,7 +189,7 @@ impl Content {
                 let x: Tensor = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(shift));
                 x * (factor as i64)
             };
-            let x = items * (0x9e37_79b9_7f4a_7c15_u64 as i64) + seed as i64;
+            let x = items * (0x9e37_79b9_7f4a_7c15_u64 as i64) + seed;
             let x = mixed(mixed(x, 30, 0xbf58_476d_1ce4_e5b9), 27, 0x94d0_49bb_1331_11eb);
             let uniform = x.bitwise_right_shift_tensor_scalar(31).bitwise_and(0xff_ffff);
             uniform.ge(self.id_dropout * f64::from(1 << 24)).to_kind(Kind::Float)
@@ -211,18 +211,21 @@ impl Content {
         for (codes, table) in self.codes.iter().zip(self.first_table..) {
             let codes = codes.index_select(0, items);
             let mut of_table = gradients.of(table);
-            match item_table.ranks() {
-                None => add_rows_deterministically(&mut of_table, &codes, of_items),
-                Some(ranks) => {
-                    // In fixed point, so that the sum does not depend on the number of shards.
-                    let mut sums = of_table.zeros_like().to_kind(Kind::Int64);
-                    let terms = to_fixed_point(of_items);
-                    let index = codes.unsqueeze(1).expand_as(&terms);
-                    let _ = sums.scatter_add_(0, &index, &terms);
-                    ranks.all_reduce(&mut sums, Reduce::Sum)?;
-                    of_table += from_fixed_point(&sums);
-                }
+            let ranks = item_table.ranks();
+            if ranks.is_none() && self.device == Device::Cpu {
+                add_rows_deterministically(&mut of_table, &codes, of_items);
+                continue;
             }
+            // In fixed point, so that the sum depends neither on the number of shards nor on the
+            // order in which a GPU adds the many items of a code.
+            let mut sums = of_table.zeros_like().to_kind(Kind::Int64);
+            let terms = to_fixed_point(of_items);
+            let index = codes.unsqueeze(1).expand_as(&terms);
+            let _ = sums.scatter_add_(0, &index, &terms);
+            if let Some(ranks) = ranks {
+                ranks.all_reduce(&mut sums, Reduce::Sum)?;
+            }
+            of_table += from_fixed_point(&sums);
         }
         Ok(())
     }

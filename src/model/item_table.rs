@@ -146,8 +146,8 @@ impl<'a> ItemTable<'a> {
         LocalRows { rows, is_local: Some(is_local) }
     }
 
-    /// *All ranks.* Every rank's `n`, in rank order; only this rank's on a replicated table. Nothing
-    /// is communicated if the ranks `are_equal`.
+    /// *All ranks.* Every rank's `n`, in rank order; only this rank's on a replicated table.
+    /// Nothing is communicated if the ranks `are_equal`.
     pub fn gather_counts(&self, n: i64, are_equal: bool) -> Result<Vec<i64>, CollectiveError> {
         match self.ranks {
             Some(ranks) if are_equal => Ok(vec![n; ranks.world_size()]),

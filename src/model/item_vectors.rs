@@ -5,7 +5,7 @@
 //! place of that of the item table. Once a step, after it was summed over the ranks, it becomes the
 //! gradients of the parameters: for a given step these are linear in it.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::content::Content;
 use super::network::{ITEM_BIAS, ITEM_TABLE};
@@ -50,17 +50,17 @@ pub struct ItemVectors<'n> {
     composition: &'n Composition,
     /// Item of the first local row.
     first_item: i64,
-    /// Seed of the step, outside training `None`.
-    step_seed: Option<u64>,
+    /// Seed of the step, i64 `[]`; outside training `None`.
+    step_seed: Option<&'n Tensor>,
 }
 
 impl<'n> ItemVectors<'n> {
-    /// `step_seed`: of the step of training, if any.
+    /// `step_seed`: of the step of training, if any, i64 `[]`.
     pub(super) fn new(
         parameters: &'n Parameters,
         composition: &'n Composition,
         item_table: &ItemTable<'_>,
-        step_seed: Option<u64>,
+        step_seed: Option<&'n Tensor>,
     ) -> Self {
         Self { parameters, composition, first_item: item_table.rows.start, step_seed }
     }
@@ -129,9 +129,14 @@ impl<'n> ItemVectors<'n> {
         }
         let _no_grad = tch::no_grad_guard();
         let (mut of_vectors, mut of_bias) = (gradients.of(ITEM_TABLE), gradients.of(ITEM_BIAS));
-        let norms = of_vectors.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
-        // A NaN is not zero, so that it is passed on.
-        let rows = (norms + of_bias.abs()).nonzero().squeeze_dim(1);
+        let rows = if of_vectors.device() == Device::Cpu {
+            let norms = of_vectors.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+            // A NaN is not zero, so that it is passed on.
+            (norms + of_bias.abs()).nonzero().squeeze_dim(1)
+        } else {
+            // All rows: the host does not wait to learn which have a gradient.
+            Tensor::arange(of_bias.size()[0], (Kind::Int64, of_bias.device()))
+        };
         let items = &rows + self.first_item;
         let mut by_vectors = of_vectors.index_select(0, &rows);
         let mut by_bias = of_bias.index_select(0, &rows);

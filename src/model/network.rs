@@ -139,7 +139,7 @@ struct Detection<'a> {
     /// The items before, i64 `[T + 1]`.
     original: &'a Tensor,
     sessions: &'a PreparedSessions,
-    step_seed: u64,
+    step_seed: &'a Tensor,
 }
 
 /// The columns `[T + 1]` after swap noise with the given sources, if any.
@@ -160,7 +160,8 @@ struct StepTargets {
     targets: Targets,
     /// Targets of each rank.
     counts: Vec<i64>,
-    step_seed: u64,
+    /// i64 `[]`.
+    step_seed: Tensor,
 }
 
 /// The sparse scores of all parts, without the graph.
@@ -497,14 +498,14 @@ impl<'a> Network<'a> {
     ///
     /// # Errors
     /// A collective call fails.
-    pub fn finish_gradients(&mut self, step_seed: u64) -> Result<(), CollectiveError> {
+    pub fn finish_gradients(&mut self, step_seed: &Tensor) -> Result<(), CollectiveError> {
         let Self { parameters, composition, gradients, item_table, .. } = self;
         let items = ItemVectors::new(parameters, composition, item_table, Some(step_seed));
         items.finish_gradients(gradients, item_table)
     }
 
     /// The item vectors of the step with this seed, or outside training.
-    fn items(&self, step_seed: Option<u64>) -> ItemVectors<'_> {
+    fn items<'n>(&'n self, step_seed: Option<&'n Tensor>) -> ItemVectors<'n> {
         ItemVectors::new(&self.parameters, &self.composition, &self.item_table, step_seed)
     }
 
@@ -547,7 +548,7 @@ impl<'a> Network<'a> {
         hooks: &mut dyn GradientHooks,
         timer: &mut PhaseTimer,
     ) -> Result<LossSum, CollectiveError> {
-        let &PreparedBatch { step_seed, ref n_outputs, is_sized, .. } = batch;
+        let &PreparedBatch { ref step_seed, ref n_outputs, is_sized, .. } = batch;
         let n_targets = batch.n_targets.shallow_clone();
         let counts = self.item_table.gather_counts(n_outputs.iter().sum(), is_sized)?;
         if counts.iter().sum::<i64>() == 0 {
@@ -563,7 +564,7 @@ impl<'a> Network<'a> {
             weights: batch.weights.as_ref().map(Tensor::shallow_clone),
             uniform: batch.uniform.as_ref().map(Tensor::shallow_clone),
         };
-        let targets = StepTargets { targets, counts, step_seed };
+        let targets = StepTargets { targets, counts, step_seed: step_seed.shallow_clone() };
         let input = EncoderInput::whole(columns, &lookups);
         let encoded = self.encode_parts(batch, &input, &dropout);
         timer.end("forward");
@@ -683,7 +684,7 @@ impl<'a> Network<'a> {
         let Self {
             parameters, gradients, item_table, workspace, scored_table, composition, ..
         } = self;
-        let items = ItemVectors::new(parameters, composition, item_table, Some(targets.step_seed));
+        let items = ItemVectors::new(parameters, composition, item_table, Some(&targets.step_seed));
         let lists = (gradients.n_listed() > 0).then(|| [RowList::default(), RowList::default()]);
         let mut listed = None;
         let loss = tch::no_grad(|| {

@@ -1,8 +1,8 @@
 //! What a backward pass reads that depends on its sessions, prepared in host memory.
 //!
 //! A CUDA graph needs the same sizes in every step. [`StepSizes`] are sizes that all steps fit
-//! into; a batch is then filled up with sessions of padding events, whose targets have the weight 0.
-//! The loss and its gradients are those of the batch alone.
+//! into; a batch is then filled up with sessions of padding events, whose targets have the weight
+//! 0. The loss and its gradients are those of the batch alone.
 
 use bireme_kernels::parallel::torch_in_parallel;
 use rand::{Rng, SeedableRng};
@@ -68,7 +68,8 @@ pub struct PreparedBatch {
     pub(super) detection: Option<PreparedSessions>,
     /// Whether the sizes are those of every step on every rank.
     pub(super) is_sized: bool,
-    pub(super) step_seed: u64,
+    /// Seed of the random numbers that all ranks share, with the bits of a u64: i64 `[]`.
+    pub(super) step_seed: Tensor,
 }
 
 /// A part of a [`PreparedBatch`].
@@ -100,9 +101,9 @@ impl PreparedSessions {
 }
 
 impl PreparedBatch {
-    /// Seed of the step that the batch belongs to.
-    pub fn step_seed(&self) -> u64 {
-        self.step_seed
+    /// Seed of the random numbers that all ranks share in the step: i64 `[]`.
+    pub fn step_seed(&self) -> &Tensor {
+        &self.step_seed
     }
 
     /// All tensors, to be sent to a device together.
@@ -110,6 +111,7 @@ impl PreparedBatch {
         let mut tensors: Vec<&mut Tensor> =
             self.columns.iter_mut().chain(&mut self.swap_sources).collect();
         tensors.extend([&mut self.predicted, &mut self.micro_batches, &mut self.n_targets]);
+        tensors.push(&mut self.step_seed);
         tensors.extend(&mut self.weights);
         tensors.extend(&mut self.uniform);
         for PreparedPart { search, sessions } in &mut self.parts {
@@ -187,7 +189,7 @@ impl Preparer {
                 sessions: self.sessions(plan, &part, true, sizes),
             }),
             is_sized: sizes.is_some(),
-            step_seed: batch.step_seed,
+            step_seed: Tensor::from(batch.step_seed as i64),
         }
     }
 

@@ -3,7 +3,7 @@
 use bireme_kernels::cuda::{self, LateRead, RowGradients};
 use tch::{Device, Kind, Tensor};
 
-use super::{Optimizer, average_and_clip};
+use super::{Optimizer, average_and_clip, matrix};
 use crate::model::{Gradients, RowList};
 
 /// What is summed over all ranks besides the gradients, and the rates of the step.
@@ -181,6 +181,15 @@ fn summed_rows((rows, gradients): (Tensor, Tensor)) -> RowGradients {
     cuda::summed_by_row(&ids, &gradients).unwrap_or_else(|text| panic!("{text}"))
 }
 
+/// The rows of a gradient `[V, D]` that are not zero, where they are.
+fn rows_of(gradient: &Tensor) -> RowGradients {
+    // The norm of a row with a NaN is NaN, which is not zero.
+    let norms = gradient.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+    let ids = Tensor::arange(gradient.size()[0], (Kind::Int64, gradient.device()));
+    let row_ids = ids.masked_fill(&norms.eq(0.0), -1);
+    RowGradients { row_ids, sums: gradient.shallow_clone() }
+}
+
 impl Optimizer {
     /// Ends a step: turns summed gradients into the clipped mean and updates `values: [n]`. Sets
     /// gradients and scalars to zero. If the loss or the norm of the gradient is not finite, the
@@ -246,8 +255,10 @@ impl Optimizer {
         sums: StepSums<'_>,
     ) -> StepOutcome {
         let run = |result: Result<(), String>| result.unwrap_or_else(|text| panic!("{text}"));
+        let tables = self.tables_by_row();
         let StepEnd::Gpu(buffers) = &mut self.end else { unreachable!("on a GPU") };
-        let lists: Vec<Option<RowGradients>> =
+        let is_listed = !sums.lists.is_empty();
+        let mut lists: Vec<Option<RowGradients>> =
             sums.lists.into_iter().map(|list| list.joined().map(summed_rows)).collect();
         let dense = gradients.dense();
         let of_rows = lists.iter().flatten().map(|rows| &rows.sums);
@@ -264,34 +275,38 @@ impl Optimizer {
         };
         run(cuda::finish_step(step, buffers));
         let all = gradients.all();
+        if !is_listed {
+            lists = tables.iter().map(|table| Some(rows_of(&matrix(table, &all)))).collect();
+        }
+        for (table, rows) in lists.iter().enumerate() {
+            let Some(rows) = rows else { continue };
+            match &self.tables {
+                Some(tables) => tables.adagrad.step_rows(table, values, rows, buffers, sums.rates),
+                None => self.adamw.step_rows(table, values, rows, buffers),
+            }
+        }
+        if !is_listed {
+            tables.iter().for_each(|table| drop(table.of(&all).zero_()));
+        }
         let adamw_part =
             |flat: &Tensor| flat.narrow(0, self.adamw_start, flat.size()[0] - self.adamw_start);
-        let (of_values, of_gradients) = (adamw_part(values), adamw_part(&all));
-        if lists.is_empty() {
-            self.adamw.step_on_gpu(&of_values, &of_gradients, buffers);
-        } else {
-            for (table, rows) in lists.iter().enumerate() {
-                let Some(rows) = rows else { continue };
-                match &self.tables {
-                    Some(tables) => {
-                        tables.adagrad.step_rows(table, values, rows, buffers, sums.rates);
-                    }
-                    None => self.adamw.step_rows(table, values, rows, buffers),
-                }
-            }
-            self.adamw.step_dense_on_gpu(&of_values, &of_gradients, buffers);
-        }
-        if let Some(tables) = self.tables.as_mut().filter(|_| lists.is_empty()) {
-            let rate = sums.rates.get(1).to_kind(Kind::Float);
-            let is_finite = buffers.scale.isfinite();
-            let scale = buffers.scale.where_scalarother(&is_finite, 0.0);
-            // A gradient that is not finite times 0 is not 0.
-            let scaled = |gradient: Tensor| gradient.where_scalarother(&is_finite, 0.0) * &scale;
-            tables.adagrad.update(values, &all, scaled, |change| change * -&rate);
-        }
+        self.adamw.step_dense_on_gpu(&adamw_part(values), &adamw_part(&all), buffers);
         StepOutcome {
             values: buffers.outcome.shallow_clone(),
             history: buffers.history.shallow_clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_without_gradient_are_unused() {
+        let gradient = Tensor::from_slice(&[0f32, 1e-10, 0.0, 0.0, f32::NAN, 0.0]).view([3, 2]);
+        let RowGradients { row_ids, sums } = rows_of(&gradient);
+        assert_eq!(Vec::<i64>::try_from(row_ids).unwrap(), [0, -1, 2]);
+        assert_eq!(sums.size(), [3, 2]);
     }
 }

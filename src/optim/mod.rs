@@ -73,6 +73,12 @@ impl Optimizer {
         }
     }
 
+    /// Tables of which a step changes only the rows with a gradient.
+    fn tables_by_row(&self) -> Vec<View> {
+        let tables = self.tables.as_ref().map_or(&self.adamw.lazy, |tables| &tables.adagrad.tables);
+        tables.clone()
+    }
+
     /// Steps of AdamW since the state was zero. On a GPU this waits for the device.
     pub fn n_steps(&self) -> i32 {
         self.end.n_steps()
@@ -118,8 +124,8 @@ impl Adagrad {
         Self { tables: tables.to_vec(), sum: zeros(), momentum, last_step }
     }
 
-    /// Updates the tables in `values: [n]` by one step with `gradients: [n]` times `scale: []` and
-    /// sets the gradients of the tables to zero.
+    /// Updates the tables in `values: [n]` on the CPU by one step with `gradients: [n]` times
+    /// `scale: []` and sets the gradients of the tables to zero.
     pub fn step(
         &mut self,
         values: &Tensor,
@@ -127,8 +133,24 @@ impl Adagrad {
         scale: &Tensor,
         learning_rate: f64,
     ) {
-        let scaled = |gradient: Tensor| gradient * scale;
-        self.update(values, gradients, scaled, |gradient| gradient * -learning_rate);
+        tch::no_grad(|| {
+            for table in &self.tables {
+                let [mut values, mut gradients, mut sum] =
+                    [values, gradients, &self.sum].map(|flat| matrix(table, flat));
+                let rows = rows_with_gradient(&gradients);
+                let gradient = gradients.index_select(0, &rows) * scale;
+                let squares = sum.index_select(0, &rows) + &gradient * &gradient;
+                let mut change = gradient * -learning_rate / (squares.sqrt() + 1e-10);
+                if let Some(last_step) = &self.last_step {
+                    let mut last_step = matrix(table, last_step);
+                    change += last_step.index_select(0, &rows) * self.momentum;
+                    let _ = last_step.index_copy_(0, &rows, &change);
+                }
+                let _ = values.index_copy_(0, &rows, &(values.index_select(0, &rows) + change));
+                let _ = sum.index_copy_(0, &rows, &squares);
+                let _ = gradients.index_fill_(0, &rows, 0.0);
+            }
+        });
     }
 
     /// [`Adagrad::step`] on a GPU for table number `number`, whose gradients are `rows`.
@@ -150,35 +172,6 @@ impl Adagrad {
         cuda::adagrad_rows(of_table, rows, step, rates, self.momentum)
             .unwrap_or_else(|problem| panic!("{problem}"));
     }
-
-    /// [`Adagrad::step`] with the factors that `scaled` applies to gradients and `times_rate` to
-    /// steps.
-    fn update(
-        &mut self,
-        values: &Tensor,
-        gradients: &Tensor,
-        scaled: impl Fn(Tensor) -> Tensor,
-        times_rate: impl Fn(Tensor) -> Tensor,
-    ) {
-        tch::no_grad(|| {
-            for table in &self.tables {
-                let [mut values, mut gradients, mut sum] =
-                    [values, gradients, &self.sum].map(|flat| matrix(table, flat));
-                let rows = rows_with_gradient(&gradients);
-                let gradient = scaled(gradients.index_select(0, &rows));
-                let squares = sum.index_select(0, &rows) + &gradient * &gradient;
-                let mut change = times_rate(gradient) / (squares.sqrt() + 1e-10);
-                if let Some(last_step) = &self.last_step {
-                    let mut last_step = matrix(table, last_step);
-                    change += last_step.index_select(0, &rows) * self.momentum;
-                    let _ = last_step.index_copy_(0, &rows, &change);
-                }
-                let _ = values.index_copy_(0, &rows, &(values.index_select(0, &rows) + change));
-                let _ = sum.index_copy_(0, &rows, &squares);
-                let _ = gradients.index_fill_(0, &rows, 0.0);
-            }
-        });
-    }
 }
 
 /// The table in a flat buffer as a matrix of rows: `[rows, columns]`.
@@ -186,8 +179,7 @@ fn matrix(table: &View, flat: &Tensor) -> Tensor {
     table.of(flat).view([table.shape[0], -1])
 }
 
-/// Indices of the rows of `gradients: [rows, D]` that are not zero, i64. On a GPU this waits for
-/// the device, because the number of rows is needed on the host.
+/// Indices of the rows of `gradients: [rows, D]` that are not zero, i64.
 fn rows_with_gradient(gradients: &Tensor) -> Tensor {
     // The norm of a row with a NaN is NaN, which is nonzero, so the NaN reaches the parameters and
     // is found.
@@ -229,47 +221,7 @@ impl AdamW {
     ) {
         let decay_factor = 1.0 - learning_rate * self.weight_decay;
         let step = AdamWStep { learning_rate, n_steps, decay_factor };
-        self.update(values, gradients, |buffers| adamw(buffers, scale, step));
-    }
-
-    /// [`AdamW::step`] on a GPU with the scalars in `step`.
-    fn step_on_gpu(&mut self, values: &Tensor, gradients: &Tensor, step: &cuda::StepBuffers) {
-        self.update(values, gradients, |buffers| {
-            cuda::adamw(buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
-        });
-    }
-
-    /// [`AdamW::step`] on a GPU for the rows of table number `number`, whose gradients are `rows`.
-    fn step_rows(
-        &self,
-        number: usize,
-        values: &Tensor,
-        rows: &cuda::RowGradients,
-        step: &cuda::StepBuffers,
-    ) {
-        let table = &self.lazy[number];
-        let of_table = cuda::AdamWTable {
-            values: &matrix(table, values),
-            m: &matrix(table, &self.m),
-            v: &matrix(table, &self.v),
-        };
-        cuda::lazy_adamw_rows(of_table, rows, step).unwrap_or_else(|problem| panic!("{problem}"));
-    }
-
-    /// [`AdamW::step`] on a GPU for the parameters behind the tables.
-    fn step_dense_on_gpu(&mut self, values: &Tensor, gradients: &Tensor, step: &cuda::StepBuffers) {
-        let start = self.lazy.last().map_or(0, View::end);
-        let dense = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
-        let mut buffers = AdamWBuffers {
-            values: dense(values),
-            gradients: dense(gradients),
-            m: dense(&self.m),
-            v: dense(&self.v),
-        };
-        cuda::adamw(&mut buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
-    }
-
-    fn update(&mut self, values: &Tensor, gradients: &Tensor, update: impl Fn(&mut AdamWBuffers)) {
+        let update = |buffers: &mut AdamWBuffers| adamw(buffers, scale, step);
         tch::no_grad(|| {
             let mut dense_start = 0;
             for table in &self.lazy {
@@ -301,6 +253,36 @@ impl AdamW {
             };
             update(&mut buffers);
         });
+    }
+
+    /// [`AdamW::step`] on a GPU for the rows of table number `number`, whose gradients are `rows`.
+    fn step_rows(
+        &self,
+        number: usize,
+        values: &Tensor,
+        rows: &cuda::RowGradients,
+        step: &cuda::StepBuffers,
+    ) {
+        let table = &self.lazy[number];
+        let of_table = cuda::AdamWTable {
+            values: &matrix(table, values),
+            m: &matrix(table, &self.m),
+            v: &matrix(table, &self.v),
+        };
+        cuda::lazy_adamw_rows(of_table, rows, step).unwrap_or_else(|problem| panic!("{problem}"));
+    }
+
+    /// [`AdamW::step`] on a GPU for the parameters behind the tables.
+    fn step_dense_on_gpu(&mut self, values: &Tensor, gradients: &Tensor, step: &cuda::StepBuffers) {
+        let start = self.lazy.last().map_or(0, View::end);
+        let dense = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
+        let mut buffers = AdamWBuffers {
+            values: dense(values),
+            gradients: dense(gradients),
+            m: dense(&self.m),
+            v: dense(&self.v),
+        };
+        cuda::adamw(&mut buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
     }
 }
 

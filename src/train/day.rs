@@ -128,8 +128,8 @@ impl Day<'_> {
         let is_logged = n_done.is_multiple_of(config.train.log_every_steps) || n_done == n_steps;
         let every = config.checkpoint.every_steps;
         let is_due = every > 0 && n_done.is_multiple_of(every);
-        // All conditions are the same on all ranks, and so are the values that are read, so that all
-        // ranks reach the collective calls below.
+        // All conditions are the same on all ranks, and so are the values that are read, so that
+        // all ranks reach the collective calls below.
         let (mut saves, mut stops) = (false, false);
         if let Some(LateStatus { outcome, step, lr }) = self.late.take() {
             let values = outcome.read();

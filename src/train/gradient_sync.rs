@@ -33,7 +33,8 @@ impl Requests {
 /// | fast, bf16 | sharded | exchange of rows with the ranks that hold them | replicated |
 /// | reproducible | replicated | nothing | all, in fixed point |
 /// | reproducible | sharded | exchange of rows, in fixed point | replicated, in fixed point |
-/// | any | replicated, gradients listed by row | nothing | gather of the lists, all-reduce of the rest |
+/// | any | replicated, gradients listed by row | nothing | gather of the lists, all-reduce of the
+/// rest |
 ///
 /// The scalars of the step (summed loss, number of targets, requests) are reduced together with the
 /// gradients, so that one call does both.
@@ -97,11 +98,11 @@ impl<'a> GradientSync<'a> {
     }
 
     /// *All ranks.* Completes the sums of all micro-batches of all ranks, of the step with the seed
-    /// `step_seed`.
+    /// `step_seed`, i64 `[]`.
     pub fn finish(
         &mut self,
         network: &mut Network<'_>,
-        step_seed: u64,
+        step_seed: &Tensor,
     ) -> Result<SyncedStep, CollectiveError> {
         let gradients = network.gradients_mut();
         if let Some(sum) = &mut self.sharded_sum {
@@ -128,8 +129,8 @@ impl<'a> GradientSync<'a> {
         Ok(SyncedStep { lists, sharded_squares, own_loss: self.own_loss.shallow_clone() })
     }
 
-    /// *All ranks.* The rows and gradients of all ranks for each table. Steps have the same sizes on
-    /// all ranks where gradients are listed.
+    /// *All ranks.* The rows and gradients of all ranks for each table. Steps have the same sizes
+    /// on all ranks where gradients are listed.
     fn gather_lists(&self, lists: Vec<RowList>) -> Result<Vec<RowList>, CollectiveError> {
         if self.collective.world_size() == 1 {
             return Ok(lists);

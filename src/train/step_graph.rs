@@ -4,8 +4,8 @@
 //! memory. The next is recorded, and every later one is a copy of its numbers to the frame and one
 //! launch. The graph reads the tables of the day, so each day has its own.
 //!
-//! In the reproducible mode a step has a pass for each of its micro-batches. A pass is recorded, and
-//! the end of the step runs operation by operation.
+//! In the reproducible mode a step has a pass for each of its micro-batches. A pass is recorded,
+//! and the end of the step runs operation by operation.
 
 use bireme_kernels::cuda::graph::Graph;
 use bireme_kernels::transfer::Frame;
@@ -13,7 +13,7 @@ use tch::Device;
 
 use super::{Day, TrainError};
 use crate::collective::Reduce;
-use crate::config::{Config, CudaGraph, Reduction, TableOptimizer};
+use crate::config::{Config, CudaGraph};
 use crate::model::{Network, Objective, Preparer, SizeBounds, StepSizes};
 use crate::optim::StepOutcome;
 use crate::report::Record;
@@ -51,17 +51,10 @@ fn obstacle_to_sizes(network: &Network<'_>) -> Option<&'static str> {
 }
 
 /// Why a step of this run, whose sizes are always the same, cannot be recorded.
-fn obstacle(config: &Config, network: &Network<'_>, has_fault: bool) -> Option<&'static str> {
-    let Config { run, train, .. } = config;
-    // A reproducible step has several passes, and ends outside of the graph.
-    let waits = run.reduction != Reduction::Reproducible
-        && train.tables != TableOptimizer::Adamw
-        && network.gradients().n_listed() == 0;
+fn obstacle(config: &Config, has_fault: bool) -> Option<&'static str> {
     let obstacles = [
-        (run.cuda_graph == CudaGraph::Off, "`run.cuda_graph` is `off`"),
-        (train.time_phases, "`train.time_phases` is set"),
-        (waits, "`train.tables` and `train.loss` find changed rows by waiting for the GPU"),
-        (!network.items_are_rows(), "item vectors are composed or partly frozen"),
+        (config.run.cuda_graph == CudaGraph::Off, "`run.cuda_graph` is `off`"),
+        (config.train.time_phases, "`train.time_phases` is set"),
         (has_fault, "a fault is planted"),
     ];
     obstacles.into_iter().find(|(is_so, _)| *is_so).map(|(_, obstacle)| obstacle)
@@ -85,7 +78,7 @@ impl StepGraph {
         }
         let to_sizes = obstacle_to_sizes(network);
         graph.has_sizes = to_sizes.is_none();
-        match to_sizes.or_else(|| obstacle(day.config, network, has_fault)) {
+        match to_sizes.or_else(|| obstacle(day.config, has_fault)) {
             None => graph.state = State::WarmUp { n_left: N_WARM_UP },
             Some(obstacle) => graph.give_up(obstacle, day)?,
         }

@@ -110,7 +110,7 @@ fn vectors_of_ids_and_attributes_learn_along_their_gradients() {
             network.gradients_mut().zero();
             let prepared = network.preparer().prepare(&batch, None);
             let sum = network.backward(&prepared, &negatives, &mut NoHooks, &mut PhaseTimer::off());
-            network.finish_gradients(batch.step_seed).unwrap();
+            network.finish_gradients(&Tensor::from(batch.step_seed as i64)).unwrap();
             sum.unwrap().loss.double_value(&[])
         };
         loss(&mut network, &start);

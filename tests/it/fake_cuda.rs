@@ -1,5 +1,5 @@
-//! The CUDA path on a machine without a GPU: what a step queues, on how many ranks, and what happens
-//! when NCCL fails. libtorch's kernels compute nothing there (see tests/fake_cuda).
+//! The CUDA path on a machine without a GPU: what a step queues, on how many ranks, and what
+//! happens when NCCL fails. libtorch's kernels compute nothing there (see tests/fake_cuda).
 
 use std::collections::BTreeMap;
 use std::env;
@@ -283,7 +283,6 @@ fn runs_that_cannot_be_recorded_say_why_or_are_refused() {
             "model.objective={kind=\"replaced\",probability=0.2,weight=1.0}",
             "the objective is `replaced`",
         ),
-        ("model.input.content={}", "item vectors are composed or partly frozen"),
         ("train.time_phases=true", "`train.time_phases` is set"),
         ("run.cuda_graph=off", "`run.cuda_graph` is `off`"),
     ] {
@@ -299,6 +298,35 @@ fn runs_that_cannot_be_recorded_say_why_or_are_refused() {
         assert_eq!(refused.code, Some(1), "{refused:#?}");
         let message = format!("error: `run.cuda_graph` is `require`, but {why}");
         assert!(refused.stderr.contains(&message), "{refused:#?}");
+    }
+}
+
+#[test]
+fn composed_item_vectors_and_tables_that_change_by_row_are_recorded() {
+    let shop = SessionShop::new(100);
+    let sampled = "train.loss={kind=\"sampled\",n_negatives=16}";
+    let sets = [
+        &["model.input.content={id_dropout=0.2}", sampled][..],
+        &["model.head.cosine=true"],
+        &["train.tables={kind=\"adagrad\",learning_rate=0.1,momentum=0.2}"],
+        &["train.tables={kind=\"lazy_adamw\"}", "model.input.content={}"],
+    ];
+    let log = shop.dir.path().join("log");
+    for set in sets {
+        let set: Vec<&str> = set
+            .iter()
+            .chain(&["run.cuda_graph=require", "train.log_every_steps=1000"])
+            .flat_map(|set| ["--set", set])
+            .collect();
+        for (n_ranks, parallel) in [(1, &[][..]), (2, &SHARDED)] {
+            let set = [&set[..], parallel].concat();
+            let environment = [("FAKE_CUDA_LOG", log.to_str().unwrap())];
+            let finished = train_gru(&shop, n_ranks, n_ranks, &set, &environment);
+            let Some(finished) = finished else { return };
+            finished.success();
+            let counts = Counts::read(&log_of_rank(&log, (n_ranks > 1).then_some(0)), 0);
+            assert!(counts.graph_launches > 0, "{set:?}: {counts:#?}");
+        }
     }
 }
 

@@ -99,8 +99,8 @@ impl Part {
         }
     }
 
-    /// Returns the summed loss, f64, and leaves the gradients by the logits in their memory, without
-    /// weights. Those of sparse scores are the gradients by these.
+    /// Returns the summed loss, f64, and leaves the gradients by the logits in their memory,
+    /// without weights. Those of sparse scores are the gradients by these.
     fn loss_and_gradients(&self, label_smoothing: f64, scored: &ScoringTable<'_>) -> Tensor {
         let mut logits = self.logits.shallow_clone();
         let _ = scored.bias.addmm_out(&logits, &self.states, &scored.weights.tr());

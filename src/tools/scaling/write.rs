@@ -147,8 +147,9 @@ fn estimated_on_gpus(estimates: &[GpuEstimate]) -> String {
     let rows: Vec<Vec<String>> = estimates.iter().map(row).collect();
     format!(
         "## Estimated on H200 GPUs\n\n\
-         From the launches, operations and bytes that a step of this model queues on a GPU, and the \
-         rates of the device, NVLink within nodes of 8 and 50 GB/s between them. Not measured.\n\n\
+         From the launches, operations and bytes that a step of this model queues on a GPU, and \
+         the rates of the device, NVLink within nodes of 8 and 50 GB/s between them. Not \
+         measured.\n\n\
          {}\n",
         table::markdown(&columns, &rows)
     )
