@@ -666,7 +666,7 @@ pub fn sort_rows(ids: &Tensor, sorted: &mut SortedRows) -> Result<(), String> {
     unsafe { gpu.launch(&SORT_ROWS, grid, arguments) }
 }
 
-/// Gradients of the unique rows of a lookup with a fixed capacity, allocated once.
+/// Gradients of rows of a table, each of which is listed once, in a fixed number of places.
 #[derive(Debug)]
 pub struct RowGradients {
     /// Row of the table of each place, i64 `[n]`; −1 for unused places.
@@ -684,9 +684,36 @@ impl RowGradients {
         }
     }
 
+    /// The rows of a table's gradient, `[V, D]`, that are not zero, where they are.
+    pub fn of_table(gradient: &Tensor) -> Self {
+        // The norm of a row with a NaN is NaN, which is not zero.
+        let norms = gradient.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+        let ids = Tensor::arange(gradient.size()[0], (Kind::Int64, gradient.device()));
+        let row_ids = ids.masked_fill(&norms.eq(0.0), -1);
+        Self { row_ids, sums: gradient.shallow_clone() }
+    }
+
     fn size(&self) -> (usize, usize) {
         let n = self.row_ids.numel();
         (n, self.sums.numel().checked_div(n).unwrap_or(0))
+    }
+
+    /// The arguments of a kernel that changes these rows of `table`, and its grid; `None` if there
+    /// is nothing to change.
+    fn arguments(&self, table: &Tensor) -> Option<([Argument; 5], Grid)> {
+        let device = table.device();
+        let (n, n_columns) = self.size();
+        if n == 0 || table.numel() == 0 {
+            return None;
+        }
+        let arguments = [
+            Argument::I64(n_table_rows(table, n_columns)),
+            pointer(device, "row_ids", &self.row_ids, Kind::Int64, n),
+            pointer(device, "sums", &self.sums, Kind::Float, n * n_columns),
+            Argument::int(n),
+            Argument::int(n_columns),
+        ];
+        Some((arguments, row_grid(n, n_columns, 1)))
     }
 }
 
@@ -760,24 +787,12 @@ pub fn summed_by_row(ids: &Tensor, gradients: &Tensor) -> Result<RowGradients, S
 /// type or device.
 pub fn add_rows(table: &mut Tensor, rows: &RowGradients) -> Result<(), String> {
     let gpu = loaded(table.device())?;
-    let device = gpu.device();
-    let (n, n_columns) = rows.size();
-    let numel = table.numel();
-    if n == 0 || numel == 0 {
-        return Ok(());
-    }
-    let n_rows = n_table_rows(table, n_columns);
+    let Some((of_rows, grid)) = rows.arguments(table) else { return Ok(()) };
     assert_disjoint(&[table], &[&rows.row_ids, &rows.sums]);
-    let arguments = vec![
-        pointer(device, "table", table, Kind::Float, numel),
-        Argument::I64(n_rows),
-        pointer(device, "row_ids", &rows.row_ids, Kind::Int64, n),
-        pointer(device, "sums", &rows.sums, Kind::Float, n * n_columns),
-        Argument::int(n),
-        Argument::int(n_columns),
-    ];
+    let mut arguments = vec![pointer(gpu.device(), "table", table, Kind::Float, table.numel())];
+    arguments.extend(of_rows);
     // SAFETY: as in `adagrad_rows`.
-    unsafe { gpu.launch(&ADD_ROWS, row_grid(n, n_columns, 1), arguments) }
+    unsafe { gpu.launch(&ADD_ROWS, grid, arguments) }
 }
 
 /// A table and its state of Adagrad, each f32 `[V, D]`.
@@ -809,34 +824,29 @@ pub fn adagrad_rows(
 ) -> Result<(), String> {
     let gpu = loaded(table.values.device())?;
     let device = gpu.device();
-    let (n, n_columns) = rows.size();
     let AdagradTable { values, squares, last_step } = table;
     let numel = values.numel();
-    if n == 0 || numel == 0 {
-        return Ok(());
-    }
-    let n_rows = n_table_rows(values, n_columns);
+    let Some((of_rows, grid)) = rows.arguments(values) else { return Ok(()) };
     let written: Vec<&Tensor> = [values, squares].into_iter().chain(last_step).collect();
     assert_disjoint(&written, &[&rows.row_ids, &rows.sums, &step.scale, rates]);
     let last_step = last_step
         .map(|last_step| pointer(device, "last_step", last_step, Kind::Float, numel))
         .unwrap_or(Argument::NULL);
-    let arguments = vec![
+    let mut arguments = vec![
         pointer(device, "values", values, Kind::Float, numel),
         pointer(device, "squares", squares, Kind::Float, numel),
         last_step,
-        Argument::I64(n_rows),
-        pointer(device, "row_ids", &rows.row_ids, Kind::Int64, n),
-        pointer(device, "sums", &rows.sums, Kind::Float, n * n_columns),
-        Argument::int(n),
-        Argument::int(n_columns),
+    ];
+    arguments.extend(of_rows);
+    arguments.extend([
         pointer(device, "scale", &step.scale, Kind::Float, 1),
         pointer(device, "rates", rates, Kind::Double, 2),
         Argument::F32(momentum as f32),
-    ];
+    ]);
     // SAFETY: the sizes were checked, the written tensors are disjoint from the others, the kernel
-    // refuses ids outside of the table, and each row is listed once, because `sum_rows` wrote them.
-    unsafe { gpu.launch(&ADAGRAD_ROWS, row_grid(n, n_columns, 1), arguments) }
+    // refuses ids outside of the table, and `sum_rows` and `RowGradients::of_table` list each row
+    // once.
+    unsafe { gpu.launch(&ADAGRAD_ROWS, grid, arguments) }
 }
 
 /// A table and its moments, each f32 `[V, D]`.
@@ -866,29 +876,23 @@ pub fn lazy_adamw_rows(
 ) -> Result<(), String> {
     let gpu = loaded(table.values.device())?;
     let device = gpu.device();
-    let (n, n_columns) = rows.size();
     let AdamWTable { values, m, v } = table;
     let numel = values.numel();
-    if n == 0 || numel == 0 {
-        return Ok(());
-    }
-    let n_rows = n_table_rows(values, n_columns);
+    let Some((of_rows, grid)) = rows.arguments(values) else { return Ok(()) };
     let read = [&rows.row_ids, &rows.sums, &step.scale, &step.adamw_rates];
     assert_disjoint(&[values, m, v], &read);
-    let arguments = vec![
+    let mut arguments = vec![
         pointer(device, "values", values, Kind::Float, numel),
         pointer(device, "m", m, Kind::Float, numel),
         pointer(device, "v", v, Kind::Float, numel),
-        Argument::I64(n_rows),
-        pointer(device, "row_ids", &rows.row_ids, Kind::Int64, n),
-        pointer(device, "sums", &rows.sums, Kind::Float, n * n_columns),
-        Argument::int(n),
-        Argument::int(n_columns),
+    ];
+    arguments.extend(of_rows);
+    arguments.extend([
         pointer(device, "scale", &step.scale, Kind::Float, 1),
         pointer(device, "adamw_rates", &step.adamw_rates, Kind::Float, 2),
-    ];
+    ]);
     // SAFETY: as in `adagrad_rows`.
-    unsafe { gpu.launch(&LAZY_ADAMW_ROWS, row_grid(n, n_columns, 1), arguments) }
+    unsafe { gpu.launch(&LAZY_ADAMW_ROWS, grid, arguments) }
 }
 
 /// Number of rows of a table with `n_columns` columns.
@@ -964,6 +968,14 @@ mod tests {
         let grid = row_grid(1 << 30, 769, 1);
         assert_eq!((grid.threads, grid.blocks), ([256, 1], [4, 65_535]));
         assert_eq!(row_grid(3, 1, 1).threads, [1, 256]);
+    }
+
+    #[test]
+    fn rows_without_gradient_are_unused() {
+        let gradient = Tensor::from_slice(&[0f32, 1e-10, 0.0, 0.0, f32::NAN, 0.0]).view([3, 2]);
+        let RowGradients { row_ids, sums } = RowGradients::of_table(&gradient);
+        assert_eq!(Vec::<i64>::try_from(row_ids).unwrap(), [0, -1, 2]);
+        assert_eq!(sums.size(), [3, 2]);
     }
 
     #[test]

@@ -168,9 +168,7 @@ impl StepEnd {
     pub fn set_n_steps(&mut self, number: i32) {
         match self {
             Self::Cpu { n_steps, .. } => *n_steps = number,
-            Self::Gpu(buffers) => {
-                let _ = buffers.n_steps.fill_(f64::from(number));
-            }
+            Self::Gpu(buffers) => buffers.set_n_steps(number),
         }
     }
 }
@@ -179,15 +177,6 @@ impl StepEnd {
 fn summed_rows((rows, gradients): (Tensor, Tensor)) -> RowGradients {
     let ids = rows.masked_fill(&rows.eq(0), -1);
     cuda::summed_by_row(&ids, &gradients).unwrap_or_else(|text| panic!("{text}"))
-}
-
-/// The rows of a gradient `[V, D]` that are not zero, where they are.
-fn rows_of(gradient: &Tensor) -> RowGradients {
-    // The norm of a row with a NaN is NaN, which is not zero.
-    let norms = gradient.norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
-    let ids = Tensor::arange(gradient.size()[0], (Kind::Int64, gradient.device()));
-    let row_ids = ids.masked_fill(&norms.eq(0.0), -1);
-    RowGradients { row_ids, sums: gradient.shallow_clone() }
 }
 
 impl Optimizer {
@@ -276,7 +265,10 @@ impl Optimizer {
         run(cuda::finish_step(step, buffers));
         let all = gradients.all();
         if !is_listed {
-            lists = tables.iter().map(|table| Some(rows_of(&matrix(table, &all)))).collect();
+            lists = tables
+                .iter()
+                .map(|table| Some(RowGradients::of_table(&matrix(table, &all))))
+                .collect();
         }
         for (table, rows) in lists.iter().enumerate() {
             let Some(rows) = rows else { continue };
@@ -295,18 +287,5 @@ impl Optimizer {
             values: buffers.outcome.shallow_clone(),
             history: buffers.history.shallow_clone(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_without_gradient_are_unused() {
-        let gradient = Tensor::from_slice(&[0f32, 1e-10, 0.0, 0.0, f32::NAN, 0.0]).view([3, 2]);
-        let RowGradients { row_ids, sums } = rows_of(&gradient);
-        assert_eq!(Vec::<i64>::try_from(row_ids).unwrap(), [0, -1, 2]);
-        assert_eq!(sums.size(), [3, 2]);
     }
 }

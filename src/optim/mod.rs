@@ -223,7 +223,6 @@ impl AdamW {
         let step = AdamWStep { learning_rate, n_steps, decay_factor };
         let update = |buffers: &mut AdamWBuffers| adamw(buffers, scale, step);
         tch::no_grad(|| {
-            let mut dense_start = 0;
             for table in &self.lazy {
                 let [mut values, mut gradients, mut m, mut v] =
                     [values, gradients, &self.m, &self.v].map(|flat| matrix(table, flat));
@@ -242,17 +241,21 @@ impl AdamW {
                     let _ = buffer.index_copy_(0, &rows, &new_rows);
                 }
                 let _ = gradients.index_fill_(0, &rows, 0.0);
-                dense_start = table.end();
             }
-            let dense = |flat: &Tensor| flat.narrow(0, dense_start, flat.size()[0] - dense_start);
-            let mut buffers = AdamWBuffers {
-                values: dense(values),
-                gradients: dense(gradients),
-                m: dense(&self.m),
-                v: dense(&self.v),
-            };
-            update(&mut buffers);
+            update(&mut self.behind_tables(values, gradients));
         });
+    }
+
+    /// The buffers behind the tables of which only rows with a gradient are updated.
+    fn behind_tables(&self, values: &Tensor, gradients: &Tensor) -> AdamWBuffers {
+        let start = self.lazy.last().map_or(0, View::end);
+        let behind = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
+        AdamWBuffers {
+            values: behind(values),
+            gradients: behind(gradients),
+            m: behind(&self.m),
+            v: behind(&self.v),
+        }
     }
 
     /// [`AdamW::step`] on a GPU for the rows of table number `number`, whose gradients are `rows`.
@@ -274,15 +277,8 @@ impl AdamW {
 
     /// [`AdamW::step`] on a GPU for the parameters behind the tables.
     fn step_dense_on_gpu(&mut self, values: &Tensor, gradients: &Tensor, step: &cuda::StepBuffers) {
-        let start = self.lazy.last().map_or(0, View::end);
-        let dense = |flat: &Tensor| flat.narrow(0, start, flat.size()[0] - start);
-        let mut buffers = AdamWBuffers {
-            values: dense(values),
-            gradients: dense(gradients),
-            m: dense(&self.m),
-            v: dense(&self.v),
-        };
-        cuda::adamw(&mut buffers, step).unwrap_or_else(|problem| panic!("{problem}"));
+        cuda::adamw(&mut self.behind_tables(values, gradients), step)
+            .unwrap_or_else(|problem| panic!("{problem}"));
     }
 }
 
