@@ -240,7 +240,7 @@ impl SessionFile {
 
     /// Reads the sessions `rows` of the whole file as evaluation cases, each a session whose last
     /// event is the target. Returns them by blocks of at most `config.block` cases from as many
-    /// sessions.
+    /// sessions; a block is copied from the sessions when it is its turn.
     ///
     /// # Errors
     /// See [`SessionFile::read`].
@@ -248,7 +248,7 @@ impl SessionFile {
         &self,
         rows: Range<usize>,
         config: &EvaluateConfig,
-    ) -> Result<Vec<Sessions>, DataError> {
+    ) -> Result<impl ExactSizeIterator<Item = Sessions> + use<>, DataError> {
         let spans = self.spans(rows);
         let sessions = match config.cases {
             Cases::Last => self.read(&spans)?,
@@ -273,10 +273,11 @@ impl SessionFile {
         let rows: Vec<usize> = (0..sessions.len()).collect();
         let blocks = rows.chunks(config.block).flat_map(|rows| {
             let cases: Vec<SessionPart> = rows.iter().flat_map(|&row| cases_of(row)).collect();
-            let select = |cases: &[SessionPart]| sessions.select(cases, &self.features);
-            cases.chunks(config.block).map(select).collect::<Vec<_>>()
+            cases.chunks(config.block).map(<[_]>::to_vec).collect::<Vec<_>>()
         });
-        Ok(blocks.collect())
+        let blocks: Vec<Vec<SessionPart>> = blocks.collect();
+        let features = self.features.clone();
+        Ok(blocks.into_iter().map(move |cases| sessions.select(&cases, &features)))
     }
 
     /// Checks all rows of a row group.

@@ -281,7 +281,7 @@ pub fn evaluation_batches(
     let first = rank * n_blocks / world_size * block;
     let end = ((rank + 1) * n_blocks / world_size * block).min(file.n_sessions());
     let features = features.clone();
-    Ok(file.read_cases(first..end, config)?.into_iter().map(move |cases| {
+    Ok(file.read_cases(first..end, config)?.map(move |cases| {
         let rows: Vec<_> = (0..cases.len()).map(|row| (&cases, row)).collect();
         Batch::new(&rows, &features)
     }))
