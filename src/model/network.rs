@@ -17,7 +17,7 @@ use super::item_vectors::{Composition, ItemVectors};
 use super::objective::Plan;
 use super::parameters::{Gradients, Linear, ParameterBuilder};
 use super::prepare::{PreparedBatch, PreparedSessions, Preparer};
-use super::rows::{add_rows, add_rows_deterministically};
+use super::rows::{add_rows, add_rows_deterministically, joined};
 use super::start::{factors_of_pairs, pretrained_vectors, scaled};
 use super::{
     CandidateIndex, Encoded, GradientHooks, ItemTable, Neural, Parameters, Recommender, RowList,
@@ -148,11 +148,6 @@ fn with_swap_noise(columns: &[Tensor], sources: &[Tensor]) -> Vec<Tensor> {
         return columns.iter().map(Tensor::shallow_clone).collect();
     }
     columns.iter().zip(sources).map(|(column, sources)| column.index_select(0, sources)).collect()
-}
-
-/// Consecutive parts as one tensor.
-fn joined(mut parts: Vec<Tensor>) -> Tensor {
-    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
 }
 
 /// The targets of a batch.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use super::ItemTable;
+use super::rows::joined;
 use crate::device::memory::return_freed_memory;
 
 /// Declares parameters and draws their initial values. A parameter is known by its index, the order
@@ -431,10 +432,7 @@ impl RowList {
 
     /// All rows and gradients, `[N]` and `[N, ..]`; `None` without any.
     pub fn joined(self) -> Option<(Tensor, Tensor)> {
-        let join = |mut parts: Vec<Tensor>| {
-            if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
-        };
-        (!self.rows.is_empty()).then(|| (join(self.rows), join(self.gradients)))
+        (!self.rows.is_empty()).then(|| (joined(self.rows), joined(self.gradients)))
     }
 }
 

@@ -25,6 +25,11 @@ pub(super) fn add_rows_deterministically(table: &mut Tensor, indices: &Tensor, v
     add_rows(table, indices, values, true);
 }
 
+/// Rows `[n, ..]` of several tensors behind each other, without a copy if there is one.
+pub(super) fn joined(mut parts: Vec<Tensor>) -> Tensor {
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
+}
+
 /// Row indices `[N]`, expanded to the shape of `values: [N, ..]`.
 fn expand_indices(indices: &Tensor, values: &Tensor) -> Tensor {
     if values.dim() == 1 { indices.shallow_clone() } else { indices.unsqueeze(1).expand_as(values) }

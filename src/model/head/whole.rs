@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::full::Workspace;
 use super::{CrossEntropy, Logits, ScoringTable, Targets};
 use crate::model::item_table::div_ceil;
+use crate::model::rows::joined;
 use crate::model::{Encoded, SparseScores, clear};
 
 /// The loss over the whole catalogue, on a rank that holds all rows.
@@ -63,14 +64,11 @@ impl WholeSoftmax<'_> {
             state_gradients.push(part.weighted(part.logits.matmul(&scored.weights)));
             part.add_table_gradients(scored);
         }
-        let join = |mut parts: Vec<Tensor>| {
-            if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
-        };
         let loss = losses.into_iter().reduce(|sum, loss| sum + loss);
         CrossEntropy {
             loss: loss.expect("there are targets"),
-            state_gradient: join(state_gradients),
-            sparse_gradient: encoded.sparse.as_ref().map(|_| join(sparse_gradients)),
+            state_gradient: joined(state_gradients),
+            sparse_gradient: encoded.sparse.as_ref().map(|_| joined(sparse_gradients)),
             drawn: None,
         }
     }
