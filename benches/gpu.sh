@@ -109,7 +109,7 @@ pack() {
         echo "$root/target/$(basename "$(dirname "$(dirname "$tests")")")/bireme" \
             >"$scratch/pack/tests/program"
     else
-        echo "gpu.sh: there is no test binary: run \`cargo test --no-run\` to pack it" >&2
+        echo "gpu.sh: the test binary is missing: run \`cargo test --no-run\` to pack it" >&2
     fi
     cp -r "$root/configs" "$root/benches" "$scratch/pack/"
     cp -r "$root/src/kernels/cuda" "$scratch/pack/src/kernels/"
@@ -155,7 +155,7 @@ export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 runner=() small=() rehearse=()
 if [ $action = rehearse ]; then
     installed=${FAKE_CUDA:-$root/.fake_cuda}
-    [ -e "$installed/STAMP" ] || refuse "there is no fake CUDA runtime in \`$installed\`:" \
+    [ -e "$installed/STAMP" ] || refuse "the fake CUDA runtime is not in \`$installed\`:" \
         "run tests/fake_cuda/install.sh, or set FAKE_CUDA"
     export FAKE_CUDA=$work/fake
     mkdir -p "$FAKE_CUDA/torch"

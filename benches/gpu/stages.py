@@ -129,7 +129,7 @@ RANKS_ON_ONE_GPU = {
 
 
 def output(command, limit=60, env=None):
-    """Exit code and joined output of a command; 127 if there is no such program, 124 if it ran
+    """Exit code and joined output of a command; 127 if the program is missing, 124 if it ran
     longer than `limit` seconds."""
     try:
         process = subprocess.Popen(
@@ -334,7 +334,7 @@ def parity(options, record):
     # Tests of the fake runtime start programs on it, which needs this checkout.
     filters = ["cuda::", "cuda_kernels::", "collective::nccl", "--skip", "fake_cuda"]
     if not options.tests:
-        record(kind="skipped", why="there is no test binary")
+        record(kind="skipped", why="the test binary is missing")
         return 0
     _, text = output([options.tests, "--list", *filters])
     missing = set(re.findall(r"^(\S+): test$", text, re.MULTILINE))
@@ -525,7 +525,7 @@ def time_peer(options, record, peer, model, batch, items):
 
 
 def step_cases(sizes):
-    """Model, sessions of a step and items, the most telling first."""
+    """Cases to time: model, sessions of a step and items, the most informative first."""
     small, large = sizes.batches
     tutorial = ["gru", "xlnet"]
     cases = [(model, *size) for size in [(small, "10k"), (large, "100k")] for model in tutorial]

@@ -17,7 +17,7 @@ pub struct EvaluateConfig {
     pub reminders: Reminders,
     /// Which items of a session are predicted from those before them.
     pub cases: Cases,
-    /// What happens to cases whose target is no known item.
+    /// Whether cases with an unknown target count.
     pub unknown_targets: UnknownTargets,
 }
 

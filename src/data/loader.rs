@@ -133,7 +133,7 @@ struct StepReader {
     world_size: usize,
 }
 
-/// The result of a thread, whose panic goes on here.
+/// Returns what a thread returned, and panics if the thread did.
 fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

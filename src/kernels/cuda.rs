@@ -430,8 +430,8 @@ pub struct StepSums<'a> {
 /// Computes the scalars of the optimizer step from the sums over all ranks and the result of
 /// [`sum_of_squares`]: the fields of `buffers`.
 ///
-/// If the loss or the norm is not finite, or if there is no target, `scale` becomes NaN, the number
-/// of steps stays, and the kernels of the optimizers change nothing but gradients.
+/// If the loss or the norm is not finite, or the step has no target, `scale` becomes NaN, the
+/// number of steps stays, and the kernels of the optimizers change nothing but gradients.
 ///
 /// # Errors
 /// See [`load`]; or the driver refuses the launch.

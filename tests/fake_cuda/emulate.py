@@ -6,7 +6,7 @@ usage: emulate.py KERNELS_DIR OUT [--test]
 Writes `OUT/libfake_kernels.so` from all `KERNELS_DIR/*.cu`. It exports
 
     int fake_kernel_params(const char* name, size_t* sizes, int capacity)
-        number of parameters of the kernel and their sizes in bytes; -1 if there is no such kernel
+        number of parameters of the kernel and their sizes in bytes; -1 for an unknown kernel
     int fake_kernel_run(const char* name, unsigned gx, unsigned gy, unsigned gz,
                         unsigned bx, unsigned by, unsigned bz, size_t shared_bytes, void** params)
         runs a grid of (gx, gy, gz) blocks of (bx, by, bz) threads; 0 on success

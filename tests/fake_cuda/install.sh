@@ -30,7 +30,7 @@ in_place() { [ "$(cat $fake/STAMP 2>/dev/null)" = "$stamp" ] && [ -e $libtorch/l
 
 case $(cat .libtorch/VERSION 2>/dev/null) in
     "$TORCH "*) ;;
-    *) say "there is no libtorch $TORCH in \`.libtorch\`: run launch/setup.sh first"; exit 2 ;;
+    *) say "libtorch $TORCH is not in \`.libtorch\`: run launch/setup.sh first"; exit 2 ;;
 esac
 for tool in cc c++ nm; do
     command -v $tool >/dev/null || { say "\`$tool\` is missing: install g++ and binutils"; exit 2; }

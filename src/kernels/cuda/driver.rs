@@ -116,7 +116,7 @@ pub(super) struct Gpu {
 
 impl Driver {
     /// # Errors
-    /// There is no driver on this host, or it fails to start.
+    /// The host has no driver, or the driver does not start.
     pub(super) fn load() -> Result<Self, String> {
         let driver = open("libcuda.so.1".as_ref()).and_then(Self::bind);
         let driver = driver.map_err(|error| format!("there is no CUDA driver: {error}"))?;
@@ -166,7 +166,7 @@ impl Driver {
     /// Retains the context of a GPU for the rest of the process.
     ///
     /// # Errors
-    /// There is no such GPU.
+    /// The host does not have this GPU.
     pub(super) fn gpu(&'static self, number: usize) -> Result<Gpu, String> {
         let (mut device, mut context) = (0, Handle::NULL);
         // SAFETY: the driver is initialised and writes one integer.
